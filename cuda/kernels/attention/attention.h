@@ -1,0 +1,138 @@
+// What host and device agree on for attention: settings, launch parameters and budgets.
+//
+// Plain C++: included by the FFI handler and by the kernels. Shape comments use B (batch),
+// T (seqlen_q), S (seqlen_kv), H (num_heads), K (num_kv_heads), D (head_dim).
+#pragma once
+
+#include "tk/tensor_map.h"
+
+namespace tk::attention {
+
+// What is computed. Fields match tk_jax.ops.attention.config.AttentionOptions.
+struct Options {
+  float scale;         // multiplies the scores before the softmax
+  bool is_causal;      // query i sees key j only if j <= i + offset
+  bool bottom_right;   // offset is S - T if set, otherwise 0
+  bool deterministic;  // dq is summed over key blocks in a fixed order
+};
+
+// How the forward pass is computed. Fields match AttentionForwardConfig.
+struct ForwardConfig {
+  long block_q;   // query rows of a tile: 64 for each consumer warpgroup
+  long block_kv;  // keys of one step, a multiple of 16
+  long stages;    // depth of the key/value ring
+};
+
+// How the backward pass is computed. Fields match AttentionBackwardConfig.
+struct BackwardConfig {
+  long block_q;   // query rows of one step: 64 or 128
+  long block_kv;  // keys of a tile: 64 for each consumer warpgroup
+  long stages;    // depth of the query/dout ring
+};
+
+constexpr int kWarpgroupThreads = 128;
+// Barriers, and the slack that aligns the first tile to 1024 bytes.
+constexpr int kSharedSlack = 2048;
+// Rows of the workspace arrays are padded to this, so that every tile of queries is whole.
+constexpr int kQueryPadding = 128;
+// dq is accumulated in square fragments of this many rows and columns.
+constexpr int kFragmentRows = 64;
+
+constexpr long ceil_div(long a, long b) { return (a + b - 1) / b; }
+constexpr long padded_queries(long seqlen_q) {
+  return ceil_div(seqlen_q, kQueryPadding) * kQueryPadding;
+}
+
+// -- Forward ------------------------------------------------------------------------------------
+// Kernel: "kernels/attention/forward.cuh"
+//   tk::attention::forward<tk::attention::ForwardTraits<T, D, kCausal, kBlockQ, kBlockKv, kStages>>
+// with T one of tk::bf16, tk::fp16. Grid: min(multiprocessors, tiles) blocks, where
+// tiles = ceil(T / block_q) * H * B.
+struct ForwardParams {
+  // Dimensions of every map, innermost first: (D, T or S, H or K, B), with the strides of the
+  // row-major array [B, T or S, H or K, D]. Boxes: (64, rows, 1, 1), 128-byte swizzle.
+  TensorMap q;    // rows = 64
+  TensorMap k;    // rows = block_kv
+  TensorMap v;    // rows = block_kv
+  TensorMap out;  // rows = 64
+  float* lse;     // [B, T, H], natural log
+  int batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads;
+  int causal_offset;  // 0 or S - T; unused without is_causal
+  float scale;
+};
+
+constexpr int forward_threads(long block_q) {
+  return static_cast<int>((block_q / 64 + 1) * kWarpgroupThreads);
+}
+// q and out (block_q rows each), and stages of k and v.
+constexpr int forward_shared_bytes(long head_dim, const ForwardConfig& config) {
+  return static_cast<int>(2 * head_dim * (2 * config.block_q + 2 * config.stages * config.block_kv)) +
+         kSharedSlack;
+}
+
+// -- Backward: prepare, main, finish, in that order on one stream ----------------------------------
+// Workspaces, all written before they are read:
+//   delta, lse_log2  fp32 [B, H, padded_queries(T)]
+//   dq_acc           fp32 [B, H, padded_queries(T), D], as 64x64 fragments
+//   dq_order         int32 [B, H, padded_queries(T) / 64]
+
+// Kernel: "kernels/attention/backward_prepare.cuh"
+//   tk::attention::backward_prepare<T, D>
+// Grid: (padded_queries(T) / 64, H, B) blocks of 128 threads.
+struct BackwardPrepareParams {
+  TensorMap out, dout;  // as ForwardParams::out
+  const float* lse;     // [B, T, H]
+  const float* dlse;    // [B, T, H], or null where nothing flows into lse
+  float* delta;         // rowsum(out * dout) - dlse; 0 beyond T
+  float* lse_log2;      // lse / ln 2; +inf beyond T and for rows without a key
+  float* dq_acc;        // zeroed here where zero_dq
+  int* dq_order;        // zeroed here
+  int batch, seqlen_q, num_heads;
+  bool zero_dq;  // not deterministic: every block adds, in any order
+};
+constexpr int backward_prepare_shared_bytes(long head_dim) {
+  return static_cast<int>(2 * 64 * head_dim * 2) + kSharedSlack;
+}
+
+// Kernel: "kernels/attention/backward.cuh"
+//   tk::attention::backward<tk::attention::BackwardTraits<T, D, kCausal, kDeterministic, kBlockQ,
+//                                                          kBlockKv, kStages>>
+// Grid: min(multiprocessors, tiles) blocks, where tiles = ceil(S / block_kv) * K * B.
+struct BackwardParams {
+  // Dimensions and strides as in ForwardParams. Boxes: (64, rows, 1, 1), 128-byte swizzle.
+  TensorMap q, dout;  // rows = block_q
+  TensorMap k, v;     // rows = block_kv
+  TensorMap dk, dv;   // rows = 64
+  const float* delta;
+  const float* lse_log2;
+  float* dq_acc;
+  int* dq_order;
+  int batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads;
+  int causal_offset;
+  float scale;
+};
+constexpr int backward_threads(long block_kv) {
+  return static_cast<int>((block_kv / 64 + 1) * kWarpgroupThreads);
+}
+// k and v, stages of q and dout with their lse and delta, ds, and the dq fragments in fp32.
+constexpr int backward_shared_bytes(long head_dim, const BackwardConfig& config) {
+  return static_cast<int>(2 * head_dim * 2 * config.block_kv +
+                          config.stages * config.block_q * (2 * 2 * head_dim + 2 * 4) +
+                          2 * config.block_q * config.block_kv + 4 * config.block_q * head_dim) +
+         kSharedSlack;
+}
+
+// Kernel: "kernels/attention/backward_finish.cuh"
+//   tk::attention::backward_finish<T, D>
+// Grid: (ceil(T / 64), H, B) blocks of 128 threads.
+struct BackwardFinishParams {
+  TensorMap dq;  // as ForwardParams::out
+  const float* dq_acc;
+  int seqlen_q, num_heads;
+  float scale;
+};
+constexpr int backward_finish_shared_bytes(long head_dim) {
+  return static_cast<int>(64 * head_dim * 2) + kSharedSlack;
+}
+
+}  // namespace tk::attention
