@@ -1,0 +1,114 @@
+"""Checks of user input: one error format for every op.
+
+``<op>: <argument> has <what it has>; expected <what must hold>``
+
+A wrong type is a ``TypeError``, a wrong value a ``ValueError``. What is right but
+not supported is a ``NotImplementedError``, raised where the implementation is chosen
+(:mod:`tk_jax._dispatch`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Kernels and the copy engine address each dimension with a signed 32-bit integer.
+INT32_MAX = 2**31 - 1
+
+
+def check_array(op: str, name: str, value) -> jax.Array:
+    """``value`` as a jax array; lists, scalars and other objects are refused."""
+    if isinstance(value, jax.Array):
+        return value
+    if isinstance(value, np.ndarray) or hasattr(value, "__jax_array__"):
+        return jnp.asarray(value)
+    raise TypeError(
+        f"{op}: {name} is of type {type(value).__name__}; expected a jax or numpy array"
+    )
+
+
+def check_shape(
+    op: str, name: str, shape: Sequence[int], expected: Sequence[int | str], to_match=""
+) -> None:
+    """Compares ``shape`` with ``expected``, in which a string stands for any size.
+
+    ``to_match`` says where the expected sizes come from, as in ``"q (2, 64)"``.
+    """
+    same_rank = len(shape) == len(expected)
+    if same_rank and all(
+        isinstance(want, str) or got == want
+        for got, want in zip(shape, expected, strict=True)
+    ):
+        return
+    reason = f" to match {to_match}" if to_match else ""
+    raise ValueError(
+        f"{op}: {name} has shape {shape_text(shape)}; "
+        f"expected {shape_text(expected)}{reason}"
+    )
+
+
+def check_min_rank(op: str, name: str, shape: Sequence[int], axes: str) -> None:
+    """Demands at least the axes in ``axes``, as in ``"T, H, D"``."""
+    rank = len(axes.split(","))
+    if len(shape) < rank:
+        raise ValueError(
+            f"{op}: {name} has shape {shape_text(shape)}; "
+            f"expected [..., {axes}], at least {rank} dimensions"
+        )
+
+
+def check_floating(op: str, name: str, dtype) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"{op}: {name} has dtype {jnp.dtype(dtype).name}; "
+            "expected a floating-point dtype"
+        )
+
+
+def check_same_dtype(op: str, name: str, dtype, reference: str, expected) -> None:
+    if dtype != expected:
+        raise ValueError(
+            f"{op}: {name} has dtype {jnp.dtype(dtype).name}; expected "
+            f"{jnp.dtype(expected).name} to match {reference}"
+        )
+
+
+def check_choice(op: str, name: str, value, choices: Sequence) -> None:
+    # `in` would compare arrays elementwise and accept True for 1.
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{op}: {name} is {value!r}; expected one of {listed}")
+
+
+def check_flag(op: str, name: str, value) -> bool:
+    """A static bool: a traced one cannot choose a kernel."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"{op}: {name} is of type {type(value).__name__}; expected a Python bool"
+        )
+    return bool(value)
+
+
+def check_finite_number(op: str, name: str, value) -> float:
+    """A static, finite number: a traced one cannot be a kernel's setting."""
+    if isinstance(value, bool | jax.core.Tracer) or not isinstance(
+        value, int | float | np.number | np.ndarray | jax.Array
+    ):
+        hint = " (a traced value: multiply the input by it instead)"
+        raise TypeError(
+            f"{op}: {name} is of type {type(value).__name__}; expected a Python number"
+            + (hint if isinstance(value, jax.core.Tracer) else "")
+        )
+    if np.ndim(value) != 0 or not math.isfinite(value):
+        raise ValueError(f"{op}: {name} is {value!r}; expected a finite number")
+    return float(value)
+
+
+def shape_text(shape: Sequence[int | str]) -> str:
+    """``(2, S, K, 64)``: a shape in which names stand for any size."""
+    inner = ", ".join(str(size) for size in shape)
+    return f"({inner},)" if len(shape) == 1 else f"({inner})"

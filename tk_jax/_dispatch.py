@@ -1,0 +1,182 @@
+"""Which implementation a call runs: the choice, its one warning, its explanation.
+
+Every op offers ``implementation``:
+
+* ``None``: the TK kernel on CUDA where it supports the call, otherwise XLA. Where a GPU
+  would run XLA only because the kernel lacks something, a warning says so, once per
+  reason and process.
+* ``"tk"``: the TK kernel, or an error that says what it lacks.
+* ``"xla"``: XLA on every platform.
+
+With ``None`` the platform is not known while tracing, so both forms are traced and the
+one for the platform at hand is lowered (``jax.lax.platform_dependent``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from tk_jax import _check
+
+IMPLEMENTATIONS = (None, "tk", "xla")
+
+_explainers: dict[Callable, Callable] = {}
+_warned: set[str] = set()
+
+
+class FallbackWarning(UserWarning):
+    """A GPU runs the XLA implementation because the TK kernel lacks something."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a call of ``op`` runs on CUDA and elsewhere, and why."""
+
+    op: str
+    requested: str | None
+    cuda: str
+    elsewhere: str
+    reason: str
+
+    def __str__(self) -> str:
+        platform = jax.default_backend()
+        here = self.cuda if platform == "gpu" else self.elsewhere
+        return (
+            f"{self.op} with implementation={self.requested!r} runs\n"
+            f"  on an NVIDIA GPU  {_DESCRIPTIONS[self.cuda]}\n"
+            f"  elsewhere         {_DESCRIPTIONS[self.elsewhere]}\n"
+            f"  here ({platform})".ljust(20)
+            + f"{here}\n"
+            f"because {self.reason}"
+        )
+
+    __repr__ = __str__
+
+
+_DESCRIPTIONS = {
+    "tk": "tk: the TK kernel",
+    "xla": "xla: the XLA implementation",
+    "error": "error: the TK kernel needs an NVIDIA GPU",
+}
+
+
+def choose(op: str, implementation: str | None, unsupported: str | None) -> Choice:
+    """Chooses; ``unsupported`` names what the TK kernel lacks for this call, if any."""
+    _check.check_choice(op, "implementation", implementation, IMPLEMENTATIONS)
+    if implementation == "xla":
+        return Choice(op, "xla", "xla", "xla", "implementation='xla' asks for it")
+    lacking = unsupported or _unsupported_gpu()
+    if implementation == "tk":
+        if lacking:
+            raise NotImplementedError(
+                f"{op}: implementation='tk' does not support {lacking}; "
+                "use implementation=None or implementation='xla'"
+            )
+        return Choice(op, "tk", "tk", "error", "implementation='tk' asks for it")
+    if lacking:
+        return Choice(
+            op, None, "xla", "xla", f"the TK kernel does not support {lacking}"
+        )
+    return Choice(op, None, "tk", "xla", "the TK kernel supports this call")
+
+
+def warn_of_fallback(choice: Choice) -> None:
+    """Warns, once per reason, where a GPU runs XLA although nobody asked for it."""
+    fell_back = choice.requested is None and choice.cuda == "xla"
+    if not fell_back or jax.default_backend() != "gpu":
+        return
+    message = f"{choice.op} runs its XLA implementation: {choice.reason}"
+    if message not in _warned:
+        _warned.add(message)
+        # The frames between: this function, the op, its caller.
+        warnings.warn(
+            f"{message}. implementation='xla' silences this warning; "
+            "implementation='tk' makes it an error.",
+            FallbackWarning,
+            stacklevel=3,
+        )
+
+
+def run_chosen(choice: Choice, *args, tk: Callable, xla: Callable):
+    """Runs ``tk`` or ``xla`` on ``args``, by platform where the choice depends on it.
+
+    Both must return arrays of the same types.
+    """
+    if choice.cuda == choice.elsewhere:
+        return xla(*args)
+    if choice.elsewhere == "error":
+
+        def refuse(first, *rest):
+            return xla(_needs_cuda.bind(first, op=choice.op), *rest)
+
+        return lax.platform_dependent(*args, cuda=tk, default=refuse)
+    return lax.platform_dependent(*args, cuda=tk, default=xla)
+
+
+def explains(op: Callable) -> Callable:
+    """Registers the decorated function as what answers ``explain(op, ...)``."""
+
+    def register(explainer: Callable) -> Callable:
+        _explainers[op] = explainer
+        return explainer
+
+    return register
+
+
+def explain(op: Callable, *args, **kwargs) -> Choice:
+    """Says which implementation a call runs on each platform, and why.
+
+    Takes an op of this package and the arguments of the call, which is checked but not
+    run: ``jax.ShapeDtypeStruct`` may stand for an array. Printing the result shows it
+    in words.
+
+    >>> import jax, jax.numpy as jnp, tk_jax
+    >>> q = jax.ShapeDtypeStruct((2, 128, 8, 64), jnp.float32)
+    >>> tk_jax.explain(tk_jax.attention, q, q, q).reason
+    'the TK kernel does not support dtype float32 (it takes bfloat16 and float16)'
+    """
+    if op not in _explainers:
+        known = ", ".join(sorted(known.__name__ for known in _explainers))
+        raise ValueError(f"explain: op is {op!r}; expected one of {known}")
+    return _explainers[op](*args, **kwargs)
+
+
+def _unsupported_gpu() -> str | None:
+    """What the default device is, if it is a GPU that no TK kernel runs on."""
+    if jax.default_backend() != "gpu":
+        return None  # Lowering for CUDA from elsewhere: nothing to inspect.
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if capability.split(".")[0] == "9":
+        return None
+    return (
+        f"the GPU {device.device_kind} of compute capability {capability} "
+        "(it needs Hopper, 9.0)"
+    )
+
+
+def _refuse(op: str, platforms: str):
+    raise NotImplementedError(
+        f"{op}: implementation='tk' needs an NVIDIA Hopper GPU, but this call is for "
+        f"{platforms}; use implementation=None or implementation='xla'"
+    )
+
+
+# The identity, which no platform can run: it stands where a kernel is missing, so that
+# the error comes when, and only when, a platform without one is compiled for.
+_needs_cuda = Primitive("tk_needs_cuda")
+_needs_cuda.def_abstract_eval(lambda value, *, op: value)
+_needs_cuda.def_impl(lambda value, *, op: _refuse(op, jax.default_backend()))
+mlir.register_lowering(
+    _needs_cuda,
+    lambda context, value, *, op: _refuse(
+        op, ", ".join(context.module_context.platforms)
+    ),
+)
