@@ -1,0 +1,56 @@
+# From a machine with Python (3.11 to 3.13), gcc and make alone:
+#   make test    lint and tests
+#   make demo    trains a small GPT and samples from it
+# Both install into .venv. Others: lint, format, gpu-test, matrix, wheel, clean.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+TEST_JOBS ?= 2
+DEMO_FLAGS ?=
+
+# Editable, so that the sources here are what runs: only these files call for a new install.
+BUILT_FROM := pyproject.toml CMakeLists.txt $(wildcard cuda/runtime/* cuda/ffi/* cuda/include/tk/*.h \
+  cuda/kernels/*/*.h)
+CPP_SOURCES = $(shell find cuda -name '*.h' -o -name '*.cuh' -o -name '*.cc' -o -name '*.cu')
+
+.PHONY: test lint format gpu-test demo matrix wheel clean
+
+test: lint
+	$(BIN)/pytest -n $(TEST_JOBS) --dist=worksteal
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+	$(BIN)/pre-commit validate-config
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+# One process: two would take turns on the GPU and share its memory.
+gpu-test: $(VENV)/.installed-cuda13,test
+	$(BIN)/pytest -m gpu --require-gpu
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python examples/train_gpt.py $(DEMO_FLAGS)
+
+# A wheel of each Python here, installed without its sources and tested on one version of jax each.
+matrix:
+	bash scripts/matrix.sh
+
+wheel: $(BIN)/python
+	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+$(VENV)/.installed-%: $(BUILT_FROM) | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[$*]'
+	touch $@
+
+$(BIN)/python:
+	python="$(PYTHON)"; [ -n "$$python" ] || python=$$(sh scripts/find_python.sh) || exit 1; \
+	  "$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+clean:
+	rm -rf $(VENV) build dist

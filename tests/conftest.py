@@ -1,0 +1,78 @@
+"""What every test shares: fake CPU devices, seeds, and the rule for tests that need a GPU."""
+
+import os
+import shutil
+import tempfile
+
+# Before anything imports jax, which reads this once: sharding tests need several devices.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+).strip()
+
+import jax
+import numpy as np
+import pytest
+
+_SEED = 20250722
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require-gpu",
+        action="store_true",
+        help="fail where no Hopper GPU is found, instead of skipping the gpu tests",
+    )
+
+
+def pytest_configure(config):
+    # A cache of this run's own, shared by its worker processes: no test sees a kernel of
+    # an earlier run, and the user's cache stays as it is. Set it to keep kernels between runs.
+    if "TK_JAX_CACHE_DIR" not in os.environ:
+        cache = tempfile.mkdtemp(prefix="tk_jax_test_cache_")
+        os.environ["TK_JAX_CACHE_DIR"] = cache
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(config, items):
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    required = config.getoption("--require-gpu")
+    if not gpu_items and not required:
+        return
+    missing = _missing_gpu()
+    if missing and required:
+        raise pytest.UsageError(f"--require-gpu: {missing}")
+    if missing:
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=f"gpu: {missing}"))
+
+
+def _missing_gpu() -> str | None:
+    """Why the gpu tests cannot run here, or None if they can."""
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:
+        return "jax finds no CUDA GPU"
+    capability = getattr(devices[0], "compute_capability", "unknown")
+    if str(capability) == "9.0":
+        return None
+    return f"{devices[0].device_kind} has compute capability {capability}, not 9.0"
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers that are the same on every run and for every order of tests."""
+    return np.random.default_rng(_SEED)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A jax key that is the same on every run."""
+    return jax.random.key(_SEED)
+
+
+@pytest.fixture(scope="session")
+def cpu_devices() -> list[jax.Device]:
+    """Eight CPU devices, for meshes."""
+    devices = jax.devices("cpu")
+    assert len(devices) == 8, f"{len(devices)} CPU devices: is XLA_FLAGS overridden?"
+    return devices

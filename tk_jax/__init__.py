@@ -1,0 +1,45 @@
+"""Hopper GPU kernels for JAX: attention and matmul, compiled when a program loads.
+
+Public names load on first use, so that ``import tk_jax`` costs little and
+``python -m tk_jax.doctor`` can say what is wrong where the rest cannot load.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from tk_jax._version import __version__
+
+if TYPE_CHECKING:
+    from tk_jax._dispatch import FallbackWarning, explain
+    from tk_jax.compile import compile_kernels
+    from tk_jax.ops.attention import attention
+    from tk_jax.ops.matmul import matmul
+
+_HOMES = {
+    "FallbackWarning": "tk_jax._dispatch",
+    "attention": "tk_jax.ops.attention",
+    "compile_kernels": "tk_jax.compile",
+    "explain": "tk_jax._dispatch",
+    "matmul": "tk_jax.ops.matmul",
+}
+
+__all__ = [
+    "FallbackWarning",
+    "__version__",
+    "attention",
+    "compile_kernels",
+    "explain",
+    "matmul",
+]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tk_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
