@@ -1,0 +1,96 @@
+"""Static settings of matmul: what is computed, and with which tiles.
+
+Both classes cross to C++ field by field: cuda/kernels/matmul/matmul.h declares the
+structs of the same fields, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+# What one block on Hopper may use, and the part that holds barriers and alignment.
+_MAX_SHARED_BYTES = 232448
+_SHARED_SLACK = 2048
+# An H100 SXM. Another Hopper GPU has a few more or fewer: the choice is still right.
+_MULTIPROCESSORS = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulOptions:
+    """What is computed: ``op(a) @ op(b)``, ``op`` a transposition or nothing."""
+
+    transpose_a: bool = False
+    transpose_b: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulConfig:
+    """How it is computed.
+
+    A tile of ``block_m`` rows and ``block_n`` columns is summed in steps of
+    ``block_k``; ``stages`` of these steps are in flight. ``cluster_m`` blocks along M
+    share the tile of b by multicast, and ``group_m`` tiles along M are walked together,
+    so that their operands stay in L2.
+    """
+
+    block_m: int = 128
+    block_n: int = 256
+    block_k: int = 64
+    stages: int = 4
+    cluster_m: int = 2
+    group_m: int = 8
+
+    def __post_init__(self):
+        self._demand("block_m", self.block_m in (128, 256), "128 or 256")
+        self._demand(
+            "block_n",
+            self.block_n % 64 == 0 and 64 <= self.block_n <= 256,
+            "a multiple of 64 up to 256",
+        )
+        self._demand("block_k", self.block_k == 64, "64")
+        self._demand("stages", self.stages >= 2, "at least 2")
+        self._demand("cluster_m", self.cluster_m in (1, 2), "1 or 2")
+        self._demand("group_m", self.group_m >= 1, "at least 1")
+        if self.shared_bytes > _MAX_SHARED_BYTES:
+            raise ValueError(
+                f"MatmulConfig: {self} needs {self.shared_bytes} bytes of shared "
+                f"memory; expected at most {_MAX_SHARED_BYTES}"
+            )
+
+    def _demand(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(
+                f"MatmulConfig: {name} is {getattr(self, name)}; expected {expected}"
+            )
+
+    @property
+    def shared_bytes(self) -> int:
+        """Both operands of every stage, and half of a tile of c on its way out."""
+        operands = 2 * self.stages * self.block_k * (self.block_m + self.block_n)
+        return operands + self.block_m * self.block_n + _SHARED_SLACK
+
+
+_WIDE = MatmulConfig()
+_WIDE_ALONE = MatmulConfig(cluster_m=1)
+_NARROW = MatmulConfig(block_n=128, stages=6)
+_NARROW_ALONE = MatmulConfig(block_n=128, stages=6, cluster_m=1)
+
+# All that default_config can choose, so that it can be compiled ahead and tested.
+CONFIGS = (_WIDE, _WIDE_ALONE, _NARROW, _NARROW_ALONE)
+
+
+def default_config(m: int, n: int, k: int, batch: int) -> MatmulConfig:
+    """The tiles for a product of these sizes.
+
+    The widest tile reads the fewest bytes per flop. Where there are fewer wide tiles
+    than multiprocessors, or half of each would be empty, narrow ones keep more of the
+    GPU busy. A cluster takes two tiles along M: an odd number of them would leave half
+    a cluster without work.
+    """
+    del k  # Every tile walks all of it.
+    tile_rows = -(-m // _WIDE.block_m)
+    wide_tiles = batch * tile_rows * -(-n // _WIDE.block_n)
+    narrow = n <= _NARROW.block_n or wide_tiles < _MULTIPROCESSORS
+    if tile_rows % 2:
+        return _NARROW_ALONE if narrow else _WIDE_ALONE
+    return _NARROW if narrow else _WIDE
