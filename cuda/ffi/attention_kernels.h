@@ -1,0 +1,45 @@
+// The specialisations of the attention kernels: which template, with how many threads and bytes.
+#pragma once
+
+#include "ffi/ffi_util.h"
+#include "kernels/attention/attention.h"
+
+namespace tk::ffi {
+
+// Whatever of a call's settings ends up in the kernels' template arguments.
+struct AttentionForwardKernel {
+  runtime::DataType dtype;
+  std::int64_t head_dim;
+  bool is_causal;
+  attention::ForwardConfig config;
+
+  Status check() const;
+  KernelKey key() const;
+  KernelSpec spec() const;
+};
+
+struct AttentionBackwardKernels {
+  runtime::DataType dtype;
+  std::int64_t head_dim;
+  bool is_causal;
+  bool deterministic;
+  attention::BackwardConfig config;
+
+  Status check() const;
+  KernelKey prepare_key() const;
+  KernelKey main_key() const;
+  KernelKey finish_key() const;
+  KernelSpec prepare_spec() const;
+  KernelSpec main_spec() const;
+  KernelSpec finish_spec() const;
+};
+
+}  // namespace tk::ffi
+
+TK_REGISTER_SETTINGS(tk::attention::Options, StructMember<float>("scale"),
+                     StructMember<bool>("is_causal"), StructMember<bool>("bottom_right"),
+                     StructMember<bool>("deterministic"));
+TK_REGISTER_SETTINGS(tk::attention::ForwardConfig, StructMember<std::int64_t>("block_q"),
+                     StructMember<std::int64_t>("block_kv"), StructMember<std::int64_t>("stages"));
+TK_REGISTER_SETTINGS(tk::attention::BackwardConfig, StructMember<std::int64_t>("block_q"),
+                     StructMember<std::int64_t>("block_kv"), StructMember<std::int64_t>("stages"));

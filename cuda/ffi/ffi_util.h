@@ -1,0 +1,95 @@
+// What every FFI handler needs: settings decoding, checks of buffers, errors, contexts.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "runtime/driver.h"
+#include "runtime/kernel.h"
+#include "runtime/status.h"
+#include "runtime/tensor_map.h"
+#include "tk/tensor_map.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace tk::ffi {
+
+namespace xffi = ::xla::ffi;
+
+using runtime::Device;
+using runtime::Error;
+using runtime::ErrorKind;
+using runtime::KernelSpec;
+using runtime::Result;
+using runtime::Status;
+using xffi::AnyBuffer;
+
+// The names of a settings struct's fields, in order; tests compare them with the dataclass.
+template <typename T>
+struct SettingsFields;
+
+// Decodes `type` from a dictionary attribute with exactly these members, in the order of its
+// fields. Outside every namespace.
+#define TK_REGISTER_SETTINGS(type, ...)                                  \
+  XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(type, __VA_ARGS__);              \
+  template <>                                                            \
+  struct tk::ffi::SettingsFields<type> {                                 \
+    static std::vector<std::string> names() {                            \
+      using ::xla::ffi::StructMember;                                    \
+      const auto members = ::xla::ffi::internal::StructMemberNames(__VA_ARGS__); \
+      return {members.begin(), members.end()};                           \
+    }                                                                    \
+  }
+
+xffi::Error to_ffi(const char* target, const Error& error);
+xffi::Error to_ffi(const char* target, const Status& status);
+
+// Integers that tell the specialisations of one kernel apart.
+struct KernelKey {
+  std::array<std::int64_t, 10> values = {};
+  bool operator==(const KernelKey&) const = default;
+};
+std::size_t hash_value(const KernelKey& key);
+
+// The kernel that the initialize stage loaded; never compiles.
+template <typename Key>
+Result<const runtime::Kernel*> find_loaded(const runtime::KernelTable<Key>& table, const Key& key,
+                                           const Device& device, const char* what) {
+  if (const runtime::Kernel* kernel = table.find(key, device.ordinal)) return kernel;
+  return Error{ErrorKind::kInternal,
+               std::string(what) + " is not loaded on GPU " + std::to_string(device.ordinal) +
+                   ": execute ran before initialize"};
+}
+
+Error invalid(std::string message);
+Error unsupported(std::string message);
+
+std::string shape_text(const AnyBuffer& buffer);
+
+// "q has shape (2, 3), expected (2, T, H, D)": the dimensions must be exactly these.
+Status check_dims(const char* name, const AnyBuffer& buffer,
+                  std::initializer_list<std::int64_t> expected);
+Status check_rank(const char* name, const AnyBuffer& buffer, std::size_t rank);
+Status check_dtype(const char* name, const AnyBuffer& buffer, xffi::DataType expected);
+
+// The first of several checks that fails.
+Status first_error(std::initializer_list<Status> statuses);
+
+inline std::int64_t dim(const AnyBuffer& buffer, std::size_t i) { return buffer.dimensions()[i]; }
+
+constexpr std::int64_t kMaxInt = std::numeric_limits<int>::max();
+
+// The product of non-negative factors, or -1 where it does not fit an int.
+std::int64_t int_product(std::initializer_list<std::int64_t> factors);
+
+Result<runtime::DataType> data_type(const AnyBuffer& buffer);
+// "tk::bf16" and "bf16" for kernel arguments and symbols.
+const char* type_name(runtime::DataType type);
+const char* type_suffix(runtime::DataType type);
+inline const char* bool_name(bool value) { return value ? "true" : "false"; }
+
+}  // namespace tk::ffi

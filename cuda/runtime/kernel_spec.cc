@@ -1,0 +1,129 @@
+#include "runtime/kernel_spec.h"
+
+#include <algorithm>
+#include <cctype>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <iterator>
+
+#include "runtime/sha256.h"
+
+namespace tk::runtime {
+namespace {
+
+namespace fs = std::filesystem;
+
+bool is_identifier(const std::string& text) {
+  if (text.empty() || std::isdigit(static_cast<unsigned char>(text[0]))) return false;
+  return std::all_of(text.begin(), text.end(), [](unsigned char c) {
+    return std::isalnum(c) || c == '_';
+  });
+}
+
+// Characters of a qualified name with template arguments, and no others.
+bool is_name_expression(const std::string& text) {
+  if (text.empty()) return false;
+  return std::all_of(text.begin(), text.end(), [](unsigned char c) {
+    return std::isalnum(c) || std::string_view("_:<>, -.").find(c) != std::string_view::npos;
+  });
+}
+
+Error invalid(const KernelSpec& spec, const std::string& what) {
+  return {ErrorKind::kInvalidArgument, "kernel " + spec.symbol + ": " + what};
+}
+
+}  // namespace
+
+std::size_t hash_value(const KernelSpec& spec) {
+  const std::hash<std::string> hash;
+  std::size_t value = hash(spec.symbol);
+  for (const std::string* text : {&spec.header, &spec.source, &spec.function, &spec.params_type}) {
+    value = value * 31 + hash(*text);
+  }
+  for (const int number : {spec.threads, spec.shared_bytes, spec.cluster_size, spec.min_blocks}) {
+    value = value * 31 + static_cast<std::size_t>(number);
+  }
+  return value;
+}
+
+Status check_spec(const KernelSpec& spec) {
+  if (!is_identifier(spec.symbol)) return invalid(spec, "the symbol is not an identifier");
+  if (!is_name_expression(spec.function)) {
+    return invalid(spec, "the function is not a name expression: " + spec.function);
+  }
+  if (!is_name_expression(spec.params_type)) {
+    return invalid(spec, "the parameter type is not a name: " + spec.params_type);
+  }
+  if (spec.header.find_first_of("\"\n\\") != std::string::npos) {
+    return invalid(spec, "the header is not a path: " + spec.header);
+  }
+  if (spec.header.empty() && spec.source.empty()) {
+    return invalid(spec, "neither a header nor source text is given");
+  }
+  if (spec.threads < 32 || spec.threads > 1024 || spec.threads % 32 != 0) {
+    return invalid(spec, "threads is " + std::to_string(spec.threads) +
+                             "; expected a multiple of 32 from 32 to 1024");
+  }
+  if (spec.shared_bytes < 0 || spec.shared_bytes > kMaxSharedBytes) {
+    return invalid(spec, "needs " + std::to_string(spec.shared_bytes) +
+                             " bytes of shared memory; a block has " +
+                             std::to_string(kMaxSharedBytes));
+  }
+  if (spec.cluster_size < 1 || spec.cluster_size > 8) {
+    return invalid(spec, "cluster_size is " + std::to_string(spec.cluster_size) +
+                             "; expected 1 to 8");
+  }
+  if (spec.min_blocks < 1 || spec.min_blocks > 32) {
+    return invalid(spec, "min_blocks is " + std::to_string(spec.min_blocks) +
+                             "; expected 1 to 32");
+  }
+  return {};
+}
+
+std::string translation_unit(const KernelSpec& spec) {
+  std::string text;
+  if (!spec.header.empty()) text += "#include \"" + spec.header + "\"\n";
+  if (!spec.source.empty()) text += spec.source + "\n";
+  text += "extern \"C\" __global__ void __launch_bounds__(" + std::to_string(spec.threads) + ", " +
+          std::to_string(spec.min_blocks) + ")\n" + spec.symbol + "(const __grid_constant__ " +
+          spec.params_type + " params) {\n  " + spec.function + "(params);\n}\n";
+  return text;
+}
+
+std::vector<std::string> compile_options() {
+  return {"--std=c++20", "--gpu-architecture=sm_90a", "--device-as-default-execution-space",
+          "--generate-line-info", "--ptxas-options=--verbose,--warn-on-spills"};
+}
+
+Result<std::string> source_digest(const std::string& root) {
+  std::vector<std::string> paths;
+  for (const char* part : {"include", "kernels"}) {
+    std::error_code error;
+    const fs::path folder = fs::path(root) / part;
+    for (fs::recursive_directory_iterator it(folder, error), end; !error && it != end;
+         it.increment(error)) {
+      const std::string extension = it->path().extension().string();
+      if (extension == ".h" || extension == ".cuh") paths.push_back(it->path().string());
+    }
+    if (error) {
+      return Error{ErrorKind::kFailedPrecondition,
+                   "the kernels' sources cannot be read at " + folder.string() + ": " +
+                       error.message() + ". Reinstall tk_jax."};
+    }
+  }
+  std::sort(paths.begin(), paths.end());
+  Sha256 hash;
+  for (const std::string& path : paths) {
+    std::ifstream file(path, std::ios::binary);
+    const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+    if (!file) {
+      return Error{ErrorKind::kFailedPrecondition, "cannot read the kernel source " + path};
+    }
+    hash.update_field(fs::path(path).lexically_relative(root).string());
+    hash.update_field(text);
+  }
+  return hash.hex_digest();
+}
+
+}  // namespace tk::runtime

@@ -1,0 +1,30 @@
+// Where the runtime finds things. Set from Python at import; read when a kernel is not loaded yet.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace tk::runtime {
+
+struct Settings {
+  std::string source_root;               // holds include/ and kernels/
+  std::string shipped_dir;               // cubins built with the package; may be empty
+  std::vector<std::string> nvrtc_paths;  // folders that may hold libnvrtc, in order
+  std::optional<std::string> cache_dir;  // unset: from the environment; empty: no cache
+};
+
+Settings settings();
+
+void set_source_root(std::string path);
+void set_shipped_dir(std::string path);
+void set_nvrtc_paths(std::vector<std::string> folders);
+void set_cache_dir(std::optional<std::string> path);
+
+// The value of an environment variable, or an empty string.
+std::string environment(const char* name);
+
+// Prints "tk_jax: warning: <message>" to stderr, once for each message.
+void warn_once(const std::string& message);
+
+}  // namespace tk::runtime
