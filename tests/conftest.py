@@ -1,10 +1,10 @@
-"""What every test shares: fake CPU devices, seeds, and the rule for tests that need a GPU."""
+"""What every test shares: fake CPU devices, seeds, and the rule for GPU tests."""
 
 import os
 import shutil
 import tempfile
 
-# Before anything imports jax, which reads this once: sharding tests need several devices.
+# Before anything imports jax, which reads this once: meshes need several devices.
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 ).strip()
@@ -25,8 +25,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # A cache of this run's own, shared by its worker processes: no test sees a kernel of
-    # an earlier run, and the user's cache stays as it is. Set it to keep kernels between runs.
+    # A cache of this run's own, shared by its worker processes: no test sees a kernel
+    # of an earlier run, and the user's cache stays as it is. Set it to keep kernels.
     if "TK_JAX_CACHE_DIR" not in os.environ:
         cache = tempfile.mkdtemp(prefix="tk_jax_test_cache_")
         os.environ["TK_JAX_CACHE_DIR"] = cache

@@ -1,0 +1,143 @@
+"""The package as a whole: what importing it costs, its metadata, its README."""
+
+import doctest
+import importlib.metadata
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+
+import pytest
+
+import tk_jax
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.smoke
+
+
+def run_python(code: str, cwd: pathlib.Path, **environment: str) -> str:
+    """Runs ``code`` in a fresh interpreter started in ``cwd``; returns its stdout."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_version_is_the_same_everywhere():
+    assert tk_jax.__version__ == importlib.metadata.version("tk_jax")
+
+
+@pytest.mark.parametrize("name", tk_jax.__all__)
+def test_every_public_name_exists(name):
+    assert getattr(tk_jax, name) is not None
+    assert name in dir(tk_jax)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'tk_jax' has no attribute 'atention'"):
+        _ = tk_jax.atention
+
+
+def test_import_is_light(tmp_path):
+    # With a platform that does not exist, touching any backend would raise.
+    seconds = run_python(
+        """
+        import time
+        import jax, jax.numpy
+        start = time.perf_counter()
+        import tk_jax
+        from tk_jax import attention, explain, matmul
+        print(time.perf_counter() - start)
+        """,
+        tmp_path,
+        JAX_PLATFORMS="no_such_platform",
+    )
+    assert float(seconds) < 0.7
+
+
+def test_runtime_older_than_the_headers_is_one_clear_error(tmp_path):
+    # A runtime is known by the header it ships; this one says it has FFI API 0.2.
+    header = tmp_path / "xla" / "ffi" / "api" / "c_api.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#define XLA_FFI_API_MAJOR 0\n#define XLA_FFI_API_MINOR 2\n")
+    printed = run_python(
+        f"""
+        import jax
+        jax.ffi.include_dir = lambda: {str(tmp_path)!r}
+        try:
+            from tk_jax import attention
+        except ImportError as error:
+            print(error)
+        print(jax.numpy.ones(3).sum())
+        """,
+        tmp_path,
+    )
+    message, value = printed.strip().rsplit("\n", 1)
+    assert re.search(r"0\.2\b", message), message
+    assert re.search(r"0\.3\b", message), message
+    assert "pip install" in message, message
+    assert value == "3.0"
+
+
+@pytest.mark.parametrize(
+    "block",
+    re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL),
+)
+def test_readme_code_runs(block, tmp_path):
+    printed = run_python(block, tmp_path, JAX_PLATFORMS="cpu")
+    assert "attention with implementation=None runs" in printed
+
+
+@pytest.mark.parametrize("name", ["attention", "explain", "matmul"])
+def test_docstring_examples_run(name):
+    function = getattr(tk_jax, name)
+    module = sys.modules[function.__module__]
+    finder = doctest.DocTestFinder(recurse=False)
+    examples = finder.find(function, name, module, globs={"tk_jax": tk_jax})
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for example in examples:
+        runner.run(example)
+    assert runner.summarize().attempted > 0, f"{name} has no example"
+    assert runner.summarize().failed == 0
+
+
+def test_linters_of_pre_commit_are_those_of_the_test_extra():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    pinned = set(
+        re.findall(
+            r'"((?:ruff|clang-format)==[^"]+)"',
+            (ROOT / ".pre-commit-config.yaml").read_text(),
+        )
+    )
+    assert len(pinned) == 2
+    assert pinned <= set(pyproject["project"]["optional-dependencies"]["test"])
+
+
+def test_every_device_header_is_installed():
+    package = pathlib.Path(tk_jax.__file__).parent
+    installed = package / "cuda"
+    if not installed.exists():
+        pytest.skip("editable install: the sources are read where they are")
+    for folder in ("include", "kernels"):
+        expected = {
+            path.relative_to(ROOT / "cuda")
+            for path in (ROOT / "cuda" / folder).rglob("*")
+            if path.suffix in (".h", ".cuh")
+        }
+        found = {
+            path.relative_to(installed)
+            for path in (installed / folder).rglob("*")
+            if path.is_file()
+        }
+        assert expected == found
+        assert expected
