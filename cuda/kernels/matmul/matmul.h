@@ -15,7 +15,7 @@ struct Options {
 
 // How. Fields match MatmulConfig.
 struct Config {
-  long block_m;    // rows of a tile: 64 or 128 for each of two consumer warpgroups
+  long block_m;    // rows of a tile: 128 or 256, half of them for each consumer warpgroup
   long block_n;    // columns of a tile, a multiple of 64 up to 256
   long block_k;    // depth of one step: 64
   long stages;     // depth of the operand ring
@@ -35,16 +35,16 @@ struct Params {
   // Dimensions, innermost first: (columns, rows, batch) of the row-major array as stored. Every
   // inner stride is a multiple of 16 bytes. 128-byte swizzle.
   TensorMap a;  // box (64, block_m, 1); transposed: (64, block_k, 1)
-  TensorMap b;  // box (64, block_k, 1); transposed: (64, block_n, 1)
+  TensorMap b;  // box (64, block_k, 1); transposed: (64, block_n / cluster_m, 1)
   TensorMap c;  // box (64, 64, 1)
   int m, n, k, batch;
   int batch_a, batch_b;  // 1 where the operand is shared by the whole batch, otherwise batch
 };
 
-// stages of both operands, and half of a tile of c on its way out.
+// stages of both operands, and for each consumer two 64 x 64 pieces of c on their way out.
 constexpr int shared_bytes(const Config& config) {
   return static_cast<int>(2 * config.stages * config.block_k * (config.block_m + config.block_n) +
-                          config.block_m * config.block_n) +
+                          2 * 2 * 2 * 64 * 64) +
          kSharedSlack;
 }
 

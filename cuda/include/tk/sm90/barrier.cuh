@@ -1,0 +1,83 @@
+// Barriers in shared memory, barriers with a name, and turns taken through global memory.
+#pragma once
+
+#include "tk/sm90/ptx/fence.cuh"
+#include "tk/sm90/ptx/mbarrier.cuh"
+#include "tk/sm90/ptx/thread.cuh"
+
+namespace tk {
+
+// Completes a phase when the expected threads have arrived and the expected bytes have landed.
+// `phase` is the parity of the phase waited for: 0, 1, 0, ...
+struct Barrier {
+  uint64 state;
+
+  __device__ __forceinline__ uint32 address() const { return ptx::shared_address(&state); }
+  __device__ __forceinline__ void init(int arrivals) { ptx::mbarrier_init(address(), arrivals); }
+  __device__ __forceinline__ void arrive() { ptx::mbarrier_arrive(address()); }
+  __device__ __forceinline__ void arrive_remote(int block) {
+    ptx::mbarrier_arrive_remote(address(), block);
+  }
+  __device__ __forceinline__ void expect(int bytes) {
+    ptx::mbarrier_arrive_expect(address(), bytes);
+  }
+  __device__ __forceinline__ void wait(uint32 phase) const { ptx::mbarrier_wait(address(), phase); }
+};
+
+namespace block {
+__device__ __forceinline__ void sync() { ptx::block_sync(); }
+}  // namespace block
+
+namespace cluster {
+__device__ __forceinline__ int rank() { return static_cast<int>(ptx::cluster_rank()); }
+__device__ __forceinline__ void sync() {
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+}
+}  // namespace cluster
+
+namespace warpgroup {
+// Which warpgroup of the block this is.
+__device__ __forceinline__ int index() { return ptx::warp_index() >> 2; }
+// One thread of the warpgroup says yes; always the same one.
+__device__ __forceinline__ bool leader() { return (ptx::thread_index() & 127) == 0; }
+}  // namespace warpgroup
+
+namespace warp {
+__device__ __forceinline__ int index() { return ptx::warp_index(); }
+__device__ __forceinline__ bool leader() { return ptx::lane_index() == 0; }
+__device__ __forceinline__ void sync() { ptx::warp_sync(); }
+}  // namespace warp
+
+// Named barriers are few and global to a block. A kernel names its own in an enum that starts at
+// kFirstKernelBarrier; the library keeps one for each warpgroup.
+enum NamedBarrier : int {
+  kBlockBarrier = 0,
+  kWarpgroupBarrier = 1,  // and the next three
+  kFirstKernelBarrier = 5,
+};
+
+namespace warpgroup {
+// All 128 threads of this warpgroup.
+__device__ __forceinline__ void sync() {
+  ptx::named_barrier_sync(kWarpgroupBarrier + index(), 128);
+}
+}  // namespace warpgroup
+
+template <typename Name>
+__device__ __forceinline__ void named_sync(Name name, int threads) {
+  ptx::named_barrier_sync(static_cast<int>(name), threads);
+}
+template <typename Name>
+__device__ __forceinline__ void named_arrive(Name name, int threads) {
+  ptx::named_barrier_arrive(static_cast<int>(name), threads);
+}
+
+// Turns: blocks that add to the same memory in a fixed order each wait for their number. One thread
+// calls; what it wrote before pass_turn is visible after take_turn.
+__device__ __forceinline__ void take_turn(const int* counter, int turn) {
+  while (ptx::load_acquire(counter) != turn) __nanosleep(20);
+}
+__device__ __forceinline__ void pass_turn(int* counter) { ptx::add_release(counter, 1); }
+
+}  // namespace tk

@@ -1,0 +1,80 @@
+// The block template: one producer warpgroup that loads and stores, consumer warpgroups that compute.
+//
+// A kernel is a struct with
+//   Shared                        its shared memory, tiles first
+//   kConsumers                    consumer warpgroups
+//   kProducerRegisters, kConsumerRegisters   budgets of a thread, by role
+//   kClusterSize                  optional; blocks of a cluster
+//   init(params, shared)          one thread: barriers
+//   load(params, shared)          one thread of the producer warpgroup: global -> shared
+//   store(params, shared)         optional; one thread of another warp of it: shared -> global
+//   compute(params, shared, consumer)   each consumer warpgroup: load, compute and finish its tiles
+// Roles meet only through the barriers in Shared.
+#pragma once
+
+#include "tk/sm90/barrier.cuh"
+#include "tk/sm90/ptx/registers.cuh"
+
+namespace tk::block {
+
+// The block's dynamic shared memory from the first 1024-byte boundary on, where swizzled tiles may
+// start. The launcher adds 1024 bytes for it.
+template <typename Shared>
+__device__ __forceinline__ Shared& shared_memory() {
+  extern __shared__ uint8 bytes[];
+  const uint32 start = ptx::shared_address(bytes);
+  return *reinterpret_cast<Shared*>(bytes + (round_up(start, 1024u) - start));
+}
+
+namespace detail_roles {
+template <typename Kernel, typename Params>
+concept Stores = requires(const Params& params, typename Kernel::Shared& shared) {
+  Kernel::store(params, shared);
+};
+template <typename Kernel>
+constexpr int cluster_size() {
+  if constexpr (requires { Kernel::kClusterSize; }) {
+    return Kernel::kClusterSize;
+  } else {
+    return 1;
+  }
+}
+}  // namespace detail_roles
+
+template <typename Kernel, typename Params>
+__device__ __forceinline__ void run(const Params& params) {
+  using Shared = typename Kernel::Shared;
+  static_assert(128 * (Kernel::kProducerRegisters + Kernel::kConsumers * Kernel::kConsumerRegisters) <=
+                    65536,
+                "the roles' registers exceed the multiprocessor's 65536");
+  Shared& shared = shared_memory<Shared>();
+  const int warpgroup = warpgroup::index();
+  if (warp::index() == 0 && ptx::elect_one()) {
+    Kernel::init(params, shared);
+    ptx::fence_barrier_init();
+  }
+  constexpr bool kClustered = detail_roles::cluster_size<Kernel>() > 1;
+  if constexpr (kClustered) {
+    cluster::sync();
+  } else {
+    sync();
+  }
+  if (warpgroup == 0) {
+    ptx::decrease_registers<Kernel::kProducerRegisters>();
+    const int warp = warp::index();
+    if (warp == 0 && ptx::elect_one()) Kernel::load(params, shared);
+    if constexpr (detail_roles::Stores<Kernel, Params>) {
+      if (warp == 1 && ptx::elect_one()) Kernel::store(params, shared);
+    }
+  } else {
+    ptx::increase_registers<Kernel::kConsumerRegisters>();
+    Kernel::compute(params, shared, warpgroup - 1);
+  }
+  if constexpr (kClustered) {
+    // A block stays until no other block of its cluster can still write to it.
+    warp::sync();
+    cluster::sync();
+  }
+}
+
+}  // namespace tk::block

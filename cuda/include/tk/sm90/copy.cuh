@@ -1,0 +1,303 @@
+// Moves between registers, shared memory and global memory that threads do themselves.
+#pragma once
+
+#include "tk/sm90/global_view.cuh"
+#include "tk/sm90/map.cuh"
+#include "tk/sm90/ptx/fence.cuh"
+#include "tk/sm90/ptx/matrix.cuh"
+#include "tk/sm90/shared_tile.cuh"
+
+namespace tk {
+namespace detail {
+
+// The address that this lane gives to ldmatrix or stmatrix for a 16 x 16 square: lanes 0-7 rows 0-7,
+// 8-15 rows 8-15, 16-31 the same rows eight columns on.
+template <typename View>
+__device__ __forceinline__ uint32 matrix_address(const View& view, int row, int col) {
+  const int lane = ptx::lane_index();
+  return view.address(row + (lane & 15), col + 8 * (lane >> 4));
+}
+// The same with the middle two 8 x 8 matrices exchanged, as transposition needs.
+template <typename View>
+__device__ __forceinline__ uint32 matrix_address_transposed(const View& view, int row, int col) {
+  const int lane = ptx::lane_index();
+  return view.address(row + (lane & 7) + 8 * (lane >> 4), col + (lane & 8));
+}
+
+// A warp's tile from and to rows first_row.. of a shared tile.
+template <typename Dst, typename View>
+__device__ __forceinline__ void load_shared(Dst& dst, const View& src, int first_row) {
+  using T = typename View::T;
+  if constexpr (kIsHalf<T>) {
+#pragma unroll
+    for (int s = 0; s < Dst::kRowSquares; ++s) {
+#pragma unroll
+      for (int c = 0; c < Dst::kCols / 16; ++c) {
+        uint32 r[4];
+        ptx::load_matrix_x4(r, matrix_address(src, first_row + 16 * s, 16 * c));
+        if constexpr (kSame<T, typename Dst::T>) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) dst.data[s][4 * c + i] = r[i];
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float x, y;
+            ptx::unpack<T>(r[i], x, y);
+            set_pair(dst, s, 2 * c + (i >> 1), i & 1, x, y);
+          }
+        }
+      }
+    }
+  } else {
+    for_each_pair<Dst>([&](int s, int g, int h) {
+      float x, y;
+      ptx::load_shared_f32x2(x, y, src.address(first_row + row_of(s, 2 * h), col_of(g, 0)));
+      set_pair(dst, s, g, h, x, y);
+    });
+  }
+}
+
+template <typename View, typename Src>
+__device__ __forceinline__ void store_shared(const View& dst, const Src& src, int first_row) {
+  using T = typename View::T;
+  if constexpr (kIsHalf<T>) {
+    RegTile<T, Src::kRows, Src::kCols> rounded;
+    warp::convert(rounded, src);
+#pragma unroll
+    for (int s = 0; s < Src::kRowSquares; ++s) {
+#pragma unroll
+      for (int c = 0; c < Src::kCols / 16; ++c) {
+        const uint32* r = &rounded.data[s][4 * c];
+        ptx::store_matrix_x4(matrix_address(dst, first_row + 16 * s, 16 * c), r[0], r[1], r[2],
+                             r[3]);
+      }
+    }
+  } else {
+    for_each_pair<Src>([&](int s, int g, int h) {
+      ptx::store_shared_f32x2(dst.address(first_row + row_of(s, 2 * h), col_of(g, 0)),
+                              get(src, s, g, 2 * h), get(src, s, g, 2 * h + 1));
+    });
+  }
+}
+
+// dst(col, row) = src(row, col): the warp's rows become columns first_row.. of the shared tile.
+template <typename View, typename Src>
+__device__ __forceinline__ void store_shared_transposed(const View& dst, const Src& src,
+                                                        int first_row) {
+  using T = typename View::T;
+  static_assert(kIsHalf<T>, "transposed stores move 16-bit values");
+  RegTile<T, Src::kRows, Src::kCols> rounded;
+  warp::convert(rounded, src);
+#pragma unroll
+  for (int s = 0; s < Src::kRowSquares; ++s) {
+#pragma unroll
+    for (int c = 0; c < Src::kCols / 16; ++c) {
+      const uint32* r = &rounded.data[s][4 * c];
+      ptx::store_matrix_x4_transposed(
+          matrix_address_transposed(dst, 16 * c, first_row + 16 * s), r[0], r[1], r[2], r[3]);
+    }
+  }
+}
+
+// Elements outside the array read as zero.
+template <typename Dst, typename T>
+__device__ __forceinline__ void load_global(Dst& dst, const GlobalView<T>& src, int first_row,
+                                            int first_col) {
+  const auto read = [&](int row, int col) {
+    return row < src.rows && col < src.cols ? ptx::to_float(*src.at(row, col)) : 0.0f;
+  };
+  for_each_pair<Dst>([&](int s, int g, int h) {
+    const int row = first_row + row_of(s, 2 * h);
+    const int col = first_col + col_of(g, 0);
+    set_pair(dst, s, g, h, read(row, col), read(row, col + 1));
+  });
+}
+
+// Elements outside the array are not written.
+template <typename T, typename Src>
+__device__ __forceinline__ void store_global(const GlobalView<T>& dst, const Src& src,
+                                             int first_row, int first_col) {
+  const auto write = [&](int row, int col, float x) {
+    if (row < dst.rows && col < dst.cols) *dst.at(row, col) = ptx::from_float<T>(x);
+  };
+  for_each_pair<Src>([&](int s, int g, int h) {
+    const int row = first_row + row_of(s, 2 * h);
+    const int col = first_col + col_of(g, 0);
+    write(row, col, get(src, s, g, 2 * h));
+    write(row, col + 1, get(src, s, g, 2 * h + 1));
+  });
+}
+
+}  // namespace detail
+
+namespace warp {
+
+// Between a warp's registers and a shared tile of the same shape.
+template <typename T, int kRows, int kCols, typename Shared>
+__device__ __forceinline__ void load(RegTile<T, kRows, kCols>& dst, const Shared& src) {
+  static_assert(Shared::kRows == kRows && Shared::kCols == kCols, "load needs tiles of one shape");
+  detail::load_shared(dst, detail::as_view(src), 0);
+}
+template <typename Shared, typename T, int kRows, int kCols>
+__device__ __forceinline__ void store(Shared& dst, const RegTile<T, kRows, kCols>& src) {
+  static_assert(Shared::kRows == kRows && Shared::kCols == kCols, "store needs tiles of one shape");
+  detail::store_shared(detail::as_view(dst), src, 0);
+}
+// A shared tile with rows and columns exchanged.
+template <typename Shared, typename T, int kRows, int kCols>
+__device__ __forceinline__ void store_transposed(Shared& dst, const RegTile<T, kRows, kCols>& src) {
+  static_assert(Shared::kRows == kCols && Shared::kCols == kRows,
+                "store_transposed needs the transposed shape");
+  detail::store_shared_transposed(detail::as_view(dst), src, 0);
+}
+
+// Between registers and an array in global memory, at (row, col).
+template <typename T, int kRows, int kCols, typename U>
+__device__ __forceinline__ void load(RegTile<T, kRows, kCols>& dst, const GlobalView<U>& src,
+                                     int row, int col) {
+  detail::load_global(dst, src, row, col);
+}
+template <typename U, typename T, int kRows, int kCols>
+__device__ __forceinline__ void store(const GlobalView<U>& dst, const RegTile<T, kRows, kCols>& src,
+                                      int row, int col) {
+  detail::store_global(dst, src, row, col);
+}
+
+// A value per row or column from shared memory.
+template <int kN>
+__device__ __forceinline__ void load(PerRow<kN>& dst, const SharedVec<float, kN>& src) {
+  const uint32 base = ptx::shared_address(src.data);
+  for_each(dst, [&](int row, float) { return ptx::load_shared_f32(base + 4 * row); });
+}
+template <int kN>
+__device__ __forceinline__ void load(PerCol<kN>& dst, const SharedVec<float, kN>& src) {
+  const uint32 base = ptx::shared_address(src.data);
+#pragma unroll
+  for (int g = 0; g < kN / 8; ++g) {
+    ptx::load_shared_f32x2(dst.data[g][0], dst.data[g][1], base + 4 * detail::col_of(g, 0));
+  }
+}
+template <int kN>
+__device__ __forceinline__ void store(SharedVec<float, kN>& dst, const PerRow<kN>& src) {
+  const uint32 base = ptx::shared_address(dst.data);
+  PerRow<kN> copy = src;
+  if ((ptx::lane_index() & 3) == 0) {
+    for_each(copy, [&](int row, float x) {
+      ptx::store_shared_f32(base + 4 * row, x);
+      return x;
+    });
+  }
+}
+template <int kN>
+__device__ __forceinline__ void store(SharedVec<float, kN>& dst, const PerCol<kN>& src) {
+  const uint32 base = ptx::shared_address(dst.data);
+  if (ptx::lane_index() < 4) {
+#pragma unroll
+    for (int g = 0; g < kN / 8; ++g) {
+      ptx::store_shared_f32x2(base + 4 * detail::col_of(g, 0), src.data[g][0], src.data[g][1]);
+    }
+  }
+}
+
+}  // namespace warp
+
+namespace warpgroup {
+
+// Between the tiles of four warps and a shared tile of four times their rows.
+template <typename T, int kRows, int kCols, typename Shared>
+__device__ __forceinline__ void load(RegTile<T, kRows, kCols>& dst, const Shared& src) {
+  static_assert(Shared::kRows == 4 * kRows && Shared::kCols == kCols,
+                "a warpgroup loads four times the rows of a warp's tile");
+  detail::load_shared(dst, detail::as_view(src), kRows * (ptx::warp_index() & 3));
+}
+template <typename Shared, typename T, int kRows, int kCols>
+__device__ __forceinline__ void store(const Shared& dst, const RegTile<T, kRows, kCols>& src) {
+  static_assert(Shared::kRows == 4 * kRows && Shared::kCols == kCols,
+                "a warpgroup stores four times the rows of a warp's tile");
+  detail::store_shared(detail::as_view(dst), src, kRows * (ptx::warp_index() & 3));
+}
+template <typename Shared, typename T, int kRows, int kCols>
+__device__ __forceinline__ void store_transposed(const Shared& dst,
+                                                 const RegTile<T, kRows, kCols>& src) {
+  static_assert(Shared::kRows == kCols && Shared::kCols == 4 * kRows,
+                "store_transposed needs the transposed shape");
+  detail::store_shared_transposed(detail::as_view(dst), src, kRows * (ptx::warp_index() & 3));
+}
+
+// Between registers and global memory, at (row, col) for the warpgroup's first row.
+template <typename T, int kRows, int kCols, typename U>
+__device__ __forceinline__ void load(RegTile<T, kRows, kCols>& dst, const GlobalView<U>& src,
+                                     int row, int col) {
+  detail::load_global(dst, src, row + kRows * (ptx::warp_index() & 3), col);
+}
+template <typename U, typename T, int kRows, int kCols>
+__device__ __forceinline__ void store(const GlobalView<U>& dst, const RegTile<T, kRows, kCols>& src,
+                                      int row, int col) {
+  detail::store_global(dst, src, row + kRows * (ptx::warp_index() & 3), col);
+}
+
+// A value per row to an array, from element `first` on; elements beyond its size are not written.
+template <typename T, int kN>
+__device__ __forceinline__ void store(const GlobalVec<T>& dst, const PerRow<kN>& src, int first) {
+  PerRow<kN> copy = src;
+  if ((ptx::lane_index() & 3) == 0) {
+    for_each(copy, [&](int row, float x) {
+      if (first + row < dst.size) *dst.at(first + row) = ptx::from_float<T>(x);
+      return x;
+    });
+  }
+}
+// Elements beyond the array's size read as `missing`.
+template <int kN, typename T>
+__device__ __forceinline__ void load(PerRow<kN>& dst, const GlobalVec<T>& src, int first,
+                                     float missing) {
+  for_each(dst, [&](int row, float) {
+    return first + row < src.size ? ptx::to_float(*src.at(first + row)) : missing;
+  });
+}
+
+namespace detail_fragments {
+// Runs of four values, a run of every thread after another.
+__device__ __forceinline__ int offset(int run) {
+  return 4 * (128 * run + (ptx::thread_index() & 127));
+}
+}  // namespace detail_fragments
+
+template <int kCols>
+__device__ __forceinline__ void store(Fragments<kCols>& dst, const RegTile<float, 16, kCols>& src) {
+  const uint32 base = ptx::shared_address(dst.data);
+#pragma unroll
+  for (int run = 0; run < kCols / 8; ++run) {
+    const float* x = &src.data[0][4 * run];
+    ptx::store_shared_f32x4(base + 4 * detail_fragments::offset(run), x[0], x[1], x[2], x[3]);
+  }
+}
+// `src` is a Fragments that was moved to global memory.
+template <int kCols>
+__device__ __forceinline__ void load_fragments(RegTile<float, 16, kCols>& dst, const float* src) {
+#pragma unroll
+  for (int run = 0; run < kCols / 8; ++run) {
+    const float4 x = *reinterpret_cast<const float4*>(src + detail_fragments::offset(run));
+    dst.data[0][4 * run] = x.x;
+    dst.data[0][4 * run + 1] = x.y;
+    dst.data[0][4 * run + 2] = x.z;
+    dst.data[0][4 * run + 3] = x.w;
+  }
+}
+template <int kCols>
+__device__ __forceinline__ void store_fragments(float* dst, const RegTile<float, 16, kCols>& src) {
+#pragma unroll
+  for (int run = 0; run < kCols / 8; ++run) {
+    const float* x = &src.data[0][4 * run];
+    *reinterpret_cast<float4*>(dst + detail_fragments::offset(run)) =
+        make_float4(x[0], x[1], x[2], x[3]);
+  }
+}
+
+}  // namespace warpgroup
+
+// After ordinary stores to shared memory, before the copy engine or the tensor cores read them:
+// every thread that stored calls this, then a barrier.
+__device__ __forceinline__ void publish_shared() { ptx::fence_async_shared(); }
+
+}  // namespace tk

@@ -1,0 +1,239 @@
+// Elementwise operations on register tiles and vectors: destination first, then operands.
+//
+// map and zip take any function of floats; the named operations are spelled with them. Operands may
+// be tiles of another type than the destination: values are fp32 on the way.
+#pragma once
+
+#include "tk/sm90/ptx/math.cuh"
+#include "tk/sm90/register_tile.cuh"
+
+namespace tk::warp {
+
+// dst = f(src), value by value.
+template <typename Dst, typename Src, typename F>
+__device__ __forceinline__ void map(Dst& dst, const Src& src, F&& f) {
+  static_assert(detail::kSameShape<Dst, Src>, "map needs tiles of one shape");
+  detail::for_each_pair<Dst>([&](int s, int g, int h) {
+    detail::set_pair(dst, s, g, h, f(detail::get(src, s, g, 2 * h)),
+                     f(detail::get(src, s, g, 2 * h + 1)));
+  });
+}
+
+// dst = f(a, b), value by value.
+template <typename Dst, typename A, typename B, typename F>
+__device__ __forceinline__ void zip(Dst& dst, const A& a, const B& b, F&& f) {
+  static_assert(detail::kSameShape<Dst, A> && detail::kSameShape<Dst, B>,
+                "zip needs tiles of one shape");
+  detail::for_each_pair<Dst>([&](int s, int g, int h) {
+    detail::set_pair(dst, s, g, h, f(detail::get(a, s, g, 2 * h), detail::get(b, s, g, 2 * h)),
+                     f(detail::get(a, s, g, 2 * h + 1), detail::get(b, s, g, 2 * h + 1)));
+  });
+}
+
+// dst = f(src, rows), where rows has a value for each row.
+template <typename Dst, typename Src, int kN, typename F>
+__device__ __forceinline__ void map_rows(Dst& dst, const Src& src, const PerRow<kN>& rows, F&& f) {
+  static_assert(detail::kSameShape<Dst, Src> && Dst::kRows == kN,
+                "map_rows needs a value for each row of the tile");
+  detail::for_each_pair<Dst>([&](int s, int g, int h) {
+    detail::set_pair(dst, s, g, h, f(detail::get(src, s, g, 2 * h), rows.data[s][h]),
+                     f(detail::get(src, s, g, 2 * h + 1), rows.data[s][h]));
+  });
+}
+
+// dst = f(src, cols), where cols has a value for each column.
+template <typename Dst, typename Src, int kN, typename F>
+__device__ __forceinline__ void map_cols(Dst& dst, const Src& src, const PerCol<kN>& cols, F&& f) {
+  static_assert(detail::kSameShape<Dst, Src> && Dst::kCols == kN,
+                "map_cols needs a value for each column of the tile");
+  detail::for_each_pair<Dst>([&](int s, int g, int h) {
+    detail::set_pair(dst, s, g, h, f(detail::get(src, s, g, 2 * h), cols.data[g][0]),
+                     f(detail::get(src, s, g, 2 * h + 1), cols.data[g][1]));
+  });
+}
+
+// dst(r, c) = f(rows(r), cols(c)): outer differences, products and decays.
+template <typename Dst, int kR, int kC, typename F>
+__device__ __forceinline__ void outer(Dst& dst, const PerRow<kR>& rows, const PerCol<kC>& cols,
+                                      F&& f) {
+  static_assert(Dst::kRows == kR && Dst::kCols == kC, "outer needs vectors of the tile's shape");
+  detail::for_each_pair<Dst>([&](int s, int g, int h) {
+    detail::set_pair(dst, s, g, h, f(rows.data[s][h], cols.data[g][0]),
+                     f(rows.data[s][h], cols.data[g][1]));
+  });
+}
+
+// tile(r, c) = f(r, c, tile(r, c)): the one door to coordinates, here within the warp's rows.
+template <typename Tile, typename F>
+__device__ __forceinline__ void for_each(Tile& tile, F&& f) {
+  detail::for_each_pair<Tile>([&](int s, int g, int h) {
+    const int row = detail::row_of(s, 2 * h);
+    const int col = detail::col_of(g, 2 * h);
+    detail::set_pair(tile, s, g, h, f(row, col, detail::get(tile, s, g, 2 * h)),
+                     f(row, col + 1, detail::get(tile, s, g, 2 * h + 1)));
+  });
+}
+
+template <typename Tile>
+__device__ __forceinline__ void fill(Tile& dst, float value) {
+  detail::for_each_pair<Tile>(
+      [&](int s, int g, int h) { detail::set_pair(dst, s, g, h, value, value); });
+}
+template <typename Tile>
+__device__ __forceinline__ void zero(Tile& dst) {
+  fill(dst, 0.0f);
+}
+
+// Rounds, widens or copies, as the types ask.
+template <typename Dst, typename Src>
+__device__ __forceinline__ void convert(Dst& dst, const Src& src) {
+  map(dst, src, [](float x) { return x; });
+}
+
+// Named maps of one operand.
+template <typename Dst, typename Src>
+__device__ __forceinline__ void exp2(Dst& dst, const Src& src) {
+  map(dst, src, [](float x) { return ptx::exp2(x); });
+}
+template <typename Dst, typename Src>
+__device__ __forceinline__ void exp(Dst& dst, const Src& src) {
+  map(dst, src, [](float x) { return ptx::exp2(x * kLog2E); });
+}
+template <typename Dst, typename Src>
+__device__ __forceinline__ void log2(Dst& dst, const Src& src) {
+  map(dst, src, [](float x) { return ptx::log2(x); });
+}
+template <typename Dst, typename Src>
+__device__ __forceinline__ void log(Dst& dst, const Src& src) {
+  map(dst, src, [](float x) { return ptx::log2(x) * kLn2; });
+}
+template <typename Dst, typename Src>
+__device__ __forceinline__ void abs(Dst& dst, const Src& src) {
+  map(dst, src, [](float x) { return ptx::abs(x); });
+}
+template <typename Dst, typename Src>
+__device__ __forceinline__ void neg(Dst& dst, const Src& src) {
+  map(dst, src, [](float x) { return -x; });
+}
+template <typename Dst, typename Src>
+__device__ __forceinline__ void relu(Dst& dst, const Src& src) {
+  map(dst, src, [](float x) { return ptx::max_nan(x, 0.0f); });
+}
+template <typename Dst, typename Src>
+__device__ __forceinline__ void tanh(Dst& dst, const Src& src) {
+  map(dst, src, [](float x) { return ptx::tanh(x); });
+}
+template <typename Dst, typename Src>
+__device__ __forceinline__ void rsqrt(Dst& dst, const Src& src) {
+  map(dst, src, [](float x) { return ptx::rsqrt(x); });
+}
+template <typename Dst, typename Src>
+__device__ __forceinline__ void reciprocal(Dst& dst, const Src& src) {
+  map(dst, src, [](float x) { return ptx::reciprocal(x); });
+}
+
+// The two-operand operations, against a tile, a number, a value per row and a value per column.
+#define TK_BINARY(name, expression)                                                              \
+  template <typename Dst, typename A, typename B>                                                \
+  __device__ __forceinline__ void name(Dst& dst, const A& a, const B& b) {                       \
+    zip(dst, a, b, [](float x, float y) { return expression; });                                 \
+  }                                                                                              \
+  template <typename Dst, typename A>                                                            \
+  __device__ __forceinline__ void name(Dst& dst, const A& a, float y) {                          \
+    map(dst, a, [y](float x) { return expression; });                                            \
+  }                                                                                              \
+  template <typename Dst, typename A, int kN>                                                    \
+  __device__ __forceinline__ void name##_rows(Dst& dst, const A& a, const PerRow<kN>& rows) {    \
+    map_rows(dst, a, rows, [](float x, float y) { return expression; });                         \
+  }                                                                                              \
+  template <typename Dst, typename A, int kN>                                                    \
+  __device__ __forceinline__ void name##_cols(Dst& dst, const A& a, const PerCol<kN>& cols) {    \
+    map_cols(dst, a, cols, [](float x, float y) { return expression; });                         \
+  }
+
+TK_BINARY(add, x + y)
+TK_BINARY(sub, x - y)
+TK_BINARY(mul, x* y)
+TK_BINARY(div, x / y)
+TK_BINARY(max, ptx::max(x, y))
+TK_BINARY(min, ptx::min(x, y))
+#undef TK_BINARY
+
+// Vectors: the same verbs, value by value.
+template <int kN, typename F>
+__device__ __forceinline__ void map(PerRow<kN>& dst, const PerRow<kN>& src, F&& f) {
+#pragma unroll
+  for (int s = 0; s < kN / 16; ++s) {
+    dst.data[s][0] = f(src.data[s][0]);
+    dst.data[s][1] = f(src.data[s][1]);
+  }
+}
+template <int kN, typename F>
+__device__ __forceinline__ void zip(PerRow<kN>& dst, const PerRow<kN>& a, const PerRow<kN>& b,
+                                    F&& f) {
+#pragma unroll
+  for (int s = 0; s < kN / 16; ++s) {
+    dst.data[s][0] = f(a.data[s][0], b.data[s][0]);
+    dst.data[s][1] = f(a.data[s][1], b.data[s][1]);
+  }
+}
+template <int kN>
+__device__ __forceinline__ void fill(PerRow<kN>& dst, float value) {
+  map(dst, dst, [value](float) { return value; });
+}
+template <int kN, typename F>
+__device__ __forceinline__ void map(PerCol<kN>& dst, const PerCol<kN>& src, F&& f) {
+#pragma unroll
+  for (int g = 0; g < kN / 8; ++g) {
+    dst.data[g][0] = f(src.data[g][0]);
+    dst.data[g][1] = f(src.data[g][1]);
+  }
+}
+template <int kN, typename F>
+__device__ __forceinline__ void zip(PerCol<kN>& dst, const PerCol<kN>& a, const PerCol<kN>& b,
+                                    F&& f) {
+#pragma unroll
+  for (int g = 0; g < kN / 8; ++g) {
+    dst.data[g][0] = f(a.data[g][0], b.data[g][0]);
+    dst.data[g][1] = f(a.data[g][1], b.data[g][1]);
+  }
+}
+template <int kN>
+__device__ __forceinline__ void fill(PerCol<kN>& dst, float value) {
+  map(dst, dst, [value](float) { return value; });
+}
+// f(row, value): a vector's door to coordinates, within the warp's rows.
+template <int kN, typename F>
+__device__ __forceinline__ void for_each(PerRow<kN>& dst, F&& f) {
+#pragma unroll
+  for (int s = 0; s < kN / 16; ++s) {
+    dst.data[s][0] = f(detail::row_of(s, 0), dst.data[s][0]);
+    dst.data[s][1] = f(detail::row_of(s, 2), dst.data[s][1]);
+  }
+}
+template <int kN, typename F>
+__device__ __forceinline__ void for_each(PerCol<kN>& dst, F&& f) {
+#pragma unroll
+  for (int g = 0; g < kN / 8; ++g) {
+    dst.data[g][0] = f(detail::col_of(g, 0), dst.data[g][0]);
+    dst.data[g][1] = f(detail::col_of(g, 1), dst.data[g][1]);
+  }
+}
+
+}  // namespace tk::warp
+
+namespace tk::warpgroup {
+
+// Coordinates within the 64 rows of a warpgroup's tile.
+template <typename Tile, typename F>
+__device__ __forceinline__ void for_each(Tile& tile, F&& f) {
+  const int first = Tile::kRows * (ptx::warp_index() & 3);
+  warp::for_each(tile, [&](int row, int col, float x) { return f(first + row, col, x); });
+}
+template <int kN, typename F>
+__device__ __forceinline__ void for_each(PerRow<kN>& rows, F&& f) {
+  const int first = kN * (ptx::warp_index() & 3);
+  warp::for_each(rows, [&](int row, float x) { return f(first + row, x); });
+}
+
+}  // namespace tk::warpgroup

@@ -1,0 +1,58 @@
+// Conversions between fp32 and the 16-bit formats, two at a time, to nearest even.
+#pragma once
+
+#include "tk/base.cuh"
+
+namespace tk::ptx {
+
+// The first value goes to the low half.
+template <typename T>
+__device__ __forceinline__ uint32 pack(float low, float high) {
+  static_assert(kIsHalf<T>, "pack makes pairs of bf16 or fp16");
+  uint32 pair;
+  if constexpr (kSame<T, bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack(uint32 pair, float& low, float& high) {
+  static_assert(kIsHalf<T>, "unpack takes pairs of bf16 or fp16");
+  if constexpr (kSame<T, bf16>) {
+    low = __uint_as_float(pair << 16);
+    high = __uint_as_float(pair & 0xffff0000u);
+  } else {
+    asm("{\n"
+        ".reg .b16 l, h;\n"
+        "mov.b32 {l, h}, %2;\n"
+        "cvt.f32.f16 %0, l;\n"
+        "cvt.f32.f16 %1, h;\n"
+        "}"
+        : "=f"(low), "=f"(high)
+        : "r"(pair));
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (kSame<T, float>) {
+    return x;
+  } else {
+    return T{static_cast<uint16>(pack<T>(x, 0.0f) & 0xffffu)};
+  }
+}
+template <typename T>
+__device__ __forceinline__ float to_float(T x) {
+  if constexpr (kSame<T, float>) {
+    return x;
+  } else {
+    float low, high;
+    unpack<T>(x.bits, low, high);
+    return low;
+  }
+}
+
+}  // namespace tk::ptx

@@ -1,0 +1,52 @@
+// Who a thread is: its place in the warp, the block and the cluster, and warp-wide exchanges.
+#pragma once
+
+#include "tk/base.cuh"
+
+namespace tk::ptx {
+
+__device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) & 31; }
+
+// The warp's index as a value the compiler knows to be the same in all 32 lanes, so that branches
+// on it are uniform.
+__device__ __forceinline__ int warp_index() {
+  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) >> 5, 0);
+}
+
+__device__ __forceinline__ bool elect_one() {
+  uint32 elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
+}
+
+__device__ __forceinline__ uint32 cluster_rank() {
+  uint32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+template <typename T>
+__device__ __forceinline__ T shuffle_xor(T x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+template <typename T>
+__device__ __forceinline__ T shuffle_up(T x, int delta) {
+  return __shfl_up_sync(0xffffffffu, x, delta);
+}
+template <typename T>
+__device__ __forceinline__ T shuffle(T x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+
+__device__ __forceinline__ uint32 shared_address(const void* pointer) {
+  return static_cast<uint32>(__cvta_generic_to_shared(pointer));
+}
+
+}  // namespace tk::ptx

@@ -1,0 +1,182 @@
+// Reductions and running sums over the rows and columns of a register tile.
+//
+// A row's values sit in the four lanes of a quad, a column's in eight lanes of the warp; each
+// reduction first folds what a lane holds, then exchanges. Where a loop folds many tiles, fold_rows
+// keeps the lane's part and finish_rows exchanges once at the end.
+#pragma once
+
+#include "tk/sm90/map.cuh"
+
+namespace tk::warp {
+
+namespace detail_ops {
+struct Sum {
+  __device__ __forceinline__ float operator()(float x, float y) const { return x + y; }
+};
+struct Max {
+  __device__ __forceinline__ float operator()(float x, float y) const {
+    return ptx::max(x, y);
+  }
+};
+struct Min {
+  __device__ __forceinline__ float operator()(float x, float y) const {
+    return ptx::min(x, y);
+  }
+};
+struct Prod {
+  __device__ __forceinline__ float operator()(float x, float y) const { return x * y; }
+};
+}  // namespace detail_ops
+
+// rows = op(rows, the lane's part of each row of src). Complete only after finish_rows.
+template <int kN, typename Src, typename Op>
+__device__ __forceinline__ void fold_rows(PerRow<kN>& rows, const Src& src, Op&& op) {
+  static_assert(Src::kRows == kN, "fold_rows needs a value for each row of the tile");
+  detail::for_each_pair<Src>([&](int s, int g, int h) {
+    rows.data[s][h] =
+        op(rows.data[s][h], op(detail::get(src, s, g, 2 * h), detail::get(src, s, g, 2 * h + 1)));
+  });
+}
+// Brings together the lanes' parts, so that every lane of a quad holds the whole.
+template <int kN, typename Op>
+__device__ __forceinline__ void finish_rows(PerRow<kN>& rows, Op&& op) {
+  map(rows, rows, [&](float x) {
+    x = op(x, ptx::shuffle_xor(x, 1));
+    return op(x, ptx::shuffle_xor(x, 2));
+  });
+}
+template <int kN, typename Src, typename Op>
+__device__ __forceinline__ void reduce_rows(PerRow<kN>& rows, const Src& src, float start,
+                                            Op&& op) {
+  fill(rows, start);
+  fold_rows(rows, src, op);
+  finish_rows(rows, op);
+}
+
+template <int kN, typename Src, typename Op>
+__device__ __forceinline__ void fold_cols(PerCol<kN>& cols, const Src& src, Op&& op) {
+  static_assert(Src::kCols == kN, "fold_cols needs a value for each column of the tile");
+  detail::for_each_pair<Src>([&](int s, int g, int h) {
+    cols.data[g][0] = op(cols.data[g][0], detail::get(src, s, g, 2 * h));
+    cols.data[g][1] = op(cols.data[g][1], detail::get(src, s, g, 2 * h + 1));
+  });
+}
+template <int kN, typename Op>
+__device__ __forceinline__ void finish_cols(PerCol<kN>& cols, Op&& op) {
+  map(cols, cols, [&](float x) {
+    x = op(x, ptx::shuffle_xor(x, 4));
+    x = op(x, ptx::shuffle_xor(x, 8));
+    return op(x, ptx::shuffle_xor(x, 16));
+  });
+}
+template <int kN, typename Src, typename Op>
+__device__ __forceinline__ void reduce_cols(PerCol<kN>& cols, const Src& src, float start,
+                                            Op&& op) {
+  fill(cols, start);
+  fold_cols(cols, src, op);
+  finish_cols(cols, op);
+}
+
+// fold_row_sum and the like take what the vector already holds into the reduction.
+#define TK_REDUCTION(name, Op, start)                                                   \
+  template <int kN, typename Src>                                                       \
+  __device__ __forceinline__ void row_##name(PerRow<kN>& rows, const Src& src) {        \
+    reduce_rows(rows, src, start, detail_ops::Op());                                    \
+  }                                                                                     \
+  template <int kN, typename Src>                                                       \
+  __device__ __forceinline__ void col_##name(PerCol<kN>& cols, const Src& src) {        \
+    reduce_cols(cols, src, start, detail_ops::Op());                                    \
+  }                                                                                     \
+  template <int kN, typename Src>                                                       \
+  __device__ __forceinline__ void fold_row_##name(PerRow<kN>& rows, const Src& src) {   \
+    fold_rows(rows, src, detail_ops::Op());                                             \
+  }                                                                                     \
+  template <int kN>                                                                     \
+  __device__ __forceinline__ void finish_row_##name(PerRow<kN>& rows) {                 \
+    finish_rows(rows, detail_ops::Op());                                                \
+  }
+
+TK_REDUCTION(sum, Sum, 0.0f)
+TK_REDUCTION(max, Max, -kInfinity)
+TK_REDUCTION(min, Min, kInfinity)
+TK_REDUCTION(prod, Prod, 1.0f)
+#undef TK_REDUCTION
+
+// dst(r, c) = src(r, 0) + ... + src(r, c).
+template <typename Dst, typename Src>
+__device__ __forceinline__ void cumsum_cols(Dst& dst, const Src& src) {
+  static_assert(detail::kSameShape<Dst, Src>, "cumsum_cols needs tiles of one shape");
+  const int place = ptx::lane_index() & 3;
+#pragma unroll
+  for (int s = 0; s < Src::kRowSquares; ++s) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float before = 0.0f;
+#pragma unroll
+      for (int g = 0; g < Src::kColGroups; ++g) {
+        const float x = detail::get(src, s, g, 2 * h);
+        const float pair = x + detail::get(src, s, g, 2 * h + 1);
+        float upto = pair;
+#pragma unroll
+        for (int d = 1; d < 4; d *= 2) {
+          const float y = ptx::shuffle(upto, (ptx::lane_index() & ~3) | ((place - d) & 3));
+          if (place >= d) upto += y;
+        }
+        const float start = before + upto - pair;
+        detail::set_pair(dst, s, g, h, start + x, start + pair);
+        before += ptx::shuffle(upto, ptx::lane_index() | 3);
+      }
+    }
+  }
+}
+
+// dst(r, c) = src(0, c) + ... + src(r, c), over the warp's rows.
+template <typename Dst, typename Src>
+__device__ __forceinline__ void cumsum_rows(Dst& dst, const Src& src) {
+  static_assert(detail::kSameShape<Dst, Src>, "cumsum_rows needs tiles of one shape");
+  const int place = ptx::lane_index() >> 2;
+#pragma unroll
+  for (int g = 0; g < Src::kColGroups; ++g) {
+    float before[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int s = 0; s < Src::kRowSquares; ++s) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float upto[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          upto[e] = detail::get(src, s, g, 2 * h + e);
+#pragma unroll
+          for (int d = 1; d < 8; d *= 2) {
+            const float y = ptx::shuffle_up(upto[e], 4 * d);
+            if (place >= d) upto[e] += y;
+          }
+          upto[e] += before[e];
+          before[e] = ptx::shuffle(upto[e], 28 + (ptx::lane_index() & 3));
+        }
+        detail::set_pair(dst, s, g, h, upto[0], upto[1]);
+      }
+    }
+  }
+}
+
+// dst = src with rows and columns exchanged, for square tiles of 16-bit values.
+template <typename T, int kN>
+__device__ __forceinline__ void transpose(RegTile<T, kN, kN>& dst, const RegTile<T, kN, kN>& src) {
+  static_assert(kIsHalf<T>, "transpose moves 16-bit values");
+  RegTile<T, kN, kN> result;
+#pragma unroll
+  for (int s = 0; s < kN / 16; ++s) {
+#pragma unroll
+    for (int g = 0; g < kN / 8; ++g) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        result.data[g / 2][2 * (2 * s + h) + (g & 1)] =
+            ptx::transpose_matrix(src.data[s][2 * g + h]);
+      }
+    }
+  }
+  dst = result;
+}
+
+}  // namespace tk::warp
