@@ -52,8 +52,7 @@ class Choice:
             f"{self.op} with implementation={self.requested!r} runs\n"
             f"  on an NVIDIA GPU  {_DESCRIPTIONS[self.cuda]}\n"
             f"  elsewhere         {_DESCRIPTIONS[self.elsewhere]}\n"
-            f"  here ({platform})".ljust(20)
-            + f"{here}\n"
+            f"  {f'here ({platform})':<16}  {_DESCRIPTIONS[here]}\n"
             f"because {self.reason}"
         )
 
@@ -118,6 +117,20 @@ def run_chosen(choice: Choice, *args, tk: Callable, xla: Callable):
 
         return lax.platform_dependent(*args, cuda=tk, default=refuse)
     return lax.platform_dependent(*args, cuda=tk, default=xla)
+
+
+def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Inside ``shard_map``, makes all vary over the mesh axes that any varies over.
+
+    A kernel's result has the type of its first operand; and the transpose of this cast
+    is what sums the gradient of an operand that devices share.
+    """
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    every = frozenset().union(*varying)
+    return tuple(
+        lax.pcast(x, tuple(sorted(every - axes)), to="varying") if every - axes else x
+        for x, axes in zip(arrays, varying, strict=True)
+    )
 
 
 def explains(op: Callable) -> Callable:

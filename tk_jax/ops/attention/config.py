@@ -1,16 +1,21 @@
 """Settings of attention: what is computed (options) and how (configs).
 
-Each dataclass crosses to C++ as one attribute, decoded into the struct of the same fields
-in ``cuda/kernels/attention/attention.h``.
+Each dataclass crosses to C++ as one attribute, decoded into the struct of the same
+fields in ``cuda/kernels/attention/attention.h``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
 KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
+# The kernels' grids take up to this many batch elements and heads ...
+MAX_GRID = 65535
+# ... and they count rows, of all batch elements and heads, in 32 bits.
+MAX_ROWS = 2**31 - 1
 # Workspace rows are padded to this (kQueryPadding in attention.h) ...
 QUERY_PADDING = 128
 # ... and dq is accumulated in fragments of this many rows (kFragmentRows).
@@ -72,3 +77,30 @@ def backward_config(head_dim: int) -> AttentionBackwardConfig:
 def padded_queries(seqlen_q: int) -> int:
     """Rows of the backward pass's workspaces."""
     return -(-seqlen_q // QUERY_PADDING) * QUERY_PADDING
+
+
+def unsupported(q_shape, k_shape, dtype) -> str | None:
+    """What the kernels lack for [..., T, H, D] and [..., S, K, D], in words."""
+    if dtype not in KERNEL_DTYPES:
+        return f"dtype {jnp.dtype(dtype).name} (it takes bfloat16 and float16)"
+    head_dim = q_shape[-1]
+    if head_dim not in KERNEL_HEAD_DIMS:
+        known = " and ".join(str(dim) for dim in KERNEL_HEAD_DIMS)
+        return f"head dim {head_dim} (it takes {known})"
+    return exceeded_limit(q_shape, k_shape)
+
+
+def exceeded_limit(q_shape, k_shape) -> str | None:
+    """Which size is beyond the kernels, in words."""
+    *leading, seqlen_q, num_heads, _ = q_shape
+    seqlen_kv, num_kv_heads = k_shape[-3:-1]
+    batch = math.prod(leading)
+    for name, size, limit in (
+        ("a batch", batch, MAX_GRID),
+        ("a number of heads", num_heads, MAX_GRID),
+        ("a B * H * T", batch * num_heads * padded_queries(seqlen_q), MAX_ROWS),
+        ("a B * K * S", batch * num_kv_heads * seqlen_kv, MAX_ROWS),
+    ):
+        if size > limit:
+            return f"{name} of {size} (it takes up to {limit})"
+    return None

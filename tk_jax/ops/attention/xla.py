@@ -1,9 +1,8 @@
 """Attention in XLA operations, with memory linear in the sequence length.
 
-The keys are visited in chunks with an online softmax (Milakov and Gimelshein,
-"Online normalizer calculation for softmax", 2018; Rabe and Staats, "Self-attention Does
-Not Need O(n^2) Memory", 2021), by blocks of queries of which each visits only the chunks
-that it can see.
+Blocks of queries visit the keys that they can see in chunks, with an online softmax
+(Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Rabe and
+Staats, "Self-attention Does Not Need O(n^2) Memory", 2021).
 
 The derivative is written once, in forward mode: every sum over keys in it is a plain
 sum, linear in the tangents. Reverse mode is its transpose, which visits the same chunks
@@ -28,7 +27,7 @@ from tk_jax.ops.attention.config import AttentionOptions
 # A step computes BLOCK_Q x CHUNK_KV scores per head, or T / MAX_BLOCKS x CHUNK_KV.
 BLOCK_Q = 512
 CHUNK_KV = 512
-# The blocks are unrolled, because under a causal mask each sees another number of chunks.
+# The blocks are unrolled: under a causal mask, each sees another number of chunks.
 MAX_BLOCKS = 8
 
 
@@ -78,9 +77,8 @@ def forward(options: AttentionOptions, q, k, v):
         has_key = row_sum != 0
         outs.append(acc / jnp.where(has_key, row_sum, 1)[..., None])
         lses.append(jnp.where(has_key, row_max + jnp.log(row_sum), -jnp.inf))
-    return _unfold_queries(outs, q.dtype, q.shape), _unfold_queries(
-        lses, jnp.float32, q.shape[:-1]
-    )
+    out, lse = _unfold_queries(outs, q.shape), _unfold_queries(lses, q.shape[:-1])
+    return out.astype(q.dtype), lse
 
 
 def backward(options: AttentionOptions, q, k, v, out, lse, dout, dlse):
@@ -129,17 +127,16 @@ def _tangent(options, q, k, v, out, lse, tq, tk, tv):
         (acc, t_lse), _ = lax.scan(step, start, chunks)
         t_outs.append(acc - t_lse[..., None] * out_block)
         t_lses.append(t_lse)
-    return _unfold_queries(t_outs, out.dtype, q.shape), _unfold_queries(
-        t_lses, jnp.float32, q.shape[:-1]
-    )
+    t_out = _unfold_queries(t_outs, q.shape)
+    return t_out.astype(out.dtype), _unfold_queries(t_lses, q.shape[:-1])
 
 
 def _blocks(options, queries, keys):
     """Yields blocks of queries, each with the chunks of keys that it can see.
 
     ``queries`` are arrays [B, T, H, ...], ``keys`` are arrays [B, S, K, D]. The chunks
-    are arrays with a leading axis to scan over, the first of them the chunk's index, for
-    which ``is_visible(index)`` is a mask for the chunk's scores.
+    are arrays with a leading axis to scan over, the first of them the chunk's index;
+    ``is_visible(index)`` is the mask of its scores.
     """
     seqlen_q, seqlen_kv = queries[0].shape[1], keys[0].shape[1]
     offset = options.causal_offset(seqlen_q, seqlen_kv)
@@ -168,13 +165,17 @@ def _blocks(options, queries, keys):
 
 
 def _dot(equation, a, b):
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=_sum_dtype(a.dtype))
+
+
+def _sum_dtype(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _filled(like, shape, value):
-    """A float32 array that varies over the same manual mesh axes as ``like``."""
+    """An array to sum in that varies over the same manual mesh axes as ``like``."""
     axes = tuple(jax.typeof(like).manual_axis_type.varying)
-    filled = jnp.full(shape, value, jnp.float32)
+    filled = jnp.full(shape, value, _sum_dtype(like.dtype))
     return lax.pcast(filled, axes, to="varying") if axes else filled
 
 
@@ -187,10 +188,10 @@ def _fold_queries(x, num_kv_heads):
     return x.reshape(batch * num_kv_heads, groups, seqlen, *rest)
 
 
-def _unfold_queries(blocks, dtype, shape):
+def _unfold_queries(blocks, shape):
     """Blocks of [B * K, G, T, ...] -> [B, T, H, ...] of ``shape``"""
     batch, seqlen, num_heads, *rest = shape
-    x = jnp.concatenate(blocks, axis=2).astype(dtype)
+    x = jnp.concatenate(blocks, axis=2)
     return jnp.moveaxis(x.reshape(batch, num_heads, seqlen, *rest), 1, 2)
 
 
@@ -199,7 +200,9 @@ def _fold_keys(x, num_chunks, chunk):
     batch, seqlen, num_kv_heads, head_dim = x.shape
     x = jnp.pad(x, ((0, 0), (0, num_chunks * chunk - seqlen), (0, 0), (0, 0)))
     x = x.reshape(batch, num_chunks, chunk, num_kv_heads, head_dim)
-    return x.transpose(1, 0, 3, 2, 4).reshape(num_chunks, -1, chunk, head_dim)
+    return x.transpose(1, 0, 3, 2, 4).reshape(
+        num_chunks, batch * num_kv_heads, chunk, head_dim
+    )
 
 
 def _ceil_div(a, b):
