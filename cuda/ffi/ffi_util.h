@@ -39,7 +39,7 @@ struct SettingsFields;
   template <>                                                            \
   struct tk::ffi::SettingsFields<type> {                                 \
     static std::vector<std::string> names() {                            \
-      using ::xla::ffi::StructMember;                                    \
+      using namespace ::xla::ffi;                                        \
       const auto members = ::xla::ffi::internal::StructMemberNames(__VA_ARGS__); \
       return {members.begin(), members.end()};                           \
     }                                                                    \

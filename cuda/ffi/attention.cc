@@ -1,0 +1,423 @@
+// The targets tk_attention_fwd_v1 and tk_attention_bwd_v1.
+#include "kernels/attention/attention.h"
+
+#include <algorithm>
+
+#include "ffi/attention_kernels.h"
+#include "ffi/ffi_util.h"
+#include "ffi/handlers.h"
+#include "runtime/launch.h"
+
+namespace tk::ffi {
+namespace {
+
+constexpr const char* kForwardName = "tk_attention_fwd_v1";
+constexpr const char* kBackwardName = "tk_attention_bwd_v1";
+constexpr int kMapColumns = 64;  // of every box: 128 bytes
+
+runtime::KernelTable<KernelKey> kernels;
+
+struct Sizes {
+  runtime::DataType dtype;
+  std::int64_t batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads, head_dim;
+
+  std::int64_t padded_q() const { return attention::padded_queries(seqlen_q); }
+  int causal_offset(const attention::Options& options) const {
+    return options.bottom_right ? static_cast<int>(seqlen_kv - seqlen_q) : 0;
+  }
+};
+
+// q [B, T, H, D], k and v [B, S, K, D].
+Result<Sizes> read_sizes(const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer& v) {
+  if (Status status = first_error({check_rank("q", q, 4), check_rank("k", k, 4)}); !status.ok()) {
+    return status.error();
+  }
+  const auto dtype = data_type(q);
+  if (!dtype.ok()) return dtype.error();
+  const Sizes s{*dtype, dim(q, 0), dim(q, 1), dim(k, 1), dim(q, 2), dim(k, 2), dim(q, 3)};
+  if (Status status = first_error(
+          {check_dims("k", k, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim}),
+           check_dims("v", v, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim}),
+           check_dtype("k", k, q.element_type()), check_dtype("v", v, q.element_type())});
+      !status.ok()) {
+    return status.error();
+  }
+  if (s.num_heads > 0 && (s.num_kv_heads == 0 || s.num_heads % s.num_kv_heads != 0)) {
+    return invalid("q has " + std::to_string(s.num_heads) + " heads, which is not a multiple of " +
+                   std::to_string(s.num_kv_heads) + " key/value heads");
+  }
+  if (int_product({s.batch, s.padded_q(), s.num_heads}) < 0 ||
+      int_product({s.batch, s.seqlen_kv, s.num_kv_heads}) < 0) {
+    return unsupported("more than 2^31 - 1 rows: q " + shape_text(q) + ", k " + shape_text(k));
+  }
+  return s;
+}
+
+// True where there is nothing to compute. Some empty dimensions leave results to be written that
+// no kernel writes: those are refused.
+Result<bool> is_empty(const Sizes& s, bool backward) {
+  if (s.batch == 0 || s.num_heads == 0) return true;
+  if (s.seqlen_q == 0 && (s.seqlen_kv == 0 || !backward)) return true;
+  if (s.seqlen_q == 0 || s.seqlen_kv == 0) {
+    return invalid("seqlen_q is " + std::to_string(s.seqlen_q) + " and seqlen_kv is " +
+                   std::to_string(s.seqlen_kv) + "; both must be at least 1");
+  }
+  return false;
+}
+
+// A map over [B, length, heads, D]: dimensions (D, length, heads, B), boxes of `rows` rows.
+Status encode_rows(TensorMap* map, const AnyBuffer& buffer, const Sizes& s, std::int64_t rows) {
+  const std::int64_t length = dim(buffer, 1), heads = dim(buffer, 2);
+  const std::int64_t row_bytes = s.head_dim * runtime::element_bytes(s.dtype);
+  const std::int64_t dims[] = {s.head_dim, length, heads, s.batch};
+  const std::int64_t strides[] = {heads * row_bytes, row_bytes, length * heads * row_bytes};
+  const std::int64_t box[] = {kMapColumns, rows, 1, 1};
+  return runtime::encode_tensor_map(map, buffer.untyped_data(), {s.dtype, dims, strides, box, 128});
+}
+
+// -- Forward --------------------------------------------------------------------------------------
+
+struct ForwardBuffers {
+  AnyBuffer q, k, v;
+  AnyBuffer out, lse;
+};
+
+struct ForwardCall {
+  Sizes sizes;
+  AttentionForwardKernel kernel;
+  bool empty;
+};
+
+Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Options& options,
+                                 const attention::ForwardConfig& config) {
+  const auto sizes = read_sizes(b.q, b.k, b.v);
+  if (!sizes.ok()) return sizes.error();
+  const Sizes& s = *sizes;
+  const ForwardCall call{s, {s.dtype, s.head_dim, options.is_causal, config}, false};
+  if (Status status = first_error(
+          {check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim}),
+           check_dtype("out", b.out, b.q.element_type()),
+           check_dims("lse", b.lse, {s.batch, s.seqlen_q, s.num_heads}),
+           check_dtype("lse", b.lse, xffi::DataType::F32), call.kernel.check()});
+      !status.ok()) {
+    return status.error();
+  }
+  const auto empty = is_empty(s, /*backward=*/false);
+  if (!empty.ok()) return empty.error();
+  return ForwardCall{call.sizes, call.kernel, *empty};
+}
+
+Status initialize_forward(int device_ordinal, const ForwardBuffers& buffers,
+                          const attention::Options& options,
+                          const attention::ForwardConfig& config) {
+  const auto call = read_forward(buffers, options, config);
+  if (!call.ok()) return call.error();
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto kernel = kernels.load(call->kernel.key(), **device,
+                                   [&](const KernelKey&) { return call->kernel.spec(); });
+  return kernel.ok() ? Status() : kernel.error();
+}
+
+Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const ForwardBuffers& b,
+                       const attention::Options& options,
+                       const attention::ForwardConfig& config) {
+  const auto call = read_forward(b, options, config);
+  if (!call.ok()) return call.error();
+  if (call->empty) return {};
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto kernel = find_loaded(kernels, call->kernel.key(), **device, "the forward kernel");
+  if (!kernel.ok()) return kernel.error();
+  const runtime::ScopedContext context(**device);
+
+  const Sizes& s = call->sizes;
+  attention::ForwardParams params = {};
+  if (Status status = first_error({encode_rows(&params.q, b.q, s, 64),
+                                   encode_rows(&params.k, b.k, s, config.block_kv),
+                                   encode_rows(&params.v, b.v, s, config.block_kv),
+                                   encode_rows(&params.out, b.out, s, 64)});
+      !status.ok()) {
+    return status;
+  }
+  params.lse = static_cast<float*>(b.lse.untyped_data());
+  params.batch = static_cast<int>(s.batch);
+  params.seqlen_q = static_cast<int>(s.seqlen_q);
+  params.seqlen_kv = static_cast<int>(s.seqlen_kv);
+  params.num_heads = static_cast<int>(s.num_heads);
+  params.num_kv_heads = static_cast<int>(s.num_kv_heads);
+  params.causal_offset = s.causal_offset(options);
+  params.scale = options.scale;
+  const std::int64_t tiles =
+      attention::ceil_div(s.seqlen_q, config.block_q) * s.num_heads * s.batch;
+  const std::int64_t blocks = std::min<std::int64_t>((*device)->multiprocessors, tiles);
+  return runtime::launch(**kernel, stream, {blocks}, &params);
+}
+
+// -- Backward -------------------------------------------------------------------------------------
+
+struct BackwardBuffers {
+  AnyBuffer q, k, v, out, lse, dout, dlse;
+  AnyBuffer dq, dk, dv, delta, lse_log2, dq_acc, dq_order;
+};
+
+struct BackwardCall {
+  Sizes sizes;
+  AttentionBackwardKernels kernels;
+  bool empty;
+};
+
+Status check_backward(const BackwardBuffers& b, const Sizes& s) {
+  const auto dtype = b.q.element_type();
+  const std::int64_t padded = s.padded_q();
+  const bool has_dlse = b.dlse.element_count() != 0;
+  return first_error(
+      {check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim}),
+       check_dims("dout", b.dout, {s.batch, s.seqlen_q, s.num_heads, s.head_dim}),
+       check_dims("dq", b.dq, {s.batch, s.seqlen_q, s.num_heads, s.head_dim}),
+       check_dims("dk", b.dk, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim}),
+       check_dims("dv", b.dv, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim}),
+       check_dtype("out", b.out, dtype), check_dtype("dout", b.dout, dtype),
+       check_dtype("dq", b.dq, dtype), check_dtype("dk", b.dk, dtype),
+       check_dtype("dv", b.dv, dtype),
+       check_dims("lse", b.lse, {s.batch, s.seqlen_q, s.num_heads}),
+       check_dtype("lse", b.lse, xffi::DataType::F32),
+       has_dlse ? check_dims("dlse", b.dlse, {s.batch, s.seqlen_q, s.num_heads}) : Status(),
+       check_dtype("dlse", b.dlse, xffi::DataType::F32),
+       check_dims("delta", b.delta, {s.batch, s.num_heads, padded}),
+       check_dtype("delta", b.delta, xffi::DataType::F32),
+       check_dims("lse_log2", b.lse_log2, {s.batch, s.num_heads, padded}),
+       check_dtype("lse_log2", b.lse_log2, xffi::DataType::F32),
+       check_dims("dq_acc", b.dq_acc, {s.batch, s.num_heads, padded, s.head_dim}),
+       check_dtype("dq_acc", b.dq_acc, xffi::DataType::F32),
+       check_dims("dq_order", b.dq_order,
+                  {s.batch, s.num_heads, padded / attention::kFragmentRows}),
+       check_dtype("dq_order", b.dq_order, xffi::DataType::S32)});
+}
+
+Result<BackwardCall> read_backward(const BackwardBuffers& b, const attention::Options& options,
+                                   const attention::BackwardConfig& config) {
+  const auto sizes = read_sizes(b.q, b.k, b.v);
+  if (!sizes.ok()) return sizes.error();
+  const Sizes& s = *sizes;
+  const AttentionBackwardKernels specialised{s.dtype, s.head_dim, options.is_causal,
+                                             options.deterministic, config};
+  if (Status status = first_error({check_backward(b, s), specialised.check()}); !status.ok()) {
+    return status.error();
+  }
+  const auto empty = is_empty(s, /*backward=*/true);
+  if (!empty.ok()) return empty.error();
+  return BackwardCall{s, specialised, *empty};
+}
+
+Status initialize_backward(int device_ordinal, const BackwardBuffers& buffers,
+                           const attention::Options& options,
+                           const attention::BackwardConfig& config) {
+  const auto call = read_backward(buffers, options, config);
+  if (!call.ok()) return call.error();
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const AttentionBackwardKernels& k = call->kernels;
+  const auto prepare = kernels.load(k.prepare_key(), **device,
+                                    [&](const KernelKey&) { return k.prepare_spec(); });
+  if (!prepare.ok()) return prepare.error();
+  const auto main =
+      kernels.load(k.main_key(), **device, [&](const KernelKey&) { return k.main_spec(); });
+  if (!main.ok()) return main.error();
+  const auto finish =
+      kernels.load(k.finish_key(), **device, [&](const KernelKey&) { return k.finish_spec(); });
+  return finish.ok() ? Status() : finish.error();
+}
+
+Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
+                      const BackwardBuffers& b, const Sizes& s, bool deterministic) {
+  attention::BackwardPrepareParams params = {};
+  if (Status status = first_error(
+          {encode_rows(&params.out, b.out, s, 64), encode_rows(&params.dout, b.dout, s, 64)});
+      !status.ok()) {
+    return status;
+  }
+  params.lse = static_cast<const float*>(b.lse.untyped_data());
+  params.dlse =
+      b.dlse.element_count() == 0 ? nullptr : static_cast<const float*>(b.dlse.untyped_data());
+  params.delta = static_cast<float*>(b.delta.untyped_data());
+  params.lse_log2 = static_cast<float*>(b.lse_log2.untyped_data());
+  params.dq_acc = static_cast<float*>(b.dq_acc.untyped_data());
+  params.dq_order = static_cast<int*>(b.dq_order.untyped_data());
+  params.batch = static_cast<int>(s.batch);
+  params.seqlen_q = static_cast<int>(s.seqlen_q);
+  params.num_heads = static_cast<int>(s.num_heads);
+  params.zero_dq = !deterministic;
+  return runtime::launch(kernel, stream,
+                         {s.padded_q() / attention::kFragmentRows, s.num_heads, s.batch}, &params);
+}
+
+Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
+                   const BackwardBuffers& b, const Sizes& s, const attention::Options& options,
+                   const attention::BackwardConfig& config, int multiprocessors) {
+  attention::BackwardParams params = {};
+  if (Status status = first_error({encode_rows(&params.q, b.q, s, config.block_q),
+                                   encode_rows(&params.dout, b.dout, s, config.block_q),
+                                   encode_rows(&params.k, b.k, s, config.block_kv),
+                                   encode_rows(&params.v, b.v, s, config.block_kv),
+                                   encode_rows(&params.dk, b.dk, s, 64),
+                                   encode_rows(&params.dv, b.dv, s, 64)});
+      !status.ok()) {
+    return status;
+  }
+  params.delta = static_cast<const float*>(b.delta.untyped_data());
+  params.lse_log2 = static_cast<const float*>(b.lse_log2.untyped_data());
+  params.dq_acc = static_cast<float*>(b.dq_acc.untyped_data());
+  params.dq_order = static_cast<int*>(b.dq_order.untyped_data());
+  params.batch = static_cast<int>(s.batch);
+  params.seqlen_q = static_cast<int>(s.seqlen_q);
+  params.seqlen_kv = static_cast<int>(s.seqlen_kv);
+  params.num_heads = static_cast<int>(s.num_heads);
+  params.num_kv_heads = static_cast<int>(s.num_kv_heads);
+  params.causal_offset = s.causal_offset(options);
+  params.scale = options.scale;
+  const std::int64_t tiles =
+      attention::ceil_div(s.seqlen_kv, config.block_kv) * s.num_kv_heads * s.batch;
+  return runtime::launch(kernel, stream, {std::min<std::int64_t>(multiprocessors, tiles)}, &params);
+}
+
+Status launch_finish(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
+                     const BackwardBuffers& b, const Sizes& s, float scale) {
+  attention::BackwardFinishParams params = {};
+  if (Status status = encode_rows(&params.dq, b.dq, s, 64); !status.ok()) return status;
+  params.dq_acc = static_cast<const float*>(b.dq_acc.untyped_data());
+  params.seqlen_q = static_cast<int>(s.seqlen_q);
+  params.num_heads = static_cast<int>(s.num_heads);
+  params.scale = scale;
+  const std::int64_t fragments = attention::ceil_div(s.seqlen_q, attention::kFragmentRows);
+  return runtime::launch(kernel, stream, {fragments, s.num_heads, s.batch}, &params);
+}
+
+Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const BackwardBuffers& b,
+                        const attention::Options& options,
+                        const attention::BackwardConfig& config) {
+  const auto call = read_backward(b, options, config);
+  if (!call.ok()) return call.error();
+  if (call->empty) return {};
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const AttentionBackwardKernels& k = call->kernels;
+  const auto prepare = find_loaded(kernels, k.prepare_key(), **device, "backward_prepare");
+  if (!prepare.ok()) return prepare.error();
+  const auto main = find_loaded(kernels, k.main_key(), **device, "backward");
+  if (!main.ok()) return main.error();
+  const auto finish = find_loaded(kernels, k.finish_key(), **device, "backward_finish");
+  if (!finish.ok()) return finish.error();
+  const runtime::ScopedContext context(**device);
+
+  const Sizes& s = call->sizes;
+  if (Status status = launch_prepare(**prepare, stream, b, s, options.deterministic);
+      !status.ok()) {
+    return status;
+  }
+  if (Status status =
+          launch_main(**main, stream, b, s, options, config, (*device)->multiprocessors);
+      !status.ok()) {
+    return status;
+  }
+  return launch_finish(**finish, stream, b, s, options.scale);
+}
+
+// -- Bindings -------------------------------------------------------------------------------------
+
+using Ret = xffi::Result<AnyBuffer>;
+
+xffi::Error forward_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v, Ret out,
+                               Ret lse, attention::Options options,
+                               attention::ForwardConfig config) {
+  return to_ffi(kForwardName,
+                initialize_forward(device, {q, k, v, *out, *lse}, options, config));
+}
+
+xffi::Error forward_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
+                            AnyBuffer k, AnyBuffer v, Ret out, Ret lse, attention::Options options,
+                            attention::ForwardConfig config) {
+  return to_ffi(kForwardName,
+                execute_forward(device, stream, {q, k, v, *out, *lse}, options, config));
+}
+
+xffi::Error backward_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
+                                AnyBuffer out, AnyBuffer lse, AnyBuffer dout, AnyBuffer dlse,
+                                Ret dq, Ret dk, Ret dv, Ret delta, Ret lse_log2, Ret dq_acc,
+                                Ret dq_order, attention::Options options,
+                                attention::BackwardConfig config) {
+  return to_ffi(kBackwardName,
+                initialize_backward(device,
+                                    {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv, *delta,
+                                     *lse_log2, *dq_acc, *dq_order},
+                                    options, config));
+}
+
+xffi::Error backward_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
+                             AnyBuffer k, AnyBuffer v, AnyBuffer out, AnyBuffer lse,
+                             AnyBuffer dout, AnyBuffer dlse, Ret dq, Ret dk, Ret dv, Ret delta,
+                             Ret lse_log2, Ret dq_acc, Ret dq_order, attention::Options options,
+                             attention::BackwardConfig config) {
+  return to_ffi(kBackwardName,
+                execute_backward(device, stream,
+                                 {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv, *delta, *lse_log2,
+                                  *dq_acc, *dq_order},
+                                 options, config));
+}
+
+template <typename Binding>
+auto bind_forward(Binding binding) {
+  return std::move(binding)
+      .template Arg<AnyBuffer>()  // q
+      .template Arg<AnyBuffer>()  // k
+      .template Arg<AnyBuffer>()  // v
+      .template Ret<AnyBuffer>()  // out
+      .template Ret<AnyBuffer>()  // lse
+      .template Attr<attention::Options>("options")
+      .template Attr<attention::ForwardConfig>("config");
+}
+
+template <typename Binding>
+auto bind_backward(Binding binding) {
+  return std::move(binding)
+      .template Arg<AnyBuffer>()  // q
+      .template Arg<AnyBuffer>()  // k
+      .template Arg<AnyBuffer>()  // v
+      .template Arg<AnyBuffer>()  // out
+      .template Arg<AnyBuffer>()  // lse
+      .template Arg<AnyBuffer>()  // dout
+      .template Arg<AnyBuffer>()  // dlse, or of size 0
+      .template Ret<AnyBuffer>()  // dq
+      .template Ret<AnyBuffer>()  // dk
+      .template Ret<AnyBuffer>()  // dv
+      .template Ret<AnyBuffer>()  // delta
+      .template Ret<AnyBuffer>()  // lse_log2
+      .template Ret<AnyBuffer>()  // dq_acc
+      .template Ret<AnyBuffer>()  // dq_order
+      .template Attr<attention::Options>("options")
+      .template Attr<attention::BackwardConfig>("config");
+}
+
+XLA_FFI_DEFINE_HANDLER(kForwardInitialize, forward_initialize,
+                       bind_forward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>()
+                                        .Ctx<xffi::DeviceOrdinal>()));
+XLA_FFI_DEFINE_HANDLER(
+    kForwardExecute, forward_execute,
+    bind_forward(
+        xffi::Ffi::Bind().Ctx<xffi::DeviceOrdinal>().Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
+    {xffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kBackwardInitialize, backward_initialize,
+                       bind_backward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>()
+                                         .Ctx<xffi::DeviceOrdinal>()));
+XLA_FFI_DEFINE_HANDLER(
+    kBackwardExecute, backward_execute,
+    bind_backward(
+        xffi::Ffi::Bind().Ctx<xffi::DeviceOrdinal>().Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
+    {xffi::Traits::kCmdBufferCompatible});
+
+}  // namespace
+
+const Target kAttentionForwardTarget = {kForwardName, kForwardInitialize, kForwardExecute};
+const Target kAttentionBackwardTarget = {kBackwardName, kBackwardInitialize, kBackwardExecute};
+
+}  // namespace tk::ffi

@@ -1,0 +1,165 @@
+// The target tk_matmul_v1.
+#include "kernels/matmul/matmul.h"
+
+#include <algorithm>
+
+#include "ffi/ffi_util.h"
+#include "ffi/handlers.h"
+#include "ffi/matmul_kernels.h"
+#include "runtime/launch.h"
+
+namespace tk::ffi {
+namespace {
+
+constexpr const char* kName = "tk_matmul_v1";
+constexpr int kMapColumns = 64;  // of every box: 128 bytes
+
+runtime::KernelTable<KernelKey> kernels;
+
+struct Buffers {
+  AnyBuffer a, b, c;
+};
+
+struct Call {
+  MatmulKernel kernel;
+  std::int64_t m, n, k, batch, batch_a, batch_b;
+};
+
+constexpr std::int64_t ceil_div(std::int64_t x, std::int64_t y) { return (x + y - 1) / y; }
+
+// a and b are [1 or batch, rows, columns] as stored, c is [batch, M, N].
+Result<Call> read_call(const Buffers& buffers, const matmul::Options& options,
+                       const matmul::Config& config) {
+  const auto& [a, b, c] = buffers;
+  if (Status status =
+          first_error({check_rank("a", a, 3), check_rank("b", b, 3), check_rank("c", c, 3)});
+      !status.ok()) {
+    return status.error();
+  }
+  const auto dtype = data_type(a);
+  if (!dtype.ok()) return dtype.error();
+  Call call{{*dtype, options, config}, dim(c, 1), dim(c, 2), dim(a, options.transpose_a ? 1 : 2),
+            dim(c, 0),                 dim(a, 0), dim(b, 0)};
+  const auto [m, n, k, batch] = std::array{call.m, call.n, call.k, call.batch};
+  if (Status status = first_error(
+          {options.transpose_a ? check_dims("a", a, {call.batch_a, k, m})
+                               : check_dims("a", a, {call.batch_a, m, k}),
+           options.transpose_b ? check_dims("b", b, {call.batch_b, n, k})
+                               : check_dims("b", b, {call.batch_b, k, n}),
+           check_dtype("b", b, a.element_type()), check_dtype("c", c, a.element_type()),
+           call.kernel.check()});
+      !status.ok()) {
+    return status.error();
+  }
+  for (const std::int64_t own : {call.batch_a, call.batch_b}) {
+    if (own != 1 && own != batch) {
+      return invalid("an operand has batch " + std::to_string(own) + "; expected 1 or " +
+                     std::to_string(batch));
+    }
+  }
+  const std::int64_t row_tiles =
+      ceil_div(ceil_div(m, config.block_m), config.cluster_m) * config.cluster_m;
+  if (std::max({m, n, k}) > kMaxInt ||
+      int_product({row_tiles, ceil_div(n, config.block_n), batch}) < 0) {
+    return unsupported("more than 2^31 - 1 tiles, or a dimension above that: c " + shape_text(c));
+  }
+  if (k == 0 && batch * m * n != 0) return invalid("a and b have no columns to sum over (K is 0)");
+  return call;
+}
+
+// A map over [batch, rows, columns]: dimensions (columns, rows, batch).
+Status encode_matrix(TensorMap* map, const AnyBuffer& buffer, runtime::DataType dtype,
+                     std::int64_t rows_in_box) {
+  const std::int64_t columns = dim(buffer, 2);
+  const std::int64_t row_bytes = columns * runtime::element_bytes(dtype);
+  const std::int64_t dims[] = {columns, dim(buffer, 1), dim(buffer, 0)};
+  const std::int64_t strides[] = {row_bytes, dim(buffer, 1) * row_bytes};
+  const std::int64_t box[] = {kMapColumns, rows_in_box, 1};
+  if (row_bytes % 16 != 0) {
+    return invalid("rows of " + shape_text(buffer) + " are not a multiple of 16 bytes");
+  }
+  return runtime::encode_tensor_map(map, buffer.untyped_data(), {dtype, dims, strides, box, 128});
+}
+
+Status initialize(int device_ordinal, const Buffers& buffers, const matmul::Options& options,
+                  const matmul::Config& config) {
+  const auto call = read_call(buffers, options, config);
+  if (!call.ok()) return call.error();
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto kernel = kernels.load(call->kernel.key(), **device,
+                                   [&](const KernelKey&) { return call->kernel.spec(); });
+  return kernel.ok() ? Status() : kernel.error();
+}
+
+Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& buffers,
+               const matmul::Options& options, const matmul::Config& config) {
+  const auto call = read_call(buffers, options, config);
+  if (!call.ok()) return call.error();
+  if (buffers.c.element_count() == 0) return {};
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto kernel = find_loaded(kernels, call->kernel.key(), **device, "the kernel");
+  if (!kernel.ok()) return kernel.error();
+  const runtime::ScopedContext context(**device);
+
+  matmul::Params params = {};
+  const runtime::DataType dtype = call->kernel.dtype;
+  if (Status status = first_error(
+          {encode_matrix(&params.a, buffers.a, dtype,
+                         options.transpose_a ? config.block_k : config.block_m),
+           encode_matrix(&params.b, buffers.b, dtype,
+                         options.transpose_b ? config.block_n : config.block_k),
+           encode_matrix(&params.c, buffers.c, dtype, 64)});
+      !status.ok()) {
+    return status;
+  }
+  params.m = static_cast<int>(call->m);
+  params.n = static_cast<int>(call->n);
+  params.k = static_cast<int>(call->k);
+  params.batch = static_cast<int>(call->batch);
+  params.batch_a = static_cast<int>(call->batch_a);
+  params.batch_b = static_cast<int>(call->batch_b);
+  const std::int64_t row_tiles =
+      ceil_div(ceil_div(call->m, config.block_m), config.cluster_m) * config.cluster_m;
+  const std::int64_t tiles = row_tiles * ceil_div(call->n, config.block_n) * call->batch;
+  const std::int64_t resident =
+      (*device)->multiprocessors / config.cluster_m * config.cluster_m;
+  return runtime::launch(**kernel, stream, {std::min(resident, tiles)}, &params);
+}
+
+using Ret = xffi::Result<AnyBuffer>;
+
+xffi::Error ffi_initialize(std::int32_t device, AnyBuffer a, AnyBuffer b, Ret c,
+                           matmul::Options options, matmul::Config config) {
+  return to_ffi(kName, initialize(device, {a, b, *c}, options, config));
+}
+
+xffi::Error ffi_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer a,
+                        AnyBuffer b, Ret c, matmul::Options options, matmul::Config config) {
+  return to_ffi(kName, execute(device, stream, {a, b, *c}, options, config));
+}
+
+template <typename Binding>
+auto bind(Binding binding) {
+  return std::move(binding)
+      .template Arg<AnyBuffer>()  // a
+      .template Arg<AnyBuffer>()  // b
+      .template Ret<AnyBuffer>()  // c
+      .template Attr<matmul::Options>("options")
+      .template Attr<matmul::Config>("config");
+}
+
+XLA_FFI_DEFINE_HANDLER(kInitialize, ffi_initialize,
+                       bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>()
+                                .Ctx<xffi::DeviceOrdinal>()));
+XLA_FFI_DEFINE_HANDLER(
+    kExecute, ffi_execute,
+    bind(xffi::Ffi::Bind().Ctx<xffi::DeviceOrdinal>().Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
+    {xffi::Traits::kCmdBufferCompatible});
+
+}  // namespace
+
+const Target kMatmulTarget = {kName, kInitialize, kExecute};
+
+}  // namespace tk::ffi

@@ -1,0 +1,256 @@
+// The Python module tk_jax._extension.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "ffi/attention_kernels.h"
+#include "ffi/handlers.h"
+#include "ffi/kernel_settings.h"
+#include "ffi/matmul_kernels.h"
+#include "runtime/compile.h"
+#include "runtime/driver.h"
+#include "runtime/kernel_cache.h"
+#include "runtime/nvrtc.h"
+#include "runtime/settings.h"
+#include "runtime/sha256.h"
+
+namespace nb = nanobind;
+
+namespace tk::ffi {
+namespace {
+
+[[noreturn]] void raise(const Error& error) {
+  if (error.kind == ErrorKind::kInvalidArgument) throw nb::value_error(error.message.c_str());
+  if (error.kind == ErrorKind::kUnsupported) {
+    PyErr_SetString(PyExc_NotImplementedError, error.message.c_str());
+    throw nb::python_error();
+  }
+  throw std::runtime_error(error.message);
+}
+
+nb::dict registrations() {
+  nb::dict targets;
+  for (const Target* target : {&kAttentionForwardTarget, &kAttentionBackwardTarget, &kMatmulTarget,
+                               &kKernelTarget}) {
+    nb::dict stages;
+    stages["initialize"] = nb::capsule(reinterpret_cast<void*>(target->initialize));
+    stages["execute"] = nb::capsule(reinterpret_cast<void*>(target->execute));
+    targets[target->name] = stages;
+  }
+  return targets;
+}
+
+nb::dict struct_fields() {
+  nb::dict fields;
+  fields["AttentionOptions"] = nb::cast(SettingsFields<attention::Options>::names());
+  fields["AttentionForwardConfig"] = nb::cast(SettingsFields<attention::ForwardConfig>::names());
+  fields["AttentionBackwardConfig"] = nb::cast(SettingsFields<attention::BackwardConfig>::names());
+  fields["MatmulOptions"] = nb::cast(SettingsFields<matmul::Options>::names());
+  fields["MatmulConfig"] = nb::cast(SettingsFields<matmul::Config>::names());
+  fields["KernelSettings"] = nb::cast(SettingsFields<KernelSettings>::names());
+  return fields;
+}
+
+// -- Specialisations as dicts ---------------------------------------------------------------------
+
+nb::dict to_dict(const KernelSpec& spec) {
+  nb::dict out;
+  out["symbol"] = spec.symbol;
+  out["header"] = spec.header;
+  out["source"] = spec.source;
+  out["function"] = spec.function;
+  out["params_type"] = spec.params_type;
+  out["threads"] = spec.threads;
+  out["shared_bytes"] = spec.shared_bytes;
+  out["cluster_size"] = spec.cluster_size;
+  out["min_blocks"] = spec.min_blocks;
+  return out;
+}
+
+template <typename T>
+T get(const nb::dict& dict, const char* name, T otherwise) {
+  return dict.contains(name) ? nb::cast<T>(dict[name]) : otherwise;
+}
+
+KernelSpec to_spec(const nb::dict& dict) {
+  KernelSpec spec;
+  spec.symbol = nb::cast<std::string>(dict["symbol"]);
+  spec.header = get<std::string>(dict, "header", "");
+  spec.source = get<std::string>(dict, "source", "");
+  spec.function = nb::cast<std::string>(dict["function"]);
+  spec.params_type = get<std::string>(dict, "params_type", "tk::KernelParams");
+  spec.threads = nb::cast<int>(dict["threads"]);
+  spec.shared_bytes = get<int>(dict, "shared_bytes", 0);
+  spec.cluster_size = get<int>(dict, "cluster_size", 1);
+  spec.min_blocks = get<int>(dict, "min_blocks", 1);
+  return spec;
+}
+
+runtime::DataType to_dtype(const std::string& name) {
+  if (name == "bfloat16") return runtime::DataType::kBFloat16;
+  if (name == "float16") return runtime::DataType::kFloat16;
+  throw nb::value_error(("dtype " + name + "; expected bfloat16 or float16").c_str());
+}
+
+long field(const nb::dict& config, const char* name) { return nb::cast<long>(config[name]); }
+
+nb::list attention_forward_specs(const std::string& dtype, long head_dim, bool is_causal,
+                                 const nb::dict& config) {
+  const AttentionForwardKernel kernel{
+      to_dtype(dtype), head_dim, is_causal,
+      {field(config, "block_q"), field(config, "block_kv"), field(config, "stages")}};
+  if (const Status status = kernel.check(); !status.ok()) raise(status.error());
+  nb::list specs;
+  specs.append(to_dict(kernel.spec()));
+  return specs;
+}
+
+nb::list attention_backward_specs(const std::string& dtype, long head_dim, bool is_causal,
+                                  bool deterministic, const nb::dict& config) {
+  const AttentionBackwardKernels kernels{
+      to_dtype(dtype),
+      head_dim,
+      is_causal,
+      deterministic,
+      {field(config, "block_q"), field(config, "block_kv"), field(config, "stages")}};
+  if (const Status status = kernels.check(); !status.ok()) raise(status.error());
+  nb::list specs;
+  specs.append(to_dict(kernels.prepare_spec()));
+  specs.append(to_dict(kernels.main_spec()));
+  specs.append(to_dict(kernels.finish_spec()));
+  return specs;
+}
+
+nb::list matmul_specs(const std::string& dtype, bool transpose_a, bool transpose_b,
+                      const nb::dict& config) {
+  const MatmulKernel kernel{
+      to_dtype(dtype),
+      {transpose_a, transpose_b},
+      {field(config, "block_m"), field(config, "block_n"), field(config, "block_k"),
+       field(config, "stages"), field(config, "cluster_m"), field(config, "group_m")}};
+  if (const Status status = kernel.check(); !status.ok()) raise(status.error());
+  nb::list specs;
+  specs.append(to_dict(kernel.spec()));
+  return specs;
+}
+
+// -- Tools ----------------------------------------------------------------------------------------
+
+nb::dict compile_kernel(const nb::dict& spec_dict, bool use_cache) {
+  const KernelSpec spec = to_spec(spec_dict);
+  auto compiled = [&] {
+    nb::gil_scoped_release release;
+    return runtime::compile(
+        spec, use_cache ? runtime::Lookup::kAllowed : runtime::Lookup::kSkipped);
+  }();
+  if (!compiled.ok()) raise(compiled.error());
+  static constexpr const char* kOrigins[] = {"shipped", "cache", "compiled"};
+  nb::dict out;
+  out["cubin"] = nb::bytes(compiled->cubin.data(), compiled->cubin.size());
+  out["log"] = compiled->log;
+  out["seconds"] = compiled->seconds;
+  out["origin"] = kOrigins[static_cast<int>(compiled->origin)];
+  return out;
+}
+
+nb::dict kernel_keys(const nb::dict& spec) {
+  const auto keys = runtime::kernel_keys(to_spec(spec));
+  if (!keys.ok()) raise(keys.error());
+  nb::dict out;
+  out["shipped"] = keys->shipped;
+  out["cache"] = keys->cache;
+  return out;
+}
+
+nb::dict driver_info() {
+  nb::dict out;
+  out["version"] = nb::none();
+  out["devices"] = nb::list();
+  out["error"] = nb::none();
+  const auto version = runtime::driver_version();
+  if (!version.ok()) {
+    out["error"] = version.error().message;
+    return out;
+  }
+  out["version"] = *version;
+  const auto devices = runtime::list_devices();
+  if (!devices.ok()) {
+    out["error"] = devices.error().message;
+    return out;
+  }
+  nb::list list;
+  for (const runtime::Device& device : *devices) {
+    nb::dict entry;
+    entry["name"] = device.name;
+    entry["compute_capability"] =
+        nb::make_tuple(device.capability_major, device.capability_minor);
+    entry["multiprocessors"] = device.multiprocessors;
+    const Status supported = runtime::check_supported(device);
+    entry["problem"] = supported.ok() ? nb::none() : nb::cast(supported.error().message);
+    list.append(entry);
+  }
+  out["devices"] = list;
+  return out;
+}
+
+nb::dict nvrtc_info() {
+  nb::dict out;
+  const auto version = runtime::nvrtc_version();
+  if (!version.ok()) {
+    out["version"] = nb::none();
+    out["path"] = nb::none();
+    out["error"] = version.error().message;
+    return out;
+  }
+  out["version"] = nb::make_tuple(version->major, version->minor);
+  out["path"] = version->path;
+  out["error"] = nb::none();
+  return out;
+}
+
+nb::dict cache_info() {
+  const runtime::CacheInfo info = runtime::cache_info();
+  nb::dict out;
+  out["path"] = info.path;
+  out["usable"] = info.usable;
+  out["problem"] = info.problem;
+  return out;
+}
+
+}  // namespace
+
+NB_MODULE(_extension, module) {
+  using namespace nb::literals;
+  module.doc() = "FFI targets of tk_jax, and the runtime behind them.";
+  module.def("registrations", &registrations, "{target: {stage: capsule}}");
+  module.def("ffi_api_version",
+             [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
+  module.def("struct_fields", &struct_fields, "{settings class: names of its fields, in order}");
+
+  module.def("set_source_root", &runtime::set_source_root, "path"_a);
+  module.def("set_shipped_dir", &runtime::set_shipped_dir, "path"_a);
+  module.def("set_nvrtc_paths", &runtime::set_nvrtc_paths, "folders"_a);
+  module.def("set_cache_dir", &runtime::set_cache_dir, "path"_a.none());
+
+  module.def("attention_forward_specs", &attention_forward_specs, nb::kw_only(), "dtype"_a,
+             "head_dim"_a, "is_causal"_a, "config"_a);
+  module.def("attention_backward_specs", &attention_backward_specs, nb::kw_only(), "dtype"_a,
+             "head_dim"_a, "is_causal"_a, "deterministic"_a, "config"_a);
+  module.def("matmul_specs", &matmul_specs, nb::kw_only(), "dtype"_a, "transpose_a"_a,
+             "transpose_b"_a, "config"_a);
+
+  module.def("compile", &compile_kernel, "spec"_a, nb::kw_only(), "use_cache"_a = true,
+             "{cubin, log, seconds, origin}; needs no GPU");
+  module.def("kernel_keys", &kernel_keys, "spec"_a);
+  module.def("translation_unit",
+             [](const nb::dict& spec) { return runtime::translation_unit(to_spec(spec)); });
+  module.def("driver_info", &driver_info);
+  module.def("nvrtc_info", &nvrtc_info);
+  module.def("cache_info", &cache_info);
+  module.def("sha256", [](const nb::bytes& data) {
+    return runtime::sha256_hex({data.c_str(), data.size()});
+  });
+}
+
+}  // namespace tk::ffi
