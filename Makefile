@@ -50,7 +50,6 @@ $(VENV)/.installed-%: $(BUILT_FROM) | $(BIN)/python
 $(BIN)/python:
 	python="$(PYTHON)"; [ -n "$$python" ] || python=$$(sh scripts/find_python.sh) || exit 1; \
 	  "$$python" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 
 clean:
 	rm -rf $(VENV) build dist

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING
 from tk_jax._version import __version__
 
 if TYPE_CHECKING:
+    from tk_jax import checkpoint_policies
     from tk_jax._dispatch import FallbackWarning, explain
     from tk_jax.compile import compile_kernels
     from tk_jax.ops.attention import attention
     from tk_jax.ops.matmul import matmul
 
+# Where each name comes from: an attribute of a module, or the module itself.
 _HOMES = {
     "FallbackWarning": "tk_jax._dispatch",
     "attention": "tk_jax.ops.attention",
+    "checkpoint_policies": "tk_jax.checkpoint_policies",
     "compile_kernels": "tk_jax.compile",
     "explain": "tk_jax._dispatch",
     "matmul": "tk_jax.ops.matmul",
@@ -27,6 +30,7 @@ __all__ = [
     "FallbackWarning",
     "__version__",
     "attention",
+    "checkpoint_policies",
     "compile_kernels",
     "explain",
     "matmul",
@@ -36,7 +40,8 @@ __all__ = [
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'tk_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    value = home if _HOMES[name] == f"tk_jax.{name}" else getattr(home, name)
     globals()[name] = value
     return value
 
