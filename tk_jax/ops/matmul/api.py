@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from tk_jax import _check, _dispatch
 from tk_jax.ops.matmul import layout, vjp
@@ -70,10 +70,15 @@ def matmul(
     b = _check.check_array("matmul", "b", b)
     options, choice = _plan(a, b, transpose_a, transpose_b, implementation)
     _dispatch.warn_of_fallback(choice)
+    return _matmul(options, choice, *_dispatch.vary_together(a, b))
+
+
+# One jit for eager callers too: they compile once, and for the device of their arrays.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _matmul(options, choice, a, b):
     with jax.named_scope("tk_jax.matmul"):
         if choice.cuda == "xla":
             return vjp.xla_matmul(a, b, options)
-        a, b = _vary_together(a, b)
         a, b, shape = layout.fold_batch(a, b, options)
         return vjp.folded_matmul(a, b, options, choice).reshape(shape)
 
@@ -132,17 +137,3 @@ def _unsupported(a, b, options: MatmulOptions) -> str | None:
         if size > layout.MAX_SIZE:
             return f"{name} of {size} (it takes up to {layout.MAX_SIZE})"
     return None
-
-
-def _vary_together(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inside shard_map, makes both vary over the mesh axes that either varies over.
-
-    A kernel's result has the type of its first operand; and the transposition of this
-    cast is what sums the gradient of an operand that the devices share.
-    """
-    a_axes, b_axes = (jax.typeof(x).manual_axis_type.varying for x in (a, b))
-    return _vary(a, b_axes - a_axes), _vary(b, a_axes - b_axes)
-
-
-def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x

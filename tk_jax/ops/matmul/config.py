@@ -11,6 +11,8 @@ import dataclasses
 # What one block on Hopper may use, and the part that holds barriers and alignment.
 _MAX_SHARED_BYTES = 232448
 _SHARED_SLACK = 2048
+# Two pieces of 64 x 64 for each of two consumers.
+_OUTPUT_BYTES = 2 * 2 * 2 * 64 * 64
 # An H100 SXM. Another Hopper GPU has a few more or fewer: the choice is still right.
 _MULTIPROCESSORS = 132
 
@@ -41,33 +43,46 @@ class MatmulConfig:
     group_m: int = 8
 
     def __post_init__(self):
-        self._demand("block_m", self.block_m in (128, 256), "128 or 256")
-        self._demand(
-            "block_n",
-            self.block_n % 64 == 0 and 64 <= self.block_n <= 256,
-            "a multiple of 64 up to 256",
-        )
-        self._demand("block_k", self.block_k == 64, "64")
-        self._demand("stages", self.stages >= 2, "at least 2")
-        self._demand("cluster_m", self.cluster_m in (1, 2), "1 or 2")
-        self._demand("group_m", self.group_m >= 1, "at least 1")
-        if self.shared_bytes > _MAX_SHARED_BYTES:
-            raise ValueError(
-                f"MatmulConfig: {self} needs {self.shared_bytes} bytes of shared "
-                f"memory; expected at most {_MAX_SHARED_BYTES}"
-            )
-
-    def _demand(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(
-                f"MatmulConfig: {name} is {getattr(self, name)}; expected {expected}"
-            )
+        cluster_columns = 64 * self.cluster_m
+        for name, holds, expected in (
+            ("block_m", self.block_m in (128, 256), "128 or 256"),
+            ("block_k", self.block_k == 64, "64"),
+            ("stages", self.stages >= 2, "at least 2"),
+            ("cluster_m", self.cluster_m in (1, 2), "1 or 2"),
+            # Each block of a cluster loads its share of b, in panels of 64 columns.
+            (
+                "block_n",
+                self.block_n > 0 and self.block_n % cluster_columns == 0,
+                f"a multiple of {cluster_columns}",
+            ),
+            # The sums of a tile fill 128 registers of each of 256 threads.
+            (
+                "block_n",
+                self.block_m * self.block_n <= 128 * 256,
+                f"at most {128 * 256 // self.block_m}",
+            ),
+            (
+                "group_m",
+                self.group_m > 0 and self.group_m % self.cluster_m == 0,
+                f"a multiple of {self.cluster_m}",
+            ),
+            (
+                "shared_bytes",
+                self.shared_bytes <= _MAX_SHARED_BYTES,
+                f"at most {_MAX_SHARED_BYTES}",
+            ),
+        ):
+            if not holds:
+                raise ValueError(
+                    f"MatmulConfig: {name} is {getattr(self, name)}; "
+                    f"expected {expected} in {self}"
+                )
 
     @property
     def shared_bytes(self) -> int:
-        """Both operands of every stage, and half of a tile of c on its way out."""
+        """Both operands of every stage, and pieces of c on their way out."""
         operands = 2 * self.stages * self.block_k * (self.block_m + self.block_n)
-        return operands + self.block_m * self.block_n + _SHARED_SLACK
+        return operands + _OUTPUT_BYTES + _SHARED_SLACK
 
 
 _WIDE = MatmulConfig()

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_batching import custom_vmap
 
 from tk_jax import _dispatch, _ffi
@@ -83,20 +84,17 @@ def _summed(x, y, options, shape, run) -> jax.Array:
 
 
 def _run(a, b, options, choice) -> jax.Array:
-    return _dispatch.run_chosen(
-        choice,
+    return _multiply(
+        functools.partial(
+            _dispatch.run_chosen,
+            choice,
+            tk=functools.partial(_launch, options=options, config=None),
+            xla=functools.partial(xla_matmul, options=options),
+        ),
         a,
         b,
-        tk=functools.partial(kernel_matmul, options=options),
-        xla=functools.partial(xla_matmul, options=options),
+        options,
     )
-
-
-def xla_matmul(a: jax.Array, b: jax.Array, options: MatmulOptions) -> jax.Array:
-    """The definition; XLA too sums products of 16-bit types in float32."""
-    a = jnp.swapaxes(a, -1, -2) if options.transpose_a else a
-    b = jnp.swapaxes(b, -1, -2) if options.transpose_b else b
-    return jnp.matmul(a, b)
 
 
 def kernel_matmul(
@@ -105,20 +103,39 @@ def kernel_matmul(
     options: MatmulOptions,
     config: MatmulConfig | None = None,
 ) -> jax.Array:
-    """The kernel on operands with any leading dimensions that broadcast."""
+    """The kernel on any operands that broadcast; ``config`` is for tuning."""
+    launch = functools.partial(_launch, options=options, config=config)
+    return _multiply(launch, a, b, options)
+
+
+def xla_matmul(a: jax.Array, b: jax.Array, options: MatmulOptions) -> jax.Array:
+    """The definition, differentiable in every mode, on operands that broadcast."""
+    a = jnp.swapaxes(a, -1, -2) if options.transpose_a else a
+    b = jnp.swapaxes(b, -1, -2) if options.transpose_b else b
+    if a.dtype not in (jnp.bfloat16, jnp.float16):
+        return jnp.matmul(a, b)
+    return lax.platform_dependent(a, b, cpu=_widened_matmul, default=jnp.matmul)
+
+
+# Checkpointed, so that what is kept for a backward pass is the narrow operands.
+@jax.checkpoint
+def _widened_matmul(a, b) -> jax.Array:
+    """A product of 16-bit operands on the CPU, where XLA may sum it in 16 bits."""
+    return jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32)).astype(a.dtype)
+
+
+def _multiply(run, a, b, options) -> jax.Array:
+    """``run`` on the folded operands, under vmap with one more dimension to fold."""
     a, b, shape = layout.fold_batch(a, b, options)
+    mapped = custom_vmap(run)
 
-    @custom_vmap
-    def launch(a, b):
-        return _launch(a, b, options, config)
-
-    @launch.def_vmap
+    @mapped.def_vmap
     def fold_mapped_axis(axis_size, in_batched, a, b):
-        # The mapped axis leads: one more dimension to fold, where an operand has it.
+        # The mapped axis leads, where an operand has it.
         del axis_size, in_batched
-        return kernel_matmul(a, b, options, config), True
+        return _multiply(run, a, b, options), True
 
-    return launch(a, b).reshape(shape)
+    return mapped(a, b).reshape(shape)
 
 
 def _launch(a, b, options, config) -> jax.Array:
