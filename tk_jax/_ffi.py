@@ -1,0 +1,151 @@
+"""The only caller of ``jax.ffi``: loads the extension, registers targets, calls them.
+
+Importing this module raises ImportError where the XLA of the installed jax is too old
+for the extension. Without any extension (a source checkout that was never built) it
+loads, :func:`unavailable` says why, and only calls of kernels fail.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+import re
+
+import jax
+import numpy as np
+
+try:
+    from tk_jax import _extension
+except ImportError as error:
+    _extension = None
+    _import_error = str(error)
+
+_NVRTC_FOLDERS = ("cu13/lib", "cuda_nvrtc/lib")
+_TARGETS = (
+    "tk_attention_fwd_v1",
+    "tk_attention_bwd_v1",
+    "tk_kernel_v1",
+    "tk_matmul_v1",
+)
+
+
+def runtime_api_version() -> tuple[int, int]:
+    """The FFI API of the XLA inside the installed jaxlib."""
+    header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h")
+    found = dict(
+        re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header.read_text())
+    )
+    return int(found["MAJOR"]), int(found["MINOR"])
+
+
+def check_api_version(built: tuple[int, int], runtime: tuple[int, int]) -> None:
+    """Refuses what XLA would refuse later, and less clearly.
+
+    A handler that is newer than the runtime breaks the CPU backend of the whole process
+    when it is registered, and is silently dropped by the GPU's.
+    """
+    if built[0] == runtime[0] and built[1] <= runtime[1]:
+        return
+    raise ImportError(
+        f"tk_jax was built for XLA FFI API {built[0]}.{built[1]}, but jaxlib "
+        f"{jax.lib.__version__} has {runtime[0]}.{runtime[1]}. "
+        "Install a newer jax: pip install 'jax>=0.10,<0.13'"
+    )
+
+
+def unavailable() -> str | None:
+    """Why no kernel can be called in this installation, or None if they can."""
+    if _extension is not None:
+        return None
+    return (
+        f"tk_jax._extension cannot be imported ({_import_error}); "
+        "build it with `pip install .` in the source folder, or reinstall tk_jax"
+    )
+
+
+def extension():
+    """The extension module, or ImportError with the reason."""
+    if _extension is None:
+        raise ImportError(unavailable())
+    return _extension
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """What ``jax.export`` must be told about our targets, which it does not know.
+
+    >>> import jax, tk_jax
+    >>> checks = tk_jax.export_checks()
+    >>> # jax.export.export(fn, platforms=["cuda"], disabled_checks=checks)(*args)
+    """
+    return [jax.export.DisabledSafetyCheck.custom_call(name) for name in _TARGETS]
+
+
+def call(target: str, out_types, *arrays: jax.Array, **settings) -> tuple:
+    """Calls a target; returns one array for each of ``out_types``.
+
+    Args:
+      target: A name of ``_TARGETS``.
+      out_types: What ``jax.typeof(x).update(...)`` returns, so that a result inside
+        ``shard_map`` varies over the axes that ``x`` varies over.
+      *arrays: The operands.
+      **settings: Frozen dataclasses; each becomes one dict attribute, decoded by the
+        C++ struct of the same fields.
+    """
+    extension()
+    attributes = {name: to_attribute(value) for name, value in settings.items()}
+    function = jax.ffi.ffi_call(target, tuple(out_types))
+    return tuple(function(*arrays, **attributes))
+
+
+def to_attribute(settings) -> dict:
+    """A dataclass as a dict of the exact types that the C++ side decodes."""
+    return {
+        field.name: _scalar(getattr(settings, field.name))
+        for field in dataclasses.fields(settings)
+    }
+
+
+def _scalar(value):
+    # XLA refuses a float64 where float32 is declared; Python's float is one.
+    if isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return np.int64(value)
+    if isinstance(value, float):
+        return np.float32(value)
+    if isinstance(value, np.ndarray):
+        return value
+    raise TypeError(f"a setting is {value!r}, which has no FFI attribute type")
+
+
+def source_root() -> pathlib.Path:
+    """The folder of the device sources: installed with the package, or a checkout's."""
+    package = pathlib.Path(__file__).parent
+    installed = package / "cuda"
+    return installed if installed.is_dir() else package.parent / "cuda"
+
+
+def nvrtc_folders() -> list[str]:
+    """The folders of NVIDIA's wheels that hold NVRTC; imports none of them."""
+    spec = importlib.util.find_spec("nvidia")
+    places = [] if spec is None else spec.submodule_search_locations or []
+    candidates = [
+        pathlib.Path(place, folder) for folder in _NVRTC_FOLDERS for place in places
+    ]
+    return [str(folder) for folder in candidates if folder.is_dir()]
+
+
+@functools.cache
+def _set_up() -> None:
+    check_api_version(_extension.ffi_api_version(), runtime_api_version())
+    _extension.set_source_root(str(source_root()))
+    _extension.set_shipped_dir(str(pathlib.Path(__file__).parent / "cubins"))
+    _extension.set_nvrtc_paths(nvrtc_folders())
+    for target, stages in _extension.registrations().items():
+        jax.ffi.register_ffi_target(target, stages, platform="CUDA", api_version=1)
+
+
+if _extension is not None:
+    _set_up()

@@ -1,0 +1,178 @@
+"""Compiles kernels ahead of time into the cache, with or without a GPU.
+
+``python -m tk_jax.compile`` compiles every specialisation that the package chooses by
+itself, so that no program waits for one later; ``--only attention`` a part of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import os
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping
+
+from tk_jax import _ffi
+from tk_jax.ops.attention import config as attention_config
+from tk_jax.ops.matmul import config as matmul_config
+
+DTYPES = ("bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Specialisation:
+    """One kernel of a call, with the settings that chose it."""
+
+    op: str  # "attention_fwd", "attention_bwd" or "matmul"
+    settings: str  # what tells it apart beyond its symbol, in words
+    spec: dict  # what the extension compiles
+
+    @property
+    def symbol(self) -> str:
+        return self.spec["symbol"]
+
+    @property
+    def name(self) -> str:
+        return f"{self.symbol} {self.settings}".strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledKernel:
+    """A kernel that is in the cache now."""
+
+    name: str
+    seconds: float
+    origin: str  # "shipped", "cache", or "compiled" just now
+
+
+def specialisations(
+    only: str = "", tiles: Mapping[str, int] = types.MappingProxyType({})
+) -> Iterator[Specialisation]:
+    """Every specialisation that the ops choose by default, each once.
+
+    Args:
+      only: A part of the op's or the kernel's name.
+      tiles: Fields of the configs to set differently, for tuning.
+    """
+    seen = set()
+    for item in _all_specialisations(tiles):
+        if item.spec["function"] in seen or only not in f"{item.op} {item.name}":
+            continue
+        seen.add(item.spec["function"])
+        yield item
+
+
+def compile_kernels(
+    kernels: Iterable[Specialisation] | None = None, *, use_cache: bool = True
+) -> list[CompiledKernel]:
+    """Compiles ``kernels`` into the cache folder; by default all that ops may choose.
+
+    Needs NVRTC and no GPU. Kernels that are there already cost nothing.
+
+    Raises:
+      ImportError: the extension is not built.
+      RuntimeError: NVRTC is missing, or a kernel does not compile.
+
+    >>> import tk_jax
+    >>> compiled = tk_jax.compile_kernels([])
+    """
+    extension = _ffi.extension()
+    wanted = list(specialisations() if kernels is None else kernels)
+
+    def compile_one(item: Specialisation) -> CompiledKernel:
+        result = extension.compile(item.spec, use_cache=use_cache)
+        return CompiledKernel(item.name, result["seconds"], result["origin"])
+
+    # The extension lets go of the interpreter's lock while it compiles.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, wanted))
+
+
+def _all_specialisations(tiles: Mapping[str, int]) -> Iterator[Specialisation]:
+    for dtype in DTYPES:
+        yield from _attention(dtype, tiles)
+        yield from _matmul(dtype, tiles)
+
+
+def _attention(dtype: str, tiles: Mapping[str, int]) -> Iterator[Specialisation]:
+    extension = _ffi.extension()
+    for head_dim in attention_config.KERNEL_HEAD_DIMS:
+        forward = _fields(attention_config.forward_config(head_dim), tiles)
+        backward = _fields(attention_config.backward_config(head_dim), tiles)
+        for is_causal in (False, True):
+            for spec in extension.attention_forward_specs(
+                dtype=dtype, head_dim=head_dim, is_causal=is_causal, config=forward
+            ):
+                yield Specialisation("attention_fwd", _words(forward), spec)
+            for deterministic in (True, False):
+                settings = _words(backward)
+                if not deterministic:
+                    settings += " any-order"
+                for spec in extension.attention_backward_specs(
+                    dtype=dtype,
+                    head_dim=head_dim,
+                    is_causal=is_causal,
+                    deterministic=deterministic,
+                    config=backward,
+                ):
+                    own = "Traits<" in spec["function"]
+                    yield Specialisation(
+                        "attention_bwd", settings if own else "", spec
+                    )
+
+
+def _matmul(dtype: str, tiles: Mapping[str, int]) -> Iterator[Specialisation]:
+    for default in matmul_config.CONFIGS:
+        config = _fields(default, tiles)
+        for transpose_a in (False, True):
+            for transpose_b in (False, True):
+                for spec in _ffi.extension().matmul_specs(
+                    dtype=dtype,
+                    transpose_a=transpose_a,
+                    transpose_b=transpose_b,
+                    config=config,
+                ):
+                    yield Specialisation("matmul", _words(config), spec)
+
+
+def _fields(config, tiles: Mapping[str, int]) -> dict[str, int]:
+    fields = dataclasses.asdict(config)
+    return fields | {name: tiles[name] for name in fields if name in tiles}
+
+
+def _words(settings: dict) -> str:
+    return "-".join(str(value) for value in settings.values())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tk_jax.compile", description=__doc__)
+    parser.add_argument("--only", default="", help="part of an op's or kernel's name")
+    parser.add_argument("--force", action="store_true", help="compile again what is there")
+    parser.add_argument("--list", action="store_true", help="print names, compile nothing")
+    options = parser.parse_args(arguments)
+    try:
+        wanted = list(specialisations(options.only))
+        if not wanted:
+            parser.error(f"no kernel's name contains {options.only!r}")
+        if options.list:
+            for item in wanted:
+                print(item.name)
+            return 0
+        kernels = compile_kernels(wanted, use_cache=not options.force)
+    except (ImportError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    for kernel in kernels:
+        print(f"{kernel.seconds:6.1f} s  {kernel.origin:<8}  {kernel.name}")
+    cache = _ffi.extension().cache_info()
+    if not cache["usable"]:
+        print(f"nothing was kept: {cache['path']}: {cache['problem']}", file=sys.stderr)
+        return 1
+    print(f"{len(kernels)} kernels in {cache['path']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
