@@ -12,6 +12,7 @@ from tk_jax._version import __version__
 if TYPE_CHECKING:
     from tk_jax import checkpoint_policies
     from tk_jax._dispatch import FallbackWarning, explain
+    from tk_jax._ffi import export_checks
     from tk_jax.compile import compile_kernels
     from tk_jax.ops.attention import attention
     from tk_jax.ops.matmul import matmul
@@ -23,6 +24,7 @@ _HOMES = {
     "checkpoint_policies": "tk_jax.checkpoint_policies",
     "compile_kernels": "tk_jax.compile",
     "explain": "tk_jax._dispatch",
+    "export_checks": "tk_jax._ffi",
     "matmul": "tk_jax.ops.matmul",
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "checkpoint_policies",
     "compile_kernels",
     "explain",
+    "export_checks",
     "matmul",
 ]
 

@@ -78,7 +78,7 @@ def _versions() -> list[Finding]:
 def _extension() -> tuple[object | None, Finding]:
     try:
         ffi = importlib.import_module("tk_jax._ffi")
-        extension = importlib.import_module("tk_jax._extension")
+        extension = ffi.extension()
     except ImportError as error:
         # The message says what to do: it is written for whoever imports the package.
         return None, Finding("extension", "broken", str(error))
