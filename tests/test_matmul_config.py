@@ -1,9 +1,12 @@
 """The tiles that matmul chooses, and the limits they are held to."""
 
+import dataclasses
 import itertools
 
 import pytest
+from matmul_cases import TRANSPOSES, transposes_id
 
+from tk_jax import _ffi
 from tk_jax.ops.matmul import config
 
 
@@ -41,3 +44,23 @@ def test_default_config_of_large_products_is_the_widest():
 def test_config_refuses_what_the_kernel_cannot_be_built_with(settings, message):
     with pytest.raises(ValueError, match=message):
         config.MatmulConfig(**settings)
+
+
+def test_settings_match_the_structs_that_decode_them():
+    fields = _ffi.extension().struct_fields()
+    for settings in (config.MatmulOptions, config.MatmulConfig):
+        names = [field.name for field in dataclasses.fields(settings)]
+        assert names == list(fields[settings.__name__])
+
+
+@pytest.mark.parametrize("chosen", config.CONFIGS, ids=str)
+@pytest.mark.parametrize("transposes", TRANSPOSES, ids=transposes_id)
+def test_the_runtime_accepts_every_config(chosen, transposes):
+    (spec,) = _ffi.extension().matmul_specs(
+        dtype="bfloat16",
+        transpose_a=transposes[0],
+        transpose_b=transposes[1],
+        config=dataclasses.asdict(chosen),
+    )
+    assert spec["shared_bytes"] == chosen.shared_bytes
+    assert spec["cluster_size"] == chosen.cluster_m
