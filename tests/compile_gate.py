@@ -26,7 +26,9 @@ _PRODUCT = "HGMMA"
 _BULK_LOAD = "UTMALDG"
 _REGISTER_SPLIT = "USETMAXREG"
 _LOCAL_MEMORY = ("LDL", "STL")
-_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.M)
+_OPCODE = re.compile(
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.M
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,8 @@ def complaints(log: str) -> list[str]:
     return [
         line.strip()
         for line in log.splitlines()
-        if pattern.search(line) and not re.search(r"\b0 bytes spill stores", line)
+        if pattern.search(line)
+        and not re.search(r"\b0 bytes spill stores", line)
         # The counts of spilled bytes are judged on their own.
         and "bytes spill stores" not in line
     ]
@@ -166,7 +169,9 @@ def find_disassembler() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="part of an op's or kernel's name")
-    parser.add_argument("--log", action="store_true", help="print the compiler's output")
+    parser.add_argument(
+        "--log", action="store_true", help="print the compiler's output"
+    )
     parser.add_argument("--sass", type=pathlib.Path, help="folder for machine code")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument(
@@ -210,9 +215,7 @@ def save_code(item: Specialisation, folder: pathlib.Path) -> None:
     """Writes <name>.cubin and <name>.sass for reading."""
     folder.mkdir(parents=True, exist_ok=True)
     base = folder / item.name.replace(" ", "_")
-    base.with_suffix(".cubin").write_bytes(
-        _ffi.extension().compile(item.spec)["cubin"]
-    )
+    base.with_suffix(".cubin").write_bytes(_ffi.extension().compile(item.spec)["cubin"])
     with open(base.with_suffix(".sass"), "w") as out:
         subprocess.run(
             [find_disassembler(), "--print-code", str(base.with_suffix(".cubin"))],

@@ -90,11 +90,14 @@ def call(target: str, out_types, *arrays: jax.Array, **settings) -> tuple:
       out_types: What ``jax.typeof(x).update(...)`` returns, so that a result inside
         ``shard_map`` varies over the axes that ``x`` varies over.
       *arrays: The operands.
-      **settings: Frozen dataclasses; each becomes one dict attribute, decoded by the
-        C++ struct of the same fields.
+      **settings: Attributes. A frozen dataclass becomes one dict attribute, decoded by
+        the C++ struct of the same fields; an array stays an array.
     """
     extension()
-    attributes = {name: to_attribute(value) for name, value in settings.items()}
+    attributes = {
+        name: to_attribute(value) if dataclasses.is_dataclass(value) else value
+        for name, value in settings.items()
+    }
     function = jax.ffi.ffi_call(target, tuple(out_types))
     return tuple(function(*arrays, **attributes))
 
@@ -115,8 +118,6 @@ def _scalar(value):
         return np.int64(value)
     if isinstance(value, float):
         return np.float32(value)
-    if isinstance(value, np.ndarray):
-        return value
     raise TypeError(f"a setting is {value!r}, which has no FFI attribute type")
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import itertools
 import os
 import sys
 import types
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
 from tk_jax import _ffi
@@ -54,7 +56,8 @@ def specialisations(
 
     Args:
       only: A part of the op's or the kernel's name.
-      tiles: Fields of the configs to set differently, for tuning.
+      tiles: Fields of the configs to set differently, for tuning. A kernel that does
+        not take them is left out, with a warning.
     """
     seen = set()
     for item in _all_specialisations(tiles):
@@ -92,49 +95,59 @@ def compile_kernels(
 
 def _all_specialisations(tiles: Mapping[str, int]) -> Iterator[Specialisation]:
     for dtype in DTYPES:
-        yield from _attention(dtype, tiles)
-        yield from _matmul(dtype, tiles)
+        for make in (_attention_forward, _attention_backward, _matmul):
+            try:
+                yield from make(dtype, tiles)
+            except ValueError as error:
+                if not tiles:
+                    raise
+                warnings.warn(f"left out: {error}", stacklevel=2)
 
 
-def _attention(dtype: str, tiles: Mapping[str, int]) -> Iterator[Specialisation]:
-    extension = _ffi.extension()
+def _attention_forward(
+    dtype: str, tiles: Mapping[str, int]
+) -> Iterator[Specialisation]:
     for head_dim in attention_config.KERNEL_HEAD_DIMS:
-        forward = _fields(attention_config.forward_config(head_dim), tiles)
-        backward = _fields(attention_config.backward_config(head_dim), tiles)
+        config = _fields(attention_config.forward_config(head_dim), tiles)
         for is_causal in (False, True):
-            for spec in extension.attention_forward_specs(
-                dtype=dtype, head_dim=head_dim, is_causal=is_causal, config=forward
+            for spec in _ffi.extension().attention_forward_specs(
+                dtype=dtype, head_dim=head_dim, is_causal=is_causal, config=config
             ):
-                yield Specialisation("attention_fwd", _words(forward), spec)
-            for deterministic in (True, False):
-                settings = _words(backward)
-                if not deterministic:
-                    settings += " any-order"
-                for spec in extension.attention_backward_specs(
-                    dtype=dtype,
-                    head_dim=head_dim,
-                    is_causal=is_causal,
-                    deterministic=deterministic,
-                    config=backward,
-                ):
-                    own = "Traits<" in spec["function"]
-                    yield Specialisation(
-                        "attention_bwd", settings if own else "", spec
-                    )
+                yield Specialisation("attention_fwd", _words(config), spec)
+
+
+def _attention_backward(
+    dtype: str, tiles: Mapping[str, int]
+) -> Iterator[Specialisation]:
+    for head_dim, is_causal, deterministic in itertools.product(
+        attention_config.KERNEL_HEAD_DIMS, (False, True), (True, False)
+    ):
+        config = _fields(attention_config.backward_config(head_dim), tiles)
+        words = _words(config) + ("" if deterministic else " any-order")
+        for spec in _ffi.extension().attention_backward_specs(
+            dtype=dtype,
+            head_dim=head_dim,
+            is_causal=is_causal,
+            deterministic=deterministic,
+            config=config,
+        ):
+            # prepare and finish are the same kernels for every tile.
+            has_tiles = "Traits<" in spec["function"]
+            yield Specialisation("attention_bwd", words if has_tiles else "", spec)
 
 
 def _matmul(dtype: str, tiles: Mapping[str, int]) -> Iterator[Specialisation]:
-    for default in matmul_config.CONFIGS:
+    for default, transpose_a, transpose_b in itertools.product(
+        matmul_config.CONFIGS, (False, True), (False, True)
+    ):
         config = _fields(default, tiles)
-        for transpose_a in (False, True):
-            for transpose_b in (False, True):
-                for spec in _ffi.extension().matmul_specs(
-                    dtype=dtype,
-                    transpose_a=transpose_a,
-                    transpose_b=transpose_b,
-                    config=config,
-                ):
-                    yield Specialisation("matmul", _words(config), spec)
+        for spec in _ffi.extension().matmul_specs(
+            dtype=dtype,
+            transpose_a=transpose_a,
+            transpose_b=transpose_b,
+            config=config,
+        ):
+            yield Specialisation("matmul", _words(config), spec)
 
 
 def _fields(config, tiles: Mapping[str, int]) -> dict[str, int]:
@@ -147,10 +160,12 @@ def _words(settings: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tk_jax.compile", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tk_jax.compile", description=__doc__
+    )
     parser.add_argument("--only", default="", help="part of an op's or kernel's name")
-    parser.add_argument("--force", action="store_true", help="compile again what is there")
-    parser.add_argument("--list", action="store_true", help="print names, compile nothing")
+    parser.add_argument("--force", action="store_true", help="compile all again")
+    parser.add_argument("--list", action="store_true", help="only print names")
     options = parser.parse_args(arguments)
     try:
         wanted = list(specialisations(options.only))

@@ -94,11 +94,11 @@ Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Optio
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
   const ForwardCall call{s, {s.dtype, s.head_dim, options.is_causal, config}, false};
-  if (Status status = first_error(
-          {check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim}),
-           check_dtype("out", b.out, b.q.element_type()),
-           check_dims("lse", b.lse, {s.batch, s.seqlen_q, s.num_heads}),
-           check_dtype("lse", b.lse, xffi::DataType::F32), call.kernel.check()});
+  if (Status status =
+          first_error({check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim}),
+                       check_dtype("out", b.out, b.q.element_type()),
+                       check_dims("lse", b.lse, {s.batch, s.seqlen_q, s.num_heads}),
+                       check_dtype("lse", b.lse, xffi::DataType::F32), call.kernel.check()});
       !status.ok()) {
     return status.error();
   }
@@ -120,8 +120,7 @@ Status initialize_forward(int device_ordinal, const ForwardBuffers& buffers,
 }
 
 Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const ForwardBuffers& b,
-                       const attention::Options& options,
-                       const attention::ForwardConfig& config) {
+                       const attention::Options& options, const attention::ForwardConfig& config) {
   const auto call = read_forward(b, options, config);
   if (!call.ok()) return call.error();
   if (call->empty) return {};
@@ -149,7 +148,7 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
   params.causal_offset = s.causal_offset(options);
   params.scale = options.scale;
   const std::int64_t tiles =
-      attention::ceil_div(s.seqlen_q, config.block_q) * s.num_heads * s.batch;
+      ceil_div(s.seqlen_q, config.block_q) * s.num_heads * s.batch;
   const std::int64_t blocks = std::min<std::int64_t>((*device)->multiprocessors, tiles);
   return runtime::launch(**kernel, stream, {blocks}, &params);
 }
@@ -177,8 +176,10 @@ Status check_backward(const BackwardBuffers& b, const Sizes& s) {
        check_dims("dq", b.dq, {s.batch, s.seqlen_q, s.num_heads, s.head_dim}),
        check_dims("dk", b.dk, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim}),
        check_dims("dv", b.dv, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim}),
-       check_dtype("out", b.out, dtype), check_dtype("dout", b.dout, dtype),
-       check_dtype("dq", b.dq, dtype), check_dtype("dk", b.dk, dtype),
+       check_dtype("out", b.out, dtype),
+       check_dtype("dout", b.dout, dtype),
+       check_dtype("dq", b.dq, dtype),
+       check_dtype("dk", b.dk, dtype),
        check_dtype("dv", b.dv, dtype),
        check_dims("lse", b.lse, {s.batch, s.seqlen_q, s.num_heads}),
        check_dtype("lse", b.lse, xffi::DataType::F32),
@@ -218,8 +219,8 @@ Status initialize_backward(int device_ordinal, const BackwardBuffers& buffers,
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
   const AttentionBackwardKernels& k = call->kernels;
-  const auto prepare = kernels.load(k.prepare_key(), **device,
-                                    [&](const KernelKey&) { return k.prepare_spec(); });
+  const auto prepare =
+      kernels.load(k.prepare_key(), **device, [&](const KernelKey&) { return k.prepare_spec(); });
   if (!prepare.ok()) return prepare.error();
   const auto main =
       kernels.load(k.main_key(), **device, [&](const KernelKey&) { return k.main_spec(); });
@@ -256,12 +257,12 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
                    const BackwardBuffers& b, const Sizes& s, const attention::Options& options,
                    const attention::BackwardConfig& config, int multiprocessors) {
   attention::BackwardParams params = {};
-  if (Status status = first_error({encode_rows(&params.q, b.q, s, config.block_q),
-                                   encode_rows(&params.dout, b.dout, s, config.block_q),
-                                   encode_rows(&params.k, b.k, s, config.block_kv),
-                                   encode_rows(&params.v, b.v, s, config.block_kv),
-                                   encode_rows(&params.dk, b.dk, s, 64),
-                                   encode_rows(&params.dv, b.dv, s, 64)});
+  if (Status status =
+          first_error({encode_rows(&params.q, b.q, s, config.block_q),
+                       encode_rows(&params.dout, b.dout, s, config.block_q),
+                       encode_rows(&params.k, b.k, s, config.block_kv),
+                       encode_rows(&params.v, b.v, s, config.block_kv),
+                       encode_rows(&params.dk, b.dk, s, 64), encode_rows(&params.dv, b.dv, s, 64)});
       !status.ok()) {
     return status;
   }
@@ -277,7 +278,7 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.causal_offset = s.causal_offset(options);
   params.scale = options.scale;
   const std::int64_t tiles =
-      attention::ceil_div(s.seqlen_kv, config.block_kv) * s.num_kv_heads * s.batch;
+      ceil_div(s.seqlen_kv, config.block_kv) * s.num_kv_heads * s.batch;
   return runtime::launch(kernel, stream, {std::min<std::int64_t>(multiprocessors, tiles)}, &params);
 }
 
@@ -289,7 +290,7 @@ Status launch_finish(const runtime::Kernel& kernel, runtime::cuda::Stream stream
   params.seqlen_q = static_cast<int>(s.seqlen_q);
   params.num_heads = static_cast<int>(s.num_heads);
   params.scale = scale;
-  const std::int64_t fragments = attention::ceil_div(s.seqlen_q, attention::kFragmentRows);
+  const std::int64_t fragments = ceil_div(s.seqlen_q, attention::kFragmentRows);
   return runtime::launch(kernel, stream, {fragments, s.num_heads, s.batch}, &params);
 }
 
@@ -330,8 +331,7 @@ using Ret = xffi::Result<AnyBuffer>;
 xffi::Error forward_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v, Ret out,
                                Ret lse, attention::Options options,
                                attention::ForwardConfig config) {
-  return to_ffi(kForwardName,
-                initialize_forward(device, {q, k, v, *out, *lse}, options, config));
+  return to_ffi(kForwardName, initialize_forward(device, {q, k, v, *out, *lse}, options, config));
 }
 
 xffi::Error forward_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
@@ -346,23 +346,21 @@ xffi::Error backward_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, A
                                 Ret dq, Ret dk, Ret dv, Ret delta, Ret lse_log2, Ret dq_acc,
                                 Ret dq_order, attention::Options options,
                                 attention::BackwardConfig config) {
-  return to_ffi(kBackwardName,
-                initialize_backward(device,
-                                    {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv, *delta,
-                                     *lse_log2, *dq_acc, *dq_order},
-                                    options, config));
+  return to_ffi(kBackwardName, initialize_backward(device,
+                                                   {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv,
+                                                    *delta, *lse_log2, *dq_acc, *dq_order},
+                                                   options, config));
 }
 
 xffi::Error backward_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                             AnyBuffer k, AnyBuffer v, AnyBuffer out, AnyBuffer lse,
-                             AnyBuffer dout, AnyBuffer dlse, Ret dq, Ret dk, Ret dv, Ret delta,
-                             Ret lse_log2, Ret dq_acc, Ret dq_order, attention::Options options,
+                             AnyBuffer k, AnyBuffer v, AnyBuffer out, AnyBuffer lse, AnyBuffer dout,
+                             AnyBuffer dlse, Ret dq, Ret dk, Ret dv, Ret delta, Ret lse_log2,
+                             Ret dq_acc, Ret dq_order, attention::Options options,
                              attention::BackwardConfig config) {
-  return to_ffi(kBackwardName,
-                execute_backward(device, stream,
-                                 {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv, *delta, *lse_log2,
-                                  *dq_acc, *dq_order},
-                                 options, config));
+  return to_ffi(kBackwardName, execute_backward(device, stream,
+                                                {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv,
+                                                 *delta, *lse_log2, *dq_acc, *dq_order},
+                                                options, config));
 }
 
 template <typename Binding>
@@ -398,22 +396,22 @@ auto bind_backward(Binding binding) {
       .template Attr<attention::BackwardConfig>("config");
 }
 
-XLA_FFI_DEFINE_HANDLER(kForwardInitialize, forward_initialize,
-                       bind_forward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>()
-                                        .Ctx<xffi::DeviceOrdinal>()));
 XLA_FFI_DEFINE_HANDLER(
-    kForwardExecute, forward_execute,
-    bind_forward(
-        xffi::Ffi::Bind().Ctx<xffi::DeviceOrdinal>().Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
-    {xffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kBackwardInitialize, backward_initialize,
-                       bind_backward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>()
-                                         .Ctx<xffi::DeviceOrdinal>()));
+    kForwardInitialize, forward_initialize,
+    bind_forward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<xffi::DeviceOrdinal>()));
+XLA_FFI_DEFINE_HANDLER(kForwardExecute, forward_execute,
+                       bind_forward(xffi::Ffi::Bind()
+                                        .Ctx<xffi::DeviceOrdinal>()
+                                        .Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
+                       {xffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(
-    kBackwardExecute, backward_execute,
-    bind_backward(
-        xffi::Ffi::Bind().Ctx<xffi::DeviceOrdinal>().Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
-    {xffi::Traits::kCmdBufferCompatible});
+    kBackwardInitialize, backward_initialize,
+    bind_backward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<xffi::DeviceOrdinal>()));
+XLA_FFI_DEFINE_HANDLER(kBackwardExecute, backward_execute,
+                       bind_backward(xffi::Ffi::Bind()
+                                         .Ctx<xffi::DeviceOrdinal>()
+                                         .Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
+                       {xffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 

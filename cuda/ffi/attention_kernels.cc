@@ -56,9 +56,9 @@ KernelSpec AttentionForwardKernel::spec() const {
   spec.symbol = "tk_attention_fwd_" + suffix(dtype, head_dim, is_causal);
   spec.header = "kernels/attention/forward.cuh";
   spec.function = std::string("tk::attention::forward<tk::attention::ForwardTraits<") +
-                  type_name(dtype) + ", " + std::to_string(head_dim) + ", " +
-                  bool_name(is_causal) + ", " + std::to_string(config.block_q) + ", " +
-                  std::to_string(config.block_kv) + ", " + std::to_string(config.stages) + ">>";
+                  type_name(dtype) + ", " + std::to_string(head_dim) + ", " + bool_name(is_causal) +
+                  ", " + std::to_string(config.block_q) + ", " + std::to_string(config.block_kv) +
+                  ", " + std::to_string(config.stages) + ">>";
   spec.params_type = "tk::attention::ForwardParams";
   spec.threads = attention::forward_threads(config.block_q);
   spec.shared_bytes = attention::forward_shared_bytes(head_dim, config);
@@ -105,10 +105,9 @@ KernelSpec AttentionBackwardKernels::main_spec() const {
   spec.symbol = "tk_attention_bwd_" + suffix(dtype, head_dim, is_causal);
   spec.header = "kernels/attention/backward.cuh";
   spec.function = std::string("tk::attention::backward<tk::attention::BackwardTraits<") +
-                  type_name(dtype) + ", " + std::to_string(head_dim) + ", " +
-                  bool_name(is_causal) + ", " + bool_name(deterministic) + ", " +
-                  std::to_string(config.block_q) + ", " + std::to_string(config.block_kv) + ", " +
-                  std::to_string(config.stages) + ">>";
+                  type_name(dtype) + ", " + std::to_string(head_dim) + ", " + bool_name(is_causal) +
+                  ", " + bool_name(deterministic) + ", " + std::to_string(config.block_q) + ", " +
+                  std::to_string(config.block_kv) + ", " + std::to_string(config.stages) + ">>";
   spec.params_type = "tk::attention::BackwardParams";
   spec.threads = attention::backward_threads(config.block_kv);
   spec.shared_bytes = attention::backward_shared_bytes(head_dim, config);

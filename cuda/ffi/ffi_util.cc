@@ -45,9 +45,7 @@ std::size_t hash_value(const KernelKey& key) {
   return hash ^ (hash >> 32);
 }
 
-Error invalid(std::string message) {
-  return {ErrorKind::kInvalidArgument, std::move(message)};
-}
+Error invalid(std::string message) { return {ErrorKind::kInvalidArgument, std::move(message)}; }
 
 Error unsupported(std::string message) { return {ErrorKind::kUnsupported, std::move(message)}; }
 

@@ -34,15 +34,15 @@ struct SettingsFields;
 
 // Decodes `type` from a dictionary attribute with exactly these members, in the order of its
 // fields. Outside every namespace.
-#define TK_REGISTER_SETTINGS(type, ...)                                  \
-  XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(type, __VA_ARGS__);              \
-  template <>                                                            \
-  struct tk::ffi::SettingsFields<type> {                                 \
-    static std::vector<std::string> names() {                            \
-      using namespace ::xla::ffi;                                        \
+#define TK_REGISTER_SETTINGS(type, ...)                                          \
+  XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(type, __VA_ARGS__);                      \
+  template <>                                                                    \
+  struct tk::ffi::SettingsFields<type> {                                         \
+    static std::vector<std::string> names() {                                    \
+      using namespace ::xla::ffi;                                                \
       const auto members = ::xla::ffi::internal::StructMemberNames(__VA_ARGS__); \
-      return {members.begin(), members.end()};                           \
-    }                                                                    \
+      return {members.begin(), members.end()};                                   \
+    }                                                                            \
   }
 
 xffi::Error to_ffi(const char* target, const Error& error);
@@ -60,9 +60,9 @@ template <typename Key>
 Result<const runtime::Kernel*> find_loaded(const runtime::KernelTable<Key>& table, const Key& key,
                                            const Device& device, const char* what) {
   if (const runtime::Kernel* kernel = table.find(key, device.ordinal)) return kernel;
-  return Error{ErrorKind::kInternal,
-               std::string(what) + " is not loaded on GPU " + std::to_string(device.ordinal) +
-                   ": execute ran before initialize"};
+  return Error{ErrorKind::kInternal, std::string(what) + " is not loaded on GPU " +
+                                         std::to_string(device.ordinal) +
+                                         ": execute ran before initialize"};
 }
 
 Error invalid(std::string message);
@@ -80,6 +80,8 @@ Status check_dtype(const char* name, const AnyBuffer& buffer, xffi::DataType exp
 Status first_error(std::initializer_list<Status> statuses);
 
 inline std::int64_t dim(const AnyBuffer& buffer, std::size_t i) { return buffer.dimensions()[i]; }
+
+constexpr std::int64_t ceil_div(std::int64_t x, std::int64_t y) { return (x + y - 1) / y; }
 
 constexpr std::int64_t kMaxInt = std::numeric_limits<int>::max();
 

@@ -16,6 +16,12 @@ constexpr const char* kName = "tk_kernel_v1";
 
 runtime::KernelTable<KernelSpec> kernels;
 
+// The attributes that are arrays, which XLA passes beside the dictionary.
+struct Lists {
+  xffi::Span<const std::int64_t> map_tiles;  // rows and columns for each buffer; 0, 0: no map
+  xffi::Span<const float> scalars;
+};
+
 Result<KernelSpec> read_spec(const KernelSettings& settings) {
   KernelSpec spec;
   spec.symbol = settings.symbol;
@@ -24,8 +30,8 @@ Result<KernelSpec> read_spec(const KernelSettings& settings) {
   spec.function = settings.function;
   spec.params_type = "tk::KernelParams";
   if (settings.threads > 1024 || settings.shared_bytes > runtime::kMaxSharedBytes ||
-      settings.cluster_size > 8 || std::min({settings.threads, settings.shared_bytes,
-                                             settings.cluster_size}) < 0) {
+      settings.cluster_size > 8 ||
+      std::min({settings.threads, settings.shared_bytes, settings.cluster_size}) < 0) {
     return invalid("threads " + std::to_string(settings.threads) + ", shared_bytes " +
                    std::to_string(settings.shared_bytes) + " or cluster_size " +
                    std::to_string(settings.cluster_size) + " is out of range");
@@ -37,24 +43,23 @@ Result<KernelSpec> read_spec(const KernelSettings& settings) {
   return spec;
 }
 
-Result<KernelParams> read_params(std::span<const AnyBuffer> buffers,
-                                 const KernelSettings& settings) {
+Result<KernelParams> read_params(std::span<const AnyBuffer> buffers, const Lists& lists) {
   KernelParams params = {};
   if (buffers.size() > kMaxKernelBuffers) {
     return invalid(std::to_string(buffers.size()) + " arguments and results; a kernel takes " +
                    std::to_string(kMaxKernelBuffers));
   }
-  if (settings.map_tiles.size() != 2 * buffers.size()) {
-    return invalid("map_tiles has " + std::to_string(settings.map_tiles.size()) +
+  if (lists.map_tiles.size() != 2 * buffers.size()) {
+    return invalid("map_tiles has " + std::to_string(lists.map_tiles.size()) +
                    " numbers; expected rows and columns for each of " +
                    std::to_string(buffers.size()) + " buffers");
   }
   constexpr std::size_t kMaxScalars = std::size(KernelParams{}.scalars);
-  if (settings.scalars.size() > kMaxScalars) {
-    return invalid(std::to_string(settings.scalars.size()) + " scalars; a kernel takes " +
+  if (lists.scalars.size() > kMaxScalars) {
+    return invalid(std::to_string(lists.scalars.size()) + " scalars; a kernel takes " +
                    std::to_string(kMaxScalars));
   }
-  std::copy(settings.scalars.begin(), settings.scalars.end(), params.scalars);
+  std::copy(lists.scalars.begin(), lists.scalars.end(), params.scalars);
   for (std::size_t i = 0; i < buffers.size(); ++i) {
     const auto dims = buffers[i].dimensions();
     if (dims.size() > kMaxKernelRank) {
@@ -101,10 +106,10 @@ Status encode_map(TensorMap* map, const AnyBuffer& buffer, std::int64_t rows,
 }
 
 Status initialize(int device_ordinal, std::span<const AnyBuffer> buffers,
-                  const KernelSettings& settings) {
+                  const KernelSettings& settings, const Lists& lists) {
   const auto spec = read_spec(settings);
   if (!spec.ok()) return spec.error();
-  if (const auto params = read_params(buffers, settings); !params.ok()) return params.error();
+  if (const auto params = read_params(buffers, lists); !params.ok()) return params.error();
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
   const auto kernel =
@@ -112,12 +117,11 @@ Status initialize(int device_ordinal, std::span<const AnyBuffer> buffers,
   return kernel.ok() ? Status() : kernel.error();
 }
 
-Status execute(int device_ordinal, runtime::cuda::Stream stream,
-               std::span<const AnyBuffer> buffers, std::size_t num_args,
-               const KernelSettings& settings) {
+Status execute(int device_ordinal, runtime::cuda::Stream stream, std::span<const AnyBuffer> buffers,
+               std::size_t num_args, const KernelSettings& settings, const Lists& lists) {
   const auto spec = read_spec(settings);
   if (!spec.ok()) return spec.error();
-  auto params = read_params(buffers, settings);
+  auto params = read_params(buffers, lists);
   if (!params.ok()) return params.error();
   const auto results = buffers.subspan(num_args);
   if (std::all_of(results.begin(), results.end(),
@@ -130,7 +134,7 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream,
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
   for (std::size_t i = 0; i < buffers.size(); ++i) {
-    const std::int64_t rows = settings.map_tiles[2 * i], columns = settings.map_tiles[2 * i + 1];
+    const std::int64_t rows = lists.map_tiles[2 * i], columns = lists.map_tiles[2 * i + 1];
     if (rows == 0 && columns == 0) continue;
     if (Status status = encode_map(&params->maps[i], buffers[i], rows, columns); !status.ok()) {
       return status;
@@ -157,18 +161,20 @@ Result<std::vector<AnyBuffer>> gather(xffi::RemainingArgs args, xffi::RemainingR
 }
 
 xffi::Error ffi_initialize(std::int32_t device, xffi::RemainingArgs args, xffi::RemainingRets rets,
-                           const KernelSettings& settings) {
+                           const KernelSettings& settings, xffi::Span<const std::int64_t> map_tiles,
+                           xffi::Span<const float> scalars) {
   const auto buffers = gather(args, rets);
   if (!buffers.ok()) return to_ffi(kName, buffers.error());
-  return to_ffi(kName, initialize(device, *buffers, settings));
+  return to_ffi(kName, initialize(device, *buffers, settings, {map_tiles, scalars}));
 }
 
-xffi::Error ffi_execute(std::int32_t device, runtime::cuda::Stream stream,
-                        xffi::RemainingArgs args, xffi::RemainingRets rets,
-                        const KernelSettings& settings) {
+xffi::Error ffi_execute(std::int32_t device, runtime::cuda::Stream stream, xffi::RemainingArgs args,
+                        xffi::RemainingRets rets, const KernelSettings& settings,
+                        xffi::Span<const std::int64_t> map_tiles, xffi::Span<const float> scalars) {
   const auto buffers = gather(args, rets);
   if (!buffers.ok()) return to_ffi(kName, buffers.error());
-  return to_ffi(kName, execute(device, stream, *buffers, args.size(), settings));
+  return to_ffi(kName,
+                execute(device, stream, *buffers, args.size(), settings, {map_tiles, scalars}));
 }
 
 template <typename Binding>
@@ -176,16 +182,19 @@ auto bind(Binding binding) {
   return std::move(binding)
       .RemainingArgs()
       .RemainingRets()
-      .template Attr<KernelSettings>("settings");
+      .template Attr<KernelSettings>("settings")
+      .template Attr<xffi::Span<const std::int64_t>>("map_tiles")
+      .template Attr<xffi::Span<const float>>("scalars");
 }
 
-XLA_FFI_DEFINE_HANDLER(kInitialize, ffi_initialize,
-                       bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>()
-                                .Ctx<xffi::DeviceOrdinal>()));
 XLA_FFI_DEFINE_HANDLER(
-    kExecute, ffi_execute,
-    bind(xffi::Ffi::Bind().Ctx<xffi::DeviceOrdinal>().Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
-    {xffi::Traits::kCmdBufferCompatible});
+    kInitialize, ffi_initialize,
+    bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<xffi::DeviceOrdinal>()));
+XLA_FFI_DEFINE_HANDLER(kExecute, ffi_execute,
+                       bind(xffi::Ffi::Bind()
+                                .Ctx<xffi::DeviceOrdinal>()
+                                .Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
+                       {xffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 

@@ -20,17 +20,16 @@ struct KernelSettings {
   std::int64_t grid_x;
   std::int64_t grid_y;
   std::int64_t grid_z;
-  xffi::Span<const std::int64_t> map_tiles;  // rows and columns for each buffer, or 0, 0: no map
-  xffi::Span<const float> scalars;
 };
 
 }  // namespace tk::ffi
 
-TK_REGISTER_SETTINGS(
-    tk::ffi::KernelSettings, StructMember<std::string_view>("symbol"),
-    StructMember<std::string_view>("header"), StructMember<std::string_view>("source"),
-    StructMember<std::string_view>("function"), StructMember<std::int64_t>("threads"),
-    StructMember<std::int64_t>("shared_bytes"), StructMember<std::int64_t>("cluster_size"),
-    StructMember<std::int64_t>("grid_x"), StructMember<std::int64_t>("grid_y"),
-    StructMember<std::int64_t>("grid_z"), StructMember<Span<const std::int64_t>>("map_tiles"),
-    StructMember<Span<const float>>("scalars"));
+TK_REGISTER_SETTINGS(tk::ffi::KernelSettings, StructMember<std::string_view>("symbol"),
+                     StructMember<std::string_view>("header"),
+                     StructMember<std::string_view>("source"),
+                     StructMember<std::string_view>("function"),
+                     StructMember<std::int64_t>("threads"),
+                     StructMember<std::int64_t>("shared_bytes"),
+                     StructMember<std::int64_t>("cluster_size"),
+                     StructMember<std::int64_t>("grid_x"), StructMember<std::int64_t>("grid_y"),
+                     StructMember<std::int64_t>("grid_z"));

@@ -25,8 +25,6 @@ struct Call {
   std::int64_t m, n, k, batch, batch_a, batch_b;
 };
 
-constexpr std::int64_t ceil_div(std::int64_t x, std::int64_t y) { return (x + y - 1) / y; }
-
 // a and b are [1 or batch, rows, columns] as stored, c is [batch, M, N].
 Result<Call> read_call(const Buffers& buffers, const matmul::Options& options,
                        const matmul::Config& config) {
@@ -38,16 +36,20 @@ Result<Call> read_call(const Buffers& buffers, const matmul::Options& options,
   }
   const auto dtype = data_type(a);
   if (!dtype.ok()) return dtype.error();
-  Call call{{*dtype, options, config}, dim(c, 1), dim(c, 2), dim(a, options.transpose_a ? 1 : 2),
-            dim(c, 0),                 dim(a, 0), dim(b, 0)};
+  Call call{{*dtype, options, config},
+            dim(c, 1),
+            dim(c, 2),
+            dim(a, options.transpose_a ? 1 : 2),
+            dim(c, 0),
+            dim(a, 0),
+            dim(b, 0)};
   const auto [m, n, k, batch] = std::array{call.m, call.n, call.k, call.batch};
-  if (Status status = first_error(
-          {options.transpose_a ? check_dims("a", a, {call.batch_a, k, m})
-                               : check_dims("a", a, {call.batch_a, m, k}),
-           options.transpose_b ? check_dims("b", b, {call.batch_b, n, k})
-                               : check_dims("b", b, {call.batch_b, k, n}),
-           check_dtype("b", b, a.element_type()), check_dtype("c", c, a.element_type()),
-           call.kernel.check()});
+  if (Status status = first_error({options.transpose_a ? check_dims("a", a, {call.batch_a, k, m})
+                                                       : check_dims("a", a, {call.batch_a, m, k}),
+                                   options.transpose_b ? check_dims("b", b, {call.batch_b, n, k})
+                                                       : check_dims("b", b, {call.batch_b, k, n}),
+                                   check_dtype("b", b, a.element_type()),
+                                   check_dtype("c", c, a.element_type()), call.kernel.check()});
       !status.ok()) {
     return status.error();
   }
@@ -105,12 +107,12 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
 
   matmul::Params params = {};
   const runtime::DataType dtype = call->kernel.dtype;
-  if (Status status = first_error(
-          {encode_matrix(&params.a, buffers.a, dtype,
-                         options.transpose_a ? config.block_k : config.block_m),
-           encode_matrix(&params.b, buffers.b, dtype,
-                         options.transpose_b ? config.block_n : config.block_k),
-           encode_matrix(&params.c, buffers.c, dtype, 64)});
+  if (Status status =
+          first_error({encode_matrix(&params.a, buffers.a, dtype,
+                                     options.transpose_a ? config.block_k : config.block_m),
+                       encode_matrix(&params.b, buffers.b, dtype,
+                                     options.transpose_b ? config.block_n / config.cluster_m : config.block_k),
+                       encode_matrix(&params.c, buffers.c, dtype, 64)});
       !status.ok()) {
     return status;
   }
@@ -123,8 +125,7 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   const std::int64_t row_tiles =
       ceil_div(ceil_div(call->m, config.block_m), config.cluster_m) * config.cluster_m;
   const std::int64_t tiles = row_tiles * ceil_div(call->n, config.block_n) * call->batch;
-  const std::int64_t resident =
-      (*device)->multiprocessors / config.cluster_m * config.cluster_m;
+  const std::int64_t resident = (*device)->multiprocessors / config.cluster_m * config.cluster_m;
   return runtime::launch(**kernel, stream, {std::min(resident, tiles)}, &params);
 }
 
@@ -135,8 +136,8 @@ xffi::Error ffi_initialize(std::int32_t device, AnyBuffer a, AnyBuffer b, Ret c,
   return to_ffi(kName, initialize(device, {a, b, *c}, options, config));
 }
 
-xffi::Error ffi_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer a,
-                        AnyBuffer b, Ret c, matmul::Options options, matmul::Config config) {
+xffi::Error ffi_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer a, AnyBuffer b,
+                        Ret c, matmul::Options options, matmul::Config config) {
   return to_ffi(kName, execute(device, stream, {a, b, *c}, options, config));
 }
 
@@ -150,13 +151,14 @@ auto bind(Binding binding) {
       .template Attr<matmul::Config>("config");
 }
 
-XLA_FFI_DEFINE_HANDLER(kInitialize, ffi_initialize,
-                       bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>()
-                                .Ctx<xffi::DeviceOrdinal>()));
 XLA_FFI_DEFINE_HANDLER(
-    kExecute, ffi_execute,
-    bind(xffi::Ffi::Bind().Ctx<xffi::DeviceOrdinal>().Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
-    {xffi::Traits::kCmdBufferCompatible});
+    kInitialize, ffi_initialize,
+    bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<xffi::DeviceOrdinal>()));
+XLA_FFI_DEFINE_HANDLER(kExecute, ffi_execute,
+                       bind(xffi::Ffi::Bind()
+                                .Ctx<xffi::DeviceOrdinal>()
+                                .Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
+                       {xffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 

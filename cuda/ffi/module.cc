@@ -31,8 +31,8 @@ namespace {
 
 nb::dict registrations() {
   nb::dict targets;
-  for (const Target* target : {&kAttentionForwardTarget, &kAttentionBackwardTarget, &kMatmulTarget,
-                               &kKernelTarget}) {
+  for (const Target* target :
+       {&kAttentionForwardTarget, &kAttentionBackwardTarget, &kMatmulTarget, &kKernelTarget}) {
     nb::dict stages;
     stages["initialize"] = nb::capsule(reinterpret_cast<void*>(target->initialize));
     stages["execute"] = nb::capsule(reinterpret_cast<void*>(target->execute));
@@ -98,7 +98,9 @@ long field(const nb::dict& config, const char* name) { return nb::cast<long>(con
 nb::list attention_forward_specs(const std::string& dtype, long head_dim, bool is_causal,
                                  const nb::dict& config) {
   const AttentionForwardKernel kernel{
-      to_dtype(dtype), head_dim, is_causal,
+      to_dtype(dtype),
+      head_dim,
+      is_causal,
       {field(config, "block_q"), field(config, "block_kv"), field(config, "stages")}};
   if (const Status status = kernel.check(); !status.ok()) raise(status.error());
   nb::list specs;
@@ -141,8 +143,8 @@ nb::dict compile_kernel(const nb::dict& spec_dict, bool use_cache) {
   const KernelSpec spec = to_spec(spec_dict);
   auto compiled = [&] {
     nb::gil_scoped_release release;
-    return runtime::compile(
-        spec, use_cache ? runtime::Lookup::kAllowed : runtime::Lookup::kSkipped);
+    return runtime::compile(spec,
+                            use_cache ? runtime::Lookup::kAllowed : runtime::Lookup::kSkipped);
   }();
   if (!compiled.ok()) raise(compiled.error());
   static constexpr const char* kOrigins[] = {"shipped", "cache", "compiled"};
@@ -183,8 +185,7 @@ nb::dict driver_info() {
   for (const runtime::Device& device : *devices) {
     nb::dict entry;
     entry["name"] = device.name;
-    entry["compute_capability"] =
-        nb::make_tuple(device.capability_major, device.capability_minor);
+    entry["compute_capability"] = nb::make_tuple(device.capability_major, device.capability_minor);
     entry["multiprocessors"] = device.multiprocessors;
     const Status supported = runtime::check_supported(device);
     entry["problem"] = supported.ok() ? nb::none() : nb::cast(supported.error().message);

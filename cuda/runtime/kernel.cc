@@ -34,16 +34,15 @@ Result<Kernel> load_kernel(const KernelSpec& spec, const Device& device) {
 
   const ScopedContext context(device);
   const auto failed = [&](const char* function, int code, const std::string& detail) {
-    return Error{ErrorKind::kInternal,
-                 "kernel " + spec.symbol + " cannot be loaded on " + device.name + ": " +
-                     driver_error(d, function, code) + detail};
+    return Error{ErrorKind::kInternal, "kernel " + spec.symbol + " cannot be loaded on " +
+                                           device.name + ": " + driver_error(d, function, code) +
+                                           detail};
   };
   cuda::Module module = nullptr;
   char log[4096] = {};
   int options[] = {cuda::kJitErrorLogBuffer, cuda::kJitErrorLogBufferSize};
   void* values[] = {log, reinterpret_cast<void*>(sizeof(log))};
-  if (const int code =
-          d.module_load(&module, (*compiled)->cubin.data(), 2, options, values)) {
+  if (const int code = d.module_load(&module, (*compiled)->cubin.data(), 2, options, values)) {
     return failed("cuModuleLoadDataEx", code,
                   std::string(log[0] != '\0' ? ": " : "") + log +
                       ". If the driver is older than the CUDA version of NVRTC (see python -m "

@@ -135,8 +135,9 @@ FileDescriptor open_folder(CacheInfo& info) {
     return FileDescriptor(-1);
   }
   if (!written_by_owner_only(status)) {
-    info.problem = status.st_uid != geteuid() ? "it belongs to another user"
-                                              : "other users can write to it (chmod go-w fixes that)";
+    info.problem = status.st_uid != geteuid()
+                       ? "it belongs to another user"
+                       : "other users can write to it (chmod go-w fixes that)";
     return FileDescriptor(-1);
   }
   info.usable = true;
@@ -185,9 +186,9 @@ void write_cache(const std::string& key, const CacheEntry& entry) {
       "." + key + "." + std::to_string(getpid()) + "." + std::to_string(counter++) + ".tmp";
   const FileDescriptor file(openat(folder.get(), temporary.c_str(),
                                    O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600));
-  const bool written = file.open() && write_all(file.get(), serialize(key, entry)) &&
-                       renameat(folder.get(), temporary.c_str(), folder.get(),
-                                (key + kExtension).c_str()) == 0;
+  const bool written =
+      file.open() && write_all(file.get(), serialize(key, entry)) &&
+      renameat(folder.get(), temporary.c_str(), folder.get(), (key + kExtension).c_str()) == 0;
   if (written) return;
   const std::string reason = std::strerror(errno);
   if (file.open()) unlinkat(folder.get(), temporary.c_str(), 0);

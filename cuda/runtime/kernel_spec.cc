@@ -16,9 +16,8 @@ namespace fs = std::filesystem;
 
 bool is_identifier(const std::string& text) {
   if (text.empty() || std::isdigit(static_cast<unsigned char>(text[0]))) return false;
-  return std::all_of(text.begin(), text.end(), [](unsigned char c) {
-    return std::isalnum(c) || c == '_';
-  });
+  return std::all_of(text.begin(), text.end(),
+                     [](unsigned char c) { return std::isalnum(c) || c == '_'; });
 }
 
 // Characters of a qualified name with template arguments, and no others.
@@ -71,12 +70,11 @@ Status check_spec(const KernelSpec& spec) {
                              std::to_string(kMaxSharedBytes));
   }
   if (spec.cluster_size < 1 || spec.cluster_size > 8) {
-    return invalid(spec, "cluster_size is " + std::to_string(spec.cluster_size) +
-                             "; expected 1 to 8");
+    return invalid(spec,
+                   "cluster_size is " + std::to_string(spec.cluster_size) + "; expected 1 to 8");
   }
   if (spec.min_blocks < 1 || spec.min_blocks > 32) {
-    return invalid(spec, "min_blocks is " + std::to_string(spec.min_blocks) +
-                             "; expected 1 to 32");
+    return invalid(spec, "min_blocks is " + std::to_string(spec.min_blocks) + "; expected 1 to 32");
   }
   return {};
 }
@@ -92,8 +90,9 @@ std::string translation_unit(const KernelSpec& spec) {
 }
 
 std::vector<std::string> compile_options() {
-  return {"--std=c++20", "--gpu-architecture=sm_90a", "--device-as-default-execution-space",
-          "--generate-line-info", "--ptxas-options=--verbose,--warn-on-spills"};
+  return {
+      "--std=c++20",          "--gpu-architecture=sm_90a", "--device-as-default-execution-space",
+      "--generate-line-info", "--ptxas-options=-v",        "--ptxas-options=--warn-on-spills"};
 }
 
 Result<std::string> source_digest(const std::string& root) {
@@ -107,16 +106,17 @@ Result<std::string> source_digest(const std::string& root) {
       if (extension == ".h" || extension == ".cuh") paths.push_back(it->path().string());
     }
     if (error) {
-      return Error{ErrorKind::kFailedPrecondition,
-                   "the kernels' sources cannot be read at " + folder.string() + ": " +
-                       error.message() + ". Reinstall tk_jax."};
+      return Error{ErrorKind::kFailedPrecondition, "the kernels' sources cannot be read at " +
+                                                       folder.string() + ": " + error.message() +
+                                                       ". Reinstall tk_jax."};
     }
   }
   std::sort(paths.begin(), paths.end());
   Sha256 hash;
   for (const std::string& path : paths) {
     std::ifstream file(path, std::ios::binary);
-    const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+    const std::string text((std::istreambuf_iterator<char>(file)),
+                           std::istreambuf_iterator<char>());
     if (!file) {
       return Error{ErrorKind::kFailedPrecondition, "cannot read the kernel source " + path};
     }

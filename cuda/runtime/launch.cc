@@ -18,9 +18,9 @@ std::string text(const Grid& grid) {
 Status launch(const Kernel& kernel, cuda::Stream stream, const Grid& grid, const void* params) {
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > kMaxGridX || grid.y > kMaxGridYZ ||
       grid.z > kMaxGridYZ || grid.x % kernel.cluster_size != 0) {
-    return Error{ErrorKind::kUnsupported,
-                 "a grid of " + text(grid) + " blocks in clusters of " +
-                     std::to_string(kernel.cluster_size) + " cannot be launched"};
+    return Error{ErrorKind::kUnsupported, "a grid of " + text(grid) + " blocks in clusters of " +
+                                              std::to_string(kernel.cluster_size) +
+                                              " cannot be launched"};
   }
   const auto opened = driver();
   if (!opened.ok()) return opened.error();
@@ -42,11 +42,10 @@ Status launch(const Kernel& kernel, cuda::Stream stream, const Grid& grid, const
   config.num_attributes = kernel.cluster_size > 1 ? 1 : 0;
   void* arguments[] = {const_cast<void*>(params)};
   if (const int code = (*opened)->launch(&config, kernel.function, arguments, nullptr)) {
-    return Error{ErrorKind::kInternal, driver_error(**opened, "cuLaunchKernelEx", code) +
-                                           " for a grid of " + text(grid) + " blocks of " +
-                                           std::to_string(kernel.threads) + " threads with " +
-                                           std::to_string(kernel.shared_bytes) +
-                                           " bytes of shared memory"};
+    return Error{ErrorKind::kInternal,
+                 driver_error(**opened, "cuLaunchKernelEx", code) + " for a grid of " + text(grid) +
+                     " blocks of " + std::to_string(kernel.threads) + " threads with " +
+                     std::to_string(kernel.shared_bytes) + " bytes of shared memory"};
   }
   return {};
 }

@@ -82,9 +82,11 @@ void* open_library(std::string& path, std::string& tried) {
     std::vector<std::string> folders = settings().nvrtc_paths;
     if (!chosen.empty()) folders = {chosen};
     for (const std::string& folder : folders) {
-      for (const char* name : kLibraryNames) candidates.push_back((fs::path(folder) / name).string());
+      for (const char* name : kLibraryNames)
+        candidates.push_back((fs::path(folder) / name).string());
     }
-    if (chosen.empty()) candidates.insert(candidates.end(), std::begin(kLibraryNames), std::end(kLibraryNames));
+    if (chosen.empty())
+      candidates.insert(candidates.end(), std::begin(kLibraryNames), std::end(kLibraryNames));
   }
   for (const std::string& candidate : candidates) {
     if (void* library = open_file(candidate, tried)) {
@@ -123,10 +125,10 @@ Result<const Nvrtc*> load_nvrtc() {
                  nvrtc.info.path + " is not a usable NVRTC. " + kHowToInstall};
   }
   if (nvrtc.info.major < 12) {
-    return Error{ErrorKind::kFailedPrecondition,
-                 nvrtc.info.path + " is NVRTC " + std::to_string(nvrtc.info.major) + "." +
-                     std::to_string(nvrtc.info.minor) + "; 12.0 or newer is needed. " +
-                     kHowToInstall};
+    return Error{ErrorKind::kFailedPrecondition, nvrtc.info.path + " is NVRTC " +
+                                                     std::to_string(nvrtc.info.major) + "." +
+                                                     std::to_string(nvrtc.info.minor) +
+                                                     "; 12.0 or newer is needed. " + kHowToInstall};
   }
   loaded = new Nvrtc(nvrtc);
   return loaded;
@@ -147,8 +149,8 @@ Result<NvrtcOutput> nvrtc_compile(const std::string& source, const std::string& 
   const Nvrtc& nvrtc = **loaded;
 
   Program program = nullptr;
-  if (const int code = nvrtc.create(&program, source.c_str(), (name + ".cu").c_str(), 0, nullptr,
-                                    nullptr)) {
+  if (const int code =
+          nvrtc.create(&program, source.c_str(), (name + ".cu").c_str(), 0, nullptr, nullptr)) {
     return Error{ErrorKind::kInternal,
                  std::string("nvrtcCreateProgram failed: ") + nvrtc.error_string(code)};
   }

@@ -30,7 +30,8 @@ int driver_swizzle(int bytes) { return bytes == 128 ? 3 : bytes == 64 ? 2 : byte
 
 std::string list(std::span<const std::int64_t> values) {
   std::string text;
-  for (const std::int64_t value : values) text += (text.empty() ? "" : ", ") + std::to_string(value);
+  for (const std::int64_t value : values)
+    text += (text.empty() ? "" : ", ") + std::to_string(value);
   return "(" + text + ")";
 }
 
