@@ -8,6 +8,7 @@
 #include "tk/sm90/copy.cuh"
 #include "tk/sm90/global_view.cuh"
 #include "tk/sm90/map.cuh"
+#include "tk/sm90/mask.cuh"
 #include "tk/sm90/mma.cuh"
 #include "tk/sm90/pipeline.cuh"
 #include "tk/sm90/reduce.cuh"

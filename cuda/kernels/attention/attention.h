@@ -38,9 +38,8 @@ constexpr int kQueryPadding = 128;
 // dq is accumulated in square fragments of this many rows and columns.
 constexpr int kFragmentRows = 64;
 
-constexpr long ceil_div(long a, long b) { return (a + b - 1) / b; }
 constexpr long padded_queries(long seqlen_q) {
-  return ceil_div(seqlen_q, kQueryPadding) * kQueryPadding;
+  return (seqlen_q + kQueryPadding - 1) / kQueryPadding * kQueryPadding;
 }
 
 // -- Forward ------------------------------------------------------------------------------------
@@ -88,7 +87,9 @@ struct BackwardPrepareParams {
   float* dq_acc;        // zeroed here where zero_dq
   int* dq_order;        // zeroed here
   int batch, seqlen_q, num_heads;
-  bool zero_dq;  // not deterministic: every block adds, in any order
+  // Set where no block is the first to write a query's dq: not deterministic, so that every block
+  // adds, in any order; or is_causal with causal_offset < 0, so that some queries see no key.
+  bool zero_dq;
 };
 constexpr int backward_prepare_shared_bytes(long head_dim) {
   return static_cast<int>(2 * 64 * head_dim * 2) + kSharedSlack;
@@ -97,7 +98,12 @@ constexpr int backward_prepare_shared_bytes(long head_dim) {
 // Kernel: "kernels/attention/backward.cuh"
 //   tk::attention::backward<tk::attention::BackwardTraits<T, D, kCausal, kDeterministic, kBlockQ,
 //                                                          kBlockKv, kStages>>
-// Grid: min(multiprocessors, tiles) blocks, where tiles = ceil(S / block_kv) * K * B.
+// Grid: with key_blocks = ceil(S / block_kv), tiles = key_blocks * K * B and SMs multiprocessors,
+//   is_causal                     tiles: blocks start in index order as multiprocessors become free
+//   otherwise, not deterministic  min(tiles, SMs)
+//   otherwise                     min(tiles, max(key_blocks, SMs / key_blocks * key_blocks)), at
+//                                 most SMs: all key blocks of a head run at once, since each waits
+//                                 for others to add to dq
 struct BackwardParams {
   // Dimensions and strides as in ForwardParams. Boxes: (64, rows, 1, 1), 128-byte swizzle.
   TensorMap q, dout;  // rows = block_q
@@ -109,16 +115,19 @@ struct BackwardParams {
   int* dq_order;
   int batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads;
   int causal_offset;
+  // Key blocks of a head that take turns at dq among themselves: min(key_blocks, SMs), as many as
+  // surely run at once.
+  int turn_group;
   float scale;
 };
 constexpr int backward_threads(long block_kv) {
   return static_cast<int>((block_kv / 64 + 1) * kWarpgroupThreads);
 }
-// k and v, stages of q and dout with their lse and delta, ds, and the dq fragments in fp32.
+// k and v, stages of q and dout with their lse and delta, two of ds, and the dq fragments in fp32.
 constexpr int backward_shared_bytes(long head_dim, const BackwardConfig& config) {
   return static_cast<int>(2 * head_dim * 2 * config.block_kv +
                           config.stages * config.block_q * (2 * 2 * head_dim + 2 * 4) +
-                          2 * config.block_q * config.block_kv + 4 * config.block_q * head_dim) +
+                          2 * 2 * config.block_q * config.block_kv + 4 * config.block_q * head_dim) +
          kSharedSlack;
 }
 

@@ -177,6 +177,27 @@ __device__ __forceinline__ void load(PerCol<kN>& dst, const SharedVec<float, kN>
     ptx::load_shared_f32x2(dst.data[g][0], dst.data[g][1], base + 4 * detail::col_of(g, 0));
   }
 }
+// dst = f(src, cols) with the values of the columns in shared memory, read as they are needed.
+template <typename Dst, typename Src, int kN, typename F>
+__device__ __forceinline__ void map_cols(Dst& dst, const Src& src, const SharedVec<float, kN>& cols,
+                                         F&& f) {
+  static_assert(detail::kSameShape<Dst, Src> && Dst::kCols == kN,
+                "map_cols needs a value for each column of the tile");
+  const uint32 base = ptx::shared_address(cols.data);
+#pragma unroll
+  for (int g = 0; g < kN / 8; ++g) {
+    float x, y;
+    ptx::load_shared_f32x2(x, y, base + 4 * detail::col_of(g, 0));
+#pragma unroll
+    for (int s = 0; s < Dst::kRowSquares; ++s) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        detail::set_pair(dst, s, g, h, f(detail::get(src, s, g, 2 * h), x),
+                         f(detail::get(src, s, g, 2 * h + 1), y));
+      }
+    }
+  }
+}
 template <int kN>
 __device__ __forceinline__ void store(SharedVec<float, kN>& dst, const PerRow<kN>& src) {
   const uint32 base = ptx::shared_address(dst.data);

@@ -108,7 +108,6 @@ __device__ __forceinline__ void mma_commit() { ptx::wgmma_commit(); }
 
 template <int kPending, typename... Tiles>
 __device__ __forceinline__ void mma_wait(Tiles&... tiles) {
-  (detail_mma::hold(tiles), ...);
   ptx::wgmma_wait<kPending>();
   (detail_mma::hold(tiles), ...);
 }

@@ -65,4 +65,35 @@ struct Pipeline {
   }
 };
 
+// The way out: consumers fill a stage, one storing thread takes it to global memory.
+template <int kStages>
+struct StorePipeline {
+  Barrier full_[kStages];
+  Barrier empty_[kStages];
+  using State = PipelineState<kStages>;
+
+  // One thread calls this. `warps` is how many consumer warps fill each stage.
+  __device__ __forceinline__ void init(int warps) {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      full_[i].init(warps);
+      empty_[i].init(1);
+    }
+  }
+  // Consumers: wait until the stage has left, fill it, publish it.
+  __device__ __forceinline__ void acquire(const State& state) const {
+    empty_[state.stage].wait(state.phase ^ 1);
+  }
+  __device__ __forceinline__ void publish(const State& state) {
+    ptx::fence_async_shared();
+    warp::sync();
+    if (warp::leader()) full_[state.stage].arrive();
+  }
+  // The storing thread: wait until it is filled, store it, release it once it has been read.
+  __device__ __forceinline__ void wait(const State& state) const {
+    full_[state.stage].wait(state.phase);
+  }
+  __device__ __forceinline__ void release(const State& state) { empty_[state.stage].arrive(); }
+};
+
 }  // namespace tk

@@ -1,0 +1,327 @@
+// dq, dk and dv of attention, the scores recomputed from q, k and lse.
+//
+//   p = exp(scale q k^T - lse)    dv = p^T dout    ds = p o (dout v^T - delta)
+//   dk = scale ds^T q             dq = scale ds k
+//
+// FlashAttention-2 (Dao 2023, algorithm 2) with scores transposed, keys as rows, as in
+// FlashAttention-3's code: p^T and ds^T then leave the accumulators as the register operands of dv
+// and dk, and only ds passes through shared memory, for dq.
+// Grid: a tile is kBlockKv keys of one key/value head; it walks the queries of every head of its
+// group, so dk and dv need no sum across blocks. dq does: fragments in fp32 are added in global
+// memory, in turns where kDeterministic (turns.cuh).
+// Roles: warp 0 of the producer loads k, v and two rings (q with lse, dout with delta); warp 1 takes
+// dq fragments out. Consumer warpgroups own 64 keys each, and a part of each dq.
+// A step issues s and dp, exponentiates s beside dp, and issues dv, dq and dk; dq leaves beside dk.
+// Budget at D = 128, 64 x 128, 2 stages: 211 KB of shared memory; of 232 registers a thread, 128 hold
+// dk and dv and 32 each s, dp and dq. Limit: shared-memory bandwidth, 1.15 times the tensor cores'
+// time (m64n64 products read 128 bytes a clock).
+#pragma once
+
+#include "kernels/attention/attention.h"
+#include "kernels/attention/mask.cuh"
+#include "kernels/attention/turns.cuh"
+#include "tk/tk.cuh"
+
+namespace tk::attention {
+
+template <typename T_, int kHeadDim_, bool kCausal_, bool kDeterministic_, int kBlockQ_,
+          int kBlockKv_, int kStages_>
+struct BackwardTraits {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kCausal = kCausal_;
+  static constexpr bool kDeterministic = kDeterministic_;
+  static constexpr int kBlockQ = kBlockQ_;
+  static constexpr int kBlockKv = kBlockKv_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kConsumers = kBlockKv / 64;
+  static constexpr int kDqCols = kHeadDim / 64;  // dq of a step is this many 64 x 64 parts wide
+  static_assert(kBlockQ % 64 == 0 && kBlockKv % 64 == 0 && kHeadDim % 64 == 0,
+                "tiles are cut into 64 x 64 parts");
+  static_assert(kBlockQ / 64 * kDqCols == kConsumers, "each consumer computes one part of dq");
+};
+
+template <typename Traits>
+struct Backward {
+  using T = typename Traits::T;
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
+  static constexpr int kConsumers = Traits::kConsumers;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+  static_assert(kConsumers <= 2, "three consumers would leave each too few registers");
+
+  using QTile = SharedTile<T, kBlockQ, kHeadDim>;
+  using KvTile = SharedTile<T, kBlockKv, kHeadDim>;
+  using DsTile = SharedTile<T, kBlockKv, kBlockQ>;
+  using QVec = SharedVec<float, kBlockQ>;
+  using Ring = Pipeline<Traits::kStages>;
+  using KvRing = Pipeline<1>;
+  using DqRing = StorePipeline<1>;
+  using Scores = RegTile<float, 16, kBlockQ>;
+  using Weights = RegTile<T, 16, kBlockQ>;
+  using DkvTile = RegTile<float, 16, kHeadDim>;
+  using DqPart = RegTile<float, 16, 64>;
+  using QTurns = Turns<Traits::kCausal, kBlockQ, kBlockKv>;
+
+  struct Shared {
+    KvTile k_smem, v_smem;  // at a tile's end, dk and dv on their way out
+    QTile q_smem[Traits::kStages];
+    QTile dout_smem[Traits::kStages];
+    DsTile ds_smem[2];
+    Fragments<64> dq_smem[kConsumers];
+    QVec lse_smem[Traits::kStages];
+    QVec delta_smem[Traits::kStages];
+    KvRing kv_ring;
+    Ring q_ring, dout_ring;
+    DqRing dq_ring;
+  };
+  static_assert(sizeof(Shared) + 1024 <=
+                    backward_shared_bytes(kHeadDim, {kBlockQ, kBlockKv, Traits::kStages}),
+                "attention.h's backward_shared_bytes covers the kernel's shared memory");
+
+  enum Rendezvous : int {
+    kDsWritten = kFirstKernelBarrier,  // all consumers have written their rows of ds
+    kKeysRead,                         // all consumers have read k for the last time
+  };
+
+  struct Tile {
+    int n;  // key block
+    int kv_head, batch;
+  };
+
+  // The walk over tiles, the same for every role.
+  struct Walk {
+    const BackwardParams& params;
+    QTurns turns;
+    grid::Rounds rounds;
+
+    __device__ __forceinline__ explicit Walk(const BackwardParams& p) : params(p) {
+      turns = {ceil_div(p.seqlen_q, kBlockQ),
+               ceil_div(p.seqlen_kv, kBlockKv),
+               p.turn_group,
+               p.seqlen_q,
+               p.seqlen_kv,
+               p.causal_offset};
+      rounds = {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x),
+                turns.kv_blocks * p.num_kv_heads * p.batch};
+    }
+    __device__ __forceinline__ Tile tile() const {
+      grid::HeadTile place;
+      if constexpr (Traits::kCausal && !Traits::kDeterministic) {
+        place = grid::sectioned_tile(rounds.index(), turns.kv_blocks, params.num_kv_heads,
+                                     params.batch,
+                                     heads_in_l2(params.seqlen_q, 4 * kHeadDim * sizeof(T)));
+      } else {
+        place = grid::sequential_tile(rounds.index(), turns.kv_blocks, params.num_kv_heads);
+        // Turns go down the key blocks: whoever others wait for has started before them.
+        if constexpr (Traits::kCausal) place.block = turns.kv_blocks - 1 - place.block;
+      }
+      return {place.block, place.head, place.batch};
+    }
+  };
+
+  // The steps of a tile: every query head of the group, and for each its query blocks.
+  template <typename F>
+  __device__ __forceinline__ static void for_each_step(const Walk& walk, const Tile& tile, F&& f) {
+    const int group = walk.params.num_heads / walk.params.num_kv_heads;
+    const int first = walk.turns.first_q_block(tile.n);
+    const int steps = walk.turns.steps(tile.n);
+    for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
+      for (int step = 0; step < steps; ++step) f(head, walk.turns.q_block(first, step));
+    }
+  }
+
+  __device__ __forceinline__ static void init(const BackwardParams&, Shared& shared) {
+    shared.kv_ring.init(4 * kConsumers);
+    shared.q_ring.init(4 * kConsumers);
+    shared.dout_ring.init(4 * kConsumers);
+    shared.dq_ring.init(4 * kConsumers);
+  }
+
+  __device__ __forceinline__ static void load(const BackwardParams& params, Shared& shared) {
+    tma::prefetch(params.q);
+    tma::prefetch(params.k);
+    tma::prefetch(params.v);
+    tma::prefetch(params.dout);
+    typename KvRing::State kv_state;
+    typename Ring::State state;
+    const int64 padded = padded_queries(params.seqlen_q);
+    for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
+      const Tile tile = walk.tile();
+      shared.kv_ring.acquire(kv_state, 2 * KvTile::kBytes);
+      Barrier& kv_full = shared.kv_ring.full(kv_state);
+      const int first_key = tile.n * kBlockKv;
+      tma::load(shared.k_smem, params.k, kv_full, tma::Keep::kBriefly, 0, first_key, tile.kv_head,
+                tile.batch);
+      tma::load(shared.v_smem, params.v, kv_full, tma::Keep::kBriefly, 0, first_key, tile.kv_head,
+                tile.batch);
+      kv_state.advance();
+      for_each_step(walk, tile, [&](int head, int m) {
+        const int first_query = m * kBlockQ;
+        const int64 row =
+            (static_cast<int64>(tile.batch) * params.num_heads + head) * padded + first_query;
+        shared.q_ring.acquire(state, QTile::kBytes + QVec::kBytes);
+        Barrier& q_full = shared.q_ring.full(state);
+        tma::load(shared.q_smem[state.stage], params.q, q_full, tma::Keep::kLong, 0, first_query,
+                  head, tile.batch);
+        tma::load(shared.lse_smem[state.stage], params.lse_log2 + row, q_full);
+        shared.dout_ring.acquire(state, QTile::kBytes + QVec::kBytes);
+        Barrier& dout_full = shared.dout_ring.full(state);
+        tma::load(shared.dout_smem[state.stage], params.dout, dout_full, tma::Keep::kLong, 0,
+                  first_query, head, tile.batch);
+        tma::load(shared.delta_smem[state.stage], params.delta + row, dout_full);
+        state.advance();
+      });
+    }
+  }
+
+  // dq of each step, from shared memory to its sum.
+  __device__ __forceinline__ static void store(const BackwardParams& params, Shared& shared) {
+    typename DqRing::State state;
+    const int64 padded = padded_queries(params.seqlen_q);
+    for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
+      const Tile tile = walk.tile();
+      for_each_step(walk, tile, [&](int head, int m) {
+        const int64 row =
+            (static_cast<int64>(tile.batch) * params.num_heads + head) * padded + m * kBlockQ;
+        float* dq = params.dq_acc + row * kHeadDim;
+        shared.dq_ring.wait(state);
+        if constexpr (Traits::kDeterministic) {
+          int* counter = params.dq_order + row / 64;
+          const int turn = walk.turns.turn(tile.n, m);
+          take_turn(counter, turn);
+          for (int i = 0; i < kConsumers; ++i) {
+            float* part = dq + i * Fragments<64>::kValues;
+            if (turn == 0) {
+              tma::store(part, shared.dq_smem[i]);
+            } else {
+              tma::add(part, shared.dq_smem[i]);
+            }
+          }
+          tma::commit();
+          tma::wait_read<0>();
+          shared.dq_ring.release(state);
+          tma::wait<0>();
+          pass_turn(counter);
+        } else {
+          for (int i = 0; i < kConsumers; ++i) {
+            tma::add(dq + i * Fragments<64>::kValues, shared.dq_smem[i]);
+          }
+          tma::commit();
+          tma::wait_read<0>();
+          shared.dq_ring.release(state);
+        }
+        state.advance();
+      });
+    }
+    tma::wait<0>();
+  }
+
+  __device__ __forceinline__ static void compute(const BackwardParams& params, Shared& shared,
+                                                 int consumer) {
+    typename KvRing::State kv_state;
+    typename Ring::State state;
+    typename DqRing::State dq_state;
+    const float scale_log2 = params.scale * kLog2E;
+    const auto k_rows = shared.k_smem.template rows<64>(consumer);
+    const auto v_rows = shared.v_smem.template rows<64>(consumer);
+    const auto k_cols = shared.k_smem.template cols<64>(consumer % Traits::kDqCols);
+    int ds_buffer = 0;
+
+    for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
+      const Tile tile = walk.tile();
+      const int first_key = tile.n * kBlockKv + 64 * consumer;
+      const int group = params.num_heads / params.num_kv_heads;
+      const int first_q_block = walk.turns.first_q_block(tile.n);
+      const int steps = walk.turns.steps(tile.n);
+      const bool ragged = first_key + 64 > params.seqlen_kv;
+      Scores s_acc, dp_acc;
+      DkvTile dk_acc, dv_acc;
+      DqPart dq_acc;
+      Weights p, ds;
+      warp::zero(dk_acc);
+      warp::zero(dv_acc);
+      shared.kv_ring.wait(kv_state);
+
+      int step = 0;
+      for (int left = group * steps; left > 0; --left) {
+        const int first_query = walk.turns.q_block(first_q_block, step) * kBlockQ;
+        if (++step == steps) step = 0;
+
+        shared.q_ring.wait(state);
+        warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[state.stage]);
+        warpgroup::mma_commit();
+        shared.dout_ring.wait(state);
+        warpgroup::mm_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
+        warpgroup::mma_commit();
+
+        warpgroup::mma_wait<1>(s_acc);
+        bool masked = ragged;
+        if constexpr (Traits::kCausal) {
+          masked = masked || first_query + params.causal_offset < first_key + 63;
+        }
+        if (masked) {
+          mask_transposed_scores<Traits::kCausal>(s_acc, first_query, first_key, params.seqlen_kv,
+                                                  params.causal_offset);
+        }
+        warp::map_cols(s_acc, s_acc, shared.lse_smem[state.stage], [=](float s, float lse) {
+          return ptx::exp2(s * scale_log2 - lse);
+        });
+        warp::convert(p, s_acc);
+
+        warpgroup::mma_wait<0>(dp_acc);
+        warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
+                       [](float dp, float delta) { return dp - delta; });
+        warp::mul(dp_acc, dp_acc, s_acc);
+        warp::convert(ds, dp_acc);
+        auto& ds_smem = shared.ds_smem[ds_buffer];
+        ds_buffer ^= 1;
+        warpgroup::store(ds_smem.template rows<64>(consumer), ds);
+        publish_shared();
+
+        warpgroup::mma_AB(dv_acc, p, shared.dout_smem[state.stage]);
+        warpgroup::mma_commit();
+        named_sync(kDsWritten, 128 * kConsumers);
+        warpgroup::mm_AtB(dq_acc, ds_smem.template cols<64>(consumer / Traits::kDqCols), k_cols);
+        warpgroup::mma_commit();
+        warpgroup::mma_AB(dk_acc, ds, shared.q_smem[state.stage]);
+        warpgroup::mma_commit();
+
+        warpgroup::mma_wait<2>(p);
+        shared.dout_ring.release(state);
+        warpgroup::mma_wait<1>(dq_acc);
+        shared.dq_ring.acquire(dq_state);
+        warpgroup::store(shared.dq_smem[consumer], dq_acc);
+        shared.dq_ring.publish(dq_state);
+        dq_state.advance();
+        warpgroup::mma_wait<0>(dk_acc, dv_acc, ds);
+        shared.q_ring.release(state);
+        state.advance();
+      }
+
+      warp::mul(dk_acc, dk_acc, params.scale);
+      warpgroup::store(v_rows, dv_acc);
+      if constexpr (kConsumers > 1) named_sync(kKeysRead, 128 * kConsumers);
+      warpgroup::store(k_rows, dk_acc);
+      publish_shared();
+      warpgroup::sync();
+      if (warpgroup::leader()) {
+        tma::store(params.dv, v_rows, 0, first_key, tile.kv_head, tile.batch);
+        tma::store(params.dk, k_rows, 0, first_key, tile.kv_head, tile.batch);
+        tma::commit();
+        tma::wait_read<0>();
+      }
+      warpgroup::sync();
+      shared.kv_ring.release(kv_state);
+      kv_state.advance();
+    }
+  }
+};
+
+template <typename Traits>
+__device__ __forceinline__ void backward(const BackwardParams& params) {
+  block::run<Backward<Traits>>(params);
+}
+
+}  // namespace tk::attention

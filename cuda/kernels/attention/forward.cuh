@@ -1,0 +1,243 @@
+// out = softmax(scale q k^T + mask) v, and lse, the logarithm of the softmax's denominator.
+//
+// Online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022), scheduled as in
+// FlashAttention-3 (Shah et al. 2024, sections 3.1 and 3.2).
+// Grid: persistent. A tile is kBlockQ queries of one head; it walks its keys from the last visible
+// block to the first. Causal tiles are taken longest first, by sections of heads that share L2.
+// Roles: a producer warp loads q and two rings of k and v; kBlockQ / 64 consumer warpgroups own 64
+// queries each. A consumer issues the next block's scores before this block's p v, so that its
+// softmax runs beside the products, and the consumers take turns at issuing, so that one's softmax
+// runs beside another's products.
+// Budget at D = 128, 128 x 128, 2 stages: 192 KB of shared memory (q 32, k and v 128, out 32); 160
+// registers of s, p and o a thread. Limit: tensor cores at D = 128; exp2 as much as they at D = 64.
+#pragma once
+
+#include "kernels/attention/attention.h"
+#include "kernels/attention/mask.cuh"
+#include "kernels/attention/online_softmax.cuh"
+#include "tk/tk.cuh"
+
+namespace tk::attention {
+
+template <typename T_, int kHeadDim_, bool kCausal_, int kBlockQ_, int kBlockKv_, int kStages_>
+struct ForwardTraits {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kCausal = kCausal_;
+  static constexpr int kBlockQ = kBlockQ_;
+  static constexpr int kBlockKv = kBlockKv_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kConsumers = kBlockQ / 64;
+  static_assert(kBlockQ % 64 == 0 && kConsumers >= 1 && kConsumers <= 3,
+                "a consumer warpgroup owns 64 queries, and there are at most three");
+};
+
+template <typename Traits>
+struct Forward {
+  using T = typename Traits::T;
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
+  static constexpr int kConsumers = Traits::kConsumers;
+  static constexpr int kProducerRegisters = kConsumers == 1 ? 56 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+
+  using QTile = SharedTile<T, 64, kHeadDim>;
+  using KvTile = SharedTile<T, kBlockKv, kHeadDim>;
+  using Ring = Pipeline<Traits::kStages>;
+  using QRing = Pipeline<1>;
+  using Scores = RegTile<float, 16, kBlockKv>;
+  using Weights = RegTile<T, 16, kBlockKv>;
+  using Output = RegTile<float, 16, kHeadDim>;
+
+  struct Shared {
+    QTile q_smem[kConsumers];
+    KvTile k_smem[Traits::kStages];
+    KvTile v_smem[Traits::kStages];
+    QTile out_smem[kConsumers];
+    QRing q_ring;
+    Ring k_ring, v_ring;
+  };
+  static_assert(sizeof(Shared) + 1024 <=
+                    forward_shared_bytes(kHeadDim, {kBlockQ, kBlockKv, Traits::kStages}),
+                "attention.h's forward_shared_bytes covers the kernel's shared memory");
+
+  enum Turn : int { kTurn = kFirstKernelBarrier };  // one for each consumer
+
+  // One tile of queries and the key blocks it sees.
+  struct Tile {
+    int first_query, head, batch;
+    int kv_blocks;        // 0 where no query sees a key
+    int unmasked_blocks;  // the first ones, which every query sees whole
+  };
+
+  // The walk over tiles, the same for every role.
+  struct Walk {
+    const ForwardParams& params;
+    int blocks;
+    grid::Snake snake;
+
+    __device__ __forceinline__ explicit Walk(const ForwardParams& p) : params(p) {
+      blocks = ceil_div(p.seqlen_q, kBlockQ);
+      snake = {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x),
+               blocks * p.num_heads * p.batch};
+    }
+    __device__ __forceinline__ Tile tile() const {
+      grid::HeadTile place;
+      if constexpr (Traits::kCausal) {
+        place = grid::sectioned_tile(snake.index(), blocks, params.num_heads, params.batch,
+                                     heads_in_l2(params.seqlen_kv, 2 * kHeadDim * sizeof(T)));
+        place.block = blocks - 1 - place.block;  // the longest first
+      } else {
+        place = grid::sequential_tile(snake.index(), blocks, params.num_heads);
+      }
+      const VisibleKeys keys = visible_keys<Traits::kCausal>(
+          place.block * kBlockQ, kBlockQ, params.seqlen_q, params.seqlen_kv, params.causal_offset);
+      return {place.block * kBlockQ, place.head, place.batch, ceil_div(keys.any, kBlockKv),
+              keys.all / kBlockKv};
+    }
+  };
+
+  __device__ __forceinline__ static void init(const ForwardParams&, Shared& shared) {
+    shared.q_ring.init(4 * kConsumers);
+    shared.k_ring.init(4 * kConsumers);
+    shared.v_ring.init(4 * kConsumers);
+  }
+
+  __device__ __forceinline__ static void load(const ForwardParams& params, Shared& shared) {
+    tma::prefetch(params.q);
+    tma::prefetch(params.k);
+    tma::prefetch(params.v);
+    typename QRing::State q_state;
+    typename Ring::State kv_state;
+    const int group = params.num_heads / params.num_kv_heads;
+    for (Walk walk(params); walk.snake.valid(); walk.snake.next()) {
+      const Tile tile = walk.tile();
+      if (tile.kv_blocks == 0) continue;
+      shared.q_ring.acquire(q_state, kConsumers * QTile::kBytes);
+      for (int i = 0; i < kConsumers; ++i) {
+        tma::load(shared.q_smem[i], params.q, shared.q_ring.full(q_state), tma::Keep::kBriefly, 0,
+                  tile.first_query + 64 * i, tile.head, tile.batch);
+      }
+      q_state.advance();
+      const int kv_head = tile.head / group;
+      for (int block = tile.kv_blocks - 1; block >= 0; --block, kv_state.advance()) {
+        shared.k_ring.acquire(kv_state, KvTile::kBytes);
+        tma::load(shared.k_smem[kv_state.stage], params.k, shared.k_ring.full(kv_state),
+                  tma::Keep::kLong, 0, block * kBlockKv, kv_head, tile.batch);
+        shared.v_ring.acquire(kv_state, KvTile::kBytes);
+        tma::load(shared.v_smem[kv_state.stage], params.v, shared.v_ring.full(kv_state),
+                  tma::Keep::kLong, 0, block * kBlockKv, kv_head, tile.batch);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void wait_turn(int consumer) {
+    if constexpr (kConsumers > 1) named_sync(static_cast<Turn>(kTurn + consumer), 256);
+  }
+  __device__ __forceinline__ static void pass_turn(int consumer) {
+    if constexpr (kConsumers > 1) {
+      named_arrive(static_cast<Turn>(kTurn + (consumer + 1) % kConsumers), 256);
+    }
+  }
+
+  __device__ __forceinline__ static void compute(const ForwardParams& params, Shared& shared,
+                                                 int consumer) {
+    typename QRing::State q_state;
+    typename Ring::State k_state, v_state;
+    const float scale_log2 = params.scale * kLog2E;
+    const QTile& q_smem = shared.q_smem[consumer];
+    if (consumer == kConsumers - 1) pass_turn(consumer);  // the first turn is the first consumer's
+
+    for (Walk walk(params); walk.snake.valid(); walk.snake.next()) {
+      const Tile tile = walk.tile();
+      const int first_query = tile.first_query + 64 * consumer;
+      Output o_acc;
+      OnlineSoftmax softmax(scale_log2);
+      if (tile.kv_blocks == 0) {
+        warp::zero(o_acc);
+      } else {
+        Scores s_acc;
+        Weights p;
+        const auto mask = [&](int block) {
+          if (block >= tile.unmasked_blocks) {
+            mask_scores<Traits::kCausal>(s_acc, first_query, block * kBlockKv, params.seqlen_kv,
+                                         params.causal_offset);
+          }
+        };
+        int block = tile.kv_blocks - 1;
+        shared.q_ring.wait(q_state);
+        shared.k_ring.wait(k_state);
+        warpgroup::mm_ABt(s_acc, q_smem, shared.k_smem[k_state.stage]);
+        warpgroup::mma_commit();
+        warpgroup::mma_wait<0>(s_acc);
+        shared.k_ring.release(k_state);
+        k_state.advance();
+        mask(block);
+        softmax.weigh(s_acc);
+        warp::convert(p, s_acc);
+
+        bool accumulate = false;
+        for (--block; block >= 0; --block) {
+          shared.k_ring.wait(k_state);
+          wait_turn(consumer);
+          warpgroup::mm_ABt(s_acc, q_smem, shared.k_smem[k_state.stage]);
+          warpgroup::mma_commit();
+          shared.v_ring.wait(v_state);
+          warpgroup::mma_AB(o_acc, p, shared.v_smem[v_state.stage], accumulate);
+          warpgroup::mma_commit();
+          pass_turn(consumer);
+          accumulate = true;
+          warpgroup::mma_wait<1>(s_acc);
+          shared.k_ring.release(k_state);
+          k_state.advance();
+          mask(block);
+          const PerRow<16> correction = softmax.weigh(s_acc);
+          warpgroup::mma_wait<0>(o_acc, p);
+          shared.v_ring.release(v_state);
+          v_state.advance();
+          warp::mul_rows(o_acc, o_acc, correction);
+          warp::convert(p, s_acc);
+        }
+        shared.q_ring.release(q_state);
+        q_state.advance();
+        shared.v_ring.wait(v_state);
+        warpgroup::mma_AB(o_acc, p, shared.v_smem[v_state.stage], accumulate);
+        warpgroup::mma_commit();
+        warpgroup::mma_wait<0>(o_acc, p);
+        shared.v_ring.release(v_state);
+        v_state.advance();
+      }
+
+      const PerRow<16> lse = softmax.finish(params.scale);
+      warp::mul_rows(o_acc, o_acc, softmax.inverse_sum());
+      store(params, shared.out_smem[consumer], o_acc, first_query, tile);
+      const int64 row = static_cast<int64>(tile.batch) * params.seqlen_q * params.num_heads;
+      warpgroup::store(GlobalVec<float>{params.lse + row + tile.head, params.seqlen_q,
+                                        params.num_heads},
+                       lse, first_query);
+    }
+    if (warpgroup::leader()) tma::wait_read<0>();
+  }
+
+  // The copy engine writes the consumer's rows while it goes on to the next tile.
+  __device__ __forceinline__ static void store(const ForwardParams& params, QTile& out_smem,
+                                               const Output& o_acc, int first_query,
+                                               const Tile& tile) {
+    if (warpgroup::leader()) tma::wait_read<0>();  // the last tile's rows have left
+    warpgroup::sync();
+    warpgroup::store(out_smem, o_acc);
+    publish_shared();
+    warpgroup::sync();
+    if (warpgroup::leader()) {
+      tma::store(params.out, out_smem, 0, first_query, tile.head, tile.batch);
+      tma::commit();
+    }
+  }
+};
+
+template <typename Traits>
+__device__ __forceinline__ void forward(const ForwardParams& params) {
+  block::run<Forward<Traits>>(params);
+}
+
+}  // namespace tk::attention

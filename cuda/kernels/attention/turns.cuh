@@ -1,0 +1,63 @@
+// In which order key blocks meet the query blocks, and in which order they add to dq.
+//
+// A sum in floating point depends on its order, so deterministic dq needs one. It costs nothing where
+// blocks that run together are never at the same query block at the same time, each a step behind
+// the one before it, and add in just that order.
+//
+// Causal: key block n starts at its first visible query block and goes up; a higher n starts further
+// on. All started together, the higher n is always ahead: turns go from the highest n down.
+// Otherwise: of a group of blocks that run together, each starts at a different query block, evenly
+// spread, goes up and wraps round: turns go by arrival. Groups follow one another.
+#pragma once
+
+#include "kernels/attention/mask.cuh"
+
+namespace tk::attention {
+
+template <bool kCausal, int kBlockQ, int kBlockKv>
+struct Turns {
+  int q_blocks;   // query blocks of the sequence
+  int kv_blocks;  // key blocks
+  int group;      // key blocks that take turns among themselves
+  int seqlen_q, seqlen_kv, causal_offset;
+
+  // The query blocks that key block n meets, in order: step i of steps(n) is at q_block(n, i).
+  __device__ __forceinline__ int first_q_block(int n) const {
+    if constexpr (kCausal) {
+      // The first whose last query sees key n * kBlockKv.
+      return min(q_blocks, max(0, n * kBlockKv - causal_offset) / kBlockQ);
+    } else {
+      const int members = min(group, kv_blocks - n / group * group);
+      return n % group * q_blocks / members;
+    }
+  }
+  __device__ __forceinline__ int steps(int n) const {
+    if constexpr (kCausal) {
+      return q_blocks - first_q_block(n);
+    } else {
+      return q_blocks;
+    }
+  }
+  __device__ __forceinline__ int q_block(int first, int step) const {
+    const int block = first + step;
+    return block < q_blocks ? block : block - q_blocks;
+  }
+
+  // How many key blocks add to query block m before key block n does.
+  __device__ __forceinline__ int turn(int n, int m) const {
+    if constexpr (kCausal) {
+      const VisibleKeys keys =
+          visible_keys<true>(m * kBlockQ, kBlockQ, m * kBlockQ + kBlockQ, seqlen_kv, causal_offset);
+      return ceil_div(keys.any, kBlockKv) - 1 - n;
+    } else {
+      const int first = n / group * group;
+      const int members = min(group, kv_blocks - first);
+      const int place = n - first;
+      // The member that starts at m or most closely before it comes first.
+      const int leader = min(members - 1, ceil_div((m + 1) * members, q_blocks) - 1);
+      return first + (place <= leader ? leader - place : leader + members - place);
+    }
+  }
+};
+
+}  // namespace tk::attention
