@@ -147,8 +147,7 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
   params.num_kv_heads = static_cast<int>(s.num_kv_heads);
   params.causal_offset = s.causal_offset(options);
   params.scale = options.scale;
-  const std::int64_t tiles =
-      ceil_div(s.seqlen_q, config.block_q) * s.num_heads * s.batch;
+  const std::int64_t tiles = ceil_div(s.seqlen_q, config.block_q) * s.num_heads * s.batch;
   const std::int64_t blocks = std::min<std::int64_t>((*device)->multiprocessors, tiles);
   return runtime::launch(**kernel, stream, {blocks}, &params);
 }
@@ -231,7 +230,7 @@ Status initialize_backward(int device_ordinal, const BackwardBuffers& buffers,
 }
 
 Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
-                      const BackwardBuffers& b, const Sizes& s, bool deterministic) {
+                      const BackwardBuffers& b, const Sizes& s, const attention::Options& options) {
   attention::BackwardPrepareParams params = {};
   if (Status status = first_error(
           {encode_rows(&params.out, b.out, s, 64), encode_rows(&params.dout, b.dout, s, 64)});
@@ -248,9 +247,19 @@ Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream strea
   params.batch = static_cast<int>(s.batch);
   params.seqlen_q = static_cast<int>(s.seqlen_q);
   params.num_heads = static_cast<int>(s.num_heads);
-  params.zero_dq = !deterministic;
+  params.zero_dq = !options.deterministic || (options.is_causal && s.causal_offset(options) < 0);
   return runtime::launch(kernel, stream,
                          {s.padded_q() / attention::kFragmentRows, s.num_heads, s.batch}, &params);
+}
+
+// The grid that attention.h asks for at BackwardParams.
+std::int64_t backward_blocks(const Sizes& s, const attention::Options& options,
+                             std::int64_t key_blocks, std::int64_t multiprocessors) {
+  const std::int64_t tiles = key_blocks * s.num_kv_heads * s.batch;
+  if (options.is_causal) return tiles;
+  if (!options.deterministic) return std::min(tiles, multiprocessors);
+  const std::int64_t whole_heads = multiprocessors / key_blocks * key_blocks;
+  return std::min({tiles, multiprocessors, std::max(key_blocks, whole_heads)});
 }
 
 Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
@@ -277,9 +286,10 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.num_kv_heads = static_cast<int>(s.num_kv_heads);
   params.causal_offset = s.causal_offset(options);
   params.scale = options.scale;
-  const std::int64_t tiles =
-      ceil_div(s.seqlen_kv, config.block_kv) * s.num_kv_heads * s.batch;
-  return runtime::launch(kernel, stream, {std::min<std::int64_t>(multiprocessors, tiles)}, &params);
+  const std::int64_t key_blocks = ceil_div(s.seqlen_kv, config.block_kv);
+  params.turn_group = static_cast<int>(std::min<std::int64_t>(key_blocks, multiprocessors));
+  return runtime::launch(kernel, stream, {backward_blocks(s, options, key_blocks, multiprocessors)},
+                         &params);
 }
 
 Status launch_finish(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
@@ -312,8 +322,7 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
   const runtime::ScopedContext context(**device);
 
   const Sizes& s = call->sizes;
-  if (Status status = launch_prepare(**prepare, stream, b, s, options.deterministic);
-      !status.ok()) {
+  if (Status status = launch_prepare(**prepare, stream, b, s, options); !status.ok()) {
     return status;
   }
   if (Status status =

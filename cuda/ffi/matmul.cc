@@ -107,12 +107,12 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
 
   matmul::Params params = {};
   const runtime::DataType dtype = call->kernel.dtype;
-  if (Status status =
-          first_error({encode_matrix(&params.a, buffers.a, dtype,
-                                     options.transpose_a ? config.block_k : config.block_m),
-                       encode_matrix(&params.b, buffers.b, dtype,
-                                     options.transpose_b ? config.block_n / config.cluster_m : config.block_k),
-                       encode_matrix(&params.c, buffers.c, dtype, 64)});
+  if (Status status = first_error(
+          {encode_matrix(&params.a, buffers.a, dtype,
+                         options.transpose_a ? config.block_k : config.block_m),
+           encode_matrix(&params.b, buffers.b, dtype,
+                         options.transpose_b ? config.block_n / config.cluster_m : config.block_k),
+           encode_matrix(&params.c, buffers.c, dtype, 64)});
       !status.ok()) {
     return status;
   }

@@ -11,8 +11,8 @@ Status MatmulKernel::check() const {
   const bool offered = (c.block_m == 128 || c.block_m == 256) && c.block_n >= 64 &&
                        c.block_n <= 256 && c.block_k == 64 && c.stages >= 2 && c.stages <= 8 &&
                        (c.cluster_m == 1 || c.cluster_m == 2) &&
-                       c.block_n % (64 * c.cluster_m) == 0 && c.group_m >= 1 &&
-                       c.group_m <= 1024 && c.group_m % c.cluster_m == 0;
+                       c.block_n % (64 * c.cluster_m) == 0 && c.group_m >= 1 && c.group_m <= 1024 &&
+                       c.group_m % c.cluster_m == 0;
   if (!offered) {
     return invalid("config (block_m " + std::to_string(c.block_m) + ", block_n " +
                    std::to_string(c.block_n) + ", block_k " + std::to_string(c.block_k) +
