@@ -18,13 +18,13 @@ CPP_SOURCES = $(shell find cuda -name '*.h' -o -name '*.cuh' -o -name '*.cc' -o 
 test: lint
 	$(BIN)/pytest -n $(TEST_JOBS) --dist=worksteal
 
-lint: $(VENV)/.installed-test
+lint: $(VENV)/.installed-test,demo
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 	$(BIN)/pre-commit validate-config
 
-format: $(VENV)/.installed-test
+format: $(VENV)/.installed-test,demo
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
