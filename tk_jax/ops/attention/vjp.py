@@ -96,8 +96,15 @@ def _fold(x, axis_size, batched):
     return x.reshape(-1, *x.shape[2:])
 
 
-def kernel_forward(options: config.AttentionOptions, q, k, v):
-    """Returns out [B, T, H, D] and lse [B, T, H]."""
+def kernel_forward(
+    options: config.AttentionOptions,
+    q,
+    k,
+    v,
+    *,
+    tiles: config.AttentionForwardConfig | None = None,
+):
+    """Returns out [B, T, H, D] and lse [B, T, H]. ``tiles`` is for tuning."""
     _check_limits(q, k)
     out_types = (
         jax.typeof(q),
@@ -110,11 +117,22 @@ def kernel_forward(options: config.AttentionOptions, q, k, v):
         k,
         v,
         options=options,
-        config=config.forward_config(q.shape[-1]),
+        config=tiles or config.forward_config(q.shape[-1]),
     )
 
 
-def kernel_backward(options: config.AttentionOptions, q, k, v, out, lse, dout, dlse):
+def kernel_backward(
+    options: config.AttentionOptions,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dout,
+    dlse,
+    *,
+    tiles: config.AttentionBackwardConfig | None = None,
+):
     """Returns dq, dk, dv. ``dlse`` of size 0 stands for zeros."""
     _check_limits(q, k)
     batch, seqlen_q, num_heads, head_dim = q.shape
@@ -142,7 +160,7 @@ def kernel_backward(options: config.AttentionOptions, q, k, v, out, lse, dout, d
         dout,
         dlse,
         options=options,
-        config=config.backward_config(head_dim),
+        config=tiles or config.backward_config(head_dim),
     )
     return dq, dk, dv
 
