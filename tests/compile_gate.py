@@ -111,7 +111,7 @@ def judge(
     return Verdict(
         name=name or spec["symbol"],
         registers=int(registers.group(1)) if registers else -1,
-        shared_bytes=spec["shared_bytes"],
+        shared_bytes=spec.get("shared_bytes", 0),
         spill_bytes=spills,
         stack_bytes=stack,
         seconds=result["seconds"],

@@ -1,0 +1,151 @@
+"""Every kernel that the package may choose compiles to what it should."""
+
+import dataclasses
+
+import compile_gate
+import pytest
+
+from tk_jax.compile import specialisations
+
+# Of the tile library, without wgmma: compiled in milliseconds.
+_SOURCE = """
+#include "tk/kernel_params.h"
+void gate(const tk::KernelParams& p) {
+  float* out = static_cast<float*>(p.buffers[0].data);
+  %s
+}
+"""
+_NOTHING = compile_gate.Requirements(
+    product=False, bulk_load=False, register_split=False
+)
+
+
+def spec(body, threads=128):
+    return {
+        "symbol": "tk_gate",
+        "source": _SOURCE % body,
+        "function": "gate",
+        "threads": threads,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("item", list(specialisations()), ids=lambda item: item.name)
+def test_kernel_is_fit_to_ship(item, record_property):
+    verdict = compile_gate.judge(
+        item.spec, compile_gate.requirements(item), name=item.name
+    )
+    print(compile_gate.HEADER)
+    print(verdict.row())
+    for field in ("registers", "shared_bytes", "seconds"):
+        record_property(field, getattr(verdict, field))
+    assert not verdict.problems, "\n".join(verdict.problems)
+
+
+def test_every_op_is_gated():
+    items = list(specialisations())
+    symbols = {item.symbol for item in items}
+    for expected in (
+        "tk_attention_fwd_d64_bf16",
+        "tk_attention_fwd_d128_causal_fp16",
+        "tk_attention_bwd_d128_causal_bf16",
+        "tk_attention_bwd_prepare_d64_fp16",
+        "tk_attention_bwd_finish_d128_bf16",
+        "tk_matmul_nn_bf16",
+        "tk_matmul_tt_fp16",
+    ):
+        assert expected in symbols
+    names = [item.name for item in items]
+    assert len(names) == len(set(names))
+
+
+def test_simple_kernel_passes():
+    verdict = compile_gate.judge(spec("out[0] = 1.0f;"), _NOTHING)
+    assert verdict.problems == ()
+    assert 0 < verdict.registers < 32
+    assert verdict.opcodes["EXIT"] >= 1
+    assert verdict.opcodes["STG"] == 1
+
+
+def test_local_memory_is_refused():
+    body = """float a[64];
+      for (int i = 0; i < 64; ++i) a[i] = out[i];
+      out[0] = a[static_cast<int>(out[1])];"""
+    verdict = compile_gate.judge(spec(body), _NOTHING)
+    assert verdict.stack_bytes >= 256
+    assert any("LDL: local memory" in problem for problem in verdict.problems)
+    assert any("bytes of stack are used" in problem for problem in verdict.problems)
+
+
+def test_spills_are_refused():
+    body = """float a[200];
+      #pragma unroll
+      for (int i = 0; i < 200; ++i) a[i] = out[i * 7];
+      __syncthreads();
+      #pragma unroll
+      for (int i = 0; i < 200; ++i) out[i] = a[199 - i] * a[(i * 3) % 200];"""
+    # 1024 threads have 64 registers each.
+    verdict = compile_gate.judge(spec(body, threads=1024), _NOTHING)
+    assert verdict.spill_bytes > 0
+    assert any("are spilled" in problem for problem in verdict.problems)
+
+
+@pytest.mark.parametrize(
+    ("missing", "opcode"),
+    [
+        ("product", "HGMMA"),
+        ("bulk_load", "UTMALDG"),
+        ("register_split", "USETMAXREG"),
+    ],
+)
+def test_missing_instruction_is_refused(missing, opcode):
+    required = dataclasses.replace(_NOTHING, **{missing: True})
+    verdict = compile_gate.judge(spec("out[0] = 1.0f;"), required)
+    assert verdict.problems == (f"no {opcode} instruction",)
+
+
+def test_slow_compilation_is_refused(monkeypatch):
+    monkeypatch.setattr(compile_gate, "MAX_SECONDS", 0.0)
+    verdict = compile_gate.judge(spec("out[0] = 1.0f;"), _NOTHING)
+    assert "s to compile, over 0.0 s" in verdict.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "refused"),
+    [
+        (
+            "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async "
+            "instructions are serialized due to ...",
+            True,
+        ),
+        ("ptxas info    : (C7508) setmaxnreg ignored; unable to determine ...", True),
+        ("ptxas warning : Registers are spilled to local memory in function", True),
+        ("ptxas info    : Used 168 registers, used 16 barriers", False),
+        ("    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", False),
+    ],
+)
+def test_complaints_of_the_compiler(line, refused):
+    assert bool(compile_gate.complaints(line)) == refused
+
+
+def test_a_kernel_that_does_not_compile_is_no_silent_pass():
+    with pytest.raises(
+        RuntimeError, match=r"identifier .*no_such_thing.* is undefined"
+    ):
+        compile_gate.judge(spec("no_such_thing();"), _NOTHING)
+
+
+def test_command_line(capsys, monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["compile_gate", *arguments])
+        status = compile_gate.main()
+        return status, capsys.readouterr().out
+
+    status, out = run("--only", "attention_bwd_finish_d64_bf16")
+    assert status == 0, out
+    assert "1 kernels fit to ship, 0 refused" in out
+    monkeypatch.setattr(compile_gate, "MAX_SECONDS", 0.0)
+    status, out = run("--only", "attention_bwd_finish_d64_bf16")
+    assert (status, "REFUSED" in out) == (1, True)
+    with pytest.raises(SystemExit):
+        run("--only", "no-such-kernel")

@@ -1,0 +1,135 @@
+"""Settings cross to C++ field by field: names, order and types agree on both sides."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tk_jax import _ffi, kernel
+from tk_jax.ops.attention import config as attention
+from tk_jax.ops.attention import vjp as attention_vjp
+from tk_jax.ops.matmul import config as matmul
+from tk_jax.ops.matmul import vjp as matmul_vjp
+
+SETTINGS = (
+    attention.AttentionOptions,
+    attention.AttentionForwardConfig,
+    attention.AttentionBackwardConfig,
+    matmul.MatmulOptions,
+    matmul.MatmulConfig,
+    kernel.KernelSettings,
+)
+
+# What a target says on a CPU once every argument, result and attribute is decoded: only
+# its second operand, the stream, is missing.
+_ONLY_THE_STREAM = (
+    r"bad operands at: 1\).*\n.*\n?Failed to get platform stream: "
+    "XLA FFI GPU context is not available"
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda cls: cls.__name__)
+def test_dataclass_and_struct_have_the_same_fields(settings):
+    fields = _ffi.extension().struct_fields()[settings.__name__]
+    assert [field.name for field in dataclasses.fields(settings)] == fields
+
+
+def test_no_struct_is_without_a_dataclass():
+    names = {settings.__name__ for settings in SETTINGS}
+    assert set(_ffi.extension().struct_fields()) == names
+
+
+def test_attributes_have_exact_types():
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        flag: bool = True
+        number: int = 3
+        scale: float = 0.5
+        name: str = "x"
+
+    attributes = _ffi.to_attribute(Settings())
+    assert attributes == {"flag": True, "number": 3, "scale": 0.5, "name": "x"}
+    assert type(attributes["flag"]) is bool
+    assert type(attributes["number"]) is np.int64
+    assert type(attributes["scale"]) is np.float32
+
+
+def test_setting_without_an_attribute_type_is_refused():
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        items: tuple = (1, 2)
+
+    with pytest.raises(TypeError, match=r"a setting is \(1, 2\)"):
+        _ffi.to_attribute(Settings())
+
+
+@pytest.fixture(scope="module")
+def targets_on_cpu():
+    """CPUs decode what they are called with, then miss the stream of a GPU."""
+    for name, stages in _ffi.extension().registrations().items():
+        jax.ffi.register_ffi_target(name, stages, platform="cpu", api_version=1)
+
+
+def attention_arrays():
+    q = jnp.zeros((2, 100, 4, 64), jnp.bfloat16)
+    k = jnp.zeros((2, 70, 2, 64), jnp.bfloat16)
+    return q, k, k
+
+
+def call_attention_forward():
+    options = attention.AttentionOptions(0.125, True, False, True)
+    return attention_vjp.kernel_forward(options, *attention_arrays())
+
+
+def call_attention_backward():
+    options = attention.AttentionOptions(0.125, True, False, True)
+    q, k, v = attention_arrays()
+    lse = jnp.zeros(q.shape[:3], jnp.float32)
+    nothing = jnp.zeros((0,), jnp.float32)
+    return attention_vjp.kernel_backward(options, q, k, v, q, lse, q, nothing)
+
+
+def call_matmul():
+    a = jnp.zeros((64, 64), jnp.bfloat16)
+    return matmul_vjp.kernel_matmul(a, a, matmul.MatmulOptions())
+
+
+def call_kernel():
+    x = jnp.zeros((64, 64), jnp.bfloat16)
+    return kernel.call_kernel(
+        "copy", [x], x, threads=128, source="void copy(...);", tiles={0: (64, 64)}
+    )
+
+
+def call_kernel_without_maps_and_scalars():
+    x = jnp.zeros((1,), jnp.float32)
+    return kernel.call_kernel("f", [x], threads=128, source="void f(...);")
+
+
+@pytest.mark.usefixtures("targets_on_cpu")
+@pytest.mark.parametrize(
+    "call",
+    [
+        call_attention_forward,
+        call_attention_backward,
+        call_matmul,
+        call_kernel,
+        call_kernel_without_maps_and_scalars,
+    ],
+)
+def test_every_attribute_is_decoded(call):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=_ONLY_THE_STREAM):
+        jax.block_until_ready(jax.jit(call)())
+
+
+@pytest.mark.usefixtures("targets_on_cpu")
+def test_wrong_attribute_would_be_noticed(monkeypatch):
+    """The test above can fail: a float64 scale is one more bad operand."""
+    monkeypatch.setattr(
+        _ffi, "_scalar", lambda x: np.float64(x) if isinstance(x, float) else x
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+        jax.block_until_ready(jax.jit(lambda: call_attention_forward())())
+    assert "bad operands at: 1)" not in str(error.value)
