@@ -1,0 +1,1 @@
+"""Measures the ops of tk_jax beside every rival that is installed."""

@@ -1,0 +1,46 @@
+"""Times asynchronous calls: back to back, in rounds that alternate between programs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+
+import jax
+
+# Takes the index of the set of inputs to use; returns arrays not yet computed.
+Call = Callable[[int], object]
+
+
+def measure(
+    calls: Mapping[Hashable, Call], *, rounds: int, seconds: float
+) -> dict[Hashable, list[float]]:
+    """Seconds per call, one sample for each of ``rounds`` rounds.
+
+    A sample is the wall clock of so many calls dispatched back to back that they take
+    about ``seconds``, so that dispatch and the final wait, of some tens of
+    microseconds, do not show. In every round each program runs once, starting with
+    another one than in the round before: a clock that falls as the chip warms up hits
+    all alike.
+    """
+    repeats = {name: _repeats(call, seconds) for name, call in calls.items()}
+    samples = {name: [] for name in calls}
+    order = list(calls)
+    for start in range(rounds):
+        turn = start % len(order)
+        for name in order[turn:] + order[:turn]:
+            samples[name].append(_sample(calls[name], repeats[name]))
+    return samples
+
+
+def _repeats(call: Call, seconds: float) -> int:
+    jax.block_until_ready(call(0))
+    estimate = min(_sample(call, 3), _sample(call, 3))
+    return max(3, min(2000, round(seconds / estimate)))
+
+
+def _sample(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for index in range(repeats):
+        result = call(index)
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / repeats

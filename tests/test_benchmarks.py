@@ -1,0 +1,304 @@
+"""The benchmarks: command line, gate and result file, on the CPU with a fake clock."""
+
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import tk_jax
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks import cases, implementations, plot, results, run, timing  # noqa: E402
+
+ATTENTION = "B2-T32-S48-H4-K2-D64-causal-bf16"
+MATMUL = "B1-M40-N24-K16-nt-bf16"
+GPU = "NVIDIA H100 80GB HBM3"
+
+
+def fake_measure(calls, *, rounds, seconds):
+    """Runs every call on two sets of inputs; both take 5, 7, 9 ... us, others 1 us."""
+    for call in calls.values():
+        jax.block_until_ready([call(0), call(1)])
+    return {
+        key: [5e-6 + 2e-6 * i if key[1] == "both" else 1e-6 for i in range(rounds)]
+        for key in calls
+    }
+
+
+def benchmark(*argv, measure=fake_measure) -> int:
+    return run.main([*map(str, argv)], find_gpu=lambda: GPU, measure=measure)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Stand-ins that run on the CPU under the names of the real implementations."""
+
+    def attention(case):
+        return functools.partial(tk_jax.attention, is_causal=case.is_causal)
+
+    def wrong_attention(case):
+        return lambda q, k, v: 1.05 * attention(case)(q, k, v)
+
+    def wrong_gradient(case):
+        exact = attention(case)
+
+        @jax.custom_vjp
+        def run(q, k, v):
+            return exact(q, k, v)
+
+        def run_bwd(pull_back, dout):
+            dq, dk, dv = pull_back(dout)
+            return dq, dk, 2 * dv
+
+        run.defvjp(lambda *arrays: jax.vjp(exact, *arrays), run_bwd)
+        return run
+
+    def broken(case):
+        raise RuntimeError("does not load")
+
+    def left_out(case):
+        raise implementations.UnsupportedCaseError("odd head dims only")
+
+    def matmul(case):
+        return functools.partial(
+            tk_jax.matmul,
+            transpose_a=case.transposes[0] == "t",
+            transpose_b=case.transposes[1] == "t",
+        )
+
+    def wrong_matmul(case):
+        return lambda a, b: matmul(case)(a, b).at[..., -1].set(0)
+
+    stand_ins = {
+        "attention": {
+            "tk": (None, attention),
+            "xla": implementations.IMPLEMENTATIONS["attention"]["xla"],
+            "wrong": (None, wrong_attention),
+            "tk[wrong]": (None, wrong_gradient),
+            "broken": (None, broken),
+            "left out": (None, left_out),
+        },
+        "matmul": {
+            "tk": (None, matmul),
+            "cublas": implementations.IMPLEMENTATIONS["matmul"]["cublas"],
+            "tk[wrong]": (None, wrong_matmul),
+        },
+    }
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", stand_ins)
+
+
+def test_result_file(on_cpu, tmp_path, capsys):
+    path = tmp_path / "attention.json"
+    arguments = ("attention", "--cases", ATTENTION, "--impls", "tk", "xla", "--jobs", 2)
+    assert benchmark(*arguments, "--out", path, "--commit", "abc") == 0
+    document = json.loads(path.read_text())
+    assert list(document) == ["commit", "date", "gpu", "versions", "rows"]
+    assert (document["commit"], document["gpu"]) == ("abc", GPU)
+    assert document["versions"]["jax"] == jax.__version__
+    rows = document["rows"]
+    assert [(row["direction"], row["implementation"]) for row in rows] == [
+        ("fwd", "tk"),
+        ("fwd", "xla"),
+        ("bwd", "tk"),
+        ("bwd", "xla"),
+    ]
+    flops = 4 * 2 * 4 * 32 * 48 * 64 / 2
+    for row in rows:
+        backward = row["direction"] == "bwd"
+        assert row["case"] == ATTENTION
+        assert row["samples_us"] == [1.0] * 5
+        assert row["median_us"] == 1.0
+        assert row["method"] == "direct"
+        expected = flops * (2.5 if backward else 1) / 1e-6 / 1e12
+        assert row["tflops"] == pytest.approx(expected, abs=0.005)
+        assert 0 < row["roofline_fraction"] < 1
+        assert row["compile_s"] > 0
+        # The median of both, 9 us, less forward.
+        assert row.get("difference_us") == (8.0 if backward else None)
+    assert "1.000x xla" in capsys.readouterr().out
+    assert len(results.read(path)["rows"]) == 4
+
+
+def test_backward_by_difference_only(on_cpu, tmp_path):
+    path = tmp_path / "attention.json"
+    code = benchmark(
+        *("attention", "--cases", ATTENTION, "--impls", "tk", "--out", path),
+        *("--directions", "bwd", "--backward", "difference"),
+    )
+    assert code == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["direction"] == "bwd"
+    assert row["method"] == "difference"
+    assert row["samples_us"] == [4.0, 6.0, 8.0, 10.0, 12.0]
+    assert "difference_us" not in row
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "wrong", "code", "message"),
+    [
+        ("attention", ATTENTION, "wrong", 0, "wrong: WRONG, not timed: out largest"),
+        ("attention", ATTENTION, "tk[wrong]", 1, "WRONG, not timed: dv largest"),
+        ("attention", ATTENTION, "broken", 0, "broken: RuntimeError: does not load"),
+        ("attention", ATTENTION, "left out", 0, "left out, odd head dims only"),
+        ("matmul", MATMUL, "tk[wrong]", 1, "WRONG, not timed: out largest"),
+    ],
+)
+def test_a_wrong_implementation_is_not_timed(
+    on_cpu, tmp_path, capsys, op, case, wrong, code, message
+):
+    path = tmp_path / "out.json"
+    found = benchmark(op, "--cases", case, "--impls", "tk", wrong, "--out", path)
+    assert found == code
+    assert message in capsys.readouterr().out
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["implementation"] for row in rows} == {"tk"}
+
+
+def test_partial_runs_leave_the_committed_results(on_cpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(
+        cases, "default_cases", lambda op: [cases.MatmulCase.parse(MATMUL)]
+    )
+    del implementations.IMPLEMENTATIONS["matmul"]["tk[wrong]"]
+    assert benchmark("matmul", "--cases", MATMUL) == 0
+    assert benchmark("matmul", "--quick") == 0
+    assert not list(tmp_path.rglob("*.json"))
+    assert benchmark("matmul", "--commit", "abc") == 0
+    (path,) = tmp_path.rglob("*.json")
+    assert path == tmp_path / "results" / "nvidia-h100-80gb-hbm3" / "matmul.json"
+
+
+def test_default_cases():
+    names = [str(case) for case in cases.default_cases("attention")]
+    assert len(names) == len(set(names)) == 12
+    assert "B4-T4096-S4096-H16-K16-D128-causal-bf16" in names
+    for op in cases.CASE_TYPES:
+        for case in cases.default_cases(op):
+            assert cases.CASE_TYPES[op].parse(str(case)) == case
+    for case in cases.default_cases("attention"):
+        assert case.batch * case.seqlen_q == 16384
+        assert case.num_heads * case.head_dim == 2048
+
+
+def test_select_cases():
+    assert len(cases.select_cases("attention", ["D128-causal"], quick=False)) == 3
+    assert len(cases.select_cases("attention", ["D128", "causal"], quick=False)) == 9
+    (case,) = cases.select_cases("matmul", [MATMUL], quick=True)
+    assert (case.m, case.n, case.k, case.transposes) == (40, 24, 16, "nt")
+    assert case.shapes == ((40, 16), (24, 16))
+    with pytest.raises(ValueError, match="no case of matmul matches 'D128'"):
+        cases.select_cases("matmul", ["D128"], quick=False)
+
+
+def test_roofline_is_by_flops_or_by_bytes():
+    large = cases.MatmulCase(1, 8192, 8192, 8192)
+    seconds = 2 * 8192**3 / 989e12
+    assert results.roofline_fraction(large, "fwd", 2 * seconds, GPU) == 0.5
+    narrow = cases.MatmulCase(1, 8192, 8, 8192)
+    seconds = 2 * (8192 * 8192 + 2 * 8192 * 8) / 3.35e12
+    assert results.roofline_fraction(narrow, "fwd", seconds, GPU) == 1
+    assert results.roofline_fraction(large, "fwd", seconds, "another GPU") is None
+
+
+def test_measure_alternates_and_rotates():
+    order = []
+
+    def call(name):
+        def record(index):
+            order.append((name, index))
+            return jnp.zeros(())
+
+        return record
+
+    samples = timing.measure({"a": call("a"), "b": call("b")}, rounds=3, seconds=0)
+    assert {name: len(found) for name, found in samples.items()} == {"a": 3, "b": 3}
+    assert all(sample > 0 for found in samples.values() for sample in found)
+    # Three calls a sample; the seven before are each program's warm-up and estimate.
+    timed = order[14:]
+    assert [name for name, _ in timed[::3]] == ["a", "b", "b", "a", "a", "b"]
+    assert [index for _, index in timed[:3]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["attention", "--impls", "magic"], "unknown implementation 'magic'"),
+        (["matmul", "--tk-bwd-configs", "1x2"], "matmul's gradients are matmuls"),
+        (["softmax"], "invalid choice: 'softmax'"),
+        (["matmul", "--cases", "nothing"], "no case of matmul matches 'nothing'"),
+        (["matmul", "--tk-configs", "128,256"], "'128,256' is not a config"),
+    ],
+)
+def test_bad_arguments(argv, message, capsys):
+    try:
+        code = run.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so_and_lists_on_request():
+    command = [sys.executable, "-m", "benchmarks.run", "matmul"]
+    run_here = functools.partial(
+        subprocess.run, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    listed = run_here([*command, "--dry-run", "--tk-configs", "128x128x64x6"])
+    assert listed.returncode == 0, listed.stderr
+    assert "B1-M4096-N14336-K4096-nn-bf16\n" in listed.stdout
+    assert "implementations: tk cublas tk[128x128x64x6]" in listed.stdout
+    if results.find_gpu() is None:
+        refused = run_here(command)
+        assert refused.returncode == 2
+        assert "needs an NVIDIA GPU" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "option", "text", "expected"),
+    [
+        ("attention", ATTENTION, "fwd", "128x64x3",
+         "block_kv = 64 : i64, block_q = 128 : i64, stages = 3"),
+        ("attention", ATTENTION, "bwd", "64x64x1",
+         "block_kv = 64 : i64, block_q = 64 : i64, stages = 1"),
+        ("matmul", MATMUL, "fwd", "128x64x64x5x1",
+         "block_m = 128 : i64, block_n = 64 : i64, cluster_m = 1 : i64, group_m = 8"),
+    ],
+)  # fmt: skip
+def test_variants_reach_the_kernel(op, case, option, text, expected):
+    from benchmarks.tuning import Variant
+
+    case = cases.CASE_TYPES[op].parse(case)
+    variant = Variant.parse(option, text)
+    assert str(variant) == f"tk[{text}]"
+    function = variant.build(case)
+    structs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in case.shapes]
+    out = jax.eval_shape(function, *structs)
+    assert out.shape == case.out_shape
+
+    def both(dout, *arrays):
+        return jax.vjp(function, *arrays)[1](dout)
+
+    lowered = (
+        jax.jit(function).trace(*structs)
+        if op == "matmul"
+        else jax.jit(both).trace(out, *structs)
+    )
+    assert expected in lowered.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_plot(on_cpu, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "matmul.json"
+    benchmark("matmul", "--cases", MATMUL, "--impls", "tk", "cublas", "--out", path)
+    assert plot.main([str(path)]) == 0
+    image = tmp_path / "matmul-fwd.svg"
+    assert "<svg" in image.read_text()
+    assert plot.main([str(path), "--format", "png"]) == 0
+    assert (tmp_path / "matmul-fwd.png").stat().st_size > 1000
