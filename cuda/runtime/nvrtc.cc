@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <mutex>
+#include <string_view>
 
 #include "runtime/settings.h"
 
@@ -163,7 +164,8 @@ Result<NvrtcOutput> nvrtc_compile(const std::string& source, const std::string& 
   if (nvrtc.log_size(program, &size) == 0 && size > 1) {
     output.log.resize(size);
     nvrtc.log(program, output.log.data());
-    output.log.resize(size - 1);  // without the terminating zero
+    // Without the terminating zeros: ptxas's part ends with one of its own.
+    output.log.resize(output.log.find_last_not_of(std::string_view("\0\n ", 3)) + 1);
   }
   if (code == 0) code = nvrtc.cubin_size(program, &size);
   if (code == 0) {
