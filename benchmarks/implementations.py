@@ -114,6 +114,9 @@ IMPLEMENTATIONS = {
 }
 # Slow, and compared with once: runs when it is asked for.
 _NOT_BY_DEFAULT = ("xla",)
+# XLA times candidates for their matrix products while it compiles them: beside other
+# work on the GPU it would choose a worse one.
+TUNED_WHILE_COMPILING = ("cublas", "xla")
 
 
 def installed(op: str) -> list[str]:

@@ -50,7 +50,7 @@ def draw(document: dict, op: str, direction: str):
     names = list(dict.fromkeys(row.implementation for row in rows))
     height = 0.8 / len(names)
     figure = Figure(
-        figsize=(9, 1.2 + 0.22 * len(cases) * (len(names) + 1)), layout="constrained"
+        figsize=(9, 1.2 + 0.14 * len(cases) * (len(names) + 1)), layout="constrained"
     )
     axes = figure.subplots()
     for index, name in enumerate(names):
@@ -71,7 +71,8 @@ def draw(document: dict, op: str, direction: str):
         f"{op} {direction}, {document['gpu']}, {document['date']}", fontsize=10
     )
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, loc="best", frameon=False)
+    axes.margins(x=0.08, y=0.01)
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
     return figure
 
 

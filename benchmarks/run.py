@@ -119,12 +119,20 @@ class Benchmark:
     def _prepare(self):
         """Compiles all programs in parallel, and what their results should be."""
         start = time.perf_counter()
+        alone = implementations.TUNED_WHILE_COMPILING
+        pairs = [(case, entry) for case in self.cases for entry in self.entries]
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
             expected = {case: pool.submit(gate.expected, case) for case in self.cases}
             prepared = {
-                (case, entry): pool.submit(self._prepare_one, case, entry)
-                for case in self.cases
-                for entry in self.entries
+                pair: pool.submit(self._prepare_one, *pair)
+                for pair in pairs
+                if pair[1] not in alone
+            }
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            prepared |= {
+                pair: pool.submit(self._prepare_one, *pair)
+                for pair in pairs
+                if pair[1] in alone
             }
         seconds = time.perf_counter() - start
         print(
