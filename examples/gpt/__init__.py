@@ -1,0 +1,1 @@
+"""The parts of the GPT example: settings, data, model, training, checkpoints, plots."""
