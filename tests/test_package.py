@@ -89,16 +89,33 @@ def test_runtime_older_than_the_headers_is_one_clear_error(tmp_path):
     assert value == "3.0"
 
 
-@pytest.mark.parametrize(
-    "block",
-    re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL),
-)
-def test_readme_code_runs(block, tmp_path):
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_readme_code_runs(tmp_path):
+    (block,) = python_blocks("README.md")
     printed = run_python(block, tmp_path, JAX_PLATFORMS="cpu")
     assert "attention with implementation=None runs" in printed
 
 
-@pytest.mark.parametrize("name", ["attention", "explain", "matmul"])
+def test_code_on_adding_a_kernel_lowers_and_compiles(tmp_path):
+    (block,) = python_blocks("docs/add_a_kernel.md")
+    compile_it = """
+        from tk_jax import _extension
+        assert "my_softmax" in program.as_text()
+        if _extension.nvrtc_info()["version"] is not None:
+            spec = dict(
+                symbol="my_softmax", source=SOURCE, function="softmax", threads=128
+            )
+            _extension.compile(spec, use_cache=False)
+        """
+    run_python(block + textwrap.dedent(compile_it), tmp_path, JAX_PLATFORMS="cpu")
+
+
+@pytest.mark.parametrize(
+    "name", ["attention", "compile_kernels", "explain", "export_checks", "matmul"]
+)
 def test_docstring_examples_run(name):
     function = getattr(tk_jax, name)
     module = sys.modules[function.__module__]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tk_jax._dispatch import FallbackWarning, explain
     from tk_jax._ffi import export_checks
     from tk_jax.compile import compile_kernels
+    from tk_jax.kernel import call_kernel
     from tk_jax.ops.attention import attention
     from tk_jax.ops.matmul import matmul
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "FallbackWarning": "tk_jax._dispatch",
     "attention": "tk_jax.ops.attention",
+    "call_kernel": "tk_jax.kernel",
     "checkpoint_policies": "tk_jax.checkpoint_policies",
     "compile_kernels": "tk_jax.compile",
     "explain": "tk_jax._dispatch",
@@ -32,6 +34,7 @@ __all__ = [
     "FallbackWarning",
     "__version__",
     "attention",
+    "call_kernel",
     "checkpoint_policies",
     "compile_kernels",
     "explain",
