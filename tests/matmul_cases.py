@@ -10,6 +10,28 @@ import tk_jax
 
 BF16 = jnp.bfloat16
 TRANSPOSES = list(itertools.product((False, True), repeat=2))
+# (M, N, K): around the tiles' 64, 128 and 256, rows that need padding and rows that do
+# not, single rows, columns and steps, and all four configs.
+SIZES = [
+    (1, 1, 1),
+    (1, 8, 8),
+    (7, 9, 5),
+    (8, 16, 24),
+    (63, 65, 64),
+    (64, 64, 63),
+    (65, 63, 129),
+    (127, 257, 191),
+    (128, 256, 64),
+    (129, 255, 193),
+    (1, 4096, 1000),
+    (1000, 1, 1023),
+    (1000, 1000, 1000),
+    (1025, 1023, 1024),
+    (2048, 2048, 320),
+    (1900, 2040, 136),
+    (4090, 2300, 200),
+    (3960, 2300, 72),
+]
 # Leading dimensions of a and b.
 BATCHES = [
     ((), ()),

@@ -4,26 +4,41 @@ import dataclasses
 import itertools
 
 import pytest
-from matmul_cases import TRANSPOSES, transposes_id
+from matmul_cases import SIZES, TRANSPOSES, transposes_id
 
 from tk_jax import _ffi
 from tk_jax.ops.matmul import config
 
 
+def test_every_config_is_chosen_and_tested_on_the_gpu():
+    assert {config.default_config(m, n, 1) for m, n, _ in SIZES} == set(config.CONFIGS)
+
+
 @pytest.mark.parametrize(
-    ("m", "n", "k", "batch"),
-    [*itertools.product((1, 128, 129, 256, 4096), (1, 250, 8192), (4096,), (1, 64))],
+    ("m", "n", "batch"),
+    [*itertools.product((1, 128, 129, 256, 4096), (1, 250, 8192), (1, 64))],
 )
-def test_default_config_is_one_of_those_tested(m, n, k, batch):
-    chosen = config.default_config(m, n, k, batch)
-    assert chosen in config.CONFIGS
-    # A cluster never takes a row of tiles that does not exist.
+def test_a_cluster_never_takes_a_row_of_tiles_that_does_not_exist(m, n, batch):
+    chosen = config.default_config(m, n, batch)
     assert -(-m // chosen.block_m) % chosen.cluster_m == 0
 
 
-def test_default_config_of_large_products_is_the_widest():
-    assert config.default_config(4096, 4096, 4096, 1) == config.MatmulConfig()
-    assert config.default_config(512, 512, 4096, 1).block_n == 128
+@pytest.mark.parametrize(
+    ("sizes", "block_n"),
+    [
+        ((4096, 4096, 1), 256),
+        # One round of 128 wide tiles beats two of 256 narrow ones ...
+        ((2048, 2048, 1), 256),
+        # ... three of 288 narrow ones beat two of 144 wide ones ...
+        ((2048, 2304, 1), 128),
+        # ... and what leaves the GPU half empty, or half of a tile, takes narrow ones.
+        ((512, 512, 1), 128),
+        ((65536, 128, 1), 128),
+        ((512, 512, 64), 256),
+    ],
+)
+def test_default_config_weighs_rounds_and_traffic(sizes, block_n):
+    assert config.default_config(*sizes).block_n == block_n
 
 
 @pytest.mark.parametrize(

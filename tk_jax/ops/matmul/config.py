@@ -94,18 +94,24 @@ _NARROW_ALONE = MatmulConfig(block_n=128, stages=6, cluster_m=1)
 CONFIGS = (_WIDE, _WIDE_ALONE, _NARROW, _NARROW_ALONE)
 
 
-def default_config(m: int, n: int, k: int, batch: int) -> MatmulConfig:
-    """The tiles for a product of these sizes.
+def default_config(m: int, n: int, batch: int) -> MatmulConfig:
+    """The tiles for a product of these sizes; every tile walks all of K.
 
-    The widest tile reads the fewest bytes per flop. Where there are fewer wide tiles
-    than multiprocessors, or half of each would be empty, narrow ones keep more of the
-    GPU busy. A cluster takes two tiles along M: an odd number of them would leave half
-    a cluster without work.
+    A cluster takes two tiles along M: with an odd number of them, half a cluster would
+    be without work. Of wide and narrow tiles, those win whose rounds over all
+    multiprocessors move fewer bytes through shared memory, which is what bounds them.
     """
-    del k  # Every tile walks all of it.
-    tile_rows = -(-m // _WIDE.block_m)
-    wide_tiles = batch * tile_rows * -(-n // _WIDE.block_n)
-    narrow = n <= _NARROW.block_n or wide_tiles < _MULTIPROCESSORS
-    if tile_rows % 2:
-        return _NARROW_ALONE if narrow else _WIDE_ALONE
-    return _NARROW if narrow else _WIDE
+    clustered = -(-m // _WIDE.block_m) % 2 == 0
+    pair = (_WIDE, _NARROW) if clustered else (_WIDE_ALONE, _NARROW_ALONE)
+    return min(pair, key=lambda config: _shared_traffic(config, m, n, batch))
+
+
+def _shared_traffic(config: MatmulConfig, m: int, n: int, batch: int) -> int:
+    """What a multiprocessor moves for each column of K, in elements.
+
+    Both operands are written once; a is read once, b by each of two consumers. The wide
+    tile needs the 128 bytes a clock that shared memory has, the narrow one 160.
+    """
+    tiles = batch * -(-m // config.block_m) * -(-n // config.block_n)
+    rounds = -(-tiles // _MULTIPROCESSORS)
+    return rounds * (2 * config.block_m + 3 * config.block_n)

@@ -141,9 +141,9 @@ def _multiply(run, a, b, options) -> jax.Array:
 def _launch(a, b, options, config) -> jax.Array:
     m, n, _ = layout.sizes(a.shape, b.shape, options)
     a, b = layout.pad_rows(a, b, options)
-    padded_m, padded_n, k = layout.sizes(a.shape, b.shape, options)
+    padded_m, padded_n, _ = layout.sizes(a.shape, b.shape, options)
     batch = max(a.shape[0], b.shape[0])
     out_type = jax.typeof(a).update(shape=(batch, padded_m, padded_n))
-    config = config or default_config(padded_m, padded_n, k, batch)
+    config = config or default_config(padded_m, padded_n, batch)
     (c,) = _ffi.call("tk_matmul_v1", (out_type,), a, b, options=options, config=config)
     return c[:, :m, :n]
