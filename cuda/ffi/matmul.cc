@@ -25,6 +25,13 @@ struct Call {
   std::int64_t m, n, k, batch, batch_a, batch_b;
 };
 
+// What the copy engine asks of a row's length.
+Status check_rows(const char* name, const AnyBuffer& buffer, runtime::DataType dtype) {
+  if (dim(buffer, 2) * runtime::element_bytes(dtype) % 16 == 0) return {};
+  return invalid("rows of " + std::string(name) + ", " + shape_text(buffer) +
+                 ", are not a multiple of 16 bytes");
+}
+
 // a and b are [1 or batch, rows, columns] as stored, c is [batch, M, N].
 Result<Call> read_call(const Buffers& buffers, const matmul::Options& options,
                        const matmul::Config& config) {
@@ -44,12 +51,14 @@ Result<Call> read_call(const Buffers& buffers, const matmul::Options& options,
             dim(a, 0),
             dim(b, 0)};
   const auto [m, n, k, batch] = std::array{call.m, call.n, call.k, call.batch};
-  if (Status status = first_error({options.transpose_a ? check_dims("a", a, {call.batch_a, k, m})
-                                                       : check_dims("a", a, {call.batch_a, m, k}),
-                                   options.transpose_b ? check_dims("b", b, {call.batch_b, n, k})
-                                                       : check_dims("b", b, {call.batch_b, k, n}),
-                                   check_dtype("b", b, a.element_type()),
-                                   check_dtype("c", c, a.element_type()), call.kernel.check()});
+  if (Status status =
+          first_error({options.transpose_a ? check_dims("a", a, {call.batch_a, k, m})
+                                           : check_dims("a", a, {call.batch_a, m, k}),
+                       options.transpose_b ? check_dims("b", b, {call.batch_b, n, k})
+                                           : check_dims("b", b, {call.batch_b, k, n}),
+                       check_dtype("b", b, a.element_type()), check_dtype("c", c, a.element_type()),
+                       check_rows("a", a, *dtype), check_rows("b", b, *dtype),
+                       check_rows("c", c, *dtype), call.kernel.check()});
       !status.ok()) {
     return status.error();
   }
@@ -77,9 +86,6 @@ Status encode_matrix(TensorMap* map, const AnyBuffer& buffer, runtime::DataType 
   const std::int64_t dims[] = {columns, dim(buffer, 1), dim(buffer, 0)};
   const std::int64_t strides[] = {row_bytes, dim(buffer, 1) * row_bytes};
   const std::int64_t box[] = {kMapColumns, rows_in_box, 1};
-  if (row_bytes % 16 != 0) {
-    return invalid("rows of " + shape_text(buffer) + " are not a multiple of 16 bytes");
-  }
   return runtime::encode_tensor_map(map, buffer.untyped_data(), {dtype, dims, strides, box, 128});
 }
 

@@ -1,0 +1,257 @@
+"""What the handlers of attention refuse, and what they launch."""
+
+import dataclasses
+
+import pytest
+from handler_process import FIRST_ADDRESS, Call, Gpu, launched
+
+from tk_jax.ops.attention import config as attention
+
+_INVALID, _UNIMPLEMENTED = 3, 12
+_SMS = 132
+
+
+def grids(answer):
+    return {entry["symbol"]: entry["grid"] for entry in answer.of("launch")}
+
+
+def replaced(arrays, index, array):
+    return [*arrays[:index], array, *arrays[index + 1 :]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    batch: int = 2
+    seqlen_q: int = 1000
+    seqlen_kv: int = 1100
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    dtype: str = "bfloat16"
+
+    @property
+    def q(self):
+        shape = [self.batch, self.seqlen_q, self.num_heads, self.head_dim]
+        return self.dtype, shape
+
+    @property
+    def k(self):
+        shape = [self.batch, self.seqlen_kv, self.num_kv_heads, self.head_dim]
+        return self.dtype, shape
+
+    @property
+    def lse(self):
+        return "float32", self.q[1][:3]
+
+    @property
+    def workspaces(self):
+        padded = attention.padded_queries(self.seqlen_q)
+        rows = [self.batch, self.num_heads, padded]
+        return [
+            ("float32", rows),
+            ("float32", rows),
+            ("float32", [*rows, self.head_dim]),
+            ("int32", [*rows[:2], padded // 64]),
+        ]
+
+
+def options(is_causal=False, bottom_right=False, deterministic=True):
+    return dataclasses.asdict(
+        attention.AttentionOptions(0.125, is_causal, bottom_right, deterministic)
+    )
+
+
+def forward(shape=Shape(), args=None, rets=None, config=None, **which):
+    default = attention.forward_config(shape.head_dim)
+    return Call(
+        "tk_attention_fwd_v1",
+        args or [shape.q, shape.k, shape.k],
+        rets or [shape.q, shape.lse],
+        {
+            "options": options(**which),
+            "config": dataclasses.asdict(default) | (config or {}),
+        },
+    )
+
+
+def backward(shape=Shape(), args=None, rets=None, config=None, **which):
+    default = attention.backward_config(shape.head_dim)
+    nothing = ("float32", [0])
+    q, k, lse = shape.q, shape.k, shape.lse
+    return Call(
+        "tk_attention_bwd_v1",
+        args or [q, k, k, q, lse, q, nothing],
+        rets or [q, k, k, *shape.workspaces],
+        {
+            "options": options(**which),
+            "config": dataclasses.asdict(default) | (config or {}),
+        },
+    )
+
+
+def test_forward_launch():
+    tile = attention.forward_config(64)
+    ((_, ran),) = launched(Gpu(), forward(Shape(batch=4), is_causal=True))
+    assert grids(ran) == {"tk_attention_fwd_d64_causal_bf16": [_SMS, 1, 1]}
+    q, k, v, out = ran.of("map")
+    row = 64 * 2
+    assert q["dims"] == out["dims"] == [64, 1000, 8, 4]
+    assert q["strides"] == out["strides"] == [8 * row, row, 1000 * 8 * row]
+    assert q["box"] == out["box"] == [64, 64, 1, 1]
+    assert k["dims"] == v["dims"] == [64, 1100, 2, 4]
+    assert k["strides"] == v["strides"] == [2 * row, row, 1100 * 2 * row]
+    assert k["box"] == v["box"] == [64, tile.block_kv, 1, 1]
+    addresses = [entry["address"] // FIRST_ADDRESS for entry in (q, k, v, out)]
+    assert addresses == [1, 2, 3, 4]
+    assert {entry["swizzle"] for entry in (q, k, v, out)} == {3}
+
+
+def test_forward_of_few_tiles_has_few_blocks():
+    ((_, ran),) = launched(Gpu(), forward(Shape(batch=1, seqlen_q=7, num_heads=2)))
+    assert grids(ran) == {"tk_attention_fwd_d64_bf16": [2, 1, 1]}
+
+
+def test_backward_launches():
+    """The grids that attention.h asks for, in each of its cases."""
+    shape = Shape(seqlen_q=1000, seqlen_kv=1100)
+    block = attention.backward_config(64).block_kv
+    key_blocks = -(-1100 // block)
+    many = Shape(batch=16)
+    answers = launched(
+        Gpu(),
+        backward(shape, is_causal=True),
+        backward(many),
+        backward(many, deterministic=False),
+        backward(Shape(batch=1, seqlen_kv=150 * block, num_kv_heads=1)),
+    )
+    names = [
+        "tk_attention_bwd_prepare_d64_bf16",
+        None,
+        "tk_attention_bwd_finish_d64_bf16",
+    ]
+    mains = []
+    for _, ran in answers:
+        launches = ran.of("launch")
+        mains.append(launches[1]["grid"][0])
+        assert [launches[0]["symbol"], None, launches[2]["symbol"]] == names
+    first = answers[0][1].of("launch")
+    assert first[0]["grid"] == [1024 // 64, 8, 2]
+    assert first[2]["grid"] == [-(-1000 // 64), 8, 2]
+    assert first[1]["symbol"] == "tk_attention_bwd_d64_causal_bf16"
+    assert mains == [key_blocks * 2 * 2, _SMS // key_blocks * key_blocks, _SMS, _SMS]
+
+
+_Q = Shape()
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "message"),
+    [
+        (
+            forward(args=[("bfloat16", [2, 1000, 512]), _Q.k, _Q.k]),
+            _INVALID,
+            "q has shape (2, 1000, 512); expected 4 dimensions",
+        ),
+        (
+            forward(args=[_Q.q, _Q.k, ("bfloat16", [2, 1099, 2, 64])]),
+            _INVALID,
+            "v has shape (2, 1099, 2, 64); expected (2, 1100, 2, 64)",
+        ),
+        (
+            forward(args=[_Q.q, ("float16", _Q.k[1]), _Q.k]),
+            _INVALID,
+            "k has FFI data type 10; expected 16",
+        ),
+        (
+            forward(rets=[("bfloat16", [2, 999, 8, 64]), _Q.lse]),
+            _INVALID,
+            "out has shape (2, 999, 8, 64); expected (2, 1000, 8, 64)",
+        ),
+        (
+            forward(rets=[_Q.q, ("float32", [2, 8, 1000])]),
+            _INVALID,
+            "lse has shape (2, 8, 1000); expected (2, 1000, 8)",
+        ),
+        (
+            forward(Shape(num_kv_heads=3)),
+            _INVALID,
+            "q has 8 heads, which is not a multiple of 3 key/value heads",
+        ),
+        (forward(Shape(dtype="float32")), _UNIMPLEMENTED, "dtype fp32"),
+        (
+            forward(Shape(seqlen_kv=0)),
+            _INVALID,
+            "seqlen_kv is 0; both must be at least 1",
+        ),
+        (
+            forward(Shape(batch=2**16, seqlen_q=2**13, num_heads=8)),
+            _UNIMPLEMENTED,
+            "more than 2^31 - 1 rows",
+        ),
+        (
+            forward(config={"block_q": 100}),
+            _INVALID,
+            "config.block_q is 100; expected a multiple of 64",
+        ),
+        (forward(config={"block_kv": 2**40}), _INVALID, "config.block_kv is"),
+        (forward(config={"stages": 8}), _INVALID, "bytes of shared memory"),
+        (
+            backward(Shape(seqlen_q=0)),
+            _INVALID,
+            "seqlen_q is 0 and seqlen_kv is 1100",
+        ),
+    ],
+)
+def test_attention_refusals(call, code, message):
+    (answer,) = Gpu().run(call)
+    assert answer.code == code
+    assert answer.message.startswith(call.target + ": ")
+    assert message in answer.message
+    assert answer.driver == []
+
+
+def test_head_dim_is_refused():
+    call = forward(
+        args=[("bfloat16", [2, 9, 8, 32]), *[("bfloat16", [2, 9, 2, 32])] * 2],
+        rets=[("bfloat16", [2, 9, 8, 32]), ("float32", [2, 9, 8])],
+    )
+    (answer,) = Gpu().run(call)
+    assert answer.code == _UNIMPLEMENTED
+    assert "head_dim 32; the kernels take 64 and 128" in answer.message
+
+
+def test_every_wrong_size_of_backward_is_refused():
+    """No argument, result or workspace may be smaller than what kernels touch."""
+    good = backward()
+    calls = []
+    for index, (dtype, dims) in enumerate(good.args):
+        shorter = (dtype, [*dims[:-1], dims[-1] - 1])
+        if index != 6:
+            changed = replaced(good.args, index, shorter)
+            calls.append(dataclasses.replace(good, args=changed))
+    for index, (dtype, dims) in enumerate(good.rets):
+        shorter = (dtype, [*dims[:-1], dims[-1] - 1])
+        changed = replaced(good.rets, index, shorter)
+        calls.append(dataclasses.replace(good, rets=changed))
+        changed = replaced(good.rets, index, ("int64", dims))
+        calls.append(dataclasses.replace(good, rets=changed))
+    short_dlse = replaced(good.args, 6, ("float32", [2, 1000, 7]))
+    calls.append(dataclasses.replace(good, args=short_dlse))
+    for answer in Gpu().run(*calls):
+        assert answer.code == _INVALID, answer
+        assert "expected" in answer.message
+        assert answer.driver == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        forward(Shape(batch=0)),
+        forward(Shape(seqlen_q=0)),
+        backward(Shape(batch=0)),
+        backward(Shape(num_heads=0, num_kv_heads=0)),
+    ],
+)
+def test_nothing_to_write_launches_nothing(call):
+    (answer,) = Gpu().run(call)
+    assert (answer.code, answer.message, answer.driver) == (0, "", [])
