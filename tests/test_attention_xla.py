@@ -176,7 +176,9 @@ def test_jvp_and_hessian_are_those_of_the_definition(rng):
     )
     defined = functools.partial(attention_reference, is_causal=True)
     got, expected = (
-        jax.jvp(f, tuple(map(jnp.asarray, (q, k, v))), tuple(map(jnp.asarray, (t, q, k))))
+        jax.jvp(
+            f, tuple(map(jnp.asarray, (q, k, v))), tuple(map(jnp.asarray, (t, q, k)))
+        )
         for f in (ours, defined)
     )
     jax.tree.map(

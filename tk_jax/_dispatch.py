@@ -23,7 +23,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from tk_jax import _check
+from tk_jax import _check, _ffi
 
 IMPLEMENTATIONS = (None, "tk", "xla")
 
@@ -71,6 +71,10 @@ def choose(op: str, implementation: str | None, unsupported: str | None) -> Choi
     _check.check_choice(op, "implementation", implementation, IMPLEMENTATIONS)
     if implementation == "xla":
         return Choice(op, "xla", "xla", "xla", "implementation='xla' asks for it")
+    if broken := _ffi.unavailable():
+        if implementation == "tk":
+            raise NotImplementedError(f"{op}: implementation='tk': {broken}")
+        return Choice(op, None, "xla", "xla", broken)
     lacking = unsupported or _unsupported_gpu()
     if implementation == "tk":
         if lacking:
