@@ -40,13 +40,20 @@ class Requirements:
     register_split: bool = True
 
 
-# prepare and finish move rows and have neither a product nor warp roles.
-_HELPERS = Requirements(product=False, bulk_load=False, register_split=False)
+# Helpers move rows: they have neither a product nor warp roles. finish only stores.
+_HELPERS = {
+    "tk_attention_bwd_prepare_": Requirements(product=False, register_split=False),
+    "tk_attention_bwd_finish_": Requirements(
+        product=False, bulk_load=False, register_split=False
+    ),
+}
 
 
 def requirements(item: Specialisation) -> Requirements:
-    is_helper = re.match(r"tk_attention_bwd_(prepare|finish)_", item.symbol)
-    return _HELPERS if is_helper else Requirements()
+    for prefix, required in _HELPERS.items():
+        if item.symbol.startswith(prefix):
+            return required
+    return Requirements()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 ).strip()
 
+import compile_gate
 import jax
 import numpy as np
 import pytest
@@ -44,6 +45,22 @@ def pytest_collection_modifyitems(config, items):
     if missing:
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=f"gpu: {missing}"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the compile gate's table, also from other processes."""
+    reports = (r for group in terminalreporter.stats.values() for r in group)
+    rows = sorted(
+        value
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == "compile_gate"
+    )
+    if rows:
+        terminalreporter.section("compile gate")
+        for row in [compile_gate.HEADER, *rows]:
+            terminalreporter.write_line(row)
 
 
 def _missing_gpu() -> str | None:

@@ -113,6 +113,10 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
   fclose(out);
   return fails("cuFuncSetAttribute");
 }
+int cuFuncLoad(void* function) {
+  (void)function;
+  return fails("cuFuncLoad");
+}
 
 struct Attribute {
   int id;

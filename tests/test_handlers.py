@@ -216,6 +216,7 @@ def test_no_compiler(tmp_path):
         ("cuModuleLoadDataEx", 0),
         ("cuModuleGetFunction", 0),
         ("cuFuncSetAttribute", 0),
+        ("cuFuncLoad", 0),
         ("cuTensorMapEncodeTiled", 1),
         ("cuLaunchKernelEx", 1),
     ],

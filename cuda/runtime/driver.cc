@@ -60,6 +60,7 @@ Opened open_driver() {
                              "compiled by NVRTC 13 need 580. Or pass implementation=\"xla\"."};
     return opened;
   }
+  find(library, "cuFuncLoad", d.function_load);
   if (const int code = d.init(0)) {
     opened.error = Error{ErrorKind::kFailedPrecondition,
                          driver_error(d, "cuInit", code) +

@@ -68,6 +68,7 @@ struct Driver {
   int (*module_load)(cuda::Module*, const void*, unsigned, int*, void**);
   int (*module_function)(cuda::Function*, cuda::Module, const char*);
   int (*function_set_attribute)(cuda::Function, int, int);
+  int (*function_load)(cuda::Function);  // null before CUDA 12.4
   int (*launch)(const cuda::LaunchConfig*, cuda::Function, void**, void**);
   int (*tensor_map_encode)(void*, int, std::uint32_t, void*, const std::uint64_t*,
                            const std::uint64_t*, const std::uint32_t*, const std::uint32_t*, int,

@@ -57,6 +57,11 @@ Result<Kernel> load_kernel(const KernelSpec& spec, const Device& device) {
     return failed("cuFuncSetAttribute", code,
                   " for " + std::to_string(spec.shared_bytes) + " bytes of shared memory");
   }
+  // Without this a lazily loading driver loads at the first launch, which may be inside a graph's
+  // capture, where loading is not allowed.
+  if (d.function_load != nullptr) {
+    if (const int code = d.function_load(kernel.function)) return failed("cuFuncLoad", code, "");
+  }
   return kernel;  // its module is never unloaded
 }
 
