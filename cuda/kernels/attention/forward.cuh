@@ -38,7 +38,7 @@ struct Forward {
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
   static constexpr int kConsumers = Traits::kConsumers;
-  static constexpr int kProducerRegisters = kConsumers == 1 ? 56 : 32;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kConsumers == 2 ? 24 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
 
   using QTile = SharedTile<T, 64, kHeadDim>;

@@ -27,6 +27,9 @@ __device__ __forceinline__ Shared& shared_memory() {
 }
 
 namespace detail_roles {
+// Registers of each thread of a block that has a multiprocessor to itself, as the compiler sets them.
+constexpr int launch_registers(int threads) { return min(65536 / threads / 8 * 8, 248); }
+
 template <typename Kernel, typename Params>
 concept Stores = requires(const Params& params, typename Kernel::Shared& shared) {
   Kernel::store(params, shared);
@@ -44,12 +47,15 @@ constexpr int cluster_size() {
 template <typename Kernel, typename Params>
 __device__ __forceinline__ void run(const Params& params) {
   using Shared = typename Kernel::Shared;
+  constexpr int kThreads = 128 * (1 + Kernel::kConsumers);
   static_assert(128 * (Kernel::kProducerRegisters + Kernel::kConsumers * Kernel::kConsumerRegisters) <=
-                    65536,
-                "the roles' registers exceed the multiprocessor's 65536");
+                    kThreads * detail_roles::launch_registers(kThreads),
+                "the roles' registers exceed what the block starts with: increase would wait for "
+                "ever");
   Shared& shared = shared_memory<Shared>();
-  const int warpgroup = warpgroup::index();
-  if (warp::index() == 0 && ptx::elect_one()) {
+  const int warp = ptx::uniform_warp_index();
+  const int warpgroup = warp / 4;
+  if (warp == 0 && ptx::elect_one()) {
     Kernel::init(params, shared);
     ptx::fence_barrier_init();
   }
@@ -61,7 +67,6 @@ __device__ __forceinline__ void run(const Params& params) {
   }
   if (warpgroup == 0) {
     ptx::decrease_registers<Kernel::kProducerRegisters>();
-    const int warp = warp::index();
     if (warp == 0 && ptx::elect_one()) Kernel::load(params, shared);
     if constexpr (detail_roles::Stores<Kernel, Params>) {
       if (warp == 1 && ptx::elect_one()) Kernel::store(params, shared);

@@ -8,10 +8,12 @@ namespace tk::ptx {
 __device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) & 31; }
 
-// The warp's index as a value the compiler knows to be the same in all 32 lanes, so that branches
-// on it are uniform.
-__device__ __forceinline__ int warp_index() {
-  return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) >> 5, 0);
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) >> 5; }
+
+// The same as a value that the compiler knows to be one in all 32 lanes, so that branches on it are
+// uniform. All lanes must call it together: in a branch that some do not take, it waits for them.
+__device__ __forceinline__ int uniform_warp_index() {
+  return __shfl_sync(0xffffffffu, warp_index(), 0);
 }
 
 __device__ __forceinline__ bool elect_one() {
