@@ -1,0 +1,361 @@
+"""Attention under jax's transformations, on the CPU, in the form every platform traces.
+
+The kernel's form of the same is tested in test_attention_lowering.py by what it lowers
+to, and in test_attention_gpu.py by its numbers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import tk_jax
+from tk_jax import checkpoint_policies
+from tk_jax.ops.attention import attention_reference
+
+IMPLEMENTATIONS = [None, "xla"]
+
+
+def _inputs(batch=(2,), dtype=jnp.float32):
+    rng = np.random.default_rng(1)
+    return tuple(
+        jnp.asarray(rng.standard_normal((*batch, *shape), np.float32), dtype)
+        for shape in ((33, 4, 64), (40, 2, 64), (40, 2, 64))
+    )
+
+
+def _loss(q, k, v, **settings):
+    """Depends on out and on lse, unevenly."""
+    out, lse = tk_jax.attention(q, k, v, is_causal=True, return_lse=True, **settings)
+    weights = jnp.cos(jnp.arange(lse.size).reshape(lse.shape))
+    return jnp.sum(out * weights[..., None]) + jnp.sum(lse * weights)
+
+
+def _reference_loss(q, k, v):
+    out, lse = attention_reference(q, k, v, is_causal=True)
+    weights = jnp.cos(jnp.arange(lse.size).reshape(lse.shape))
+    return jnp.sum(out * weights[..., None]) + jnp.sum(lse * weights)
+
+
+def _gradient(implementation):
+    loss = functools.partial(_loss, implementation=implementation)
+    return jax.grad(loss, (0, 1, 2))
+
+
+def _assert_close(got, expected, tolerance=1e-4):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance),
+        got,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_jit_grad_and_value_and_grad(implementation):
+    inputs = _inputs()
+    value, gradient = jax.value_and_grad(_reference_loss, (0, 1, 2))(*inputs)
+    loss = functools.partial(_loss, implementation=implementation)
+    _assert_close(jax.jit(loss)(*inputs), value)
+    _assert_close(_gradient(implementation)(*inputs), gradient)
+    _assert_close(
+        jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*inputs), (value, gradient)
+    )
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"return_lse": True}, {"deterministic": False}], ids=str
+)
+def test_gradient_of_out_alone(settings):
+    inputs = _inputs()
+
+    def loss(attention, q, k, v):
+        result = attention(q, k, v)
+        return jnp.sum(jnp.sin(jax.tree.leaves(result)[0]))
+
+    ours = functools.partial(tk_jax.attention, **settings)
+    _assert_close(
+        jax.grad(functools.partial(loss, ours), (0, 1, 2))(*inputs),
+        jax.grad(functools.partial(loss, attention_reference), (0, 1, 2))(*inputs),
+    )
+
+
+def _loop(fn, in_axes, *inputs):
+    """What vmap means."""
+    size = next(
+        x.shape[a] for x, a in zip(inputs, in_axes, strict=True) if a is not None
+    )
+    results = [
+        fn(
+            *(
+                x if axis is None else jnp.take(x, i, axis)
+                for x, axis in zip(inputs, in_axes, strict=True)
+            )
+        )
+        for i in range(size)
+    ]
+    return jax.tree.map(lambda *x: jnp.stack(x), *results)
+
+
+def _mapped_inputs(in_axes, size=3):
+    def repeat(x, axis):
+        if axis is None:
+            return x
+        return jnp.stack([x * (1 + 0.1 * i) for i in range(size)], axis)
+
+    return [repeat(x, axis) for x, axis in zip(_inputs(), in_axes, strict=True)]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "in_axes",
+    [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0), (2, 1, 0)],
+    ids=str,
+)
+def test_vmap_of_values_and_gradients(in_axes, implementation):
+    inputs = _mapped_inputs(in_axes)
+    loss = functools.partial(_loss, implementation=implementation)
+
+    def value_and_gradient(*x):
+        return jax.value_and_grad(loss, (0, 1, 2))(*x)
+
+    _assert_close(
+        jax.jit(jax.vmap(value_and_gradient, in_axes))(*inputs),
+        _loop(value_and_gradient, in_axes, *inputs),
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("in_axes", [(0, None, None), (None, 0, 0)], ids=str)
+def test_gradient_of_vmap(in_axes, implementation):
+    inputs = _mapped_inputs(in_axes)
+    loss = functools.partial(_loss, implementation=implementation)
+
+    def total(map_, *x):
+        return jnp.sum(map_(*x) * jnp.arange(1.0, 4))
+
+    batched = functools.partial(total, jax.vmap(loss, in_axes))
+    looped = functools.partial(total, functools.partial(_loop, loss, in_axes))
+    _assert_close(
+        jax.jit(jax.grad(batched, (0, 1, 2)))(*inputs),
+        jax.grad(looped, (0, 1, 2))(*inputs),
+    )
+
+
+def test_nested_vmap():
+    q, k, v = _inputs(batch=(3, 2))
+    gradient = _gradient(None)
+    both = jax.jit(jax.vmap(jax.vmap(gradient, (0, None, None)), (None, 0, 0)))
+    got = both(q, k, v)
+    for i in range(3):
+        for j in range(3):
+            expected = gradient(q[j], k[i], v[i])
+            _assert_close(jax.tree.map(lambda x, i=i, j=j: x[i, j], got), expected)
+
+
+def _model(x, weights, attention, wrap=lambda layer: layer):
+    """Layers in a scan."""
+
+    def layer(x, w):
+        y = x @ w
+        return x + attention(y, y[:, :, :2], y[:, :, 2:]), None
+
+    return jnp.sum(jnp.sin(jax.lax.scan(wrap(layer), x, weights)[0]))
+
+
+def _model_inputs():
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((2, 17, 4, 16), np.float32))
+    weights = jnp.asarray(rng.standard_normal((3, 16, 16), np.float32)) / 4
+    return x, weights
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "policy", ["no remat", None, checkpoint_policies.save_attention], ids=str
+)
+def test_layers_in_a_scan_with_and_without_remat(implementation, policy):
+    ours = functools.partial(
+        tk_jax.attention, is_causal=True, implementation=implementation
+    )
+
+    def wrap(layer):
+        return layer if policy == "no remat" else jax.checkpoint(layer, policy=policy)
+
+    got = jax.jit(
+        jax.value_and_grad(functools.partial(_model, attention=ours, wrap=wrap), (0, 1))
+    )(*_model_inputs())
+    defined = functools.partial(
+        _model, attention=lambda *x: attention_reference(*x, is_causal=True)[0]
+    )
+    _assert_close(got, jax.value_and_grad(defined, (0, 1))(*_model_inputs()))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_named_residuals_are_saved_and_others_are_not(implementation):
+    def layer(q, k, v):
+        # Products, which a policy for names alone leaves to be computed again.
+        return tk_jax.attention(
+            jnp.sin(q), jnp.sin(k), jnp.sin(v), implementation=implementation
+        )
+
+    def saved_shapes(policy):
+        remat = jax.checkpoint(layer, policy=policy)
+        pull_back = jax.eval_shape(lambda *x: jax.vjp(remat, *x)[1], *_inputs())
+        return sorted(x.shape for x in jax.tree.leaves(pull_back))
+
+    q, k, v = (x.shape for x in _inputs())
+    assert saved_shapes(None) == sorted([q, k, v])
+    saved = saved_shapes(checkpoint_policies.save_attention)
+    assert sorted(set(saved)) == sorted({q, k, q[:-1]})
+    assert saved.count(q) == 2 and saved.count(q[:-1]) == 1
+
+
+def test_donated_inputs_are_reused():
+    q, k, v = _inputs()
+    expected = np.asarray(tk_jax.attention(q, k, v))
+    step = jax.jit(tk_jax.attention, donate_argnums=0)
+    got = step(q, k, v)
+    np.testing.assert_array_equal(got, expected)
+    assert q.is_deleted() and not k.is_deleted()
+
+
+def test_export_round_trip():
+    inputs = _inputs()
+    gradient = _gradient(None)
+    exported = jax.export.export(jax.jit(gradient))(*inputs)
+    restored = jax.export.deserialize(exported.serialize())
+    _assert_close(restored.call(*inputs), gradient(*inputs), 1e-6)
+
+
+def test_export_for_cuda_round_trip():
+    from tk_jax import _ffi
+
+    if _ffi.unavailable():
+        pytest.skip(_ffi.unavailable())
+    inputs = _inputs(dtype=jnp.bfloat16)
+    exported = jax.export.export(
+        jax.jit(_gradient(None)),
+        platforms=["cuda", "cpu"],
+        disabled_checks=_ffi.export_checks(),
+    )(*inputs)
+    restored = jax.export.deserialize(exported.serialize())
+    assert restored.platforms == ("cuda", "cpu")
+    text = restored.mlir_module()
+    assert text.count("@tk_attention_fwd_v1(") == 1
+    assert text.count("@tk_attention_bwd_v1(") == 1
+    # On this machine, the same artefact runs its other half.
+    _assert_close(
+        jax.tree.map(np.float32, restored.call(*inputs)),
+        jax.tree.map(np.float32, _gradient(None)(*inputs)),
+        1e-6,
+    )
+
+
+@pytest.fixture
+def mesh(cpu_devices):
+    return jax.make_mesh(
+        (4, 2), ("batch", "heads"), (AxisType.Auto,) * 2, devices=cpu_devices
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("spec", [P("batch"), P("batch", None, "heads")], ids=str)
+def test_shard_map_over_batch_and_heads(mesh, spec, implementation):
+    inputs = _inputs(batch=(8,))
+    attention = functools.partial(
+        tk_jax.attention, is_causal=True, implementation=implementation
+    )
+    sharded = jax.shard_map(attention, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+
+    def loss(attention, *x):
+        return jnp.sum(jnp.sin(attention(*x)))
+
+    got, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, f), (0, 1, 2)))(*inputs)
+        for f in (sharded, attention)
+    )
+    _assert_close(got, expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradient_inside_shard_map(mesh, implementation):
+    inputs = _inputs(batch=(8,))
+
+    def local(q, k, v):
+        loss = functools.partial(_local_loss, implementation=implementation)
+        value, gradient = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+        return jax.lax.psum(value, "batch"), gradient
+
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(P("batch"),) * 3, out_specs=(P(), P("batch"))
+    )
+    loss = functools.partial(_local_loss, implementation=implementation)
+    _assert_close(
+        jax.jit(sharded)(*inputs), jax.value_and_grad(loss, (0, 1, 2))(*inputs)
+    )
+
+
+def _local_loss(q, k, v, **settings):
+    out, lse = tk_jax.attention(q, k, v, is_causal=True, return_lse=True, **settings)
+    return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_keys_that_devices_share_get_the_sum_of_their_gradients(mesh, implementation):
+    q, k, v = _inputs(batch=(8,))
+    k, v = k[:1], v[:1]
+
+    def shared(q, k, v):
+        k, v = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])) for x in (k, v))
+        return tk_jax.attention(q, k, v, implementation=implementation)
+
+    def shared_by_vmap(q, k, v):
+        attention = functools.partial(tk_jax.attention, implementation=implementation)
+        return jax.vmap(attention, (0, None, None))(q, k[0], v[0])
+
+    expected = jax.grad(lambda *x: jnp.sum(jnp.sin(shared(*x))), (0, 1, 2))(q, k, v)
+    for fn in (shared, shared_by_vmap):
+        sharded = jax.shard_map(
+            fn, mesh=mesh, in_specs=(P("batch"), P(), P()), out_specs=P("batch")
+        )
+        gradient = jax.grad(lambda *x, f=sharded: jnp.sum(jnp.sin(f(*x))), (0, 1, 2))
+        _assert_close(jax.jit(gradient)(q, k, v), expected)
+
+
+def test_shard_map_sees_that_results_differ_between_devices(mesh):
+    def local(q, k, v):
+        return tk_jax.attention(q, k, v)
+
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.shard_map(local, mesh=mesh, in_specs=(P("batch"),) * 3, out_specs=P())(
+            *_inputs(batch=(8,))
+        )
+
+
+def test_scan_remat_and_vmap_inside_shard_map(mesh):
+    x, weights = _model_inputs()
+    x = jnp.concatenate([x] * 4)[:, None]
+    attention = functools.partial(tk_jax.attention, is_causal=True)
+
+    def local(x, weights):
+        model = functools.partial(_model, attention=attention, wrap=jax.checkpoint)
+        gradient = jax.vmap(jax.grad(model), (0, None))
+        return gradient(x, weights)
+
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(P("batch"), P()), out_specs=P("batch")
+    )
+    _assert_close(jax.jit(sharded)(x, weights), local(x, weights))
+
+
+def test_sharded_inputs_under_jit(mesh):
+    inputs = _inputs(batch=(8,))
+    sharding = NamedSharding(mesh, P("batch"))
+    _assert_close(
+        jax.jit(_gradient(None))(*jax.device_put(inputs, sharding)),
+        _gradient(None)(*inputs),
+    )
