@@ -43,9 +43,6 @@ def on_cpu(monkeypatch):
     def attention(case):
         return functools.partial(tk_jax.attention, is_causal=case.is_causal)
 
-    def wrong_attention(case):
-        return lambda q, k, v: 1.05 * attention(case)(q, k, v)
-
     def wrong_gradient(case):
         exact = attention(case)
 
@@ -80,15 +77,15 @@ def on_cpu(monkeypatch):
         "attention": {
             "tk": (None, attention),
             "xla": implementations.IMPLEMENTATIONS["attention"]["xla"],
-            "wrong": (None, wrong_attention),
             "tk[wrong]": (None, wrong_gradient),
-            "broken": (None, broken),
-            "left out": (None, left_out),
         },
         "matmul": {
             "tk": (None, matmul),
             "cublas": implementations.IMPLEMENTATIONS["matmul"]["cublas"],
             "tk[wrong]": (None, wrong_matmul),
+            "wrong": (None, wrong_matmul),
+            "broken": (None, broken),
+            "left out": (None, left_out),
         },
     }
     monkeypatch.setattr(implementations, "IMPLEMENTATIONS", stand_ins)
@@ -143,10 +140,10 @@ def test_backward_by_difference_only(on_cpu, tmp_path):
 @pytest.mark.parametrize(
     ("op", "case", "wrong", "code", "message"),
     [
-        ("attention", ATTENTION, "wrong", 0, "wrong: WRONG, not timed: out largest"),
+        ("matmul", MATMUL, "wrong", 0, "wrong: WRONG, not timed: out largest"),
         ("attention", ATTENTION, "tk[wrong]", 1, "WRONG, not timed: dv largest"),
-        ("attention", ATTENTION, "broken", 0, "broken: RuntimeError: does not load"),
-        ("attention", ATTENTION, "left out", 0, "left out, odd head dims only"),
+        ("matmul", MATMUL, "broken", 0, "broken: RuntimeError: does not load"),
+        ("matmul", MATMUL, "left out", 0, "left out, odd head dims only"),
         ("matmul", MATMUL, "tk[wrong]", 1, "WRONG, not timed: out largest"),
     ],
 )
