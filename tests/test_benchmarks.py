@@ -15,7 +15,7 @@ import tk_jax
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import cases, implementations, plot, results, run, timing  # noqa: E402
+from benchmarks import cases, implementations, plot, results, run, timing, tuning  # noqa: E402
 
 ATTENTION = "B2-T32-S48-H4-K2-D64-causal-bf16"
 MATMUL = "B1-M40-N24-K16-nt-bf16"
@@ -269,10 +269,8 @@ def test_without_a_gpu_it_says_so_and_lists_on_request():
     ],
 )  # fmt: skip
 def test_variants_reach_the_kernel(op, case, option, text, expected):
-    from benchmarks.tuning import Variant
-
     case = cases.CASE_TYPES[op].parse(case)
-    variant = Variant.parse(option, text)
+    variant = tuning.Variant.parse(option, text)
     assert str(variant) == f"tk[{text}]"
     function = variant.build(case)
     structs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in case.shapes]
