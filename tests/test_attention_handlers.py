@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from handler_process import FIRST_ADDRESS, Call, Gpu, launched
+from handler_process import FIRST_ADDRESS, Call, Gpu, both_stages, launched
 
 from tk_jax.ops.attention import config as attention
 
@@ -203,7 +203,9 @@ _Q = Shape()
     ],
 )
 def test_attention_refusals(call, code, message):
-    (answer,) = Gpu().run(call)
+    answer, ran = Gpu().run(*both_stages(call))
+    assert ran.code != 0
+    assert ran.driver == []
     assert answer.code == code
     assert answer.message.startswith(call.target + ": ")
     assert message in answer.message

@@ -235,5 +235,5 @@ def test_kernel_that_does_not_compile():
     call = kernel_call([_MATRIX], [_MATRIX], source="void copy(int) { missing(); }")
     loaded, _ = Gpu().run(*both_stages(call))
     assert loaded.code == _INTERNAL
-    assert "cannot compile tk_copy: NVRTC_ERROR_COMPILATION" in loaded.message
+    assert "cannot compile tk_copy.cu: NVRTC_ERROR_COMPILATION" in loaded.message
     assert 'identifier "missing" is undefined' in loaded.message

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from handler_process import Call, Gpu, launched
+from handler_process import Call, Gpu, both_stages, launched
 
 from tk_jax.ops.matmul import config as matmul
 
@@ -25,14 +25,15 @@ def multiply(a, b, c, transpose_a=False, transpose_b=False, dtype="bfloat16", **
 
 
 def test_matmul_launch():
-    config = matmul.CONFIGS[0]
-    small = multiply([1, 100, 72], [3, 72, 200], [3, 100, 200])
+    config = dataclasses.replace(matmul.CONFIGS[0], cluster_m=2)
+    small = multiply([1, 100, 72], [3, 72, 200], [3, 100, 200], cluster_m=2)
     large = multiply(
         [1, 64, 8192],
         [1, 8192, 64],
         [1, 8192, 8192],
         transpose_a=True,
         transpose_b=True,
+        cluster_m=2,
     )
     (_, ran), (_, full) = launched(Gpu(), small, large)
     (launch,) = ran.of("launch")
@@ -116,7 +117,9 @@ def test_matmul_launch():
     ],
 )
 def test_matmul_refusals(call, code, message):
-    (answer,) = Gpu().run(call)
+    answer, ran = Gpu().run(*both_stages(call))
+    assert ran.code != 0
+    assert ran.driver == []
     assert answer.code == code
     assert answer.message.startswith("tk_matmul_v1: ")
     assert message in answer.message

@@ -51,7 +51,20 @@ def test_translation_unit(extension):
         ({"function": "f(params); g"}, "the function is not a name expression"),
         ({"params_type": "int x"}, None),
         ({"params_type": "int{}"}, "the parameter type is not a name"),
-        ({"header": 'a"\n#error'}, "the header is not a path"),
+        (
+            {"header": 'a"\n#error'},
+            "the header is not a path below the kernels' sources",
+        ),
+        (
+            {"header": "/etc/passwd"},
+            "the header is not a path below the kernels' sources",
+        ),
+        ({"header": "../x.h"}, "the header is not a path below the kernels' sources"),
+        (
+            {"source": 'int a;\n  # include "/home/me/mine.cuh"\n'},
+            "the source includes a file of its own .*mine.cuh.*; pass that file's text",
+        ),
+        ({"source": "#include <../mine.cuh>"}, "the source includes a file of its own"),
         ({"source": ""}, "neither a header nor source text is given"),
         ({"threads": 31}, "threads is 31; expected a multiple of 32 from 32 to 1024"),
         ({"threads": 1056}, "threads is 1056"),
@@ -73,11 +86,19 @@ def test_spec_that_cannot_be_compiled(extension, change, message):
 
 
 def test_compiler_sees_the_sources_and_no_others(extension):
-    for header in ("cuda_runtime.h", "vector", "/etc/passwd"):
+    for header in ("cuda_runtime.h", "vector"):
         spec = extension_process.SPEC | {"header": header}
         with pytest.raises(RuntimeError) as error:
             extension.compile(spec)
         assert "cannot compile tk_probe" in str(error.value)
+
+
+def test_compiler_ignores_the_current_folder(tmp_path):
+    (tmp_path / "tk").mkdir()
+    (tmp_path / "tk" / "kernel_params.h").write_text("#error not this one")
+    code = f"os.chdir({str(tmp_path)!r})\nprint(extension.compile(spec)['origin'])"
+    done = extension_process.run(code, environment={"TK_JAX_CACHE_DIR": "off"})
+    assert done.stdout.strip() == "compiled"
 
 
 def test_code_is_for_hopper_alone(extension):

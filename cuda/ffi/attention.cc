@@ -112,6 +112,7 @@ Status initialize_forward(int device_ordinal, const ForwardBuffers& buffers,
                           const attention::ForwardConfig& config) {
   const auto call = read_forward(buffers, options, config);
   if (!call.ok()) return call.error();
+  if (Status status = call->kernel.check(); !status.ok()) return status;
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
   const auto kernel = kernels.load(call->kernel.key(), **device,
@@ -126,7 +127,8 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
   if (call->empty) return {};
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, call->kernel.key(), **device, "the forward kernel");
+  const auto kernel =
+      find_loaded(kernels, call->kernel.key(), **device, [&] { return call->kernel.check(); });
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
 
@@ -202,9 +204,7 @@ Result<BackwardCall> read_backward(const BackwardBuffers& b, const attention::Op
   const Sizes& s = *sizes;
   const AttentionBackwardKernels specialised{s.dtype, s.head_dim, options.is_causal,
                                              options.deterministic, config};
-  if (Status status = first_error({check_backward(b, s), specialised.check()}); !status.ok()) {
-    return status.error();
-  }
+  if (Status status = check_backward(b, s); !status.ok()) return status.error();
   const auto empty = is_empty(s, /*backward=*/true);
   if (!empty.ok()) return empty.error();
   return BackwardCall{s, specialised, *empty};
@@ -215,6 +215,7 @@ Status initialize_backward(int device_ordinal, const BackwardBuffers& buffers,
                            const attention::BackwardConfig& config) {
   const auto call = read_backward(buffers, options, config);
   if (!call.ok()) return call.error();
+  if (Status status = call->kernels.check(); !status.ok()) return status;
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
   const AttentionBackwardKernels& k = call->kernels;
@@ -313,11 +314,12 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
   const AttentionBackwardKernels& k = call->kernels;
-  const auto prepare = find_loaded(kernels, k.prepare_key(), **device, "backward_prepare");
+  const auto check = [&] { return k.check(); };
+  const auto prepare = find_loaded(kernels, k.prepare_key(), **device, check);
   if (!prepare.ok()) return prepare.error();
-  const auto main = find_loaded(kernels, k.main_key(), **device, "backward");
+  const auto main = find_loaded(kernels, k.main_key(), **device, check);
   if (!main.ok()) return main.error();
-  const auto finish = find_loaded(kernels, k.finish_key(), **device, "backward_finish");
+  const auto finish = find_loaded(kernels, k.finish_key(), **device, check);
   if (!finish.ok()) return finish.error();
   const runtime::ScopedContext context(**device);
 

@@ -55,12 +55,14 @@ struct KernelKey {
 };
 std::size_t hash_value(const KernelKey& key);
 
-// The kernel that the initialize stage loaded; never compiles.
-template <typename Key>
+// The kernel that the initialize stage loaded; never compiles. Only where there is none does it
+// take the time to ask check() whether the call was wrong from the start.
+template <typename Key, typename Check>
 Result<const runtime::Kernel*> find_loaded(const runtime::KernelTable<Key>& table, const Key& key,
-                                           const Device& device, const char* what) {
+                                           const Device& device, Check&& check) {
   if (const runtime::Kernel* kernel = table.find(key, device.ordinal)) return kernel;
-  return Error{ErrorKind::kInternal, std::string(what) + " is not loaded on GPU " +
+  if (Status status = check(); !status.ok()) return status.error();
+  return Error{ErrorKind::kInternal, "the kernel is not loaded on GPU " +
                                          std::to_string(device.ordinal) +
                                          ": execute ran before initialize"};
 }

@@ -39,7 +39,6 @@ Result<KernelSpec> read_spec(const KernelSettings& settings) {
   spec.threads = static_cast<int>(settings.threads);
   spec.shared_bytes = static_cast<int>(settings.shared_bytes);
   spec.cluster_size = static_cast<int>(settings.cluster_size);
-  if (Status status = runtime::check_spec(spec); !status.ok()) return status.error();
   return spec;
 }
 
@@ -109,6 +108,7 @@ Status initialize(int device_ordinal, std::span<const AnyBuffer> buffers,
                   const KernelSettings& settings, const Lists& lists) {
   const auto spec = read_spec(settings);
   if (!spec.ok()) return spec.error();
+  if (Status status = runtime::check_spec(*spec); !status.ok()) return status;
   if (const auto params = read_params(buffers, lists); !params.ok()) return params.error();
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
@@ -130,7 +130,8 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, std::span<const
   }
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, *spec, **device, spec->symbol.c_str());
+  const auto kernel =
+      find_loaded(kernels, *spec, **device, [&] { return runtime::check_spec(*spec); });
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
   for (std::size_t i = 0; i < buffers.size(); ++i) {

@@ -68,14 +68,22 @@ Result<Call> read_call(const Buffers& buffers, const matmul::Options& options,
                      std::to_string(batch));
     }
   }
-  const std::int64_t row_tiles =
-      ceil_div(ceil_div(m, config.block_m), config.cluster_m) * config.cluster_m;
-  if (std::max({m, n, k}) > kMaxInt ||
-      int_product({row_tiles, ceil_div(n, config.block_n), batch}) < 0) {
-    return unsupported("more than 2^31 - 1 tiles, or a dimension above that: c " + shape_text(c));
-  }
   if (k == 0 && batch * m * n != 0) return invalid("a and b have no columns to sum over (K is 0)");
   return call;
+}
+
+// Tiles of a checked configuration, of which the kernel counts rows and columns in ints.
+Result<std::int64_t> count_tiles(const Call& call) {
+  const matmul::Config& config = call.kernel.config;
+  const std::int64_t clusters = ceil_div(ceil_div(call.m, config.block_m), config.cluster_m);
+  const std::int64_t tiles =
+      int_product({clusters * config.cluster_m, ceil_div(call.n, config.block_n), call.batch});
+  if (tiles < 0 || std::max({call.m, call.n, call.k}) > kMaxInt) {
+    return unsupported("more than 2^31 - 1 tiles, or a dimension above that: m " +
+                       std::to_string(call.m) + ", n " + std::to_string(call.n) + ", k " +
+                       std::to_string(call.k) + ", batch " + std::to_string(call.batch));
+  }
+  return tiles;
 }
 
 // A map over [batch, rows, columns]: dimensions (columns, rows, batch).
@@ -93,6 +101,8 @@ Status initialize(int device_ordinal, const Buffers& buffers, const matmul::Opti
                   const matmul::Config& config) {
   const auto call = read_call(buffers, options, config);
   if (!call.ok()) return call.error();
+  if (Status status = call->kernel.check(); !status.ok()) return status;
+  if (const auto tiles = count_tiles(*call); !tiles.ok()) return tiles.error();
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
   const auto kernel = kernels.load(call->kernel.key(), **device,
@@ -107,8 +117,11 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   if (buffers.c.element_count() == 0) return {};
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, call->kernel.key(), **device, "the kernel");
+  const auto kernel =
+      find_loaded(kernels, call->kernel.key(), **device, [&] { return call->kernel.check(); });
   if (!kernel.ok()) return kernel.error();
+  const auto tiles = count_tiles(*call);
+  if (!tiles.ok()) return tiles.error();
   const runtime::ScopedContext context(**device);
 
   matmul::Params params = {};
@@ -128,11 +141,8 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   params.batch = static_cast<int>(call->batch);
   params.batch_a = static_cast<int>(call->batch_a);
   params.batch_b = static_cast<int>(call->batch_b);
-  const std::int64_t row_tiles =
-      ceil_div(ceil_div(call->m, config.block_m), config.cluster_m) * config.cluster_m;
-  const std::int64_t tiles = row_tiles * ceil_div(call->n, config.block_n) * call->batch;
   const std::int64_t resident = (*device)->multiprocessors / config.cluster_m * config.cluster_m;
-  return runtime::launch(**kernel, stream, {std::min(resident, tiles)}, &params);
+  return runtime::launch(**kernel, stream, {std::min(resident, *tiles)}, &params);
 }
 
 using Ret = xffi::Result<AnyBuffer>;

@@ -76,7 +76,10 @@ Result<Compiled> compile(const KernelSpec& spec, Lookup lookup) {
   std::vector<std::string> options = compile_options();
   options.push_back("--include-path=" + root + "/include");
   options.push_back("--include-path=" + root);
-  auto output = nvrtc_compile(translation_unit(spec), spec.symbol, options);
+  // The compiler looks for headers beside the file that includes them first: without a folder in
+  // its name, that would be wherever the process was started.
+  const std::string name = root + "/" + spec.symbol + ".cu";
+  auto output = nvrtc_compile(translation_unit(spec), name, options);
   if (!output.ok()) return output.error();
   write_cache(key, {output->cubin, output->log});
   return finish(std::move(output->cubin), std::move(output->log), Origin::kCompiled);

@@ -6,6 +6,8 @@
 #include <fstream>
 #include <functional>
 #include <iterator>
+#include <regex>
+#include <string_view>
 
 #include "runtime/sha256.h"
 
@@ -26,6 +28,22 @@ bool is_name_expression(const std::string& text) {
   return std::all_of(text.begin(), text.end(), [](unsigned char c) {
     return std::isalnum(c) || std::string_view("_:<>, -.").find(c) != std::string_view::npos;
   });
+}
+
+// Whether a path stays below the folders that the source digest covers.
+bool is_covered(std::string_view path) {
+  return !path.starts_with('/') && path.find("..") == std::string_view::npos;
+}
+
+// The first line of the text that includes a file outside of the sources, or nothing: a change to
+// that file would go unnoticed, and an old kernel be found under the same key.
+std::string outside_include(const std::string& text) {
+  static const std::regex pattern(R"(^[ \t]*#[ \t]*include[ \t]*["<]([^">\n]*))",
+                                  std::regex::ECMAScript | std::regex::multiline);
+  for (std::sregex_iterator it(text.begin(), text.end(), pattern), end; it != end; ++it) {
+    if (!is_covered((*it)[1].str())) return it->str();
+  }
+  return "";
 }
 
 Error invalid(const KernelSpec& spec, const std::string& what) {
@@ -54,8 +72,12 @@ Status check_spec(const KernelSpec& spec) {
   if (!is_name_expression(spec.params_type)) {
     return invalid(spec, "the parameter type is not a name: " + spec.params_type);
   }
-  if (spec.header.find_first_of("\"\n\\") != std::string::npos) {
-    return invalid(spec, "the header is not a path: " + spec.header);
+  if (spec.header.find_first_of("\"\n\\") != std::string::npos || !is_covered(spec.header)) {
+    return invalid(spec, "the header is not a path below the kernels' sources: " + spec.header);
+  }
+  if (const std::string line = outside_include(spec.source); !line.empty()) {
+    return invalid(spec, "the source includes a file of its own (" + line +
+                             "); pass that file's text instead");
   }
   if (spec.header.empty() && spec.source.empty()) {
     return invalid(spec, "neither a header nor source text is given");

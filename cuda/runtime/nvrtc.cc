@@ -150,8 +150,7 @@ Result<NvrtcOutput> nvrtc_compile(const std::string& source, const std::string& 
   const Nvrtc& nvrtc = **loaded;
 
   Program program = nullptr;
-  if (const int code =
-          nvrtc.create(&program, source.c_str(), (name + ".cu").c_str(), 0, nullptr, nullptr)) {
+  if (const int code = nvrtc.create(&program, source.c_str(), name.c_str(), 0, nullptr, nullptr)) {
     return Error{ErrorKind::kInternal,
                  std::string("nvrtcCreateProgram failed: ") + nvrtc.error_string(code)};
   }
@@ -176,8 +175,8 @@ Result<NvrtcOutput> nvrtc_compile(const std::string& source, const std::string& 
   if (code != 0) {
     return Error{ErrorKind::kInternal, "NVRTC " + std::to_string(nvrtc.info.major) + "." +
                                            std::to_string(nvrtc.info.minor) + " cannot compile " +
-                                           name + ": " + nvrtc.error_string(code) + "\n" +
-                                           output.log};
+                                           name.substr(name.rfind('/') + 1) + ": " +
+                                           nvrtc.error_string(code) + "\n" + output.log};
   }
   return output;
 }

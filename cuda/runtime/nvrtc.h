@@ -23,6 +23,7 @@ struct NvrtcOutput {
 // whatever the loader finds. A failure is not remembered: the next call tries again.
 Result<NvrtcVersion> nvrtc_version();
 
+// `name` stands for the source's file in messages and when its includes are searched for.
 Result<NvrtcOutput> nvrtc_compile(const std::string& source, const std::string& name,
                                   const std::vector<std::string>& options);
 
