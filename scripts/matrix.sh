@@ -34,7 +34,7 @@ for pair in "${pairs[@]}"; do
   (cd "$home" && "$home/bin/pytest" -c "$root/pyproject.toml" --rootdir "$root" \
     -p no:cacheprovider -m smoke \
     "$root"/tests/test_{smoke,package,doctor}.py) 2>&1 | tee "$home/log"
-  report+=("$label: $(tail -n 1 "$home/log")")
+  report+=("$label: $(tail -n 1 "$home/log" | tr -d '=')")
 done
 
 printf '\n'
