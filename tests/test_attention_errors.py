@@ -1,7 +1,6 @@
 """Wrong input to attention: refused before anything runs, by a message that helps."""
 
 import re
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 
 import tk_jax
-from tk_jax import _dispatch, _ffi
 
 
 def _shape(*shape, dtype=jnp.bfloat16):
@@ -236,155 +234,3 @@ def test_inputs_that_are_no_arrays(name, value):
     )
     with pytest.raises(TypeError, match=_exactly(message)):
         tk_jax.attention(**{**inputs, name: value})
-
-
-@pytest.mark.parametrize(
-    ("q", "k", "message"),
-    [
-        (
-            _shape(2, 8, 2, 64, dtype=jnp.float32),
-            _shape(2, 8, 2, 64, dtype=jnp.float32),
-            "dtype float32 (it takes bfloat16 and float16)",
-        ),
-        (
-            _shape(2, 8, 2, 96),
-            _shape(2, 8, 2, 96),
-            "head dim 96 (it takes 64 and 128)",
-        ),
-        (
-            _shape(70_000, 8, 1, 64),
-            _shape(70_000, 8, 1, 64),
-            "a batch of 70000 (it takes up to 65535)",
-        ),
-        (
-            _shape(8, 70_000, 64),
-            _shape(8, 70_000, 64),
-            "a number of heads of 70000 (it takes up to 65535)",
-        ),
-        (
-            _shape(1024, 2**21, 1, 64),
-            _shape(1024, 8, 1, 64),
-            "a B * H * T of 2147483648 (it takes up to 2147483647)",
-        ),
-        (
-            _shape(1024, 8, 2, 64),
-            _shape(1024, 2**20, 2, 64),
-            "a B * K * S of 2147483648 (it takes up to 2147483647)",
-        ),
-    ],
-)
-def test_what_the_kernel_lacks(q, k, message, monkeypatch):
-    monkeypatch.setattr(_ffi, "extension", lambda: None)
-    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
-    expected = (
-        f"attention: implementation='tk' does not support {message}; "
-        "use implementation=None or implementation='xla'"
-    )
-    with pytest.raises(NotImplementedError, match=_exactly(expected)):
-        _call(q, k, implementation="tk")
-    choice = tk_jax.explain(tk_jax.attention, q, k, k)
-    assert (choice.cuda, choice.elsewhere) == ("xla", "xla")
-    assert choice.reason == f"the TK kernel does not support {message}"
-
-
-def test_vmap_that_makes_the_batch_too_large(monkeypatch):
-    monkeypatch.setattr(_ffi, "extension", lambda: None)
-    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
-    q = _shape(300, 300, 1, 1, 64)
-    with pytest.raises(
-        NotImplementedError, match=r"a batch of 90000 .* map over fewer"
-    ):
-        jax.eval_shape(jax.vmap(lambda x: tk_jax.attention(x, x, x)), q)
-
-
-def test_the_kernel_without_a_gpu():
-    if jax.default_backend() == "gpu" or _ffi.unavailable():
-        pytest.skip("needs the extension and no GPU")
-    q = jnp.ones((1, 4, 2, 64), jnp.bfloat16)
-    for call in (
-        tk_jax.attention,
-        jax.jit(tk_jax.attention, static_argnames="implementation"),
-    ):
-        with pytest.raises(
-            NotImplementedError, match="implementation='tk' needs an NVIDIA Hopper GPU"
-        ):
-            call(q, q, q, implementation="tk")
-
-
-def test_an_installation_without_the_extension(monkeypatch):
-    monkeypatch.setattr(_ffi, "_extension", None)
-    monkeypatch.setattr(_ffi, "_import_error", "no such file", raising=False)
-    q = jnp.ones((1, 4, 2, 64), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match=r"no such file.*pip install"):
-        tk_jax.attention(q, q, q, implementation="tk")
-    np.testing.assert_array_equal(tk_jax.attention(q, q, q), q)
-    assert "no such file" in tk_jax.explain(tk_jax.attention, q, q, q).reason
-
-
-class _Gpu:
-    device_kind = "NVIDIA A100"
-    compute_capability = "8.0"
-
-
-@pytest.fixture
-def pretend_gpu(monkeypatch):
-    """Python believes in a GPU; what is compiled is still for the CPU."""
-    monkeypatch.setattr(_ffi, "extension", lambda: None)
-    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda *_: [_Gpu()])
-    monkeypatch.setattr(_dispatch, "_warned", set())
-
-
-def test_a_gpu_that_is_not_hopper(pretend_gpu):
-    reason = r"the GPU NVIDIA A100 of compute capability 8\.0 \(it needs Hopper, 9\.0\)"
-    with pytest.raises(NotImplementedError, match=reason):
-        _call(Q, K, implementation="tk")
-    with pytest.warns(tk_jax.FallbackWarning, match=reason):
-        _call(Q, K)
-
-
-def test_a_fallback_on_a_gpu_warns_once_per_reason(pretend_gpu, monkeypatch):
-    monkeypatch.setattr(_Gpu, "compute_capability", "9.0")
-    float32 = _shape(1, 8, 2, 64, dtype=jnp.float32)
-    odd = _shape(1, 8, 2, 48)
-    with pytest.warns(tk_jax.FallbackWarning) as caught:
-        for _ in range(3):
-            _call(float32, float32)
-            _call(odd, odd)
-    assert [str(w.message).split(".")[0] for w in caught] == [
-        "attention runs its XLA implementation: the TK kernel does not support "
-        "dtype float32 (it takes bfloat16 and float16)",
-        "attention runs its XLA implementation: the TK kernel does not support "
-        "head dim 48 (it takes 64 and 128)",
-    ]
-    # It points at the line that called attention, here in _call.
-    assert all(w.filename == __file__ for w in caught)
-
-
-def test_no_warning_where_xla_was_asked_for_or_no_gpu_is(pretend_gpu, monkeypatch):
-    float32 = _shape(1, 8, 2, 64, dtype=jnp.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        _call(float32, float32, implementation="xla")
-        monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-        _call(float32, float32)
-
-
-def test_explain_says_it_in_words():
-    q = jnp.ones((1, 4, 2, 64), jnp.float32)
-    text = str(tk_jax.explain(tk_jax.attention, q, q, q))
-    assert "on an NVIDIA GPU  xla" in text and "dtype float32" in text
-    assert repr(tk_jax.explain(tk_jax.attention, q, q, q, implementation="xla")) == (
-        "attention with implementation='xla' runs\n"
-        "  on an NVIDIA GPU  xla: the XLA implementation\n"
-        "  elsewhere         xla: the XLA implementation\n"
-        f"  {'here (' + jax.default_backend() + ')':<16}  xla: the XLA implementation\n"
-        "because implementation='xla' asks for it"
-    )
-    with pytest.raises(
-        ValueError, match=r"explain: op is .*; expected one of attention"
-    ):
-        tk_jax.explain(jnp.dot, q, q)
-    with pytest.raises(ValueError, match="attention: k has shape"):
-        tk_jax.explain(tk_jax.attention, q, q[0], q)
