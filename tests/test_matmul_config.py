@@ -44,14 +44,17 @@ def test_default_config_weighs_rounds_and_traffic(sizes, block_n):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"block_n": 192}, "block_n is 192; expected a multiple of 128 in"),
+        (
+            {"block_n": 192, "cluster_m": 2},
+            "block_n is 192; expected a multiple of 128 in",
+        ),
         ({"block_n": 96, "cluster_m": 1}, "block_n is 96; expected a multiple of 64"),
         ({"block_n": 320, "cluster_m": 1}, "block_n is 320; expected at most 256"),
         ({"block_m": 256}, "block_n is 256; expected at most 128"),
         ({"block_m": 64}, "block_m is 64; expected 128 or 256"),
         ({"block_k": 128}, "block_k is 128; expected 64"),
         ({"cluster_m": 4}, "cluster_m is 4; expected 1 or 2"),
-        ({"group_m": 3}, "group_m is 3; expected a multiple of 2"),
+        ({"group_m": 3, "cluster_m": 2}, "group_m is 3; expected a multiple of 2"),
         ({"stages": 1}, "stages is 1; expected at least 2"),
         ({"stages": 5}, "shared_bytes is 280576; expected at most 232448"),
     ],

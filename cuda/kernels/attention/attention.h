@@ -65,12 +65,13 @@ constexpr int forward_threads(long block_q) {
 }
 // q and out (block_q rows each), and stages of k and v.
 constexpr int forward_shared_bytes(long head_dim, const ForwardConfig& config) {
-  return static_cast<int>(2 * head_dim * (2 * config.block_q + 2 * config.stages * config.block_kv)) +
+  return static_cast<int>(2 * head_dim *
+                          (2 * config.block_q + 2 * config.stages * config.block_kv)) +
          kSharedSlack;
 }
 
-// -- Backward: prepare, main, finish, in that order on one stream ----------------------------------
-// Workspaces, all written before they are read:
+// -- Backward: prepare, main, finish, in that order on one stream
+// ---------------------------------- Workspaces, all written before they are read:
 //   delta, lse_log2  fp32 [B, H, padded_queries(T)]
 //   dq_acc           fp32 [B, H, padded_queries(T), D], as 64x64 fragments
 //   dq_order         int32 [B, H, padded_queries(T) / 64]
@@ -127,7 +128,8 @@ constexpr int backward_threads(long block_kv) {
 constexpr int backward_shared_bytes(long head_dim, const BackwardConfig& config) {
   return static_cast<int>(2 * head_dim * 2 * config.block_kv +
                           config.stages * config.block_q * (2 * 2 * head_dim + 2 * 4) +
-                          2 * 2 * config.block_q * config.block_kv + 4 * config.block_q * head_dim) +
+                          2 * 2 * config.block_q * config.block_kv +
+                          4 * config.block_q * head_dim) +
          kSharedSlack;
 }
 

@@ -9,11 +9,11 @@
 // Grid: a tile is kBlockKv keys of one key/value head; it walks the queries of every head of its
 // group, so dk and dv need no sum across blocks. dq does: fragments in fp32 are added in global
 // memory, in turns where kDeterministic (turns.cuh).
-// Roles: warp 0 of the producer loads k, v and two rings (q with lse, dout with delta); warp 1 takes
-// dq fragments out. Consumer warpgroups own 64 keys each, and a part of each dq.
-// A step issues s and dp, exponentiates s beside dp, and issues dv, dq and dk; dq leaves beside dk.
-// Budget at D = 128, 64 x 128, 2 stages: 211 KB of shared memory; of 232 registers a thread, 128 hold
-// dk and dv and 32 each s, dp and dq. Limit: shared-memory bandwidth, 1.15 times the tensor cores'
+// Roles: warp 0 of the producer loads k, v and two rings (q with lse, dout with delta); warp 1
+// takes dq fragments out. Consumer warpgroups own 64 keys each, and a part of each dq. A step
+// issues s and dp, exponentiates s beside dp, and issues dv, dq and dk; dq leaves beside dk. Budget
+// at D = 128, 64 x 128, 2 stages: 211 KB of shared memory; of 232 registers a thread, 128 hold dk
+// and dv and 32 each s, dp and dq. Limit: shared-memory bandwidth, 1.15 times the tensor cores'
 // time (m64n64 products read 128 bytes a clock).
 #pragma once
 
@@ -107,15 +107,11 @@ struct Backward {
                 turns.kv_blocks * p.num_kv_heads * p.batch};
     }
     __device__ __forceinline__ Tile tile() const {
-      grid::HeadTile place;
-      if constexpr (Traits::kCausal && !Traits::kDeterministic) {
-        place = grid::sectioned_tile(rounds.index(), turns.kv_blocks, params.num_kv_heads,
-                                     params.batch,
-                                     heads_in_l2(params.seqlen_q, 4 * kHeadDim * sizeof(T)));
-      } else {
-        place = grid::sequential_tile(rounds.index(), turns.kv_blocks, params.num_kv_heads);
-        // Turns go down the key blocks: whoever others wait for has started before them.
-        if constexpr (Traits::kCausal) place.block = turns.kv_blocks - 1 - place.block;
+      grid::HeadTile place =
+          grid::sequential_tile(rounds.index(), turns.kv_blocks, params.num_kv_heads);
+      // Turns go down the key blocks: whoever others wait for has started before them.
+      if constexpr (Traits::kCausal && Traits::kDeterministic) {
+        place.block = turns.kv_blocks - 1 - place.block;
       }
       return {place.block, place.head, place.batch};
     }
@@ -265,9 +261,8 @@ struct Backward {
           mask_transposed_scores<Traits::kCausal>(s_acc, first_query, first_key, params.seqlen_kv,
                                                   params.causal_offset);
         }
-        warp::map_cols(s_acc, s_acc, shared.lse_smem[state.stage], [=](float s, float lse) {
-          return ptx::exp2(s * scale_log2 - lse);
-        });
+        warp::map_cols(s_acc, s_acc, shared.lse_smem[state.stage],
+                       [=](float s, float lse) { return ptx::exp2(s * scale_log2 - lse); });
         warp::convert(p, s_acc);
 
         warpgroup::mma_wait<0>(dp_acc);

@@ -38,16 +38,17 @@ __device__ __forceinline__ void backward_prepare(const BackwardPrepareParams& pa
     RegTile<float, 16, 64> nothing;
     warp::zero(nothing);
     for (int part = 0; part < kHeadDim / 64; ++part) {
-      warpgroup::store_fragments(
-          params.dq_acc + (head_row * padded + first_query) * kHeadDim + part * Fragments<64>::kValues,
-          nothing);
+      warpgroup::store_fragments(params.dq_acc + (head_row * padded + first_query) * kHeadDim +
+                                     part * Fragments<64>::kValues,
+                                 nothing);
     }
   }
   if (warpgroup::leader()) params.dq_order[head_row * (padded / 64) + block] = 0;
 
   const int64 first = static_cast<int64>(batch) * params.seqlen_q * params.num_heads + head;
   PerRow<16> lse, dlse;
-  warpgroup::load(lse, GlobalVec<const float>{params.lse + first, params.seqlen_q, params.num_heads},
+  warpgroup::load(lse,
+                  GlobalVec<const float>{params.lse + first, params.seqlen_q, params.num_heads},
                   first_query, -kInfinity);
   warp::fill(dlse, 0.0f);
   if (params.dlse != nullptr) {

@@ -73,22 +73,40 @@ struct Forward {
   // The walk over tiles, the same for every role.
   struct Walk {
     const ForwardParams& params;
-    int blocks;
-    grid::Snake snake;
+    grid::SectionedSnake causal;
+    grid::Rounds full;
 
     __device__ __forceinline__ explicit Walk(const ForwardParams& p) : params(p) {
-      blocks = ceil_div(p.seqlen_q, kBlockQ);
-      snake = {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x),
-               blocks * p.num_heads * p.batch};
+      const int worker = static_cast<int>(blockIdx.x), workers = static_cast<int>(gridDim.x);
+      const int blocks = ceil_div(p.seqlen_q, kBlockQ);
+      if constexpr (Traits::kCausal) {
+        const int section =
+            heads_in_l2(p.seqlen_kv, 2 * kHeadDim * sizeof(T)) * p.num_heads / p.num_kv_heads;
+        causal = {worker, workers, blocks, p.num_heads, p.batch, section};
+        causal.start();
+      } else {
+        full = {worker, workers, blocks * p.num_heads * p.batch};
+      }
+    }
+    __device__ __forceinline__ bool valid() const {
+      if constexpr (Traits::kCausal) return causal.valid();
+      return full.valid();
+    }
+    __device__ __forceinline__ void next() {
+      if constexpr (Traits::kCausal) {
+        causal.next();
+      } else {
+        full.next();
+      }
     }
     __device__ __forceinline__ Tile tile() const {
+      const int blocks = ceil_div(params.seqlen_q, kBlockQ);
       grid::HeadTile place;
       if constexpr (Traits::kCausal) {
-        place = grid::sectioned_tile(snake.index(), blocks, params.num_heads, params.batch,
-                                     heads_in_l2(params.seqlen_kv, 2 * kHeadDim * sizeof(T)));
-        place.block = blocks - 1 - place.block;  // the longest first
+        place = causal.tile();
+        place.block = blocks - 1 - place.block;  // the last sees the most keys
       } else {
-        place = grid::sequential_tile(snake.index(), blocks, params.num_heads);
+        place = grid::sequential_tile(full.index(), blocks, params.num_heads);
       }
       const VisibleKeys keys = visible_keys<Traits::kCausal>(
           place.block * kBlockQ, kBlockQ, params.seqlen_q, params.seqlen_kv, params.causal_offset);
@@ -110,7 +128,7 @@ struct Forward {
     typename QRing::State q_state;
     typename Ring::State kv_state;
     const int group = params.num_heads / params.num_kv_heads;
-    for (Walk walk(params); walk.snake.valid(); walk.snake.next()) {
+    for (Walk walk(params); walk.valid(); walk.next()) {
       const Tile tile = walk.tile();
       if (tile.kv_blocks == 0) continue;
       shared.q_ring.acquire(q_state, kConsumers * QTile::kBytes);
@@ -148,7 +166,7 @@ struct Forward {
     const QTile& q_smem = shared.q_smem[consumer];
     if (consumer == kConsumers - 1) pass_turn(consumer);  // the first turn is the first consumer's
 
-    for (Walk walk(params); walk.snake.valid(); walk.snake.next()) {
+    for (Walk walk(params); walk.valid(); walk.next()) {
       const Tile tile = walk.tile();
       const int first_query = tile.first_query + 64 * consumer;
       Output o_acc;
@@ -191,11 +209,11 @@ struct Forward {
           shared.k_ring.release(k_state);
           k_state.advance();
           mask(block);
-          const PerRow<16> correction = softmax.weigh(s_acc);
+          const bool corrects = softmax.weigh(s_acc);
           warpgroup::mma_wait<0>(o_acc, p);
           shared.v_ring.release(v_state);
           v_state.advance();
-          warp::mul_rows(o_acc, o_acc, correction);
+          if (corrects) warp::mul_rows(o_acc, o_acc, softmax.correction);
           warp::convert(p, s_acc);
         }
         shared.q_ring.release(q_state);
@@ -212,9 +230,9 @@ struct Forward {
       warp::mul_rows(o_acc, o_acc, softmax.inverse_sum());
       store(params, shared.out_smem[consumer], o_acc, first_query, tile);
       const int64 row = static_cast<int64>(tile.batch) * params.seqlen_q * params.num_heads;
-      warpgroup::store(GlobalVec<float>{params.lse + row + tile.head, params.seqlen_q,
-                                        params.num_heads},
-                       lse, first_query);
+      warpgroup::store(
+          GlobalVec<float>{params.lse + row + tile.head, params.seqlen_q, params.num_heads}, lse,
+          first_query);
     }
     if (warpgroup::leader()) tma::wait_read<0>();
   }

@@ -1,9 +1,10 @@
 // The softmax over keys that come block by block.
 //
-// After each block, row_max is the largest score so far, and sums and outputs are relative to it:
-// weigh returns what earlier ones are to be multiplied by. A row that has seen no key has row_max
-// -inf, and everything stays zero. Scores are unscaled; scale is positive and comes with the
-// exponential, as one multiply-add.
+// Sums and outputs are relative to row_max, which follows the largest score so far but lags behind
+// it: as long as a row's scores exceed it by less than 2^8 after scaling, it stays, and nothing
+// that came before needs correcting (FlashAttention-4's lazy rescaling; the result is the same but
+// for rounding). A row that has seen no key has row_max -inf, and everything stays zero. Scores are
+// unscaled; scale is positive and comes with the exponential, as one multiply-add.
 #pragma once
 
 #include "tk/tk.cuh"
@@ -11,31 +12,36 @@
 namespace tk::attention {
 
 struct OnlineSoftmax {
+  static constexpr float kSlack = 8.0f;  // in powers of two
+
   PerRow<16> row_max;
-  PerRow<16> row_sum;  // each lane's part; whole after finish
-  float scale_log2;    // scale / ln 2
+  PerRow<16> row_sum;     // each lane's part; whole after finish
+  PerRow<16> correction;  // by which the last block changes what came before
+  float scale_log2;       // scale / ln 2
 
   __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) {
     warp::fill(row_max, -kInfinity);
     warp::fill(row_sum, 0.0f);
   }
 
-  // Scores become weights exp(scale (s - row_max)). Returns the correction of what came before.
+  // Scores become weights exp(scale (s - row_max)). Whether any row needs its correction.
   template <int kCols>
-  __device__ __forceinline__ PerRow<16> weigh(RegTile<float, 16, kCols>& scores) {
-    PerRow<16> correction = row_max;
+  __device__ __forceinline__ bool weigh(RegTile<float, 16, kCols>& scores) {
+    const float factor = scale_log2;
+    const PerRow<16> before = row_max;
     warp::fold_row_max(row_max, scores);
     warp::finish_row_max(row_max);
+    warp::zip(row_max, before, row_max,
+              [=](float old, float now) { return (now - old) * factor <= kSlack ? old : now; });
     PerRow<16> shift;
-    const float factor = scale_log2;
     warp::map(shift, row_max, [=](float x) { return x == -kInfinity ? 0.0f : x * factor; });
-    warp::zip(correction, correction, shift,
-              [=](float before, float now) { return ptx::exp2(before * factor - now); });
+    warp::zip(correction, before, shift,
+              [=](float old, float now) { return ptx::exp2(old * factor - now); });
     warp::map_rows(scores, scores, shift,
                    [=](float s, float now) { return ptx::exp2(s * factor - now); });
     warp::zip(row_sum, row_sum, correction, [](float sum, float c) { return sum * c; });
     warp::fold_row_sum(row_sum, scores);
-    return correction;
+    return warp::any_row(before, row_max, [](float old, float now) { return old != now; });
   }
 
   // Completes the sums and returns lse = scale row_max + ln(row_sum), -inf for a row without a key.

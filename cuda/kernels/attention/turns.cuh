@@ -1,11 +1,11 @@
 // In which order key blocks meet the query blocks, and in which order they add to dq.
 //
-// A sum in floating point depends on its order, so deterministic dq needs one. It costs nothing where
-// blocks that run together are never at the same query block at the same time, each a step behind
-// the one before it, and add in just that order.
+// A sum in floating point depends on its order, so deterministic dq needs one. It costs nothing
+// where blocks that run together are never at the same query block at the same time, each a step
+// behind the one before it, and add in just that order.
 //
-// Causal: key block n starts at its first visible query block and goes up; a higher n starts further
-// on. All started together, the higher n is always ahead: turns go from the highest n down.
+// Causal: key block n starts at its first visible query block and goes up; a higher n starts
+// further on. All started together, the higher n is always ahead: turns go from the highest n down.
 // Otherwise: of a group of blocks that run together, each starts at a different query block, evenly
 // spread, goes up and wraps round: turns go by arrival. Groups follow one another.
 #pragma once

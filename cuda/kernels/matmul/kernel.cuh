@@ -1,14 +1,14 @@
 // c = op(a) @ op(b), fp32 accumulation, 16-bit operands and result.
 //
-// Grid: persistent, one block per multiprocessor, in clusters of kClusterM along M. Tiles are walked
-// in groups of kGroupM tile rows, so that a wave's operands stay in L2.
-// Roles: a producer warp fills a ring of kStages (a, b) steps of kBlockK; two consumer warpgroups
-// each own kBlockM / 2 rows of the tile. The blocks of a cluster need the same columns of b: each
-// loads a part and multicasts it.
-// Epilogue: each consumer rounds its rows 64 columns at a time into two alternating pieces of shared
-// memory that the copy engine writes out, while the producer already loads the next tile.
-// Budget at 128x256x64, 4 stages: 224 KB of shared memory; 128 accumulator registers a thread.
-// Limit: the tensor cores; per step wgmma reads 80 and the copies write 48 of 128 bytes a clock.
+// Grid: persistent, one block per multiprocessor, in clusters of kClusterM along M. Tiles are
+// walked in groups of kGroupM tile rows, so that a wave's operands stay in L2. Roles: a producer
+// warp fills a ring of kStages (a, b) steps of kBlockK; two consumer warpgroups each own kBlockM /
+// 2 rows of the tile. The blocks of a cluster need the same columns of b: each loads a part and
+// multicasts it. Epilogue: each consumer rounds its rows 64 columns at a time into two alternating
+// pieces of shared memory that the copy engine writes out, while the producer already loads the
+// next tile. Budget at 128x256x64, 4 stages: 224 KB of shared memory; 128 accumulator registers a
+// thread. Limit: the tensor cores; per step wgmma reads 80 and the copies write 48 of 128 bytes a
+// clock.
 #pragma once
 
 #include "kernels/matmul/matmul.h"

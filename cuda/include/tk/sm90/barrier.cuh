@@ -74,8 +74,8 @@ __device__ __forceinline__ void named_arrive(Name name, int threads) {
 }
 
 // Turns: blocks that add to the same memory in a fixed order each wait for their number. One thread
-// calls; what it and its completed copies wrote before pass_turn comes before what it and its copies
-// do after take_turn.
+// calls; what it and its completed copies wrote before pass_turn comes before what it and its
+// copies do after take_turn.
 __device__ __forceinline__ void take_turn(const int* counter, int turn) {
   while (ptx::load_acquire(counter) != turn) __nanosleep(20);
   ptx::fence_async_global();

@@ -1,4 +1,5 @@
-// The block template: one producer warpgroup that loads and stores, consumer warpgroups that compute.
+// The block template: one producer warpgroup that loads and stores, consumer warpgroups that
+// compute.
 //
 // A kernel is a struct with
 //   Shared                        its shared memory, tiles first
@@ -27,7 +28,8 @@ __device__ __forceinline__ Shared& shared_memory() {
 }
 
 namespace detail_roles {
-// Registers of each thread of a block that has a multiprocessor to itself, as the compiler sets them.
+// Registers of each thread of a block that has a multiprocessor to itself, as the compiler sets
+// them.
 constexpr int launch_registers(int threads) { return min(65536 / threads / 8 * 8, 248); }
 
 template <typename Kernel, typename Params>
@@ -48,10 +50,11 @@ template <typename Kernel, typename Params>
 __device__ __forceinline__ void run(const Params& params) {
   using Shared = typename Kernel::Shared;
   constexpr int kThreads = 128 * (1 + Kernel::kConsumers);
-  static_assert(128 * (Kernel::kProducerRegisters + Kernel::kConsumers * Kernel::kConsumerRegisters) <=
-                    kThreads * detail_roles::launch_registers(kThreads),
-                "the roles' registers exceed what the block starts with: increase would wait for "
-                "ever");
+  static_assert(
+      128 * (Kernel::kProducerRegisters + Kernel::kConsumers * Kernel::kConsumerRegisters) <=
+          kThreads * detail_roles::launch_registers(kThreads),
+      "the roles' registers exceed what the block starts with: increase would wait for "
+      "ever");
   Shared& shared = shared_memory<Shared>();
   const int warp = ptx::uniform_warp_index();
   const int warpgroup = warp / 4;

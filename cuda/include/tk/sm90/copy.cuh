@@ -10,8 +10,8 @@
 namespace tk {
 namespace detail {
 
-// The address that this lane gives to ldmatrix or stmatrix for a 16 x 16 square: lanes 0-7 rows 0-7,
-// 8-15 rows 8-15, 16-31 the same rows eight columns on.
+// The address that this lane gives to ldmatrix or stmatrix for a 16 x 16 square: lanes 0-7 rows
+// 0-7, 8-15 rows 8-15, 16-31 the same rows eight columns on.
 template <typename View>
 __device__ __forceinline__ uint32 matrix_address(const View& view, int row, int col) {
   const int lane = ptx::lane_index();
@@ -93,8 +93,8 @@ __device__ __forceinline__ void store_shared_transposed(const View& dst, const S
 #pragma unroll
     for (int c = 0; c < Src::kCols / 16; ++c) {
       const uint32* r = &rounded.data[s][4 * c];
-      ptx::store_matrix_x4_transposed(
-          matrix_address_transposed(dst, 16 * c, first_row + 16 * s), r[0], r[1], r[2], r[3]);
+      ptx::store_matrix_x4_transposed(matrix_address_transposed(dst, 16 * c, first_row + 16 * s),
+                                      r[0], r[1], r[2], r[3]);
     }
   }
 }

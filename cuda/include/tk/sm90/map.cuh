@@ -133,22 +133,22 @@ __device__ __forceinline__ void reciprocal(Dst& dst, const Src& src) {
 }
 
 // The two-operand operations, against a tile, a number, a value per row and a value per column.
-#define TK_BINARY(name, expression)                                                              \
-  template <typename Dst, typename A, typename B>                                                \
-  __device__ __forceinline__ void name(Dst& dst, const A& a, const B& b) {                       \
-    zip(dst, a, b, [](float x, float y) { return expression; });                                 \
-  }                                                                                              \
-  template <typename Dst, typename A>                                                            \
-  __device__ __forceinline__ void name(Dst& dst, const A& a, float y) {                          \
-    map(dst, a, [y](float x) { return expression; });                                            \
-  }                                                                                              \
-  template <typename Dst, typename A, int kN>                                                    \
-  __device__ __forceinline__ void name##_rows(Dst& dst, const A& a, const PerRow<kN>& rows) {    \
-    map_rows(dst, a, rows, [](float x, float y) { return expression; });                         \
-  }                                                                                              \
-  template <typename Dst, typename A, int kN>                                                    \
-  __device__ __forceinline__ void name##_cols(Dst& dst, const A& a, const PerCol<kN>& cols) {    \
-    map_cols(dst, a, cols, [](float x, float y) { return expression; });                         \
+#define TK_BINARY(name, expression)                                                           \
+  template <typename Dst, typename A, typename B>                                             \
+  __device__ __forceinline__ void name(Dst& dst, const A& a, const B& b) {                    \
+    zip(dst, a, b, [](float x, float y) { return expression; });                              \
+  }                                                                                           \
+  template <typename Dst, typename A>                                                         \
+  __device__ __forceinline__ void name(Dst& dst, const A& a, float y) {                       \
+    map(dst, a, [y](float x) { return expression; });                                         \
+  }                                                                                           \
+  template <typename Dst, typename A, int kN>                                                 \
+  __device__ __forceinline__ void name##_rows(Dst& dst, const A& a, const PerRow<kN>& rows) { \
+    map_rows(dst, a, rows, [](float x, float y) { return expression; });                      \
+  }                                                                                           \
+  template <typename Dst, typename A, int kN>                                                 \
+  __device__ __forceinline__ void name##_cols(Dst& dst, const A& a, const PerCol<kN>& cols) { \
+    map_cols(dst, a, cols, [](float x, float y) { return expression; });                      \
   }
 
 TK_BINARY(add, x + y)

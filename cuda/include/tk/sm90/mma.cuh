@@ -1,11 +1,11 @@
 // Matrix products of a warpgroup: acc (64 x N, fp32, in registers) = or += A B.
 //
-// A is 64 x K, in shared memory or in registers; B comes from shared memory. The letters say how the
-// operands are stored: A or At (A stored K x 64), B (stored K x N) or Bt (stored N x K). mm_ starts
-// from zero, mma_ adds to what acc holds.
+// A is 64 x K, in shared memory or in registers; B comes from shared memory. The letters say how
+// the operands are stored: A or At (A stored K x 64), B (stored K x N) or Bt (stored N x K). mm_
+// starts from zero, mma_ adds to what acc holds.
 //
-// Products run asynchronously. mma_commit closes a group, mma_wait<n>(tiles...) waits until at most n
-// groups are open; until then nobody may touch acc, the register operand or the shared operands.
+// Products run asynchronously. mma_commit closes a group, mma_wait<n>(tiles...) waits until at most
+// n groups are open; until then nobody may touch acc, the register operand or the shared operands.
 // Name in mma_wait every register tile that becomes free by it.
 #pragma once
 
@@ -86,16 +86,16 @@ __device__ __forceinline__ void hold(Tile& tile) {
 
 }  // namespace detail_mma
 
-#define TK_PRODUCT(letters, at, bt)                                                          \
-  template <int kN, typename A, typename B>                                                  \
-  __device__ __forceinline__ void mm_##letters(RegTile<float, 16, kN>& acc, const A& a,      \
-                                               const B& b) {                                 \
-    detail_mma::multiply<at, bt>(acc, a, b, false);                                          \
-  }                                                                                          \
-  template <int kN, typename A, typename B>                                                  \
-  __device__ __forceinline__ void mma_##letters(RegTile<float, 16, kN>& acc, const A& a,     \
-                                                const B& b, bool accumulate = true) {        \
-    detail_mma::multiply<at, bt>(acc, a, b, accumulate);                                     \
+#define TK_PRODUCT(letters, at, bt)                                                      \
+  template <int kN, typename A, typename B>                                              \
+  __device__ __forceinline__ void mm_##letters(RegTile<float, 16, kN>& acc, const A& a,  \
+                                               const B& b) {                             \
+    detail_mma::multiply<at, bt>(acc, a, b, false);                                      \
+  }                                                                                      \
+  template <int kN, typename A, typename B>                                              \
+  __device__ __forceinline__ void mma_##letters(RegTile<float, 16, kN>& acc, const A& a, \
+                                                const B& b, bool accumulate = true) {    \
+    detail_mma::multiply<at, bt>(acc, a, b, accumulate);                                 \
   }
 
 TK_PRODUCT(AB, false, false)

@@ -14,14 +14,10 @@ struct Sum {
   __device__ __forceinline__ float operator()(float x, float y) const { return x + y; }
 };
 struct Max {
-  __device__ __forceinline__ float operator()(float x, float y) const {
-    return ptx::max(x, y);
-  }
+  __device__ __forceinline__ float operator()(float x, float y) const { return ptx::max(x, y); }
 };
 struct Min {
-  __device__ __forceinline__ float operator()(float x, float y) const {
-    return ptx::min(x, y);
-  }
+  __device__ __forceinline__ float operator()(float x, float y) const { return ptx::min(x, y); }
 };
 struct Prod {
   __device__ __forceinline__ float operator()(float x, float y) const { return x * y; }
@@ -53,6 +49,17 @@ __device__ __forceinline__ void reduce_rows(PerRow<kN>& rows, const Src& src, fl
   finish_rows(rows, op);
 }
 
+// Whether f(a, b) holds for any row of the warp, the same answer in every lane.
+template <int kN, typename F>
+__device__ __forceinline__ bool any_row(const PerRow<kN>& a, const PerRow<kN>& b, F&& f) {
+  bool any = false;
+#pragma unroll
+  for (int s = 0; s < kN / 16; ++s) {
+    any = any || f(a.data[s][0], b.data[s][0]) || f(a.data[s][1], b.data[s][1]);
+  }
+  return ptx::any(any);
+}
+
 template <int kN, typename Src, typename Op>
 __device__ __forceinline__ void fold_cols(PerCol<kN>& cols, const Src& src, Op&& op) {
   static_assert(Src::kCols == kN, "fold_cols needs a value for each column of the tile");
@@ -78,22 +85,22 @@ __device__ __forceinline__ void reduce_cols(PerCol<kN>& cols, const Src& src, fl
 }
 
 // fold_row_sum and the like take what the vector already holds into the reduction.
-#define TK_REDUCTION(name, Op, start)                                                   \
-  template <int kN, typename Src>                                                       \
-  __device__ __forceinline__ void row_##name(PerRow<kN>& rows, const Src& src) {        \
-    reduce_rows(rows, src, start, detail_ops::Op());                                    \
-  }                                                                                     \
-  template <int kN, typename Src>                                                       \
-  __device__ __forceinline__ void col_##name(PerCol<kN>& cols, const Src& src) {        \
-    reduce_cols(cols, src, start, detail_ops::Op());                                    \
-  }                                                                                     \
-  template <int kN, typename Src>                                                       \
-  __device__ __forceinline__ void fold_row_##name(PerRow<kN>& rows, const Src& src) {   \
-    fold_rows(rows, src, detail_ops::Op());                                             \
-  }                                                                                     \
-  template <int kN>                                                                     \
-  __device__ __forceinline__ void finish_row_##name(PerRow<kN>& rows) {                 \
-    finish_rows(rows, detail_ops::Op());                                                \
+#define TK_REDUCTION(name, Op, start)                                                 \
+  template <int kN, typename Src>                                                     \
+  __device__ __forceinline__ void row_##name(PerRow<kN>& rows, const Src& src) {      \
+    reduce_rows(rows, src, start, detail_ops::Op());                                  \
+  }                                                                                   \
+  template <int kN, typename Src>                                                     \
+  __device__ __forceinline__ void col_##name(PerCol<kN>& cols, const Src& src) {      \
+    reduce_cols(cols, src, start, detail_ops::Op());                                  \
+  }                                                                                   \
+  template <int kN, typename Src>                                                     \
+  __device__ __forceinline__ void fold_row_##name(PerRow<kN>& rows, const Src& src) { \
+    fold_rows(rows, src, detail_ops::Op());                                           \
+  }                                                                                   \
+  template <int kN>                                                                   \
+  __device__ __forceinline__ void finish_row_##name(PerRow<kN>& rows) {               \
+    finish_rows(rows, detail_ops::Op());                                              \
   }
 
 TK_REDUCTION(sum, Sum, 0.0f)

@@ -3,9 +3,9 @@
 // A tile belongs to a warp and is made of 16 x 16 squares. Warpgroup operations see the tiles of
 // four warps stacked: a RegTile<T, 16, C> is a warp's sixteen rows of a 64 x C tile.
 //
-// How a square is spread over the lanes is the layout of wgmma's accumulator, which for 16-bit types
-// is also that of its A operand: lane 4 g + i holds rows g and g + 8, and of every eight columns
-// 2 i and 2 i + 1. Only this library knows; kernels name rows and columns (for_each).
+// How a square is spread over the lanes is the layout of wgmma's accumulator, which for 16-bit
+// types is also that of its A operand: lane 4 g + i holds rows g and g + 8, and of every eight
+// columns 2 i and 2 i + 1. Only this library knows; kernels name rows and columns (for_each).
 #pragma once
 
 #include "tk/base.cuh"

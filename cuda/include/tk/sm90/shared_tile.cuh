@@ -86,8 +86,8 @@ struct alignas(16) SharedVec {
 };
 
 // fp32 values of a 64-row tile of a warpgroup in the order its registers hold them: written and
-// read without bank conflicts, moved as one run of bytes. Meaningless to anything but fragment loads
-// and stores.
+// read without bank conflicts, moved as one run of bytes. Meaningless to anything but fragment
+// loads and stores.
 template <int kCols_>
 struct alignas(128) Fragments {
   static constexpr int kCols = kCols_;

@@ -33,7 +33,8 @@ __device__ __forceinline__ void load(const Shared& dst, const TensorMap& map, Ba
   }
 }
 
-// To the same place in every block of the cluster whose bit is set; completes on each one's barrier.
+// To the same place in every block of the cluster whose bit is set; completes on each one's
+// barrier.
 template <typename Shared>
 __device__ __forceinline__ void load_multicast(const Shared& dst, const TensorMap& map,
                                                Barrier& barrier, Keep keep, uint16 blocks, int col,

@@ -25,10 +25,10 @@ __device__ __forceinline__ void store_matrix_x4(uint32 address, uint32 a, uint32
 }
 __device__ __forceinline__ void store_matrix_x4_transposed(uint32 address, uint32 a, uint32 b,
                                                            uint32 c, uint32 d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   address),
-               "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
 }
 // Transposes an 8x8 matrix that lies in one register of each lane.
 __device__ __forceinline__ uint32 transpose_matrix(uint32 x) {

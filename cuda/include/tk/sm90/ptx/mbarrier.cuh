@@ -11,9 +11,9 @@ __device__ __forceinline__ void mbarrier_init(uint32 barrier, uint32 arrivals) {
 __device__ __forceinline__ void mbarrier_arrive(uint32 barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrives on the barrier at the same place in the shared memory of another block of the cluster. With
-// release at cluster scope spelled out, a fence of the whole device comes before it, and matmul runs
-// at 500 instead of over 700 TFLOP/s; what consumers release they have only read.
+// Arrives on the barrier at the same place in the shared memory of another block of the cluster.
+// With release at cluster scope spelled out, a fence of the whole device comes before it, and
+// matmul runs at 500 instead of over 700 TFLOP/s; what consumers release they have only read.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint32 barrier, uint32 rank) {
   asm volatile(
       "{\n"

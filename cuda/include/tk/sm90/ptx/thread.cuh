@@ -47,6 +47,8 @@ __device__ __forceinline__ T shuffle(T x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }
 
+__device__ __forceinline__ bool any(bool x) { return __any_sync(0xffffffffu, x); }
+
 __device__ __forceinline__ uint32 shared_address(const void* pointer) {
   return static_cast<uint32>(__cvta_generic_to_shared(pointer));
 }

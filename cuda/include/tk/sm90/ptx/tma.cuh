@@ -1,8 +1,9 @@
-// The copy engine: boxes of a tensor map, and plain runs of bytes, between global and shared memory.
+// The copy engine: boxes of a tensor map, and plain runs of bytes, between global and shared
+// memory.
 #pragma once
 
-#include "tk/tensor_map.h"
 #include "tk/base.cuh"
+#include "tk/tensor_map.h"
 
 namespace tk::ptx {
 
@@ -53,22 +54,23 @@ __device__ __forceinline__ void tma_load_multicast(uint32 to, const TensorMap* m
 
 __device__ __forceinline__ void tma_store(const TensorMap* map, uint32 from, int x, int y, int z,
                                           int w) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
-               ::"l"(map),
-               "r"(from), "r"(x), "r"(y), "r"(z), "r"(w)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          map),
+      "r"(from), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
 }
 __device__ __forceinline__ void tma_store(const TensorMap* map, uint32 from, int x, int y, int z) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::
-                   "l"(map),
-               "r"(from), "r"(x), "r"(y), "r"(z)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+      "r"(from), "r"(x), "r"(y), "r"(z)
+      : "memory");
 }
 __device__ __forceinline__ void tma_store(const TensorMap* map, uint32 from, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
-                   map),
-               "r"(from), "r"(x), "r"(y)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(from), "r"(x), "r"(y)
+      : "memory");
 }
 __device__ __forceinline__ void tma_add(const TensorMap* map, uint32 from, int x, int y) {
   asm volatile(
@@ -93,10 +95,10 @@ __device__ __forceinline__ void bulk_store(void* to, uint32 from, uint32 bytes) 
                : "memory");
 }
 __device__ __forceinline__ void bulk_add(float* to, uint32 from, uint32 bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-                   to),
-               "r"(from), "r"(bytes)
-               : "memory");
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+      "r"(from), "r"(bytes)
+      : "memory");
 }
 
 __device__ __forceinline__ void bulk_commit() {

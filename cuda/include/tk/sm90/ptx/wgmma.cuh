@@ -1,7 +1,7 @@
 // wgmma: a warpgroup multiplies a 64 x 16 tile of A by a 16 x N tile of B into fp32 registers.
 //
-// PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". One table of N gives every shape, for
-// both 16-bit types and for A in shared memory (ss) or in registers (rs).
+// PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". One table of N gives every shape,
+// for both 16-bit types and for A in shared memory (ss) or in registers (rs).
 #pragma once
 
 #include "tk/base.cuh"
@@ -94,46 +94,46 @@ __device__ __forceinline__ uint64 matrix_descriptor(uint32 address, uint32 leadi
 template <int kN>
 struct Wgmma;
 
-#define TK_WGMMA_SS(n, type, a, b, scale, ta, tb)                                         \
-  asm volatile(                                                                           \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %" #scale                                         \
-      ", 0;\n"                                                                            \
-      "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" TK_S_##n "}, " \
-      "%" #a ", %" #b ", p, 1, 1, %" #ta ", %" #tb ";\n}"                                 \
-      : TK_F_##n                                                                          \
-      : "l"(a_desc), "l"(b_desc), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB))
+#define TK_WGMMA_SS(n, type, a, b, scale, ta, tb)                                            \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #scale                                   \
+               ", 0;\n"                                                                      \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" TK_S_##n \
+               "}, "                                                                         \
+               "%" #a ", %" #b ", p, 1, 1, %" #ta ", %" #tb ";\n}"                           \
+               : TK_F_##n                                                                    \
+               : "l"(a_desc), "l"(b_desc), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB))
 
-#define TK_WGMMA_RS(n, type, a0, a1, a2, a3, b, scale, tb)                                \
-  asm volatile(                                                                           \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %" #scale                                         \
-      ", 0;\n"                                                                            \
-      "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" TK_S_##n "}, " \
-      "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, %" #tb ";\n}"          \
-      : TK_F_##n                                                                          \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(accumulate),         \
-        "n"(kTransposeB))
+#define TK_WGMMA_RS(n, type, a0, a1, a2, a3, b, scale, tb)                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #scale                                   \
+               ", 0;\n"                                                                      \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" TK_S_##n \
+               "}, "                                                                         \
+               "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, %" #tb ";\n}"    \
+               : TK_F_##n                                                                    \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_desc), "r"(accumulate),   \
+                 "n"(kTransposeB))
 
-#define TK_WGMMA_SHAPE(n, i0, i1, i2, i3, i4, i5, i6)                                              \
-  template <>                                                                                      \
-  struct Wgmma<n> {                                                                                \
-    template <typename T, int kTransposeA, int kTransposeB>                                        \
-    static __device__ __forceinline__ void ss(float (&d)[n / 2], uint64 a_desc, uint64 b_desc,     \
-                                              int accumulate) {                                    \
-      if constexpr (kSame<T, bf16>) {                                                              \
-        TK_WGMMA_SS(n, "bf16", i0, i1, i2, i3, i4);                                                \
-      } else {                                                                                     \
-        TK_WGMMA_SS(n, "f16", i0, i1, i2, i3, i4);                                                 \
-      }                                                                                            \
-    }                                                                                              \
-    template <typename T, int kTransposeB>                                                         \
-    static __device__ __forceinline__ void rs(float (&d)[n / 2], const uint32 (&a)[4],             \
-                                              uint64 b_desc, int accumulate) {                     \
-      if constexpr (kSame<T, bf16>) {                                                              \
-        TK_WGMMA_RS(n, "bf16", i0, i1, i2, i3, i4, i5, i6);                                        \
-      } else {                                                                                     \
-        TK_WGMMA_RS(n, "f16", i0, i1, i2, i3, i4, i5, i6);                                         \
-      }                                                                                            \
-    }                                                                                              \
+#define TK_WGMMA_SHAPE(n, i0, i1, i2, i3, i4, i5, i6)                                          \
+  template <>                                                                                  \
+  struct Wgmma<n> {                                                                            \
+    template <typename T, int kTransposeA, int kTransposeB>                                    \
+    static __device__ __forceinline__ void ss(float (&d)[n / 2], uint64 a_desc, uint64 b_desc, \
+                                              int accumulate) {                                \
+      if constexpr (kSame<T, bf16>) {                                                          \
+        TK_WGMMA_SS(n, "bf16", i0, i1, i2, i3, i4);                                            \
+      } else {                                                                                 \
+        TK_WGMMA_SS(n, "f16", i0, i1, i2, i3, i4);                                             \
+      }                                                                                        \
+    }                                                                                          \
+    template <typename T, int kTransposeB>                                                     \
+    static __device__ __forceinline__ void rs(float (&d)[n / 2], const uint32 (&a)[4],         \
+                                              uint64 b_desc, int accumulate) {                 \
+      if constexpr (kSame<T, bf16>) {                                                          \
+        TK_WGMMA_RS(n, "bf16", i0, i1, i2, i3, i4, i5, i6);                                    \
+      } else {                                                                                 \
+        TK_WGMMA_RS(n, "f16", i0, i1, i2, i3, i4, i5, i6);                                     \
+      }                                                                                        \
+    }                                                                                          \
   };
 
 TK_WGMMA_SHAPES(TK_WGMMA_SHAPE)
