@@ -123,7 +123,7 @@ def test_matmul_refusals(call, code, message):
     assert answer.code == code
     assert answer.message.startswith("tk_matmul_v1: ")
     assert message in answer.message
-    assert answer.driver == []
+    assert answer.of("launch") == []
 
 
 def test_empty_product_launches_nothing():

@@ -93,18 +93,17 @@ Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Optio
   const auto sizes = read_sizes(b.q, b.k, b.v);
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
-  const ForwardCall call{s, {s.dtype, s.head_dim, options.is_causal, config}, false};
   if (Status status =
           first_error({check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim}),
                        check_dtype("out", b.out, b.q.element_type()),
                        check_dims("lse", b.lse, {s.batch, s.seqlen_q, s.num_heads}),
-                       check_dtype("lse", b.lse, xffi::DataType::F32), call.kernel.check()});
+                       check_dtype("lse", b.lse, xffi::DataType::F32)});
       !status.ok()) {
     return status.error();
   }
   const auto empty = is_empty(s, /*backward=*/false);
   if (!empty.ok()) return empty.error();
-  return ForwardCall{call.sizes, call.kernel, *empty};
+  return ForwardCall{s, {s.dtype, s.head_dim, options.is_causal, config}, *empty};
 }
 
 Status initialize_forward(int device_ordinal, const ForwardBuffers& buffers,
@@ -112,11 +111,10 @@ Status initialize_forward(int device_ordinal, const ForwardBuffers& buffers,
                           const attention::ForwardConfig& config) {
   const auto call = read_forward(buffers, options, config);
   if (!call.ok()) return call.error();
-  if (Status status = call->kernel.check(); !status.ok()) return status;
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
-  const auto kernel = kernels.load(call->kernel.key(), **device,
-                                   [&](const KernelKey&) { return call->kernel.spec(); });
+  const auto kernel =
+      kernels.load(call->kernel.key(), **device, [&] { return call->kernel.spec(); });
   return kernel.ok() ? Status() : kernel.error();
 }
 
@@ -128,7 +126,7 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
   const auto kernel =
-      find_loaded(kernels, call->kernel.key(), **device, [&] { return call->kernel.check(); });
+      find_loaded(kernels, call->kernel.key(), **device, [&] { return call->kernel.spec(); });
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
 
@@ -202,12 +200,11 @@ Result<BackwardCall> read_backward(const BackwardBuffers& b, const attention::Op
   const auto sizes = read_sizes(b.q, b.k, b.v);
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
-  const AttentionBackwardKernels specialised{s.dtype, s.head_dim, options.is_causal,
-                                             options.deterministic, config};
   if (Status status = check_backward(b, s); !status.ok()) return status.error();
   const auto empty = is_empty(s, /*backward=*/true);
   if (!empty.ok()) return empty.error();
-  return BackwardCall{s, specialised, *empty};
+  return BackwardCall{
+      s, {s.dtype, s.head_dim, options.is_causal, options.deterministic, config}, *empty};
 }
 
 Status initialize_backward(int device_ordinal, const BackwardBuffers& buffers,
@@ -215,18 +212,14 @@ Status initialize_backward(int device_ordinal, const BackwardBuffers& buffers,
                            const attention::BackwardConfig& config) {
   const auto call = read_backward(buffers, options, config);
   if (!call.ok()) return call.error();
-  if (Status status = call->kernels.check(); !status.ok()) return status;
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
   const AttentionBackwardKernels& k = call->kernels;
-  const auto prepare =
-      kernels.load(k.prepare_key(), **device, [&](const KernelKey&) { return k.prepare_spec(); });
+  const auto prepare = kernels.load(k.prepare_key(), **device, [&] { return k.prepare_spec(); });
   if (!prepare.ok()) return prepare.error();
-  const auto main =
-      kernels.load(k.main_key(), **device, [&](const KernelKey&) { return k.main_spec(); });
+  const auto main = kernels.load(k.main_key(), **device, [&] { return k.main_spec(); });
   if (!main.ok()) return main.error();
-  const auto finish =
-      kernels.load(k.finish_key(), **device, [&](const KernelKey&) { return k.finish_spec(); });
+  const auto finish = kernels.load(k.finish_key(), **device, [&] { return k.finish_spec(); });
   return finish.ok() ? Status() : finish.error();
 }
 
@@ -314,12 +307,13 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
   const AttentionBackwardKernels& k = call->kernels;
-  const auto check = [&] { return k.check(); };
-  const auto prepare = find_loaded(kernels, k.prepare_key(), **device, check);
+  const auto prepare =
+      find_loaded(kernels, k.prepare_key(), **device, [&] { return k.prepare_spec(); });
   if (!prepare.ok()) return prepare.error();
-  const auto main = find_loaded(kernels, k.main_key(), **device, check);
+  const auto main = find_loaded(kernels, k.main_key(), **device, [&] { return k.main_spec(); });
   if (!main.ok()) return main.error();
-  const auto finish = find_loaded(kernels, k.finish_key(), **device, check);
+  const auto finish =
+      find_loaded(kernels, k.finish_key(), **device, [&] { return k.finish_spec(); });
   if (!finish.ok()) return finish.error();
   const runtime::ScopedContext context(**device);
 

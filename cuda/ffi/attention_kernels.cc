@@ -33,25 +33,26 @@ std::string fragment_arguments(runtime::DataType dtype, std::int64_t head_dim) {
   return std::string("<") + type_name(dtype) + ", " + std::to_string(head_dim) + ">";
 }
 
-}  // namespace
-
-Status AttentionForwardKernel::check() const {
-  if (Status status = first_error({check_common(dtype, head_dim),
-                                   check_multiple("block_q", config.block_q, 64, 192),
-                                   check_multiple("block_kv", config.block_kv, 16, 256),
-                                   check_multiple("stages", config.stages, 1, 8)});
-      !status.ok()) {
-    return status;
-  }
-  return runtime::check_spec(spec());
+Result<KernelSpec> checked(KernelSpec spec) {
+  if (Status status = runtime::check_spec(spec); !status.ok()) return status.error();
+  return spec;
 }
+
+}  // namespace
 
 KernelKey AttentionForwardKernel::key() const {
   return {{0, static_cast<int>(dtype), head_dim, is_causal, config.block_q, config.block_kv,
            config.stages}};
 }
 
-KernelSpec AttentionForwardKernel::spec() const {
+Result<KernelSpec> AttentionForwardKernel::spec() const {
+  if (Status status = first_error({check_common(dtype, head_dim),
+                                   check_multiple("block_q", config.block_q, 64, 192),
+                                   check_multiple("block_kv", config.block_kv, 16, 256),
+                                   check_multiple("stages", config.stages, 1, 8)});
+      !status.ok()) {
+    return status.error();
+  }
   KernelSpec spec;
   spec.symbol = "tk_attention_fwd_" + suffix(dtype, head_dim, is_causal);
   spec.header = "kernels/attention/forward.cuh";
@@ -62,18 +63,7 @@ KernelSpec AttentionForwardKernel::spec() const {
   spec.params_type = "tk::attention::ForwardParams";
   spec.threads = attention::forward_threads(config.block_q);
   spec.shared_bytes = attention::forward_shared_bytes(head_dim, config);
-  return spec;
-}
-
-Status AttentionBackwardKernels::check() const {
-  if (Status status = first_error({check_common(dtype, head_dim),
-                                   check_multiple("block_q", config.block_q, 64, 128),
-                                   check_multiple("block_kv", config.block_kv, 64, 256),
-                                   check_multiple("stages", config.stages, 1, 8)});
-      !status.ok()) {
-    return status;
-  }
-  return runtime::check_spec(main_spec());
+  return checked(std::move(spec));
 }
 
 KernelKey AttentionBackwardKernels::prepare_key() const {
@@ -89,7 +79,8 @@ KernelKey AttentionBackwardKernels::finish_key() const {
   return {{3, static_cast<int>(dtype), head_dim}};
 }
 
-KernelSpec AttentionBackwardKernels::prepare_spec() const {
+Result<KernelSpec> AttentionBackwardKernels::prepare_spec() const {
+  if (Status status = check_common(dtype, head_dim); !status.ok()) return status.error();
   KernelSpec spec;
   spec.symbol = "tk_attention_bwd_prepare_" + suffix(dtype, head_dim, false);
   spec.header = "kernels/attention/backward_prepare.cuh";
@@ -97,10 +88,17 @@ KernelSpec AttentionBackwardKernels::prepare_spec() const {
   spec.params_type = "tk::attention::BackwardPrepareParams";
   spec.threads = kFragmentThreads;
   spec.shared_bytes = attention::backward_prepare_shared_bytes(head_dim);
-  return spec;
+  return checked(std::move(spec));
 }
 
-KernelSpec AttentionBackwardKernels::main_spec() const {
+Result<KernelSpec> AttentionBackwardKernels::main_spec() const {
+  if (Status status = first_error({check_common(dtype, head_dim),
+                                   check_multiple("block_q", config.block_q, 64, 128),
+                                   check_multiple("block_kv", config.block_kv, 64, 256),
+                                   check_multiple("stages", config.stages, 1, 8)});
+      !status.ok()) {
+    return status.error();
+  }
   KernelSpec spec;
   spec.symbol = "tk_attention_bwd_" + suffix(dtype, head_dim, is_causal);
   spec.header = "kernels/attention/backward.cuh";
@@ -111,10 +109,11 @@ KernelSpec AttentionBackwardKernels::main_spec() const {
   spec.params_type = "tk::attention::BackwardParams";
   spec.threads = attention::backward_threads(config.block_kv);
   spec.shared_bytes = attention::backward_shared_bytes(head_dim, config);
-  return spec;
+  return checked(std::move(spec));
 }
 
-KernelSpec AttentionBackwardKernels::finish_spec() const {
+Result<KernelSpec> AttentionBackwardKernels::finish_spec() const {
+  if (Status status = check_common(dtype, head_dim); !status.ok()) return status.error();
   KernelSpec spec;
   spec.symbol = "tk_attention_bwd_finish_" + suffix(dtype, head_dim, false);
   spec.header = "kernels/attention/backward_finish.cuh";
@@ -122,7 +121,7 @@ KernelSpec AttentionBackwardKernels::finish_spec() const {
   spec.params_type = "tk::attention::BackwardFinishParams";
   spec.threads = kFragmentThreads;
   spec.shared_bytes = attention::backward_finish_shared_bytes(head_dim);
-  return spec;
+  return checked(std::move(spec));
 }
 
 }  // namespace tk::ffi

@@ -6,16 +6,16 @@
 
 namespace tk::ffi {
 
-// Whatever of a call's settings ends up in the kernels' template arguments.
+// Whatever of a call's settings ends up in the kernels' template arguments. A spec is refused where
+// the kernels do not offer it.
 struct AttentionForwardKernel {
   runtime::DataType dtype;
   std::int64_t head_dim;
   bool is_causal;
   attention::ForwardConfig config;
 
-  Status check() const;
   KernelKey key() const;
-  KernelSpec spec() const;
+  Result<KernelSpec> spec() const;
 };
 
 struct AttentionBackwardKernels {
@@ -25,13 +25,12 @@ struct AttentionBackwardKernels {
   bool deterministic;
   attention::BackwardConfig config;
 
-  Status check() const;
   KernelKey prepare_key() const;
   KernelKey main_key() const;
   KernelKey finish_key() const;
-  KernelSpec prepare_spec() const;
-  KernelSpec main_spec() const;
-  KernelSpec finish_spec() const;
+  Result<KernelSpec> prepare_spec() const;
+  Result<KernelSpec> main_spec() const;
+  Result<KernelSpec> finish_spec() const;
 };
 
 }  // namespace tk::ffi

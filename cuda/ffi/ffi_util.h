@@ -56,12 +56,12 @@ struct KernelKey {
 std::size_t hash_value(const KernelKey& key);
 
 // The kernel that the initialize stage loaded; never compiles. Only where there is none does it
-// take the time to ask check() whether the call was wrong from the start.
-template <typename Key, typename Check>
+// take the time to make the spec, to see whether the call was wrong from the start.
+template <typename Key, typename MakeSpec>
 Result<const runtime::Kernel*> find_loaded(const runtime::KernelTable<Key>& table, const Key& key,
-                                           const Device& device, Check&& check) {
+                                           const Device& device, MakeSpec&& make_spec) {
   if (const runtime::Kernel* kernel = table.find(key, device.ordinal)) return kernel;
-  if (Status status = check(); !status.ok()) return status.error();
+  if (const Result<KernelSpec> spec = make_spec(); !spec.ok()) return spec.error();
   return Error{ErrorKind::kInternal, "the kernel is not loaded on GPU " +
                                          std::to_string(device.ordinal) +
                                          ": execute ran before initialize"};

@@ -42,6 +42,11 @@ Result<KernelSpec> read_spec(const KernelSettings& settings) {
   return spec;
 }
 
+Result<KernelSpec> checked(const KernelSpec& spec) {
+  if (Status status = runtime::check_spec(spec); !status.ok()) return status.error();
+  return spec;
+}
+
 Result<KernelParams> read_params(std::span<const AnyBuffer> buffers, const Lists& lists) {
   KernelParams params = {};
   if (buffers.size() > kMaxKernelBuffers) {
@@ -108,12 +113,10 @@ Status initialize(int device_ordinal, std::span<const AnyBuffer> buffers,
                   const KernelSettings& settings, const Lists& lists) {
   const auto spec = read_spec(settings);
   if (!spec.ok()) return spec.error();
-  if (Status status = runtime::check_spec(*spec); !status.ok()) return status;
   if (const auto params = read_params(buffers, lists); !params.ok()) return params.error();
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
-  const auto kernel =
-      kernels.load(*spec, **device, [](const KernelSpec& wanted) { return wanted; });
+  const auto kernel = kernels.load(*spec, **device, [&] { return checked(*spec); });
   return kernel.ok() ? Status() : kernel.error();
 }
 
@@ -130,8 +133,7 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, std::span<const
   }
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
-  const auto kernel =
-      find_loaded(kernels, *spec, **device, [&] { return runtime::check_spec(*spec); });
+  const auto kernel = find_loaded(kernels, *spec, **device, [&] { return checked(*spec); });
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
   for (std::size_t i = 0; i < buffers.size(); ++i) {

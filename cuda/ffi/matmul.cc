@@ -51,14 +51,13 @@ Result<Call> read_call(const Buffers& buffers, const matmul::Options& options,
             dim(a, 0),
             dim(b, 0)};
   const auto [m, n, k, batch] = std::array{call.m, call.n, call.k, call.batch};
-  if (Status status =
-          first_error({options.transpose_a ? check_dims("a", a, {call.batch_a, k, m})
-                                           : check_dims("a", a, {call.batch_a, m, k}),
-                       options.transpose_b ? check_dims("b", b, {call.batch_b, n, k})
-                                           : check_dims("b", b, {call.batch_b, k, n}),
-                       check_dtype("b", b, a.element_type()), check_dtype("c", c, a.element_type()),
-                       check_rows("a", a, *dtype), check_rows("b", b, *dtype),
-                       check_rows("c", c, *dtype), call.kernel.check()});
+  if (Status status = first_error(
+          {options.transpose_a ? check_dims("a", a, {call.batch_a, k, m})
+                               : check_dims("a", a, {call.batch_a, m, k}),
+           options.transpose_b ? check_dims("b", b, {call.batch_b, n, k})
+                               : check_dims("b", b, {call.batch_b, k, n}),
+           check_dtype("b", b, a.element_type()), check_dtype("c", c, a.element_type()),
+           check_rows("a", a, *dtype), check_rows("b", b, *dtype), check_rows("c", c, *dtype)});
       !status.ok()) {
     return status.error();
   }
@@ -101,13 +100,13 @@ Status initialize(int device_ordinal, const Buffers& buffers, const matmul::Opti
                   const matmul::Config& config) {
   const auto call = read_call(buffers, options, config);
   if (!call.ok()) return call.error();
-  if (Status status = call->kernel.check(); !status.ok()) return status;
-  if (const auto tiles = count_tiles(*call); !tiles.ok()) return tiles.error();
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
-  const auto kernel = kernels.load(call->kernel.key(), **device,
-                                   [&](const KernelKey&) { return call->kernel.spec(); });
-  return kernel.ok() ? Status() : kernel.error();
+  const auto kernel =
+      kernels.load(call->kernel.key(), **device, [&] { return call->kernel.spec(); });
+  if (!kernel.ok()) return kernel.error();
+  const auto tiles = count_tiles(*call);
+  return tiles.ok() ? Status() : tiles.error();
 }
 
 Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& buffers,
@@ -118,7 +117,7 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
   const auto kernel =
-      find_loaded(kernels, call->kernel.key(), **device, [&] { return call->kernel.check(); });
+      find_loaded(kernels, call->kernel.key(), **device, [&] { return call->kernel.spec(); });
   if (!kernel.ok()) return kernel.error();
   const auto tiles = count_tiles(*call);
   if (!tiles.ok()) return tiles.error();

@@ -2,7 +2,12 @@
 
 namespace tk::ffi {
 
-Status MatmulKernel::check() const {
+KernelKey MatmulKernel::key() const {
+  return {{static_cast<int>(dtype), options.transpose_a, options.transpose_b, config.block_m,
+           config.block_n, config.block_k, config.stages, config.cluster_m, config.group_m}};
+}
+
+Result<KernelSpec> MatmulKernel::spec() const {
   if (dtype != runtime::DataType::kBFloat16 && dtype != runtime::DataType::kFloat16) {
     return unsupported("dtype " + std::string(type_suffix(dtype)) +
                        "; the kernel takes bfloat16 and float16");
@@ -20,15 +25,6 @@ Status MatmulKernel::check() const {
                    std::to_string(c.cluster_m) + ", group_m " + std::to_string(c.group_m) +
                    ") is outside of what the kernel offers");
   }
-  return runtime::check_spec(spec());
-}
-
-KernelKey MatmulKernel::key() const {
-  return {{static_cast<int>(dtype), options.transpose_a, options.transpose_b, config.block_m,
-           config.block_n, config.block_k, config.stages, config.cluster_m, config.group_m}};
-}
-
-KernelSpec MatmulKernel::spec() const {
   KernelSpec spec;
   spec.symbol = std::string("tk_matmul_") + (options.transpose_a ? "t" : "n") +
                 (options.transpose_b ? "t" : "n") + "_" + type_suffix(dtype);
@@ -44,6 +40,7 @@ KernelSpec MatmulKernel::spec() const {
   spec.threads = matmul::kThreads;
   spec.shared_bytes = matmul::shared_bytes(config);
   spec.cluster_size = static_cast<int>(config.cluster_m);
+  if (Status status = runtime::check_spec(spec); !status.ok()) return status.error();
   return spec;
 }
 

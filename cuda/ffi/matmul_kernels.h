@@ -1,4 +1,4 @@
-// The specialisations of the matmul kernel.
+// The specialisations of the matmul kernel; a spec is refused where the kernel does not offer it.
 #pragma once
 
 #include "ffi/ffi_util.h"
@@ -11,9 +11,8 @@ struct MatmulKernel {
   matmul::Options options;
   matmul::Config config;
 
-  Status check() const;
   KernelKey key() const;
-  KernelSpec spec() const;
+  Result<KernelSpec> spec() const;
 };
 
 }  // namespace tk::ffi

@@ -54,7 +54,9 @@ nb::dict struct_fields() {
 
 // -- Specialisations as dicts ---------------------------------------------------------------------
 
-nb::dict to_dict(const KernelSpec& spec) {
+nb::dict to_dict(const Result<KernelSpec>& result) {
+  if (!result.ok()) raise(result.error());
+  const KernelSpec& spec = *result;
   nb::dict out;
   out["symbol"] = spec.symbol;
   out["header"] = spec.header;
@@ -102,7 +104,6 @@ nb::list attention_forward_specs(const std::string& dtype, long head_dim, bool i
       head_dim,
       is_causal,
       {field(config, "block_q"), field(config, "block_kv"), field(config, "stages")}};
-  if (const Status status = kernel.check(); !status.ok()) raise(status.error());
   nb::list specs;
   specs.append(to_dict(kernel.spec()));
   return specs;
@@ -116,7 +117,6 @@ nb::list attention_backward_specs(const std::string& dtype, long head_dim, bool 
       is_causal,
       deterministic,
       {field(config, "block_q"), field(config, "block_kv"), field(config, "stages")}};
-  if (const Status status = kernels.check(); !status.ok()) raise(status.error());
   nb::list specs;
   specs.append(to_dict(kernels.prepare_spec()));
   specs.append(to_dict(kernels.main_spec()));
@@ -131,7 +131,6 @@ nb::list matmul_specs(const std::string& dtype, bool transpose_a, bool transpose
       {transpose_a, transpose_b},
       {field(config, "block_m"), field(config, "block_n"), field(config, "block_k"),
        field(config, "stages"), field(config, "cluster_m"), field(config, "group_m")}};
-  if (const Status status = kernel.check(); !status.ok()) raise(status.error());
   nb::list specs;
   specs.append(to_dict(kernel.spec()));
   return specs;

@@ -36,13 +36,16 @@ class KernelTable {
     return nullptr;
   }
 
-  // Loads what is not there yet; make_spec(key) is called only then.
+  // Loads what is not there yet. Only then is make_spec() called, which returns the spec or why
+  // there can be none.
   template <typename MakeSpec>
   Result<const Kernel*> load(const Key& key, const Device& device, MakeSpec&& make_spec) {
     if (const Kernel* kernel = find(key, device.ordinal)) return kernel;
     std::lock_guard lock(mutex_);
     if (const Kernel* kernel = find(key, device.ordinal)) return kernel;
-    auto kernel = load_kernel(make_spec(key), device);
+    const Result<KernelSpec> spec = make_spec();
+    if (!spec.ok()) return spec.error();
+    auto kernel = load_kernel(*spec, device);
     if (!kernel.ok()) return kernel.error();
     auto& head = buckets_[hash_value(key) % kBuckets];
     Node* node = new Node{key, device.ordinal, *kernel, head.load(std::memory_order_relaxed)};
