@@ -68,7 +68,7 @@ class Variant:
             bottom_right=False,
             deterministic=True,
         )
-        forward = attention_config.forward_config(case.head_dim)
+        forward = attention_config.forward_config(case.head_dim, case.seqlen_kv)
         backward = attention_config.backward_config(case.head_dim)
         if self.direction == "fwd":
             forward = self._apply(forward)

@@ -241,6 +241,9 @@ def test_trains_with_8192_tokens(rng):
 
 def test_settings_are_chosen_for_every_head_dim_of_the_kernels():
     for head_dim in config.KERNEL_HEAD_DIMS:
-        assert config.forward_config(head_dim).block_q % 64 == 0
+        for seqlen_kv in (1, 128, 8192):
+            chosen = config.forward_config(head_dim, seqlen_kv)
+            assert chosen in config.forward_configs(head_dim)
+            assert chosen.block_q % 64 == 0
         assert config.backward_config(head_dim).block_kv % 64 == 0
         assert config.backward_config(head_dim).block_q in (64, 128)

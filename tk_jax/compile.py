@@ -108,8 +108,12 @@ def _attention_forward(
     dtype: str, tiles: Mapping[str, int]
 ) -> Iterator[Specialisation]:
     for head_dim in attention_config.KERNEL_HEAD_DIMS:
-        config = _fields(attention_config.forward_config(head_dim), tiles)
-        for is_causal in (False, True):
+        chosen = attention_config.forward_configs(head_dim)
+        # Tiles that are given replace those of every choice: one of them is enough.
+        for config, is_causal in itertools.product(
+            [_fields(x, tiles) for x in (chosen[:1] if tiles else chosen)],
+            (False, True),
+        ):
             for spec in _ffi.extension().attention_forward_specs(
                 dtype=dtype, head_dim=head_dim, is_causal=is_causal, config=config
             ):

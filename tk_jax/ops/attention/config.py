@@ -54,11 +54,16 @@ class AttentionBackwardConfig:
     stages: int  # depth of the query/dout ring
 
 
-# The head dims that the kernels support, with their tiles.
+# The head dims that the kernels support, with their tiles for few keys and for many.
+# Wider blocks of keys mean fewer barriers for the same work, but an emptier last block.
 _FORWARD = {
-    64: AttentionForwardConfig(block_q=192, block_kv=128, stages=2),
-    128: AttentionForwardConfig(block_q=128, block_kv=128, stages=2),
+    64: (AttentionForwardConfig(block_q=192, block_kv=128, stages=2),) * 2,
+    128: (
+        AttentionForwardConfig(block_q=128, block_kv=128, stages=2),
+        AttentionForwardConfig(block_q=128, block_kv=160, stages=2),
+    ),
 }
+_MANY_KEYS = 2048
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
     128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2),
@@ -66,8 +71,13 @@ _BACKWARD = {
 KERNEL_HEAD_DIMS = tuple(_FORWARD)
 
 
-def forward_config(head_dim: int) -> AttentionForwardConfig:
-    return _FORWARD[head_dim]
+def forward_config(head_dim: int, seqlen_kv: int) -> AttentionForwardConfig:
+    return _FORWARD[head_dim][seqlen_kv >= _MANY_KEYS]
+
+
+def forward_configs(head_dim: int) -> tuple[AttentionForwardConfig, ...]:
+    """All that forward_config can choose."""
+    return tuple(dict.fromkeys(_FORWARD[head_dim]))
 
 
 def backward_config(head_dim: int) -> AttentionBackwardConfig:

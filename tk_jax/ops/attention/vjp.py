@@ -117,7 +117,7 @@ def kernel_forward(
         k,
         v,
         options=options,
-        config=tiles or config.forward_config(q.shape[-1]),
+        config=tiles or config.forward_config(q.shape[-1], k.shape[1]),
     )
 
 
