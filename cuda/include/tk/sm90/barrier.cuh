@@ -24,6 +24,10 @@ struct Barrier {
   __device__ __forceinline__ void wait(uint32 phase) const { ptx::mbarrier_wait(address(), phase); }
 };
 
+// The thread that initialised barriers calls this, then the block or cluster syncs: copies and
+// other blocks see them initialised.
+__device__ __forceinline__ void publish_barriers() { ptx::fence_barrier_init(); }
+
 namespace block {
 __device__ __forceinline__ void sync() { ptx::block_sync(); }
 }  // namespace block

@@ -99,6 +99,24 @@ __device__ __forceinline__ void store_shared_transposed(const View& dst, const S
   }
 }
 
+// dst(row, col) = src(col, row): columns first_row.. of the shared tile become the warp's rows.
+template <typename Dst, typename View>
+__device__ __forceinline__ void load_shared_transposed(Dst& dst, const View& src, int first_row) {
+  using T = typename View::T;
+  static_assert(kSame<T, typename Dst::T> && kIsHalf<T>,
+                "transposed loads move 16-bit values of one type");
+#pragma unroll
+  for (int s = 0; s < Dst::kRowSquares; ++s) {
+#pragma unroll
+    for (int c = 0; c < Dst::kCols / 16; ++c) {
+      uint32 r[4];
+      ptx::load_matrix_x4_transposed(r, matrix_address_transposed(src, 16 * c, first_row + 16 * s));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dst.data[s][4 * c + i] = r[i];
+    }
+  }
+}
+
 // Elements outside the array read as zero.
 template <typename Dst, typename T>
 __device__ __forceinline__ void load_global(Dst& dst, const GlobalView<T>& src, int first_row,
@@ -139,13 +157,20 @@ __device__ __forceinline__ void load(RegTile<T, kRows, kCols>& dst, const Shared
   detail::load_shared(dst, detail::as_view(src), 0);
 }
 template <typename Shared, typename T, int kRows, int kCols>
-__device__ __forceinline__ void store(Shared& dst, const RegTile<T, kRows, kCols>& src) {
+__device__ __forceinline__ void store(const Shared& dst, const RegTile<T, kRows, kCols>& src) {
   static_assert(Shared::kRows == kRows && Shared::kCols == kCols, "store needs tiles of one shape");
   detail::store_shared(detail::as_view(dst), src, 0);
 }
 // A shared tile with rows and columns exchanged.
+template <typename T, int kRows, int kCols, typename Shared>
+__device__ __forceinline__ void load_transposed(RegTile<T, kRows, kCols>& dst, const Shared& src) {
+  static_assert(Shared::kRows == kCols && Shared::kCols == kRows,
+                "load_transposed needs the transposed shape");
+  detail::load_shared_transposed(dst, detail::as_view(src), 0);
+}
 template <typename Shared, typename T, int kRows, int kCols>
-__device__ __forceinline__ void store_transposed(Shared& dst, const RegTile<T, kRows, kCols>& src) {
+__device__ __forceinline__ void store_transposed(const Shared& dst,
+                                                 const RegTile<T, kRows, kCols>& src) {
   static_assert(Shared::kRows == kCols && Shared::kCols == kRows,
                 "store_transposed needs the transposed shape");
   detail::store_shared_transposed(detail::as_view(dst), src, 0);
@@ -237,6 +262,12 @@ __device__ __forceinline__ void store(const Shared& dst, const RegTile<T, kRows,
                 "a warpgroup stores four times the rows of a warp's tile");
   detail::store_shared(detail::as_view(dst), src, kRows * (ptx::warp_index() & 3));
 }
+template <typename T, int kRows, int kCols, typename Shared>
+__device__ __forceinline__ void load_transposed(RegTile<T, kRows, kCols>& dst, const Shared& src) {
+  static_assert(Shared::kRows == kCols && Shared::kCols == 4 * kRows,
+                "load_transposed needs the transposed shape");
+  detail::load_shared_transposed(dst, detail::as_view(src), kRows * (ptx::warp_index() & 3));
+}
 template <typename Shared, typename T, int kRows, int kCols>
 __device__ __forceinline__ void store_transposed(const Shared& dst,
                                                  const RegTile<T, kRows, kCols>& src) {
@@ -320,5 +351,8 @@ __device__ __forceinline__ void store_fragments(float* dst, const RegTile<float,
 // After ordinary stores to shared memory, before the copy engine or the tensor cores read them:
 // every thread that stored calls this, then a barrier.
 __device__ __forceinline__ void publish_shared() { ptx::fence_async_shared(); }
+// The same after ordinary stores to global memory that the copy engine reads, overwrites or adds
+// to.
+__device__ __forceinline__ void publish_global() { ptx::fence_async_global(); }
 
 }  // namespace tk

@@ -79,10 +79,6 @@ __device__ __forceinline__ void fill(Tile& dst, float value) {
   detail::for_each_pair<Tile>(
       [&](int s, int g, int h) { detail::set_pair(dst, s, g, h, value, value); });
 }
-template <typename Tile>
-__device__ __forceinline__ void zero(Tile& dst) {
-  fill(dst, 0.0f);
-}
 
 // Rounds, widens or copies, as the types ask.
 template <typename Dst, typename Src>
@@ -201,6 +197,11 @@ __device__ __forceinline__ void zip(PerCol<kN>& dst, const PerCol<kN>& a, const 
 template <int kN>
 __device__ __forceinline__ void fill(PerCol<kN>& dst, float value) {
   map(dst, dst, [value](float) { return value; });
+}
+// A tile or a vector.
+template <typename Dst>
+__device__ __forceinline__ void zero(Dst& dst) {
+  fill(dst, 0.0f);
 }
 // f(row, value): a vector's door to coordinates, within the warp's rows.
 template <int kN, typename F>

@@ -101,6 +101,14 @@ __device__ __forceinline__ void reduce_cols(PerCol<kN>& cols, const Src& src, fl
   template <int kN>                                                                   \
   __device__ __forceinline__ void finish_row_##name(PerRow<kN>& rows) {               \
     finish_rows(rows, detail_ops::Op());                                              \
+  }                                                                                   \
+  template <int kN, typename Src>                                                     \
+  __device__ __forceinline__ void fold_col_##name(PerCol<kN>& cols, const Src& src) { \
+    fold_cols(cols, src, detail_ops::Op());                                           \
+  }                                                                                   \
+  template <int kN>                                                                   \
+  __device__ __forceinline__ void finish_col_##name(PerCol<kN>& cols) {               \
+    finish_cols(cols, detail_ops::Op());                                              \
   }
 
 TK_REDUCTION(sum, Sum, 0.0f)
@@ -129,7 +137,9 @@ __device__ __forceinline__ void cumsum_cols(Dst& dst, const Src& src) {
           const float y = ptx::shuffle(upto, (ptx::lane_index() & ~3) | ((place - d) & 3));
           if (place >= d) upto += y;
         }
-        const float start = before + upto - pair;
+        // What the lanes to the left hold, not upto - pair: no sum knows of what comes after it.
+        const float left = ptx::shuffle(upto, (ptx::lane_index() & ~3) | ((place - 1) & 3));
+        const float start = place > 0 ? before + left : before;
         detail::set_pair(dst, s, g, h, start + x, start + pair);
         before += ptx::shuffle(upto, ptx::lane_index() | 3);
       }

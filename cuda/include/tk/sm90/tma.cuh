@@ -25,7 +25,6 @@ template <typename Shared, typename... Outer>
 __device__ __forceinline__ void load(const Shared& dst, const TensorMap& map, Barrier& barrier,
                                      Keep keep, int col, int row, Outer... outer) {
   const auto view = detail::as_view(dst);
-  using View = decltype(view);
 #pragma unroll
   for (int panel = 0; panel < view.kPanels; ++panel) {
     ptx::tma_load(view.base + panel * view.kPanelBytes, &map, barrier.address(),
