@@ -103,8 +103,7 @@ struct Backward {
                p.seqlen_q,
                p.seqlen_kv,
                p.causal_offset};
-      rounds = {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x),
-                turns.kv_blocks * p.num_kv_heads * p.batch};
+      rounds = {grid::block_x(), grid::blocks_x(), turns.kv_blocks * p.num_kv_heads * p.batch};
     }
     __device__ __forceinline__ Tile tile() const {
       grid::HeadTile place =
@@ -262,7 +261,7 @@ struct Backward {
                                                   params.causal_offset);
         }
         warp::map_cols(s_acc, s_acc, shared.lse_smem[state.stage],
-                       [=](float s, float lse) { return ptx::exp2(s * scale_log2 - lse); });
+                       [=](float s, float lse) { return math::exp2(s * scale_log2 - lse); });
         warp::convert(p, s_acc);
 
         warpgroup::mma_wait<0>(dp_acc);

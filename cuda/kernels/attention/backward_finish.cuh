@@ -16,7 +16,7 @@ __device__ __forceinline__ void backward_finish(const BackwardFinishParams& para
   static_assert(sizeof(Shared) + 1024 <= backward_finish_shared_bytes(kHeadDim),
                 "attention.h's backward_finish_shared_bytes covers the kernel's shared memory");
   Shared& shared = block::shared_memory<Shared>();
-  const int first_query = 64 * blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
+  const int first_query = 64 * grid::block_x(), head = grid::block_y(), batch = grid::block_z();
   const int64 head_row = static_cast<int64>(batch) * params.num_heads + head;
   const float* sums =
       params.dq_acc + (head_row * padded_queries(params.seqlen_q) + first_query) * kHeadDim;

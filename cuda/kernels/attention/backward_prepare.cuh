@@ -19,11 +19,11 @@ __device__ __forceinline__ void backward_prepare(const BackwardPrepareParams& pa
   static_assert(sizeof(Shared) + 1024 <= backward_prepare_shared_bytes(kHeadDim),
                 "attention.h's backward_prepare_shared_bytes covers the kernel's shared memory");
   Shared& shared = block::shared_memory<Shared>();
-  const int block = blockIdx.x, head = blockIdx.y, batch = blockIdx.z;
+  const int block = grid::block_x(), head = grid::block_y(), batch = grid::block_z();
   const int first_query = 64 * block;
   if (warpgroup::leader()) {
     shared.full.init(1);
-    ptx::fence_barrier_init();
+    publish_barriers();
     shared.full.expect(2 * Tile::kBytes);
     tma::load(shared.out_smem, params.out, shared.full, tma::Keep::kBriefly, 0, first_query, head,
               batch);

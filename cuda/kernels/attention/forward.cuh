@@ -77,7 +77,7 @@ struct Forward {
     grid::Rounds full;
 
     __device__ __forceinline__ explicit Walk(const ForwardParams& p) : params(p) {
-      const int worker = static_cast<int>(blockIdx.x), workers = static_cast<int>(gridDim.x);
+      const int worker = grid::block_x(), workers = grid::blocks_x();
       const int blocks = ceil_div(p.seqlen_q, kBlockQ);
       if constexpr (Traits::kCausal) {
         const int section =

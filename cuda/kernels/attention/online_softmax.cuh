@@ -36,9 +36,9 @@ struct OnlineSoftmax {
     PerRow<16> shift;
     warp::map(shift, row_max, [=](float x) { return x == -kInfinity ? 0.0f : x * factor; });
     warp::zip(correction, before, shift,
-              [=](float old, float now) { return ptx::exp2(old * factor - now); });
+              [=](float old, float now) { return math::exp2(old * factor - now); });
     warp::map_rows(scores, scores, shift,
-                   [=](float s, float now) { return ptx::exp2(s * factor - now); });
+                   [=](float s, float now) { return math::exp2(s * factor - now); });
     warp::zip(row_sum, row_sum, correction, [](float sum, float c) { return sum * c; });
     warp::fold_row_sum(row_sum, scores);
     return warp::any_row(before, row_max, [](float old, float now) { return old != now; });
@@ -49,7 +49,7 @@ struct OnlineSoftmax {
     warp::finish_row_sum(row_sum);
     PerRow<16> lse;
     warp::zip(lse, row_max, row_sum,
-              [=](float m, float sum) { return m * scale + ptx::log2(sum) * kLn2; });
+              [=](float m, float sum) { return m * scale + math::log2(sum) * kLn2; });
     return lse;
   }
 

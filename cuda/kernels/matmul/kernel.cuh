@@ -80,8 +80,8 @@ struct Multiply {
     __device__ __forceinline__ explicit Walk(const Params& p) {
       rows = ceil_div(ceil_div(p.m, kBlockM), kClusterSize);
       cols = ceil_div(p.n, kBlockN);
-      rounds = {static_cast<int>(blockIdx.x) / kClusterSize,
-                static_cast<int>(gridDim.x) / kClusterSize, rows * cols * p.batch};
+      rounds = {grid::block_x() / kClusterSize, grid::blocks_x() / kClusterSize,
+                rows * cols * p.batch};
     }
     __device__ __forceinline__ grid::MatrixTile tile() const {
       grid::MatrixTile tile =

@@ -28,6 +28,14 @@ struct Barrier {
 // other blocks see them initialised.
 __device__ __forceinline__ void publish_barriers() { ptx::fence_barrier_init(); }
 
+namespace grid {
+// Which block this is, and how many there are along x.
+__device__ __forceinline__ int block_x() { return static_cast<int>(blockIdx.x); }
+__device__ __forceinline__ int block_y() { return static_cast<int>(blockIdx.y); }
+__device__ __forceinline__ int block_z() { return static_cast<int>(blockIdx.z); }
+__device__ __forceinline__ int blocks_x() { return static_cast<int>(gridDim.x); }
+}  // namespace grid
+
 namespace block {
 __device__ __forceinline__ void sync() { ptx::block_sync(); }
 }  // namespace block

@@ -60,7 +60,7 @@ __device__ __forceinline__ void run(const Params& params) {
   const int warpgroup = warp / 4;
   if (warp == 0 && ptx::elect_one()) {
     Kernel::init(params, shared);
-    ptx::fence_barrier_init();
+    publish_barriers();
   }
   constexpr bool kClustered = detail_roles::cluster_size<Kernel>() > 1;
   if constexpr (kClustered) {

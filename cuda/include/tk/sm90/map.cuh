@@ -7,6 +7,12 @@
 #include "tk/sm90/ptx/math.cuh"
 #include "tk/sm90/register_tile.cuh"
 
+// Functions of single values, for use in maps. They are approximations: see ptx/math.cuh.
+namespace tk::math {
+using ptx::abs, ptx::exp2, ptx::log2, ptx::max, ptx::max_nan, ptx::min, ptx::reciprocal, ptx::rsqrt,
+    ptx::tanh;
+}  // namespace tk::math
+
 namespace tk::warp {
 
 // dst = f(src), value by value.
