@@ -179,7 +179,9 @@ def _model_inputs():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
-    "policy", ["no remat", None, checkpoint_policies.save_attention], ids=str
+    "policy",
+    ["no remat", None, checkpoint_policies.save_attention],
+    ids=["no remat", "remat", "save_attention"],
 )
 def test_layers_in_a_scan_with_and_without_remat(implementation, policy):
     ours = functools.partial(
