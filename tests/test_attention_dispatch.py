@@ -66,7 +66,6 @@ Q, K = _shape(2, 128, 8, 64), _shape(2, 96, 2, 64)
     ],
 )
 def test_what_the_kernel_lacks(q, k, message, monkeypatch):
-    monkeypatch.setattr(_ffi, "extension", lambda: None)
     monkeypatch.setattr(_ffi, "unavailable", lambda: None)
     expected = (
         f"attention: implementation='tk' does not support {message}; "
@@ -80,7 +79,6 @@ def test_what_the_kernel_lacks(q, k, message, monkeypatch):
 
 
 def test_vmap_that_makes_the_batch_too_large(monkeypatch):
-    monkeypatch.setattr(_ffi, "extension", lambda: None)
     monkeypatch.setattr(_ffi, "unavailable", lambda: None)
     q = _shape(300, 300, 1, 1, 64)
     with pytest.raises(
@@ -121,7 +119,6 @@ class _Gpu:
 @pytest.fixture
 def pretend_gpu(monkeypatch):
     """Python believes in a GPU; what is compiled is still for the CPU."""
-    monkeypatch.setattr(_ffi, "extension", lambda: None)
     monkeypatch.setattr(_ffi, "unavailable", lambda: None)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda *_: [_Gpu()])
