@@ -34,13 +34,17 @@ struct OnlineSoftmax {
     warp::zip(row_max, before, row_max,
               [=](float old, float now) { return (now - old) * factor <= kSlack ? old : now; });
     PerRow<16> shift;
-    warp::map(shift, row_max, [=](float x) { return x == -kInfinity ? 0.0f : x * factor; });
+    warp::map(shift, row_max, [=](float x) { return shift_of(x, factor); });
     warp::zip(correction, before, shift,
               [=](float old, float now) { return math::exp2(old * factor - now); });
     warp::map_rows(scores, scores, shift,
                    [=](float s, float now) { return math::exp2(s * factor - now); });
+    // The block's own sum first: adding each weight to the running sum would round as often.
+    PerRow<16> block_sum;
+    warp::fill(block_sum, 0.0f);
+    warp::fold_row_sum(block_sum, scores);
     warp::zip(row_sum, row_sum, correction, [](float sum, float c) { return sum * c; });
-    warp::fold_row_sum(row_sum, scores);
+    warp::zip(row_sum, row_sum, block_sum, [](float sum, float block) { return sum + block; });
     return warp::any_row(before, row_max, [](float old, float now) { return old != now; });
   }
 
@@ -48,9 +52,19 @@ struct OnlineSoftmax {
   __device__ __forceinline__ PerRow<16> finish(float scale) {
     warp::finish_row_sum(row_sum);
     PerRow<16> lse;
-    warp::zip(lse, row_max, row_sum,
-              [=](float m, float sum) { return m * scale + math::log2(sum) * kLn2; });
+    const float factor = scale_log2;
+    warp::zip(lse, row_max, row_sum, [=](float m, float sum) {
+      // Weights are relative to the rounded shift: what it is short of m is in the sum.
+      const float shift = shift_of(m, factor);
+      const float rest = m == -kInfinity ? 0.0f : math::fma(m, factor, -shift);
+      return math::fma(m, scale, math::log(sum) - rest * kLn2);
+    });
     return lse;
+  }
+
+  // The exponent of two that weights are relative to; 0 for a row that has seen no key.
+  __device__ __forceinline__ static float shift_of(float row_max, float scale_log2) {
+    return row_max == -kInfinity ? 0.0f : math::mul(row_max, scale_log2);
   }
 
   // 1 / row_sum, and 0 for a row without a key.

@@ -7,10 +7,10 @@
 #include "tk/sm90/ptx/math.cuh"
 #include "tk/sm90/register_tile.cuh"
 
-// Functions of single values, for use in maps. They are approximations: see ptx/math.cuh.
+// Functions of single values, for use in maps. Most are approximations: see ptx/math.cuh.
 namespace tk::math {
-using ptx::abs, ptx::exp2, ptx::log2, ptx::max, ptx::max_nan, ptx::min, ptx::reciprocal, ptx::rsqrt,
-    ptx::tanh;
+using ptx::abs, ptx::exp2, ptx::fma, ptx::log, ptx::log2, ptx::max, ptx::max_nan, ptx::min,
+    ptx::mul, ptx::reciprocal, ptx::rsqrt, ptx::tanh;
 }  // namespace tk::math
 
 namespace tk::warp {

@@ -31,6 +31,11 @@ __device__ __forceinline__ float tanh(float x) {
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// The natural logarithm, to an ulp: slower, for what is done once a row.
+__device__ __forceinline__ float log(float x) { return logf(x); }
+// One rounding, and never taken apart or put together otherwise.
+__device__ __forceinline__ float fma(float x, float y, float z) { return __fmaf_rn(x, y, z); }
+__device__ __forceinline__ float mul(float x, float y) { return __fmul_rn(x, y); }
 // A number if either is one.
 __device__ __forceinline__ float max(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ float min(float a, float b) { return fminf(a, b); }
