@@ -80,6 +80,18 @@ def test_scale():
         np.testing.assert_array_equal(x * 4 if name == "dq" else x, y, name)
 
 
+@pytest.mark.parametrize("scale", [-0.25, 0.0])
+@pytest.mark.parametrize("case", _TYPICAL[:2], ids=str)
+def test_scale_need_not_be_positive(case, scale):
+    inputs = case.inputs()
+    got, expected = (
+        _run(case, inputs, scale=scale, implementation=name) for name in ("tk", "xla")
+    )
+    for name, x, y in zip(_NAMES, got, expected, strict=True):
+        x, y = (np.asarray(array, np.float32) for array in (x, y))
+        np.testing.assert_allclose(x, y, atol=0.02 * np.abs(y).max(), err_msg=name)
+
+
 def test_gradients_without_a_cotangent_of_lse():
     case = _TYPICAL[1]
     q, k, v, dout, dlse = case.inputs()

@@ -55,9 +55,9 @@ class Shape:
         ]
 
 
-def options(is_causal=False, bottom_right=False, deterministic=True):
+def options(is_causal=False, bottom_right=False, deterministic=True, scale=0.125):
     return dataclasses.asdict(
-        attention.AttentionOptions(0.125, is_causal, bottom_right, deterministic)
+        attention.AttentionOptions(scale, is_causal, bottom_right, deterministic)
     )
 
 
@@ -151,6 +151,11 @@ _Q = Shape()
             forward(args=[("bfloat16", [2, 1000, 512]), _Q.k, _Q.k]),
             _INVALID,
             "q has shape (2, 1000, 512); expected 4 dimensions",
+        ),
+        (
+            forward(scale=-0.125),
+            _INVALID,
+            "scale is -0.125000; expected a positive number",
         ),
         (
             forward(args=[_Q.q, _Q.k, ("bfloat16", [2, 1099, 2, 64])]),

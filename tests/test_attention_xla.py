@@ -80,6 +80,27 @@ def test_scale_multiplies_the_scores():
     np.testing.assert_array_equal(got, scaled)
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_scale_need_not_be_positive(scale, mask):
+    case = Case(1, 9, 11, 2, 1, 64, mask, "fp32")
+    q, k, v, *_ = (jnp.asarray(x) for x in case.inputs())
+
+    def total(attention, q):
+        out, lse = attention(q, k, v, scale=scale, **case.settings)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(lse), (out, lse)
+
+    got, expected = (
+        jax.value_and_grad(functools.partial(total, attention), has_aux=True)(q)
+        for attention in (
+            functools.partial(tk_jax.attention, return_lse=True),
+            attention_reference,
+        )
+    )
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5)
+
+
 def test_causal_rows_see_what_the_alignment_says():
     seqlen_q, seqlen_kv = 3, 5
     q = jnp.zeros((1, seqlen_q, 1, 8))

@@ -28,7 +28,11 @@ struct Sizes {
 };
 
 // q [B, T, H, D], k and v [B, S, K, D].
-Result<Sizes> read_sizes(const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer& v) {
+Result<Sizes> read_sizes(const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer& v,
+                         const attention::Options& options) {
+  if (!(options.scale > 0)) {
+    return invalid("scale is " + std::to_string(options.scale) + "; expected a positive number");
+  }
   if (Status status = first_error({check_rank("q", q, 4), check_rank("k", k, 4)}); !status.ok()) {
     return status.error();
   }
@@ -90,7 +94,7 @@ struct ForwardCall {
 
 Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Options& options,
                                  const attention::ForwardConfig& config) {
-  const auto sizes = read_sizes(b.q, b.k, b.v);
+  const auto sizes = read_sizes(b.q, b.k, b.v, options);
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
   if (Status status =
@@ -197,7 +201,7 @@ Status check_backward(const BackwardBuffers& b, const Sizes& s) {
 
 Result<BackwardCall> read_backward(const BackwardBuffers& b, const attention::Options& options,
                                    const attention::BackwardConfig& config) {
-  const auto sizes = read_sizes(b.q, b.k, b.v);
+  const auto sizes = read_sizes(b.q, b.k, b.v, options);
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
   if (Status status = check_backward(b, s); !status.ok()) return status.error();

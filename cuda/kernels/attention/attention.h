@@ -10,7 +10,7 @@ namespace tk::attention {
 
 // What is computed. Fields match tk_jax.ops.attention.config.AttentionOptions.
 struct Options {
-  float scale;         // multiplies the scores before the softmax
+  float scale;         // positive; multiplies the scores before the softmax
   bool is_causal;      // query i sees key j only if j <= i + offset
   bool bottom_right;   // offset is S - T if set, otherwise 0
   bool deterministic;  // dq is summed over key blocks in a fixed order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -118,7 +119,16 @@ def _attention(call, q, k, v):
         if call.choice.cuda == "xla" or q.size == 0:
             out, lse = xla.attention(call.options, q, k, v)
             return (out, lse) if call.return_lse else out
+        if call.options.scale <= 0:
+            call, q = _with_positive_scale(call, q)
         return vjp.attention(call, q, k, v)
+
+
+def _with_positive_scale(call: vjp.Call, q):
+    """The same scores: the kernels find the largest score before they scale it."""
+    scale = call.options.scale
+    options = dataclasses.replace(call.options, scale=-scale if scale else 1.0)
+    return dataclasses.replace(call, options=options), -q if scale else 0 * q
 
 
 @_dispatch.explains(attention)
