@@ -1,6 +1,13 @@
 // The vocabulary every other header uses: integer names, 16-bit floats, constants.
 #pragma once
 
+#include "tk/location.h"
+
+#ifdef TK_INTERPRETER
+#define __device__
+#define __forceinline__ inline
+#endif
+
 namespace tk {
 
 using uint8 = unsigned char;

@@ -43,7 +43,7 @@ __device__ __forceinline__ void backward_prepare(const BackwardPrepareParams& pa
                                  nothing);
     }
   }
-  if (warpgroup::leader()) params.dq_order[head_row * (padded / 64) + block] = 0;
+  if (warpgroup::leader()) reset_turns(params.dq_order + head_row * (padded / 64) + block);
 
   const int64 first = static_cast<int64>(batch) * params.seqlen_q * params.num_heads + head;
   PerRow<16> lse, dlse;

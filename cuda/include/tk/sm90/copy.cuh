@@ -1,11 +1,11 @@
 // Moves between registers, shared memory and global memory that threads do themselves.
 #pragma once
 
-#include "tk/sm90/global_view.cuh"
+#include "tk/global_view.cuh"
+#include "tk/shared_tile.cuh"
 #include "tk/sm90/map.cuh"
 #include "tk/sm90/ptx/fence.cuh"
 #include "tk/sm90/ptx/matrix.cuh"
-#include "tk/sm90/shared_tile.cuh"
 
 namespace tk {
 namespace detail {
@@ -152,25 +152,29 @@ namespace warp {
 
 // Between a warp's registers and a shared tile of the same shape.
 template <typename T, int kRows, int kCols, typename Shared>
-__device__ __forceinline__ void load(RegTile<T, kRows, kCols>& dst, const Shared& src) {
+__device__ __forceinline__ void load(RegTile<T, kRows, kCols>& dst, const Shared& src,
+                                     Location = {}) {
   static_assert(Shared::kRows == kRows && Shared::kCols == kCols, "load needs tiles of one shape");
   detail::load_shared(dst, detail::as_view(src), 0);
 }
 template <typename Shared, typename T, int kRows, int kCols>
-__device__ __forceinline__ void store(const Shared& dst, const RegTile<T, kRows, kCols>& src) {
+__device__ __forceinline__ void store(const Shared& dst, const RegTile<T, kRows, kCols>& src,
+                                      Location = {}) {
   static_assert(Shared::kRows == kRows && Shared::kCols == kCols, "store needs tiles of one shape");
   detail::store_shared(detail::as_view(dst), src, 0);
 }
 // A shared tile with rows and columns exchanged.
 template <typename T, int kRows, int kCols, typename Shared>
-__device__ __forceinline__ void load_transposed(RegTile<T, kRows, kCols>& dst, const Shared& src) {
+__device__ __forceinline__ void load_transposed(RegTile<T, kRows, kCols>& dst, const Shared& src,
+                                                Location = {}) {
   static_assert(Shared::kRows == kCols && Shared::kCols == kRows,
                 "load_transposed needs the transposed shape");
   detail::load_shared_transposed(dst, detail::as_view(src), 0);
 }
 template <typename Shared, typename T, int kRows, int kCols>
 __device__ __forceinline__ void store_transposed(const Shared& dst,
-                                                 const RegTile<T, kRows, kCols>& src) {
+                                                 const RegTile<T, kRows, kCols>& src,
+                                                 Location = {}) {
   static_assert(Shared::kRows == kCols && Shared::kCols == kRows,
                 "store_transposed needs the transposed shape");
   detail::store_shared_transposed(detail::as_view(dst), src, 0);
@@ -179,23 +183,25 @@ __device__ __forceinline__ void store_transposed(const Shared& dst,
 // Between registers and an array in global memory, at (row, col).
 template <typename T, int kRows, int kCols, typename U>
 __device__ __forceinline__ void load(RegTile<T, kRows, kCols>& dst, const GlobalView<U>& src,
-                                     int row, int col) {
+                                     int row, int col, Location = {}) {
   detail::load_global(dst, src, row, col);
 }
 template <typename U, typename T, int kRows, int kCols>
 __device__ __forceinline__ void store(const GlobalView<U>& dst, const RegTile<T, kRows, kCols>& src,
-                                      int row, int col) {
+                                      int row, int col, Location = {}) {
   detail::store_global(dst, src, row, col);
 }
 
 // A value per row or column from shared memory.
 template <int kN>
-__device__ __forceinline__ void load(PerRow<kN>& dst, const SharedVec<float, kN>& src) {
+__device__ __forceinline__ void load(PerRow<kN>& dst, const SharedVec<float, kN>& src,
+                                     Location = {}) {
   const uint32 base = ptx::shared_address(src.data);
   for_each(dst, [&](int row, float) { return ptx::load_shared_f32(base + 4 * row); });
 }
 template <int kN>
-__device__ __forceinline__ void load(PerCol<kN>& dst, const SharedVec<float, kN>& src) {
+__device__ __forceinline__ void load(PerCol<kN>& dst, const SharedVec<float, kN>& src,
+                                     Location = {}) {
   const uint32 base = ptx::shared_address(src.data);
 #pragma unroll
   for (int g = 0; g < kN / 8; ++g) {
@@ -205,7 +211,7 @@ __device__ __forceinline__ void load(PerCol<kN>& dst, const SharedVec<float, kN>
 // dst = f(src, cols) with the values of the columns in shared memory, read as they are needed.
 template <typename Dst, typename Src, int kN, typename F>
 __device__ __forceinline__ void map_cols(Dst& dst, const Src& src, const SharedVec<float, kN>& cols,
-                                         F&& f) {
+                                         F&& f, Location = {}) {
   static_assert(detail::kSameShape<Dst, Src> && Dst::kCols == kN,
                 "map_cols needs a value for each column of the tile");
   const uint32 base = ptx::shared_address(cols.data);
@@ -224,7 +230,8 @@ __device__ __forceinline__ void map_cols(Dst& dst, const Src& src, const SharedV
   }
 }
 template <int kN>
-__device__ __forceinline__ void store(SharedVec<float, kN>& dst, const PerRow<kN>& src) {
+__device__ __forceinline__ void store(SharedVec<float, kN>& dst, const PerRow<kN>& src,
+                                      Location = {}) {
   const uint32 base = ptx::shared_address(dst.data);
   PerRow<kN> copy = src;
   if ((ptx::lane_index() & 3) == 0) {
@@ -235,7 +242,8 @@ __device__ __forceinline__ void store(SharedVec<float, kN>& dst, const PerRow<kN
   }
 }
 template <int kN>
-__device__ __forceinline__ void store(SharedVec<float, kN>& dst, const PerCol<kN>& src) {
+__device__ __forceinline__ void store(SharedVec<float, kN>& dst, const PerCol<kN>& src,
+                                      Location = {}) {
   const uint32 base = ptx::shared_address(dst.data);
   if (ptx::lane_index() < 4) {
 #pragma unroll
@@ -251,26 +259,30 @@ namespace warpgroup {
 
 // Between the tiles of four warps and a shared tile of four times their rows.
 template <typename T, int kRows, int kCols, typename Shared>
-__device__ __forceinline__ void load(RegTile<T, kRows, kCols>& dst, const Shared& src) {
+__device__ __forceinline__ void load(RegTile<T, kRows, kCols>& dst, const Shared& src,
+                                     Location = {}) {
   static_assert(Shared::kRows == 4 * kRows && Shared::kCols == kCols,
                 "a warpgroup loads four times the rows of a warp's tile");
   detail::load_shared(dst, detail::as_view(src), kRows * (ptx::warp_index() & 3));
 }
 template <typename Shared, typename T, int kRows, int kCols>
-__device__ __forceinline__ void store(const Shared& dst, const RegTile<T, kRows, kCols>& src) {
+__device__ __forceinline__ void store(const Shared& dst, const RegTile<T, kRows, kCols>& src,
+                                      Location = {}) {
   static_assert(Shared::kRows == 4 * kRows && Shared::kCols == kCols,
                 "a warpgroup stores four times the rows of a warp's tile");
   detail::store_shared(detail::as_view(dst), src, kRows * (ptx::warp_index() & 3));
 }
 template <typename T, int kRows, int kCols, typename Shared>
-__device__ __forceinline__ void load_transposed(RegTile<T, kRows, kCols>& dst, const Shared& src) {
+__device__ __forceinline__ void load_transposed(RegTile<T, kRows, kCols>& dst, const Shared& src,
+                                                Location = {}) {
   static_assert(Shared::kRows == kCols && Shared::kCols == 4 * kRows,
                 "load_transposed needs the transposed shape");
   detail::load_shared_transposed(dst, detail::as_view(src), kRows * (ptx::warp_index() & 3));
 }
 template <typename Shared, typename T, int kRows, int kCols>
 __device__ __forceinline__ void store_transposed(const Shared& dst,
-                                                 const RegTile<T, kRows, kCols>& src) {
+                                                 const RegTile<T, kRows, kCols>& src,
+                                                 Location = {}) {
   static_assert(Shared::kRows == kCols && Shared::kCols == 4 * kRows,
                 "store_transposed needs the transposed shape");
   detail::store_shared_transposed(detail::as_view(dst), src, kRows * (ptx::warp_index() & 3));
@@ -279,18 +291,19 @@ __device__ __forceinline__ void store_transposed(const Shared& dst,
 // Between registers and global memory, at (row, col) for the warpgroup's first row.
 template <typename T, int kRows, int kCols, typename U>
 __device__ __forceinline__ void load(RegTile<T, kRows, kCols>& dst, const GlobalView<U>& src,
-                                     int row, int col) {
+                                     int row, int col, Location = {}) {
   detail::load_global(dst, src, row + kRows * (ptx::warp_index() & 3), col);
 }
 template <typename U, typename T, int kRows, int kCols>
 __device__ __forceinline__ void store(const GlobalView<U>& dst, const RegTile<T, kRows, kCols>& src,
-                                      int row, int col) {
+                                      int row, int col, Location = {}) {
   detail::store_global(dst, src, row + kRows * (ptx::warp_index() & 3), col);
 }
 
 // A value per row to an array, from element `first` on; elements beyond its size are not written.
 template <typename T, int kN>
-__device__ __forceinline__ void store(const GlobalVec<T>& dst, const PerRow<kN>& src, int first) {
+__device__ __forceinline__ void store(const GlobalVec<T>& dst, const PerRow<kN>& src, int first,
+                                      Location = {}) {
   PerRow<kN> copy = src;
   if ((ptx::lane_index() & 3) == 0) {
     for_each(copy, [&](int row, float x) {
@@ -302,7 +315,7 @@ __device__ __forceinline__ void store(const GlobalVec<T>& dst, const PerRow<kN>&
 // Elements beyond the array's size read as `missing`.
 template <int kN, typename T>
 __device__ __forceinline__ void load(PerRow<kN>& dst, const GlobalVec<T>& src, int first,
-                                     float missing) {
+                                     float missing, Location = {}) {
   for_each(dst, [&](int row, float) {
     return first + row < src.size ? ptx::to_float(*src.at(first + row)) : missing;
   });
@@ -316,7 +329,8 @@ __device__ __forceinline__ int offset(int run) {
 }  // namespace detail_fragments
 
 template <int kCols>
-__device__ __forceinline__ void store(Fragments<kCols>& dst, const RegTile<float, 16, kCols>& src) {
+__device__ __forceinline__ void store(Fragments<kCols>& dst, const RegTile<float, 16, kCols>& src,
+                                      Location = {}) {
   const uint32 base = ptx::shared_address(dst.data);
 #pragma unroll
   for (int run = 0; run < kCols / 8; ++run) {
@@ -326,7 +340,8 @@ __device__ __forceinline__ void store(Fragments<kCols>& dst, const RegTile<float
 }
 // `src` is a Fragments that was moved to global memory.
 template <int kCols>
-__device__ __forceinline__ void load_fragments(RegTile<float, 16, kCols>& dst, const float* src) {
+__device__ __forceinline__ void load_fragments(RegTile<float, 16, kCols>& dst, const float* src,
+                                               Location = {}) {
 #pragma unroll
   for (int run = 0; run < kCols / 8; ++run) {
     const float4 x = *reinterpret_cast<const float4*>(src + detail_fragments::offset(run));
@@ -337,7 +352,8 @@ __device__ __forceinline__ void load_fragments(RegTile<float, 16, kCols>& dst, c
   }
 }
 template <int kCols>
-__device__ __forceinline__ void store_fragments(float* dst, const RegTile<float, 16, kCols>& src) {
+__device__ __forceinline__ void store_fragments(float* dst, const RegTile<float, 16, kCols>& src,
+                                                Location = {}) {
 #pragma unroll
   for (int run = 0; run < kCols / 8; ++run) {
     const float* x = &src.data[0][4 * run];
@@ -350,9 +366,9 @@ __device__ __forceinline__ void store_fragments(float* dst, const RegTile<float,
 
 // After ordinary stores to shared memory, before the copy engine or the tensor cores read them:
 // every thread that stored calls this, then a barrier.
-__device__ __forceinline__ void publish_shared() { ptx::fence_async_shared(); }
+__device__ __forceinline__ void publish_shared(Location = {}) { ptx::fence_async_shared(); }
 // The same after ordinary stores to global memory that the copy engine reads, overwrites or adds
 // to.
-__device__ __forceinline__ void publish_global() { ptx::fence_async_global(); }
+__device__ __forceinline__ void publish_global(Location = {}) { ptx::fence_async_global(); }
 
 }  // namespace tk

@@ -1,7 +1,7 @@
 // Elementwise operations on register tiles and vectors: destination first, then operands.
 //
-// map and zip take any function of floats; the named operations are spelled with them. Operands may
-// be tiles of another type than the destination: values are fp32 on the way.
+// map and zip take any function of floats; tk/elementwise.cuh has the named operations. Operands
+// may be tiles of another type than the destination: values are fp32 on the way.
 #pragma once
 
 #include "tk/sm90/ptx/math.cuh"
@@ -17,7 +17,7 @@ namespace tk::warp {
 
 // dst = f(src), value by value.
 template <typename Dst, typename Src, typename F>
-__device__ __forceinline__ void map(Dst& dst, const Src& src, F&& f) {
+__device__ __forceinline__ void map(Dst& dst, const Src& src, F&& f, Location = {}) {
   static_assert(detail::kSameShape<Dst, Src>, "map needs tiles of one shape");
   detail::for_each_pair<Dst>([&](int s, int g, int h) {
     detail::set_pair(dst, s, g, h, f(detail::get(src, s, g, 2 * h)),
@@ -27,7 +27,7 @@ __device__ __forceinline__ void map(Dst& dst, const Src& src, F&& f) {
 
 // dst = f(a, b), value by value.
 template <typename Dst, typename A, typename B, typename F>
-__device__ __forceinline__ void zip(Dst& dst, const A& a, const B& b, F&& f) {
+__device__ __forceinline__ void zip(Dst& dst, const A& a, const B& b, F&& f, Location = {}) {
   static_assert(detail::kSameShape<Dst, A> && detail::kSameShape<Dst, B>,
                 "zip needs tiles of one shape");
   detail::for_each_pair<Dst>([&](int s, int g, int h) {
@@ -38,7 +38,8 @@ __device__ __forceinline__ void zip(Dst& dst, const A& a, const B& b, F&& f) {
 
 // dst = f(src, rows), where rows has a value for each row.
 template <typename Dst, typename Src, int kN, typename F>
-__device__ __forceinline__ void map_rows(Dst& dst, const Src& src, const PerRow<kN>& rows, F&& f) {
+__device__ __forceinline__ void map_rows(Dst& dst, const Src& src, const PerRow<kN>& rows, F&& f,
+                                         Location = {}) {
   static_assert(detail::kSameShape<Dst, Src> && Dst::kRows == kN,
                 "map_rows needs a value for each row of the tile");
   detail::for_each_pair<Dst>([&](int s, int g, int h) {
@@ -49,7 +50,8 @@ __device__ __forceinline__ void map_rows(Dst& dst, const Src& src, const PerRow<
 
 // dst = f(src, cols), where cols has a value for each column.
 template <typename Dst, typename Src, int kN, typename F>
-__device__ __forceinline__ void map_cols(Dst& dst, const Src& src, const PerCol<kN>& cols, F&& f) {
+__device__ __forceinline__ void map_cols(Dst& dst, const Src& src, const PerCol<kN>& cols, F&& f,
+                                         Location = {}) {
   static_assert(detail::kSameShape<Dst, Src> && Dst::kCols == kN,
                 "map_cols needs a value for each column of the tile");
   detail::for_each_pair<Dst>([&](int s, int g, int h) {
@@ -61,7 +63,7 @@ __device__ __forceinline__ void map_cols(Dst& dst, const Src& src, const PerCol<
 // dst(r, c) = f(rows(r), cols(c)): outer differences, products and decays.
 template <typename Dst, int kR, int kC, typename F>
 __device__ __forceinline__ void outer(Dst& dst, const PerRow<kR>& rows, const PerCol<kC>& cols,
-                                      F&& f) {
+                                      F&& f, Location = {}) {
   static_assert(Dst::kRows == kR && Dst::kCols == kC, "outer needs vectors of the tile's shape");
   detail::for_each_pair<Dst>([&](int s, int g, int h) {
     detail::set_pair(dst, s, g, h, f(rows.data[s][h], cols.data[g][0]),
@@ -71,7 +73,7 @@ __device__ __forceinline__ void outer(Dst& dst, const PerRow<kR>& rows, const Pe
 
 // tile(r, c) = f(r, c, tile(r, c)): the one door to coordinates, here within the warp's rows.
 template <typename Tile, typename F>
-__device__ __forceinline__ void for_each(Tile& tile, F&& f) {
+__device__ __forceinline__ void for_each(Tile& tile, F&& f, Location = {}) {
   detail::for_each_pair<Tile>([&](int s, int g, int h) {
     const int row = detail::row_of(s, 2 * h);
     const int col = detail::col_of(g, 2 * h);
@@ -81,89 +83,20 @@ __device__ __forceinline__ void for_each(Tile& tile, F&& f) {
 }
 
 template <typename Tile>
-__device__ __forceinline__ void fill(Tile& dst, float value) {
+__device__ __forceinline__ void fill(Tile& dst, float value, Location = {}) {
   detail::for_each_pair<Tile>(
       [&](int s, int g, int h) { detail::set_pair(dst, s, g, h, value, value); });
 }
 
 // Rounds, widens or copies, as the types ask.
 template <typename Dst, typename Src>
-__device__ __forceinline__ void convert(Dst& dst, const Src& src) {
+__device__ __forceinline__ void convert(Dst& dst, const Src& src, Location = {}) {
   map(dst, src, [](float x) { return x; });
 }
 
-// Named maps of one operand.
-template <typename Dst, typename Src>
-__device__ __forceinline__ void exp2(Dst& dst, const Src& src) {
-  map(dst, src, [](float x) { return ptx::exp2(x); });
-}
-template <typename Dst, typename Src>
-__device__ __forceinline__ void exp(Dst& dst, const Src& src) {
-  map(dst, src, [](float x) { return ptx::exp2(x * kLog2E); });
-}
-template <typename Dst, typename Src>
-__device__ __forceinline__ void log2(Dst& dst, const Src& src) {
-  map(dst, src, [](float x) { return ptx::log2(x); });
-}
-template <typename Dst, typename Src>
-__device__ __forceinline__ void log(Dst& dst, const Src& src) {
-  map(dst, src, [](float x) { return ptx::log2(x) * kLn2; });
-}
-template <typename Dst, typename Src>
-__device__ __forceinline__ void abs(Dst& dst, const Src& src) {
-  map(dst, src, [](float x) { return ptx::abs(x); });
-}
-template <typename Dst, typename Src>
-__device__ __forceinline__ void neg(Dst& dst, const Src& src) {
-  map(dst, src, [](float x) { return -x; });
-}
-template <typename Dst, typename Src>
-__device__ __forceinline__ void relu(Dst& dst, const Src& src) {
-  map(dst, src, [](float x) { return ptx::max_nan(x, 0.0f); });
-}
-template <typename Dst, typename Src>
-__device__ __forceinline__ void tanh(Dst& dst, const Src& src) {
-  map(dst, src, [](float x) { return ptx::tanh(x); });
-}
-template <typename Dst, typename Src>
-__device__ __forceinline__ void rsqrt(Dst& dst, const Src& src) {
-  map(dst, src, [](float x) { return ptx::rsqrt(x); });
-}
-template <typename Dst, typename Src>
-__device__ __forceinline__ void reciprocal(Dst& dst, const Src& src) {
-  map(dst, src, [](float x) { return ptx::reciprocal(x); });
-}
-
-// The two-operand operations, against a tile, a number, a value per row and a value per column.
-#define TK_BINARY(name, expression)                                                           \
-  template <typename Dst, typename A, typename B>                                             \
-  __device__ __forceinline__ void name(Dst& dst, const A& a, const B& b) {                    \
-    zip(dst, a, b, [](float x, float y) { return expression; });                              \
-  }                                                                                           \
-  template <typename Dst, typename A>                                                         \
-  __device__ __forceinline__ void name(Dst& dst, const A& a, float y) {                       \
-    map(dst, a, [y](float x) { return expression; });                                         \
-  }                                                                                           \
-  template <typename Dst, typename A, int kN>                                                 \
-  __device__ __forceinline__ void name##_rows(Dst& dst, const A& a, const PerRow<kN>& rows) { \
-    map_rows(dst, a, rows, [](float x, float y) { return expression; });                      \
-  }                                                                                           \
-  template <typename Dst, typename A, int kN>                                                 \
-  __device__ __forceinline__ void name##_cols(Dst& dst, const A& a, const PerCol<kN>& cols) { \
-    map_cols(dst, a, cols, [](float x, float y) { return expression; });                      \
-  }
-
-TK_BINARY(add, x + y)
-TK_BINARY(sub, x - y)
-TK_BINARY(mul, x* y)
-TK_BINARY(div, x / y)
-TK_BINARY(max, ptx::max(x, y))
-TK_BINARY(min, ptx::min(x, y))
-#undef TK_BINARY
-
 // Vectors: the same verbs, value by value.
 template <int kN, typename F>
-__device__ __forceinline__ void map(PerRow<kN>& dst, const PerRow<kN>& src, F&& f) {
+__device__ __forceinline__ void map(PerRow<kN>& dst, const PerRow<kN>& src, F&& f, Location = {}) {
 #pragma unroll
   for (int s = 0; s < kN / 16; ++s) {
     dst.data[s][0] = f(src.data[s][0]);
@@ -172,7 +105,7 @@ __device__ __forceinline__ void map(PerRow<kN>& dst, const PerRow<kN>& src, F&& 
 }
 template <int kN, typename F>
 __device__ __forceinline__ void zip(PerRow<kN>& dst, const PerRow<kN>& a, const PerRow<kN>& b,
-                                    F&& f) {
+                                    F&& f, Location = {}) {
 #pragma unroll
   for (int s = 0; s < kN / 16; ++s) {
     dst.data[s][0] = f(a.data[s][0], b.data[s][0]);
@@ -180,11 +113,11 @@ __device__ __forceinline__ void zip(PerRow<kN>& dst, const PerRow<kN>& a, const 
   }
 }
 template <int kN>
-__device__ __forceinline__ void fill(PerRow<kN>& dst, float value) {
+__device__ __forceinline__ void fill(PerRow<kN>& dst, float value, Location = {}) {
   map(dst, dst, [value](float) { return value; });
 }
 template <int kN, typename F>
-__device__ __forceinline__ void map(PerCol<kN>& dst, const PerCol<kN>& src, F&& f) {
+__device__ __forceinline__ void map(PerCol<kN>& dst, const PerCol<kN>& src, F&& f, Location = {}) {
 #pragma unroll
   for (int g = 0; g < kN / 8; ++g) {
     dst.data[g][0] = f(src.data[g][0]);
@@ -193,7 +126,7 @@ __device__ __forceinline__ void map(PerCol<kN>& dst, const PerCol<kN>& src, F&& 
 }
 template <int kN, typename F>
 __device__ __forceinline__ void zip(PerCol<kN>& dst, const PerCol<kN>& a, const PerCol<kN>& b,
-                                    F&& f) {
+                                    F&& f, Location = {}) {
 #pragma unroll
   for (int g = 0; g < kN / 8; ++g) {
     dst.data[g][0] = f(a.data[g][0], b.data[g][0]);
@@ -201,17 +134,12 @@ __device__ __forceinline__ void zip(PerCol<kN>& dst, const PerCol<kN>& a, const 
   }
 }
 template <int kN>
-__device__ __forceinline__ void fill(PerCol<kN>& dst, float value) {
+__device__ __forceinline__ void fill(PerCol<kN>& dst, float value, Location = {}) {
   map(dst, dst, [value](float) { return value; });
-}
-// A tile or a vector.
-template <typename Dst>
-__device__ __forceinline__ void zero(Dst& dst) {
-  fill(dst, 0.0f);
 }
 // f(row, value): a vector's door to coordinates, within the warp's rows.
 template <int kN, typename F>
-__device__ __forceinline__ void for_each(PerRow<kN>& dst, F&& f) {
+__device__ __forceinline__ void for_each(PerRow<kN>& dst, F&& f, Location = {}) {
 #pragma unroll
   for (int s = 0; s < kN / 16; ++s) {
     dst.data[s][0] = f(detail::row_of(s, 0), dst.data[s][0]);
@@ -219,7 +147,7 @@ __device__ __forceinline__ void for_each(PerRow<kN>& dst, F&& f) {
   }
 }
 template <int kN, typename F>
-__device__ __forceinline__ void for_each(PerCol<kN>& dst, F&& f) {
+__device__ __forceinline__ void for_each(PerCol<kN>& dst, F&& f, Location = {}) {
 #pragma unroll
   for (int g = 0; g < kN / 8; ++g) {
     dst.data[g][0] = f(detail::col_of(g, 0), dst.data[g][0]);
@@ -233,12 +161,12 @@ namespace tk::warpgroup {
 
 // Coordinates within the 64 rows of a warpgroup's tile.
 template <typename Tile, typename F>
-__device__ __forceinline__ void for_each(Tile& tile, F&& f) {
+__device__ __forceinline__ void for_each(Tile& tile, F&& f, Location = {}) {
   const int first = Tile::kRows * (ptx::warp_index() & 3);
   warp::for_each(tile, [&](int row, int col, float x) { return f(first + row, col, x); });
 }
 template <int kN, typename F>
-__device__ __forceinline__ void for_each(PerRow<kN>& rows, F&& f) {
+__device__ __forceinline__ void for_each(PerRow<kN>& rows, F&& f, Location = {}) {
   const int first = kN * (ptx::warp_index() & 3);
   warp::for_each(rows, [&](int row, float x) { return f(first + row, x); });
 }

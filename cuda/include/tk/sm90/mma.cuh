@@ -9,9 +9,9 @@
 // Name in mma_wait every register tile that becomes free by it.
 #pragma once
 
+#include "tk/shared_tile.cuh"
 #include "tk/sm90/ptx/wgmma.cuh"
 #include "tk/sm90/register_tile.cuh"
-#include "tk/sm90/shared_tile.cuh"
 
 namespace tk::warpgroup {
 namespace detail_mma {

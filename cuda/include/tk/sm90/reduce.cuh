@@ -9,24 +9,10 @@
 
 namespace tk::warp {
 
-namespace detail_ops {
-struct Sum {
-  __device__ __forceinline__ float operator()(float x, float y) const { return x + y; }
-};
-struct Max {
-  __device__ __forceinline__ float operator()(float x, float y) const { return ptx::max(x, y); }
-};
-struct Min {
-  __device__ __forceinline__ float operator()(float x, float y) const { return ptx::min(x, y); }
-};
-struct Prod {
-  __device__ __forceinline__ float operator()(float x, float y) const { return x * y; }
-};
-}  // namespace detail_ops
-
 // rows = op(rows, the lane's part of each row of src). Complete only after finish_rows.
 template <int kN, typename Src, typename Op>
-__device__ __forceinline__ void fold_rows(PerRow<kN>& rows, const Src& src, Op&& op) {
+__device__ __forceinline__ void fold_rows(PerRow<kN>& rows, const Src& src, Op&& op,
+                                          Location = {}) {
   static_assert(Src::kRows == kN, "fold_rows needs a value for each row of the tile");
   detail::for_each_pair<Src>([&](int s, int g, int h) {
     rows.data[s][h] =
@@ -35,15 +21,15 @@ __device__ __forceinline__ void fold_rows(PerRow<kN>& rows, const Src& src, Op&&
 }
 // Brings together the lanes' parts, so that every lane of a quad holds the whole.
 template <int kN, typename Op>
-__device__ __forceinline__ void finish_rows(PerRow<kN>& rows, Op&& op) {
+__device__ __forceinline__ void finish_rows(PerRow<kN>& rows, Op&& op, Location = {}) {
   map(rows, rows, [&](float x) {
     x = op(x, ptx::shuffle_xor(x, 1));
     return op(x, ptx::shuffle_xor(x, 2));
   });
 }
 template <int kN, typename Src, typename Op>
-__device__ __forceinline__ void reduce_rows(PerRow<kN>& rows, const Src& src, float start,
-                                            Op&& op) {
+__device__ __forceinline__ void reduce_rows(PerRow<kN>& rows, const Src& src, float start, Op&& op,
+                                            Location = {}) {
   fill(rows, start);
   fold_rows(rows, src, op);
   finish_rows(rows, op);
@@ -51,7 +37,8 @@ __device__ __forceinline__ void reduce_rows(PerRow<kN>& rows, const Src& src, fl
 
 // Whether f(a, b) holds for any row of the warp, the same answer in every lane.
 template <int kN, typename F>
-__device__ __forceinline__ bool any_row(const PerRow<kN>& a, const PerRow<kN>& b, F&& f) {
+__device__ __forceinline__ bool any_row(const PerRow<kN>& a, const PerRow<kN>& b, F&& f,
+                                        Location = {}) {
   bool any = false;
 #pragma unroll
   for (int s = 0; s < kN / 16; ++s) {
@@ -61,7 +48,8 @@ __device__ __forceinline__ bool any_row(const PerRow<kN>& a, const PerRow<kN>& b
 }
 
 template <int kN, typename Src, typename Op>
-__device__ __forceinline__ void fold_cols(PerCol<kN>& cols, const Src& src, Op&& op) {
+__device__ __forceinline__ void fold_cols(PerCol<kN>& cols, const Src& src, Op&& op,
+                                          Location = {}) {
   static_assert(Src::kCols == kN, "fold_cols needs a value for each column of the tile");
   detail::for_each_pair<Src>([&](int s, int g, int h) {
     cols.data[g][0] = op(cols.data[g][0], detail::get(src, s, g, 2 * h));
@@ -69,7 +57,7 @@ __device__ __forceinline__ void fold_cols(PerCol<kN>& cols, const Src& src, Op&&
   });
 }
 template <int kN, typename Op>
-__device__ __forceinline__ void finish_cols(PerCol<kN>& cols, Op&& op) {
+__device__ __forceinline__ void finish_cols(PerCol<kN>& cols, Op&& op, Location = {}) {
   map(cols, cols, [&](float x) {
     x = op(x, ptx::shuffle_xor(x, 4));
     x = op(x, ptx::shuffle_xor(x, 8));
@@ -77,49 +65,16 @@ __device__ __forceinline__ void finish_cols(PerCol<kN>& cols, Op&& op) {
   });
 }
 template <int kN, typename Src, typename Op>
-__device__ __forceinline__ void reduce_cols(PerCol<kN>& cols, const Src& src, float start,
-                                            Op&& op) {
+__device__ __forceinline__ void reduce_cols(PerCol<kN>& cols, const Src& src, float start, Op&& op,
+                                            Location = {}) {
   fill(cols, start);
   fold_cols(cols, src, op);
   finish_cols(cols, op);
 }
 
-// fold_row_sum and the like take what the vector already holds into the reduction.
-#define TK_REDUCTION(name, Op, start)                                                 \
-  template <int kN, typename Src>                                                     \
-  __device__ __forceinline__ void row_##name(PerRow<kN>& rows, const Src& src) {      \
-    reduce_rows(rows, src, start, detail_ops::Op());                                  \
-  }                                                                                   \
-  template <int kN, typename Src>                                                     \
-  __device__ __forceinline__ void col_##name(PerCol<kN>& cols, const Src& src) {      \
-    reduce_cols(cols, src, start, detail_ops::Op());                                  \
-  }                                                                                   \
-  template <int kN, typename Src>                                                     \
-  __device__ __forceinline__ void fold_row_##name(PerRow<kN>& rows, const Src& src) { \
-    fold_rows(rows, src, detail_ops::Op());                                           \
-  }                                                                                   \
-  template <int kN>                                                                   \
-  __device__ __forceinline__ void finish_row_##name(PerRow<kN>& rows) {               \
-    finish_rows(rows, detail_ops::Op());                                              \
-  }                                                                                   \
-  template <int kN, typename Src>                                                     \
-  __device__ __forceinline__ void fold_col_##name(PerCol<kN>& cols, const Src& src) { \
-    fold_cols(cols, src, detail_ops::Op());                                           \
-  }                                                                                   \
-  template <int kN>                                                                   \
-  __device__ __forceinline__ void finish_col_##name(PerCol<kN>& cols) {               \
-    finish_cols(cols, detail_ops::Op());                                              \
-  }
-
-TK_REDUCTION(sum, Sum, 0.0f)
-TK_REDUCTION(max, Max, -kInfinity)
-TK_REDUCTION(min, Min, kInfinity)
-TK_REDUCTION(prod, Prod, 1.0f)
-#undef TK_REDUCTION
-
 // dst(r, c) = src(r, 0) + ... + src(r, c).
 template <typename Dst, typename Src>
-__device__ __forceinline__ void cumsum_cols(Dst& dst, const Src& src) {
+__device__ __forceinline__ void cumsum_cols(Dst& dst, const Src& src, Location = {}) {
   static_assert(detail::kSameShape<Dst, Src>, "cumsum_cols needs tiles of one shape");
   const int place = ptx::lane_index() & 3;
 #pragma unroll
@@ -149,7 +104,7 @@ __device__ __forceinline__ void cumsum_cols(Dst& dst, const Src& src) {
 
 // dst(r, c) = src(0, c) + ... + src(r, c), over the warp's rows.
 template <typename Dst, typename Src>
-__device__ __forceinline__ void cumsum_rows(Dst& dst, const Src& src) {
+__device__ __forceinline__ void cumsum_rows(Dst& dst, const Src& src, Location = {}) {
   static_assert(detail::kSameShape<Dst, Src>, "cumsum_rows needs tiles of one shape");
   const int place = ptx::lane_index() >> 2;
 #pragma unroll
@@ -179,7 +134,8 @@ __device__ __forceinline__ void cumsum_rows(Dst& dst, const Src& src) {
 
 // dst = src with rows and columns exchanged, for square tiles of 16-bit values.
 template <typename T, int kN>
-__device__ __forceinline__ void transpose(RegTile<T, kN, kN>& dst, const RegTile<T, kN, kN>& src) {
+__device__ __forceinline__ void transpose(RegTile<T, kN, kN>& dst, const RegTile<T, kN, kN>& src,
+                                          Location = {}) {
   static_assert(kIsHalf<T>, "transpose moves 16-bit values");
   RegTile<T, kN, kN> result;
 #pragma unroll

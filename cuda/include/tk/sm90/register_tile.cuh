@@ -115,7 +115,7 @@ namespace warp {
 // time.
 template <int kCount, typename T, int kRows, int kCols>
 __device__ __forceinline__ RegTile<T, kRows, kCount> cols(const RegTile<T, kRows, kCols>& tile,
-                                                          int index) {
+                                                          int index, Location = {}) {
   static_assert(kCols % kCount == 0, "a tile is cut into equal parts");
   RegTile<T, kRows, kCount> part;
 #pragma unroll

@@ -5,9 +5,9 @@
 // written. Loads complete on a barrier that expects their bytes; stores are waited for in groups.
 #pragma once
 
+#include "tk/shared_tile.cuh"
 #include "tk/sm90/barrier.cuh"
 #include "tk/sm90/ptx/tma.cuh"
-#include "tk/sm90/shared_tile.cuh"
 
 namespace tk::tma {
 

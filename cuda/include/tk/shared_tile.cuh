@@ -6,7 +6,7 @@
 #pragma once
 
 #include "tk/base.cuh"
-#include "tk/sm90/ptx/thread.cuh"
+#include "tk/shared_address.cuh"
 #include "tk/tensor_map.h"
 
 namespace tk {
@@ -66,7 +66,7 @@ struct alignas(1024) SharedTile {
 
   T data[kRows * kCols];
 
-  __device__ __forceinline__ View view() const { return {ptx::shared_address(data)}; }
+  __device__ __forceinline__ View view() const { return {detail::shared_address(data)}; }
   template <int kCount>
   __device__ __forceinline__ auto rows(int index) const {
     return view().template rows<kCount>(index);

@@ -13,19 +13,9 @@
 // Roles meet only through the barriers in Shared.
 #pragma once
 
-#include "tk/sm90/barrier.cuh"
-#include "tk/sm90/ptx/registers.cuh"
+#include "tk/backend.cuh"
 
 namespace tk::block {
-
-// The block's dynamic shared memory from the first 1024-byte boundary on, where swizzled tiles may
-// start. The launcher adds 1024 bytes for it.
-template <typename Shared>
-__device__ __forceinline__ Shared& shared_memory() {
-  extern __shared__ uint8 bytes[];
-  const uint32 start = ptx::shared_address(bytes);
-  return *reinterpret_cast<Shared*>(bytes + (round_up(start, 1024u) - start));
-}
 
 namespace detail_roles {
 // Registers of each thread of a block that has a multiprocessor to itself, as the compiler sets
@@ -56,9 +46,9 @@ __device__ __forceinline__ void run(const Params& params) {
       "the roles' registers exceed what the block starts with: increase would wait for "
       "ever");
   Shared& shared = shared_memory<Shared>();
-  const int warp = ptx::uniform_warp_index();
+  const int warp = warp::uniform_index();
   const int warpgroup = warp / 4;
-  if (warp == 0 && ptx::elect_one()) {
+  if (warp == 0 && warp::elect()) {
     Kernel::init(params, shared);
     publish_barriers();
   }
@@ -69,13 +59,13 @@ __device__ __forceinline__ void run(const Params& params) {
     sync();
   }
   if (warpgroup == 0) {
-    ptx::decrease_registers<Kernel::kProducerRegisters>();
-    if (warp == 0 && ptx::elect_one()) Kernel::load(params, shared);
+    become_producer<Kernel::kProducerRegisters>();
+    if (warp == 0 && warp::elect()) Kernel::load(params, shared);
     if constexpr (detail_roles::Stores<Kernel, Params>) {
-      if (warp == 1 && ptx::elect_one()) Kernel::store(params, shared);
+      if (warp == 1 && warp::elect()) Kernel::store(params, shared);
     }
   } else {
-    ptx::increase_registers<Kernel::kConsumerRegisters>();
+    become_consumer<Kernel::kConsumerRegisters>(warpgroup - 1);
     Kernel::compute(params, shared, warpgroup - 1);
   }
   if constexpr (kClustered) {

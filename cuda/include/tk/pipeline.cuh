@@ -1,7 +1,7 @@
 // A ring of stages between one producer thread and the consumers.
 #pragma once
 
-#include "tk/sm90/barrier.cuh"
+#include "tk/backend.cuh"
 
 namespace tk {
 
@@ -29,37 +29,37 @@ struct Pipeline {
 
   // One thread calls this. `warps` is how many consumer warps release each stage, counted over the
   // cluster where they release it to every block.
-  __device__ __forceinline__ void init(int warps) {
+  __device__ __forceinline__ void init(int warps, Location at = {}) {
 #pragma unroll
     for (int i = 0; i < kStages; ++i) {
-      full_[i].init(1);
-      empty_[i].init(warps);
+      full_[i].init(1, at);
+      empty_[i].init(warps, at);
     }
   }
-  __device__ __forceinline__ void acquire(const State& state, int bytes) {
-    empty_[state.stage].wait(state.phase ^ 1);
-    full_[state.stage].expect(bytes);
+  __device__ __forceinline__ void acquire(const State& state, int bytes, Location at = {}) {
+    empty_[state.stage].wait(state.phase ^ 1, at);
+    full_[state.stage].expect(bytes, at);
   }
   __device__ __forceinline__ Barrier& full(const State& state) { return full_[state.stage]; }
 
-  __device__ __forceinline__ void wait(const State& state) const {
-    full_[state.stage].wait(state.phase);
+  __device__ __forceinline__ void wait(const State& state, Location at = {}) const {
+    full_[state.stage].wait(state.phase, at);
   }
   // Every consumer warp calls this when all of its lanes are done with the stage.
-  __device__ __forceinline__ void release(const State& state) {
-    warp::sync();
-    if (warp::leader()) empty_[state.stage].arrive();
+  __device__ __forceinline__ void release(const State& state, Location at = {}) {
+    warp::sync(at);
+    if (warp::leader()) empty_[state.stage].arrive(at);
   }
   // The same, told to another block of the cluster, whose copies also land here.
-  __device__ __forceinline__ void release(const State& state, int block) {
-    warp::sync();
-    if (warp::leader()) empty_[state.stage].arrive_remote(block);
+  __device__ __forceinline__ void release(const State& state, int block, Location at = {}) {
+    warp::sync(at);
+    if (warp::leader()) empty_[state.stage].arrive_remote(block, at);
   }
   // Waits until every stage has been released: nobody will touch this block's ring again.
-  __device__ __forceinline__ void drain(State state) const {
+  __device__ __forceinline__ void drain(State state, Location at = {}) const {
 #pragma unroll
     for (int i = 0; i < kStages; ++i) {
-      empty_[state.stage].wait(state.phase ^ 1);
+      empty_[state.stage].wait(state.phase ^ 1, at);
       state.advance();
     }
   }
@@ -73,27 +73,29 @@ struct StorePipeline {
   using State = PipelineState<kStages>;
 
   // One thread calls this. `warps` is how many consumer warps fill each stage.
-  __device__ __forceinline__ void init(int warps) {
+  __device__ __forceinline__ void init(int warps, Location at = {}) {
 #pragma unroll
     for (int i = 0; i < kStages; ++i) {
-      full_[i].init(warps);
-      empty_[i].init(1);
+      full_[i].init(warps, at);
+      empty_[i].init(1, at);
     }
   }
   // Consumers: wait until the stage has left, fill it, publish it.
-  __device__ __forceinline__ void acquire(const State& state) const {
-    empty_[state.stage].wait(state.phase ^ 1);
+  __device__ __forceinline__ void acquire(const State& state, Location at = {}) const {
+    empty_[state.stage].wait(state.phase ^ 1, at);
   }
-  __device__ __forceinline__ void publish(const State& state) {
-    ptx::fence_async_shared();
-    warp::sync();
-    if (warp::leader()) full_[state.stage].arrive();
+  __device__ __forceinline__ void publish(const State& state, Location at = {}) {
+    publish_shared(at);
+    warp::sync(at);
+    if (warp::leader()) full_[state.stage].arrive(at);
   }
   // The storing thread: wait until it is filled, store it, release it once it has been read.
-  __device__ __forceinline__ void wait(const State& state) const {
-    full_[state.stage].wait(state.phase);
+  __device__ __forceinline__ void wait(const State& state, Location at = {}) const {
+    full_[state.stage].wait(state.phase, at);
   }
-  __device__ __forceinline__ void release(const State& state) { empty_[state.stage].arrive(); }
+  __device__ __forceinline__ void release(const State& state, Location at = {}) {
+    empty_[state.stage].arrive(at);
+  }
 };
 
 }  // namespace tk
