@@ -1,0 +1,93 @@
+// The arrays of an attention call and its exact results.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "kernels/attention/attention.h"
+#include "tests/interpreter/harness.h"
+
+namespace tk::check {
+
+struct Attention {
+  int batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads, head_dim;
+  bool is_causal;
+  int causal_offset;
+
+  float scale() const { return 1.0f / std::sqrt(static_cast<float>(head_dim)); }
+  std::size_t q_size() const {
+    return static_cast<std::size_t>(batch) * seqlen_q * num_heads * head_dim;
+  }
+  std::size_t kv_size() const {
+    return static_cast<std::size_t>(batch) * seqlen_kv * num_kv_heads * head_dim;
+  }
+  std::size_t rows() const { return static_cast<std::size_t>(batch) * seqlen_q * num_heads; }
+};
+
+template <typename Array>
+TensorMap rows_map(Array& array, const Attention& s, bool of_queries, int rows) {
+  const std::int64_t length = of_queries ? s.seqlen_q : s.seqlen_kv;
+  const std::int64_t heads = of_queries ? s.num_heads : s.num_kv_heads;
+  const std::int64_t row = s.head_dim * 2;
+  return map_of(array.data(), {s.head_dim, length, heads, s.batch},
+                {heads * row, row, length * heads * row}, {64, rows, 1, 1});
+}
+
+struct ExactAttention {
+  std::vector<double> out, lse, dq, dk, dv;
+};
+
+// The definition in double precision; gradients where dout is given.
+template <typename T>
+ExactAttention exact_attention(const Attention& s, const Array<T>& q, const Array<T>& k,
+                               const Array<T>& v, const Array<T>* dout, const Array<float>* dlse) {
+  ExactAttention r{std::vector<double>(s.q_size()), std::vector<double>(s.rows()),
+                   std::vector<double>(s.q_size()), std::vector<double>(s.kv_size()),
+                   std::vector<double>(s.kv_size())};
+  const int group = s.num_heads / s.num_kv_heads, depth = s.head_dim;
+  std::vector<double> p(s.seqlen_kv), dp(s.seqlen_kv);
+  for (int b = 0; b < s.batch; ++b) {
+    for (int h = 0; h < s.num_heads; ++h) {
+      for (int i = 0; i < s.seqlen_q; ++i) {
+        const std::size_t row = (static_cast<std::size_t>(b) * s.seqlen_q + i) * s.num_heads + h;
+        const auto key = [&](int j) {
+          return ((static_cast<std::size_t>(b) * s.seqlen_kv + j) * s.num_kv_heads + h / group) *
+                 depth;
+        };
+        const int seen =
+            s.is_causal ? std::clamp(i + s.causal_offset + 1, 0, s.seqlen_kv) : s.seqlen_kv;
+        double top = -std::numeric_limits<double>::infinity(), sum = 0;
+        for (int j = 0; j < seen; ++j) {
+          p[j] = 0;
+          for (int d = 0; d < depth; ++d) p[j] += double(q[row * depth + d]) * k[key(j) + d];
+          p[j] *= s.scale();
+          top = std::max(top, p[j]);
+        }
+        for (int j = 0; j < seen; ++j) sum += std::exp(p[j] - top);
+        r.lse[row] = seen == 0 ? top : top + std::log(sum);
+        for (int j = 0; j < seen; ++j) {
+          p[j] = std::exp(p[j] - r.lse[row]);
+          for (int d = 0; d < depth; ++d) r.out[row * depth + d] += p[j] * v[key(j) + d];
+        }
+        if (dout == nullptr) continue;
+        double delta = -(*dlse)[row];
+        for (int d = 0; d < depth; ++d) {
+          delta += r.out[row * depth + d] * (*dout)[row * depth + d];
+        }
+        for (int j = 0; j < seen; ++j) {
+          double dp_j = 0;
+          for (int d = 0; d < depth; ++d) dp_j += double((*dout)[row * depth + d]) * v[key(j) + d];
+          const double ds = p[j] * (dp_j - delta) * s.scale();
+          for (int d = 0; d < depth; ++d) {
+            r.dq[row * depth + d] += ds * k[key(j) + d];
+            r.dk[key(j) + d] += ds * q[row * depth + d];
+            r.dv[key(j) + d] += p[j] * (*dout)[row * depth + d];
+          }
+        }
+      }
+    }
+  }
+  return r;
+}
+
+}  // namespace tk::check

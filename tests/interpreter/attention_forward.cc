@@ -1,0 +1,71 @@
+// Runs attention's forward kernel in the interpreter: odd lengths, grouped heads, both masks.
+#include "interpreter/launch.h"
+#include "kernels/attention/forward.cuh"
+#include "tests/interpreter/attention.h"
+
+namespace tk::check {
+namespace {
+
+template <bool kCausal, int kBlockQ, int kBlockKv>
+std::string check_forward(const Attention& s, int blocks, std::uint64_t seed) {
+  using Traits = attention::ForwardTraits<bf16, 64, kCausal, kBlockQ, kBlockKv, 2>;
+  Array<bf16> q("q", s.q_size()), k("k", s.kv_size()), v("v", s.kv_size()), out("out", s.q_size());
+  Array<float> lse("lse", s.rows());
+  q.fill_normal(1);
+  k.fill_normal(2);
+  v.fill_normal(3);
+  attention::ForwardParams params = {};
+  params.q = rows_map(q, s, true, 64);
+  params.k = rows_map(k, s, false, kBlockKv);
+  params.v = rows_map(v, s, false, kBlockKv);
+  params.out = rows_map(out, s, true, 64);
+  params.lse = lse.data();
+  params.batch = s.batch;
+  params.seqlen_q = s.seqlen_q;
+  params.seqlen_kv = s.seqlen_kv;
+  params.num_heads = s.num_heads;
+  params.num_kv_heads = s.num_kv_heads;
+  params.causal_offset = s.causal_offset;
+  params.scale = s.scale();
+
+  interpreter::Memory memory;
+  q.give(memory, true);
+  k.give(memory, true);
+  v.give(memory, true);
+  out.give(memory, false);
+  lse.give(memory, false);
+  interpreter::Launch launch = {};
+  launch.kernel = "tk_attention_fwd";
+  launch.entry = entry<attention::forward<Traits>, attention::ForwardParams>;
+  launch.params = &params;
+  launch.grid[0] = blocks;
+  launch.threads = attention::forward_threads(kBlockQ);
+  launch.shared_bytes = attention::forward_shared_bytes(64, {kBlockQ, kBlockKv, 2});
+  launch.seed = seed;
+  if (const auto report = interpreter::run(launch, memory)) return report->text();
+
+  static ExactAttention exact;
+  static Attention known = {};
+  if (std::memcmp(&known, &s, sizeof(s)) != 0) {
+    exact = exact_attention<bf16>(s, q, k, v, nullptr, nullptr);
+    known = s;
+  }
+  const std::string wrong = compare(out, exact.out, 0.006);
+  return wrong.empty() ? compare(lse, exact.lse, 1e-4) : wrong;
+}
+
+std::string check_all(std::uint64_t seed) {
+  std::string wrong = check_forward<true, 128, 64>({1, 200, 200, 2, 1, 64, true, 0}, 2, seed);
+  if (wrong.empty()) {
+    wrong = check_forward<false, 128, 64>({1, 70, 210, 2, 2, 64, false, 0}, 1, seed);
+  }
+  if (wrong.empty()) {
+    wrong = check_forward<true, 192, 128>({1, 210, 137, 1, 1, 64, true, -73}, 1, seed);
+  }
+  return wrong;
+}
+
+}  // namespace
+}  // namespace tk::check
+
+int main(int argc, char** argv) { return tk::check::explore(argc, argv, tk::check::check_all); }
