@@ -7,12 +7,12 @@ namespace tk::check {
 namespace {
 
 template <bool kCausal, int kBlockQ, int kBlockKv>
-std::string check_forward(const Attention& s, int blocks, std::uint64_t seed) {
+std::string check_forward(const Attention& s, int blocks, float gain, std::uint64_t seed) {
   using Traits = attention::ForwardTraits<bf16, 64, kCausal, kBlockQ, kBlockKv, 2>;
   Array<bf16> q("q", s.q_size()), k("k", s.kv_size()), v("v", s.kv_size()), out("out", s.q_size());
   Array<float> lse("lse", s.rows());
   q.fill_normal(1);
-  k.fill_normal(2);
+  k.fill_normal(2, gain);
   v.fill_normal(3);
   attention::ForwardParams params = {};
   params.q = rows_map(q, s, true, 64);
@@ -44,23 +44,20 @@ std::string check_forward(const Attention& s, int blocks, std::uint64_t seed) {
   launch.seed = seed;
   if (const auto report = interpreter::run(launch, memory)) return report->text();
 
-  static ExactAttention exact;
-  static Attention known = {};
-  if (std::memcmp(&known, &s, sizeof(s)) != 0) {
-    exact = exact_attention<bf16>(s, q, k, v, nullptr, nullptr);
-    known = s;
-  }
+  // Each shape has an instance of this function to itself.
+  static const ExactAttention exact = exact_attention<bf16>(s, q, k, v, nullptr, nullptr);
   const std::string wrong = compare(out, exact.out, 0.006);
   return wrong.empty() ? compare(lse, exact.lse, 1e-4) : wrong;
 }
 
+// The gain makes scores large enough for running sums to need corrections.
 std::string check_all(std::uint64_t seed) {
-  std::string wrong = check_forward<true, 128, 64>({1, 200, 200, 2, 1, 64, true, 0}, 2, seed);
+  std::string wrong = check_forward<true, 128, 64>({1, 200, 200, 2, 1, 64, true, 0}, 2, 10, seed);
   if (wrong.empty()) {
-    wrong = check_forward<false, 128, 64>({1, 70, 210, 2, 2, 64, false, 0}, 1, seed);
+    wrong = check_forward<false, 128, 64>({1, 70, 210, 2, 2, 64, false, 0}, 1, 1, seed);
   }
   if (wrong.empty()) {
-    wrong = check_forward<true, 192, 128>({1, 210, 137, 1, 1, 64, true, -73}, 1, seed);
+    wrong = check_forward<true, 192, 128>({1, 210, 137, 1, 1, 64, true, -73}, 1, 1, seed);
   }
   return wrong;
 }
