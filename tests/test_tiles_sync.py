@@ -30,10 +30,15 @@ SCHEDULES = kernel("sync", "schedules")
 def test_places():
     warps = np.arange(12)
     out = ((12, 16, 16), np.float32)
-    warp, warpgroup, warp_leader, warpgroup_leader = PLACES([out] * 4)
+    warp, warpgroup, warp_leader, warpgroup_leader, block = PLACES(
+        [out] * 5, grid=(2, 3, 2)
+    )
     tile = np.ones((16, 16))
     assert_same(warp, warps[:, None, None] * tile)
     assert_same(warpgroup, (warps // 4)[:, None, None] * tile)
+    z, y, x = np.unravel_index(np.arange(12), (2, 3, 2))
+    places = 2000 + 100 * z + 10 * y + x
+    assert_same(block, places[:, None, None] * tile)
     # A lane holds 8 of a tile's 256 values.
     np.testing.assert_array_equal(warp_leader.sum((1, 2)), np.full(12, 8))
     np.testing.assert_array_equal(

@@ -24,6 +24,10 @@ __device__ __forceinline__ void unary(const KernelParams& params) {
   warp::reciprocal(y, x), out.put(y);
   warp::convert(y, x), out.put(y);
   warp::map(y, x, [](float v) { return 2.0f * v + 1.0f; }), out.put(y);
+  warp::map(y, x, [](float v) { return math::log(v); }), out.put(y);
+  warp::map(y, x, [](float v) { return math::fma(v, v, 1.0f); }), out.put(y);
+  warp::map(y, x, [](float v) { return math::mul(v, 0.3f) + 1.0f; }), out.put(y);
+  warp::map(y, x, [](float v) { return math::max_nan(v, 1.0f); }), out.put(y);
   warp::fill(y, params.scalars[0]), out.put(y);
   warp::zero(y), out.put(y);
   // In place.
@@ -122,7 +126,7 @@ template <typename Src, typename Dst>
 __device__ __forceinline__ void convert(const KernelParams& params) {
   RegTile<Src, 16, 64> x;
   RegTile<Dst, 16, 64> y;
-  const int row = 64 * static_cast<int>(blockIdx.x);
+  const int row = 64 * grid::block_x();
   warpgroup::load(x, matrix<Src>(params, 0), row, 0);
   warp::convert(y, x);
   warpgroup::store(matrix<Dst>(params, 1), y, row, 0);

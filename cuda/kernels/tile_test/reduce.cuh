@@ -14,7 +14,7 @@ __device__ __forceinline__ void row_reductions(const KernelParams& params) {
   warp::load(x, matrix<T>(params, 0), 0, 0);
   warp::load(y, matrix<T>(params, 1), 0, 0);
   const float start = params.scalars[0];
-  const auto larger = [](float a, float b) { return ptx::max(ptx::abs(a), ptx::abs(b)); };
+  const auto larger = [](float a, float b) { return math::max(math::abs(a), math::abs(b)); };
   Stack<float> out{params, 2};
   warp::row_sum(rows, x), out.put(spread<16>(rows));
   warp::row_max(rows, x), out.put(spread<16>(rows));
@@ -44,7 +44,7 @@ __device__ __forceinline__ void col_reductions(const KernelParams& params) {
   warp::load(x, matrix<T>(params, 0), 0, 0);
   warp::load(y, matrix<T>(params, 1), 0, 0);
   const float start = params.scalars[0];
-  const auto larger = [](float a, float b) { return ptx::max(ptx::abs(a), ptx::abs(b)); };
+  const auto larger = [](float a, float b) { return math::max(math::abs(a), math::abs(b)); };
   Stack<float> out{params, 2};
   warp::col_sum(cols, x), out.put(spread<16>(cols));
   warp::col_max(cols, x), out.put(spread<16>(cols));

@@ -7,7 +7,8 @@
 namespace tk::tile_test {
 
 // Each warp's and warpgroup's index, and how many of a tile's values leaders hold: eight a lane.
-// Buffers: warp indices (a tile for each warp); warpgroup indices; leaders of warps; of warpgroups.
+// Every block of a grid of 2 x 3 x 2 writes the same, and its own place. Buffers: warp indices (a
+// tile for each warp); warpgroup indices; leaders of warps; of warpgroups; places of blocks.
 __device__ __forceinline__ void places(const KernelParams& params) {
   const int warp = warp::index();
   RegTile<float, 16, 16> tile;
@@ -19,6 +20,9 @@ __device__ __forceinline__ void places(const KernelParams& params) {
   put(1, warpgroup::index());
   put(2, warp::leader() ? 1.0f : 0.0f);
   put(3, warpgroup::leader() ? 1.0f : 0.0f);
+  const int x = grid::block_x(), y = grid::block_y(), z = grid::block_z();
+  warp::fill(tile, x + 10.0f * y + 100.0f * z + 1000.0f * grid::blocks_x());
+  if (warp == 0) warp::store(matrix<float>(params, 4, x + 2 * y + 6 * z), tile, 0, 0);
 }
 
 enum HandoffBarrier : int { kFull = kFirstKernelBarrier, kEmpty };
@@ -144,7 +148,7 @@ struct RingKernel {
   };
 
   __device__ __forceinline__ static grid::Rounds walk(const KernelParams& params) {
-    return {static_cast<int>(blockIdx.x) / kClusterSize, static_cast<int>(gridDim.x) / kClusterSize,
+    return {grid::block_x() / kClusterSize, grid::blocks_x() / kClusterSize,
             static_cast<int>(params.buffers[0].shape[0])};
   }
   __device__ __forceinline__ static int rank() { return kClusterSize > 1 ? cluster::rank() : 0; }

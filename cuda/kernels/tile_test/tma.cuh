@@ -106,7 +106,7 @@ __device__ __forceinline__ void multicast(const KernelParams& params) {
     Barrier full, met;
   };
   Shared& shared = shared_memory<Shared>();
-  const int rank = cluster::rank(), block = static_cast<int>(blockIdx.x);
+  const int rank = cluster::rank(), block = grid::block_x();
   if (warp::leader()) {
     shared.full.init(1);
     shared.met.init(1);
