@@ -72,7 +72,7 @@ def test_products_of_views(rng, name, row, col):
         a.T.copy(),
         b,
         b.T.copy(),
-        tiles=dict.fromkeys(range(4), (128, 128)),
+        tiles=dict.fromkeys(range(4), (128, 128)) | {4: (64, 64)},
         scalars=[row, col],
     )
     a = a[64 * row : 64 * row + 64]
