@@ -65,7 +65,11 @@ def boxes_of(x, coordinates, rows, cols):
 @pytest.mark.parametrize("case", BOXES, ids=str)
 @pytest.mark.parametrize("chosen", ["all", "odd"])
 def test_boxes(rng, case, chosen):
-    """What is outside reads as zero and is not written; nor is what no box covers."""
+    """What is outside reads as zero and is not written; nor is what no box covers.
+
+    Only a load may start before the array's first element: the copy engine refuses a
+    store that does.
+    """
     name, rows, cols, shape = case
     x = normals(rng, shape, NAMES[name])
     coordinates = corners(shape, rows, cols)
@@ -75,8 +79,9 @@ def test_boxes(rng, case, chosen):
         *boxes_of(x.astype(np.float32), coordinates, rows, cols), strict=True
     )
     expected = np.full(shape, 7, np.float32)
-    for inside in covered:
-        expected[inside] = x[inside]
+    for inside, at in zip(covered, coordinates, strict=True):
+        if (at >= 0).all():
+            expected[inside] = x[inside]
     loaded, stored = BOX_KERNELS[case](
         [((len(boxes), rows, cols), x.dtype), (shape, x.dtype)],
         x,
@@ -85,15 +90,14 @@ def test_boxes(rng, case, chosen):
     )
     assert_same(loaded, np.stack(boxes))
     assert_same(stored, expected)
-    if chosen == "all":
-        assert_same(stored, x.astype(np.float32))
 
 
 @pytest.mark.parametrize("case", ADDED, ids=str)
 def test_added_boxes(rng, case):
     name, rows, cols, shape = case
     x = integers(rng, shape, NAMES[name])
-    coordinates = corners(shape, rows, cols)[::3]
+    coordinates = corners(shape, rows, cols)
+    coordinates = coordinates[(coordinates >= 0).all(1)][::2]
     expected = np.ones(shape, np.float32)
     for _, inside in boxes_of(x.astype(np.float32), coordinates, rows, cols):
         expected[inside] += 2 * x[inside].astype(np.float32)

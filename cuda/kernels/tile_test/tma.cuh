@@ -21,6 +21,13 @@ __device__ __forceinline__ void load_box(const Tile& tile, const TensorMap& map,
     tma::load(tile, map, full, keep, at[0], at[1], at[2], at[3]);
   }
 }
+// Whether a store may start there.
+template <int kRank>
+__device__ __forceinline__ bool starts_inside(const int* at) {
+  bool inside = true;
+  for (int i = 0; i < kRank; ++i) inside = inside && at[i] >= 0;
+  return inside;
+}
 template <int kRank, typename Tile>
 __device__ __forceinline__ void store_box(const TensorMap& map, const Tile& tile, const int* at) {
   if constexpr (kRank == 2) {
@@ -33,7 +40,7 @@ __device__ __forceinline__ void store_box(const TensorMap& map, const Tile& tile
 }
 
 // Buffers: x; coordinates of boxes; each box as it was loaded; 7s of x's shape, over which every
-// box is stored where it came from.
+// box that does not start before x is stored where it came from.
 template <typename T, int kRows, int kCols, int kRank>
 __device__ __forceinline__ void boxes(const KernelParams& params) {
   using Tile = SharedTile<T, kRows, kCols>;
@@ -57,7 +64,7 @@ __device__ __forceinline__ void boxes(const KernelParams& params) {
       load_box<kRank>(shared.tile, params.maps[0], shared.full, keep, at);
       shared.full.wait(i & 1);
       tma::store(params.maps[2], shared.tile, 0, 0, i);
-      store_box<kRank>(params.maps[3], shared.tile, at);
+      if (starts_inside<kRank>(at)) store_box<kRank>(params.maps[3], shared.tile, at);
       tma::commit();
       tma::wait_read<0>();
     }
@@ -66,7 +73,8 @@ __device__ __forceinline__ void boxes(const KernelParams& params) {
   warp::sync();
 }
 
-// Buffers: x; coordinates of boxes; 1s of x's shape, to which every box is added twice.
+// Buffers: x; coordinates of boxes, none before x; 1s of x's shape, to which every box is added
+// twice.
 template <typename T, int kRows, int kCols>
 __device__ __forceinline__ void added_boxes(const KernelParams& params) {
   using Tile = SharedTile<T, kRows, kCols>;
