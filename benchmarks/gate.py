@@ -19,6 +19,8 @@ import numpy as np
 from benchmarks.cases import AttentionCase, Case, make_inputs
 
 _MATMUL_ROWS = 256
+# What is computed once is not worth XLA's search for the best way: seconds a product.
+_UNTUNED = {"xla_gpu_autotune_level": 0}
 # The scores of one head at T=16384 take 1 GiB, several times over: one case at a time.
 _one_at_a_time = threading.Lock()
 
@@ -122,7 +124,7 @@ def _expected_attention(case: AttentionCase) -> dict[str, Expected]:
     }
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=4, compiler_options=_UNTUNED)
 def _one_key_head(q, k, v, dout, case: AttentionCase):
     """out, dq, dk, dv of q [T, G, D] and k, v [S, D], by the definition."""
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
@@ -146,5 +148,10 @@ def _expected_matmul(case) -> dict[str, Expected]:
     b = jnp.swapaxes(b, -1, -2) if case.transposes[1] == "t" else b
     a = _matmul_rows(case, a).astype(jnp.float32)
     b = b.reshape(-1, *b.shape[-2:])[-1].astype(jnp.float32)
-    exact = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    exact = _exact_matmul(a, b)
     return {"out": Expected(_host(exact), _host(exact.astype(make_dtype(case))))}
+
+
+@functools.partial(jax.jit, compiler_options=_UNTUNED)
+def _exact_matmul(a, b):
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -93,12 +93,12 @@ class Benchmark:
 
     def run(self) -> int:
         path = self._path()
-        prepared, expected = self._prepare()
         for case in self.cases:
+            prepared, expected = self._prepare(case)
             checked = {
                 str(entry): program
                 for entry in self.entries
-                if (program := self._check(case, entry, prepared, expected[case]))
+                if (program := self._check(case, entry, prepared, expected))
             }
             new_rows = self._time(case, checked)
             self.rows += new_rows
@@ -116,29 +116,26 @@ class Benchmark:
             return args.out
         return results.default_path(args.op, self.gpu)
 
-    def _prepare(self):
-        """Compiles all programs in parallel, and what their results should be."""
+    def _prepare(self, case: Case):
+        """Compiles a case's programs in parallel, and what their results should be."""
         start = time.perf_counter()
         alone = implementations.TUNED_WHILE_COMPILING
-        pairs = [(case, entry) for case in self.cases for entry in self.entries]
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
-            expected = {case: pool.submit(gate.expected, case) for case in self.cases}
+            expected = pool.submit(gate.expected, case)
             prepared = {
-                pair: pool.submit(self._prepare_one, *pair)
-                for pair in pairs
-                if pair[1] not in alone
+                entry: pool.submit(self._prepare_one, case, entry)
+                for entry in self.entries
+                if entry not in alone
             }
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             prepared |= {
-                pair: pool.submit(self._prepare_one, *pair)
-                for pair in pairs
-                if pair[1] in alone
+                entry: pool.submit(self._prepare_one, case, entry)
+                for entry in self.entries
+                if entry in alone
             }
         seconds = time.perf_counter() - start
-        print(
-            f"compiled {len(prepared)} sets of programs in {seconds:.0f} s", flush=True
-        )
-        return prepared, {case: future.result() for case, future in expected.items()}
+        print(f"{case}: compiled in {seconds:.0f} s", flush=True)
+        return prepared, expected.result()
 
     def _prepare_one(self, case: Case, entry):
         args = self.args
@@ -154,7 +151,7 @@ class Benchmark:
     def _check(self, case: Case, entry, prepared, expected) -> Programs | None:
         """The programs, if they ran and computed the right thing."""
         try:
-            programs, samples = prepared[case, entry].result()
+            programs, samples = prepared[entry].result()
         except implementations.UnsupportedCaseError as reason:
             print(f"{case}  {entry}: left out, {reason}")
             return None

@@ -23,6 +23,7 @@ from tolerance import assert_close
 
 from tk_jax import _ffi
 from tk_jax.ops.matmul import config
+from tk_jax.ops.matmul.vjp import kernel_matmul
 
 pytestmark = pytest.mark.gpu
 
@@ -88,6 +89,26 @@ def test_many_tiles_of_a_batch(rng, transposes):
     """More tiles than multiprocessors: blocks go from one batch element to the next."""
     a, b = operands(rng, transposes, ((9,), (9,)), (520, 776, 264))
     check(product(transposes, "tk")(a, b), a, b, transposes)
+
+
+@pytest.mark.parametrize("transposes", TRANSPOSES, ids=transposes_id)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        config.MatmulConfig(cluster_m=2),
+        config.MatmulConfig(block_n=128, stages=6, cluster_m=2, group_m=2),
+        config.MatmulConfig(block_m=256, block_n=128),
+    ],
+    ids=["clusters-wide", "clusters-narrow", "tall"],
+)
+def test_tiles_that_are_only_chosen_by_hand(rng, chosen, transposes):
+    # An odd number of tiles along M: half of the last cluster has nothing to do.
+    a, b = operands(rng, transposes, sizes=(1032, 2312, 328))
+    options = config.MatmulOptions(*transposes)
+    result = jax.jit(kernel_matmul, static_argnums=(2, 3))(
+        a[None], b[None], options, chosen
+    )
+    check(result[0], a, b, transposes)
 
 
 @pytest.mark.parametrize("transposes", TRANSPOSES, ids=transposes_id)

@@ -164,11 +164,16 @@ class TestTraining:
         assert "--resume goes on from there" in capsys.readouterr().out
 
     def test_second_interrupt_acts_as_usual(self):
-        with train_gpt.StopOnInterrupt() as interrupt:
-            signal.raise_signal(signal.SIGINT)
-            assert interrupt.requested
-            with pytest.raises(KeyboardInterrupt):
+        # A shell starts background jobs with SIGINT ignored, which is then the usual.
+        usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with train_gpt.StopOnInterrupt() as interrupt:
                 signal.raise_signal(signal.SIGINT)
+                assert interrupt.requested
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, usual)
 
 
 class TestSettings:

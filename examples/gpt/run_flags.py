@@ -57,7 +57,7 @@ _EVAL_EVERY = flags.DEFINE_integer(
     "eval_every", 50, "steps between validations and checkpoints", lower_bound=1
 )
 _EVAL_WINDOWS = flags.DEFINE_integer(
-    "eval_windows", 64, "windows in a validation (the last: four times)", lower_bound=1
+    "eval_windows", 32, "windows in a validation (the last: four times)", lower_bound=1
 )
 _PROMPT = flags.DEFINE_string("prompt", "def ", "start of the sample")
 _SAMPLE_BYTES = flags.DEFINE_integer(

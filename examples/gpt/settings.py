@@ -92,7 +92,7 @@ class RunSettings:
     resume: bool = False
     stop_step: int | None = None
     eval_every: int = 50
-    eval_windows: int = 64
+    eval_windows: int = 32
     prompt: str = "def "
     sample_bytes: int = 200
     temperature: float = 0.7
@@ -107,7 +107,7 @@ PRESETS = {
         ModelSettings(
             num_layers=4, num_heads=2, head_dim=64, seqlen=256, vocab_size=256
         ),
-        TrainSettings(batch_size=8, steps=250, learning_rate=3e-3, warmup_steps=30),
+        TrainSettings(batch_size=4, steps=250, learning_rate=4e-3, warmup_steps=30),
     ),
     "gpt2-124m": (
         ModelSettings(

@@ -1,0 +1,236 @@
+// Barriers, rings, turns, the block template, and the schedulers as a block runs them.
+#pragma once
+
+#include "kernels/tile_test/common.cuh"
+#include "kernels/tile_test/scheduler.cuh"
+
+namespace tk::tile_test {
+
+// Each warp's and warpgroup's index, and how many of a tile's values leaders hold: eight a lane.
+// Every block of a grid of 2 x 3 x 2 writes the same, and its own place. Buffers: warp indices (a
+// tile for each warp); warpgroup indices; leaders of warps; of warpgroups; places of blocks.
+__device__ __forceinline__ void places(const KernelParams& params) {
+  const int warp = warp::index();
+  RegTile<float, 16, 16> tile;
+  const auto put = [&](int buffer, float value) {
+    warp::fill(tile, value);
+    warp::store(matrix<float>(params, buffer, warp), tile, 0, 0);
+  };
+  put(0, warp::index());
+  put(1, warpgroup::index());
+  put(2, warp::leader() ? 1.0f : 0.0f);
+  put(3, warpgroup::leader() ? 1.0f : 0.0f);
+  const int x = grid::block_x(), y = grid::block_y(), z = grid::block_z();
+  warp::fill(tile, x + 10.0f * y + 100.0f * z + 1000.0f * grid::blocks_x());
+  if (warp == 0) warp::store(matrix<float>(params, 4, x + 2 * y + 6 * z), tile, 0, 0);
+}
+
+enum HandoffBarrier : int { kFull = kFirstKernelBarrier, kEmpty };
+
+// One warpgroup hands six tiles to another through one shared tile: by named barriers, or by
+// barriers in shared memory on which all 128 threads arrive. Buffers: x; x + 1, x + 2, ...
+template <bool kNamed>
+__device__ __forceinline__ void handoff(const KernelParams& params) {
+  constexpr int kRounds = 6;
+  struct Shared {
+    SharedTile<float, 64, 32> tile;
+    Barrier full, empty;
+  };
+  Shared& shared = shared_memory<Shared>();
+  if (first_thread()) {
+    shared.full.init(128);
+    shared.empty.init(128);
+    publish_barriers();
+  }
+  block::sync();
+  RegTile<float, 16, 32> x;
+  if (warpgroup::index() == 0) {
+    warpgroup::load(x, matrix<float>(params, 0), 0, 0);
+    for (int round = 0; round < kRounds; ++round) {
+      if constexpr (kNamed) {
+        if (round > 0) named_sync(kEmpty, 256);
+      } else {
+        shared.empty.wait((round & 1) ^ 1);
+      }
+      warp::add(x, x, 1.0f);
+      warpgroup::store(shared.tile, x);
+      if constexpr (kNamed) {
+        named_arrive(kFull, 256);
+      } else {
+        shared.full.arrive();
+      }
+    }
+  } else {
+    for (int round = 0; round < kRounds; ++round) {
+      if constexpr (kNamed) {
+        named_sync(kFull, 256);
+      } else {
+        shared.full.wait(round & 1);
+      }
+      warpgroup::load(x, shared.tile);
+      if constexpr (kNamed) {
+        if (round + 1 < kRounds) named_arrive(kEmpty, 256);
+      } else {
+        shared.empty.arrive();
+      }
+      warpgroup::store(matrix<float>(params, 1, round), x, 0, 0);
+    }
+  }
+}
+
+// Eight blocks, a cluster so that they start together, take turns from the last to the first.
+// Buffers: x (8 x 64 x 32); two counters; the fragments of ((x7 + x6) + x5) + ...; that sum as
+// rows; and y after y = 1, then y = y / 2 + x7, y = y / 2 + x6, ...
+__device__ __forceinline__ void turns(const KernelParams& params) {
+  struct Shared {
+    Fragments<32> part;
+  };
+  Shared& shared = shared_memory<Shared>();
+  const int rank = cluster::rank(), turn = 7 - rank;
+  int* counters = data<int>(params, 1);
+  float* sums = data<float>(params, 2);
+  if (rank == 0 && warpgroup::leader()) counters[0] = counters[1] = 0;
+  cluster::sync();
+
+  RegTile<float, 16, 32> x, y;
+  warpgroup::load(x, matrix<float>(params, 0, rank), 0, 0);
+  warpgroup::store(shared.part, x);
+  publish_shared();
+  warpgroup::sync();
+  if (warpgroup::leader()) {
+    take_turn(counters, turn);
+    if (turn == 0) {
+      tma::store(sums, shared.part);
+    } else {
+      tma::add(sums, shared.part);
+    }
+    tma::commit();
+    tma::wait<0>();
+    pass_turn(counters);
+    take_turn(counters + 1, turn);
+  }
+  warpgroup::sync();
+  if (turn == 0) {
+    warp::fill(y, 1.0f);
+  } else {
+    warpgroup::load(y, matrix<float>(params, 4), 0, 0);
+  }
+  warp::zip(y, y, x, [](float before, float added) { return 0.5f * before + added; });
+  warpgroup::store(matrix<float>(params, 4), y, 0, 0);
+  warpgroup::sync();
+  if (warpgroup::leader()) pass_turn(counters + 1);
+
+  cluster::sync();
+  if (rank == 0) {
+    warpgroup::load_fragments(y, sums);
+    warpgroup::store(matrix<float>(params, 3), y, 0, 0);
+  }
+}
+
+// The block template with a ring of three stages in and one of two out: y = x times its number from
+// 1 on, for 128 x 64 matrices x; each of a cluster's blocks writes its own y.
+template <typename T, int kClusterSize_>
+struct RingKernel {
+  static constexpr int kClusterSize = kClusterSize_;
+  static constexpr int kConsumers = 2;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+  using Tile = SharedTile<T, 128, 64>;
+  using Part = SharedTile<T, 64, 64>;
+  using InRing = Pipeline<3>;
+  using OutRing = StorePipeline<2>;
+
+  struct Shared {
+    Tile x_smem[3];
+    Part y_smem[2][kConsumers];
+    InRing in_ring;
+    OutRing out_ring;
+  };
+
+  __device__ __forceinline__ static grid::Rounds walk(const KernelParams& params) {
+    return {grid::block_x() / kClusterSize, grid::blocks_x() / kClusterSize,
+            static_cast<int>(params.buffers[0].shape[0])};
+  }
+  __device__ __forceinline__ static int rank() { return kClusterSize > 1 ? cluster::rank() : 0; }
+
+  __device__ __forceinline__ static void init(const KernelParams&, Shared& shared) {
+    shared.in_ring.init(4 * kConsumers * kClusterSize);
+    shared.out_ring.init(4 * kConsumers);
+  }
+
+  __device__ __forceinline__ static void load(const KernelParams& params, Shared& shared) {
+    InRing::State state;
+    for (auto rounds = walk(params); rounds.valid(); rounds.next(), state.advance()) {
+      shared.in_ring.acquire(state, Tile::kBytes);
+      Tile& x_smem = shared.x_smem[state.stage];
+      Barrier& full = shared.in_ring.full(state);
+      if constexpr (kClusterSize == 1) {
+        tma::load(x_smem, params.maps[0], full, tma::Keep::kBriefly, 0, 0, rounds.index());
+      } else {
+        constexpr int kPart = 128 / kClusterSize;
+        tma::load_multicast(x_smem.template rows<kPart>(rank()), params.maps[0], full,
+                            tma::Keep::kBriefly, (1 << kClusterSize) - 1, 0, kPart * rank(),
+                            rounds.index());
+      }
+    }
+    shared.in_ring.drain(state);
+  }
+
+  __device__ __forceinline__ static void store(const KernelParams& params, Shared& shared) {
+    OutRing::State state;
+    for (auto rounds = walk(params); rounds.valid(); rounds.next(), state.advance()) {
+      shared.out_ring.wait(state);
+      for (int i = 0; i < kConsumers; ++i) {
+        tma::store(params.maps[1], shared.y_smem[state.stage][i], 0, 64 * i,
+                   rounds.index() * kClusterSize + rank());
+      }
+      tma::commit();
+      tma::wait_read<0>();
+      shared.out_ring.release(state);
+    }
+    tma::wait<0>();
+  }
+
+  __device__ __forceinline__ static void compute(const KernelParams& params, Shared& shared,
+                                                 int consumer) {
+    InRing::State in_state;
+    OutRing::State out_state;
+    RegTile<T, 16, 64> x;
+    for (auto rounds = walk(params); rounds.valid(); rounds.next()) {
+      shared.in_ring.wait(in_state);
+      warpgroup::load(x, shared.x_smem[in_state.stage].template rows<64>(consumer));
+      shared.in_ring.release(in_state);
+      if constexpr (kClusterSize > 1) shared.in_ring.release(in_state, rank() ^ 1);
+      in_state.advance();
+      warp::mul(x, x, static_cast<float>(rounds.index() + 1));
+      shared.out_ring.acquire(out_state);
+      warpgroup::store(shared.y_smem[out_state.stage][consumer], x);
+      shared.out_ring.publish(out_state);
+      out_state.advance();
+    }
+  }
+};
+
+template <typename T, int kClusterSize>
+__device__ __forceinline__ void ring(const KernelParams& params) {
+  using Kernel = RingKernel<T, kClusterSize>;
+  static_assert(sizeof(typename Kernel::Shared) + 1024 <= kSharedBytes);
+  block::run<Kernel>(params);
+}
+
+// Buffers: Rounds (workers x slots), SectionedSnake (workers x slots x 3), grouped and sequential
+// tiles (count x 3). Scalars: blocks (or rows), heads (or columns), batches, section (or group).
+__device__ __forceinline__ void schedules(const KernelParams& params) {
+  const auto shape = [&](int buffer, int axis) {
+    return static_cast<int>(params.buffers[buffer].shape[axis]);
+  };
+  const int blocks = scalar(params, 0), heads = scalar(params, 1), batches = scalar(params, 2);
+  const int section = scalar(params, 3);
+  if (!first_thread()) return;
+  list_rounds(data<int>(params, 0), shape(0, 0), shape(0, 1), blocks * heads * batches);
+  list_sections(data<int>(params, 1), shape(1, 0), shape(1, 1), blocks, heads, batches, section);
+  list_groups(data<int>(params, 2), shape(2, 0), blocks, heads, section);
+  list_sequence(data<int>(params, 3), shape(3, 0), blocks, heads);
+}
+
+}  // namespace tk::tile_test

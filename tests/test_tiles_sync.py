@@ -1,0 +1,223 @@
+"""Barriers, rings, turns, the block template and schedulers of the tile library."""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from tiles import BF16, FP16, NAMES, assert_same, integers, kernel, normals
+
+from tk_jax import _ffi
+
+PLACES = kernel("sync", "places", threads=384)
+HANDOFF = {
+    kind: kernel("sync", "handoff", kind, threads=256, shared=True)
+    for kind in ("true", "false")
+}
+TURNS = kernel("sync", "turns", threads=128, shared=True, cluster_size=8)
+RINGS = {
+    (name, cluster): kernel(
+        "sync", "ring", name, cluster, threads=384, shared=True, cluster_size=cluster
+    )
+    for name, cluster in ((BF16, 1), (FP16, 2))
+}
+SCHEDULES = kernel("sync", "schedules")
+
+
+@pytest.mark.gpu
+def test_places():
+    warps = np.arange(12)
+    out = ((12, 16, 16), np.float32)
+    warp, warpgroup, warp_leader, warpgroup_leader, block = PLACES(
+        [out] * 5, grid=(2, 3, 2)
+    )
+    tile = np.ones((16, 16))
+    assert_same(warp, warps[:, None, None] * tile)
+    assert_same(warpgroup, (warps // 4)[:, None, None] * tile)
+    z, y, x = np.unravel_index(np.arange(12), (2, 3, 2))
+    places = 2000 + 100 * z + 10 * y + x
+    assert_same(block, places[:, None, None] * tile)
+    # A lane holds 8 of a tile's 256 values.
+    np.testing.assert_array_equal(warp_leader.sum((1, 2)), np.full(12, 8))
+    np.testing.assert_array_equal(
+        warpgroup_leader.sum((1, 2)), np.where(warps % 4 == 0, 8, 0)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", HANDOFF, ids=["named", "shared-memory"])
+def test_handoff(rng, kind):
+    x = integers(rng, (64, 32))
+    (result,) = HANDOFF[kind]([((6, 64, 32), np.float32)], x)
+    assert_same(result, np.stack([x + i for i in range(1, 7)]))
+
+
+@pytest.mark.gpu
+def test_turns(rng):
+    """In the order of the turns: another order rounds differently."""
+    x = normals(rng, (8, 64, 32)) * np.float32(10) ** rng.integers(-3, 4, (8, 1, 1))
+    x = x.astype(np.float32)
+    total, y = x[7], np.float32(0.5) + x[7]
+    for part in x[6::-1]:
+        total, y = total + part, np.float32(0.5) * y + part
+    assert np.any(total != x.sum(0)), "the order of the sum does not show"
+    f32 = np.float32
+    counters, _, sums, result = TURNS(
+        [((2,), np.int32), ((64 * 32,), f32), ((64, 32), f32), ((64, 32), f32)],
+        x,
+        grid=8,
+    )
+    np.testing.assert_array_equal(counters, [8, 8])
+    assert_same(sums, total)
+    assert_same(result, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "cluster"), RINGS)
+@pytest.mark.parametrize("count", [1, 25])
+def test_ring(rng, name, cluster, count):
+    """Of 25 matrices on two workers, one gets 13: more than four rounds of its ring."""
+    x = integers(rng, (count, 128, 64), NAMES[name])
+    (result,) = RINGS[name, cluster](
+        [((count * cluster, 128, 64), x.dtype)],
+        x,
+        grid=2 * cluster,
+        tiles={0: (128 // cluster, 64), 1: (64, 64)},
+    )
+    expected = x.astype(np.float32) * np.arange(1, count + 1)[:, None, None]
+    assert_same(result, np.repeat(expected, cluster, 0))
+
+
+# Blocks (or tile rows), heads (or tile columns), batches, heads of a section (or rows
+# of a group), workers.
+CASES = [
+    (1, 1, 1, 1, 1),
+    (5, 3, 2, 2, 4),
+    (7, 4, 3, 5, 6),
+    (4, 8, 1, 8, 3),
+    (3, 2, 2, 100, 7),
+    (2, 3, 2, 1, 5),
+    (16, 6, 2, 4, 13),
+]
+
+
+def rounds(blocks, heads, batches, workers):
+    """For every worker the indices it takes."""
+    indices = range(blocks * heads * batches)
+    return [list(indices[worker::workers]) for worker in range(workers)]
+
+
+def sections(blocks, heads, batches, section, workers):
+    """Deals each section's tiles out in rounds, every other round backwards."""
+    hands = [[] for _ in range(workers)]
+    rows = [(batch, head) for batch in range(batches) for head in range(heads)]
+    order = list(range(workers))
+    for first in range(0, len(rows), section):
+        part = rows[first : first + section]
+        tiles = [(block, head, b) for block in range(blocks) for b, head in part]
+        for start in range(0, len(tiles), workers):
+            for worker, tile in zip(
+                order, tiles[start : start + workers], strict=False
+            ):
+                hands[worker].append(tile)
+            order.reverse()
+    return hands
+
+
+def groups(rows, cols, batches, group):
+    """Tiles in the order in which they are handed out."""
+    return [
+        (row, col, batch)
+        for batch in range(batches)
+        for first in range(0, rows, group)
+        for col in range(cols)
+        for row in range(first, min(first + group, rows))
+    ]
+
+
+def sequence(blocks, heads, batches):
+    order = itertools.product(range(batches), range(heads), range(blocks))
+    return [(block, head, batch) for batch, head, block in order]
+
+
+def padded(hands, slots, entry):
+    """Lists of unequal length as one array, filled up with -1."""
+    return np.array([hand + [entry] * (slots - len(hand)) for hand in hands], np.int32)
+
+
+def expected_schedules(blocks, heads, batches, section, workers):
+    walks = rounds(blocks, heads, batches, workers)
+    dealt = sections(blocks, heads, batches, section, workers)
+    slots = max(map(len, walks)) + 1
+    dealt_slots = max(map(len, dealt)) + 1
+    return [
+        padded(walks, slots, -1),
+        padded(dealt, dealt_slots, (-1, -1, -1)),
+        np.array(groups(blocks, heads, batches, section), np.int32),
+        np.array(sequence(blocks, heads, batches), np.int32),
+    ]
+
+
+@pytest.fixture(scope="module")
+def host_library(tmp_path_factory):
+    """The schedulers compiled for the host: they are integers alone."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("schedulers")
+    source, library = folder / "schedulers.cc", folder / "schedulers.so"
+    source.write_text("""
+#define __device__
+#define __forceinline__ inline
+#include "kernels/tile_test/scheduler.cuh"
+extern "C" void schedules(int* const* out, const int* slots, const int* scalars) {
+  using namespace tk::tile_test;
+  const int blocks = scalars[0], heads = scalars[1], batches = scalars[2];
+  const int section = scalars[3], workers = scalars[4];
+  const int count = blocks * heads * batches;
+  list_rounds(out[0], workers, slots[0], count);
+  list_sections(out[1], workers, slots[1], blocks, heads, batches, section);
+  list_groups(out[2], count, blocks, heads, section);
+  list_sequence(out[3], count, blocks, heads);
+}
+""")
+    root = _ffi.source_root()
+    flags = ["-std=c++20", "-shared", "-fPIC", "-O1", f"-I{root}", f"-I{root}/include"]
+    subprocess.run([compiler, *flags, "-o", library, source], check=True)
+    return ctypes.CDLL(library)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_schedules_on_the_host(host_library, case):
+    expected = expected_schedules(*case)
+    results = [np.full_like(array, -2) for array in expected]
+    pointers = (ctypes.c_void_p * 4)(*(array.ctypes.data for array in results))
+    slots = (ctypes.c_int * 2)(expected[0].shape[1], expected[1].shape[1])
+    host_library.schedules(pointers, slots, (ctypes.c_int * 5)(*case))
+    for result, wanted in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result, wanted)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_schedules_visit_every_tile_once(case):
+    blocks, heads, batches, *_ = case
+    count = blocks * heads * batches
+    by_number, dealt, grouped, sequential = expected_schedules(*case)
+    assert sorted(by_number[by_number >= 0]) == list(range(count))
+    for tiles in (dealt.reshape(-1, 3), grouped, sequential):
+        tiles = [tuple(tile) for tile in tiles.tolist() if tile[0] >= 0]
+        sizes = (blocks, heads, batches)
+        assert sorted(tiles) == list(itertools.product(*map(range, sizes)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES[1:3], ids=str)
+def test_schedules_on_the_device(case):
+    expected = expected_schedules(*case)
+    results = SCHEDULES(
+        [(array.shape, np.int32) for array in expected], scalars=case[:4]
+    )
+    for result, wanted in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result, wanted)
