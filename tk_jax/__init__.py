@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tk_jax._dispatch import FallbackWarning, explain
     from tk_jax._ffi import export_checks
     from tk_jax.compile import compile_kernels
+    from tk_jax.interpret import interpret_options
     from tk_jax.kernel import call_kernel
     from tk_jax.ops.attention import attention
     from tk_jax.ops.matmul import matmul
@@ -27,6 +28,7 @@ _HOMES = {
     "compile_kernels": "tk_jax.compile",
     "explain": "tk_jax._dispatch",
     "export_checks": "tk_jax._ffi",
+    "interpret_options": "tk_jax.interpret",
     "matmul": "tk_jax.ops.matmul",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "compile_kernels",
     "explain",
     "export_checks",
+    "interpret_options",
     "matmul",
 ]
 

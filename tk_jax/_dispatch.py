@@ -7,6 +7,7 @@ Every op offers ``implementation``:
   reason and process.
 * ``"tk"``: the TK kernel, or an error that says what it lacks.
 * ``"xla"``: XLA on every platform.
+* ``"interpret"``: the TK kernel's own source, run and checked on the CPU.
 
 With ``None`` the platform is not known while tracing, so both forms are traced and the
 one for the platform at hand is lowered (``jax.lax.platform_dependent``).
@@ -25,7 +26,7 @@ from jax.interpreters import mlir
 
 from tk_jax import _check, _ffi
 
-IMPLEMENTATIONS = (None, "tk", "xla")
+IMPLEMENTATIONS = (None, "tk", "xla", "interpret")
 
 _explainers: dict[Callable, Callable] = {}
 _warned: set[str] = set()
@@ -63,6 +64,8 @@ _DESCRIPTIONS = {
     "tk": "tk: the TK kernel",
     "xla": "xla: the XLA implementation",
     "error": "error: the TK kernel needs an NVIDIA GPU",
+    "interpret": "interpret: the TK kernel, run and checked on the CPU",
+    "no interpreter": "error: the interpreter runs on the CPU alone",
 }
 
 
@@ -71,6 +74,8 @@ def choose(op: str, implementation: str | None, unsupported: str | None) -> Choi
     _check.check_choice(op, "implementation", implementation, IMPLEMENTATIONS)
     if implementation == "xla":
         return Choice(op, "xla", "xla", "xla", "implementation='xla' asks for it")
+    if implementation == "interpret":
+        return _choose_interpreter(op, unsupported)
     if broken := _ffi.unavailable():
         if implementation == "tk":
             raise NotImplementedError(f"{op}: implementation='tk': {broken}")
@@ -88,6 +93,24 @@ def choose(op: str, implementation: str | None, unsupported: str | None) -> Choi
             op, None, "xla", "xla", f"the TK kernel does not support {lacking}"
         )
     return Choice(op, None, "tk", "xla", "the TK kernel supports this call")
+
+
+def _choose_interpreter(op: str, unsupported: str | None) -> Choice:
+    problem = f"does not support {unsupported}" if unsupported else None
+    if problem is None:
+        try:
+            _ffi.interpreter()
+        except ImportError as error:
+            problem = f"cannot run: {error}"
+    if problem:
+        raise NotImplementedError(f"{op}: implementation='interpret' {problem}")
+    return Choice(
+        op,
+        "interpret",
+        "no interpreter",
+        "interpret",
+        "implementation='interpret' asks for it",
+    )
 
 
 def warn_of_fallback(choice: Choice) -> None:
@@ -120,6 +143,12 @@ def run_chosen(choice: Choice, *args, tk: Callable, xla: Callable):
             return xla(_needs_cuda.bind(first, op=choice.op), *rest)
 
         return lax.platform_dependent(*args, cuda=tk, default=refuse)
+    if choice.elsewhere == "interpret":
+
+        def refuse(first, *rest):
+            return xla(_needs_cpu.bind(first, op=choice.op), *rest)
+
+        return lax.platform_dependent(*args, cpu=tk, default=refuse)
     return lax.platform_dependent(*args, cuda=tk, default=xla)
 
 
@@ -179,21 +208,32 @@ def _unsupported_gpu() -> str | None:
     )
 
 
-def _refuse(op: str, platforms: str):
+def _refuse(op: str, implementation: str, needs: str, platforms: str):
     raise NotImplementedError(
-        f"{op}: implementation='tk' needs an NVIDIA Hopper GPU, but this call is for "
+        f"{op}: implementation={implementation!r} needs {needs}, but this call is for "
         f"{platforms}; use implementation=None or implementation='xla'"
     )
 
 
-# The identity, which no platform can run: it stands where a kernel is missing, so that
-# the error comes when, and only when, a platform without one is compiled for.
-_needs_cuda = Primitive("tk_needs_cuda")
-_needs_cuda.def_abstract_eval(lambda value, *, op: value)
-_needs_cuda.def_impl(lambda value, *, op: _refuse(op, jax.default_backend()))
-mlir.register_lowering(
-    _needs_cuda,
-    lambda context, value, *, op: _refuse(
-        op, ", ".join(context.module_context.platforms)
-    ),
-)
+def _make_refusal(name: str, implementation: str, needs: str) -> Primitive:
+    """The identity, which no platform can run.
+
+    It stands where a kernel is missing, so that the error comes when, and only when, a
+    platform without one is compiled for.
+    """
+    refusal = Primitive(name)
+    refusal.def_abstract_eval(lambda value, *, op: value)
+    refusal.def_impl(
+        lambda value, *, op: _refuse(op, implementation, needs, jax.default_backend())
+    )
+    mlir.register_lowering(
+        refusal,
+        lambda context, value, *, op: _refuse(
+            op, implementation, needs, ", ".join(context.module_context.platforms)
+        ),
+    )
+    return refusal
+
+
+_needs_cuda = _make_refusal("tk_needs_cuda", "tk", "an NVIDIA Hopper GPU")
+_needs_cpu = _make_refusal("tk_needs_cpu", "interpret", "the CPU")

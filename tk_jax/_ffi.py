@@ -139,6 +139,25 @@ def nvrtc_folders() -> list[str]:
 
 
 @functools.cache
+def interpreter():
+    """The interpreter's module, with its targets registered for the CPU.
+
+    Raises ImportError with the reason where it cannot be loaded.
+    """
+    try:
+        from tk_jax import _interpreter
+    except ImportError as error:
+        raise ImportError(
+            f"tk_jax._interpreter cannot be imported ({error}); "
+            "build it with `pip install .` in the source folder, or reinstall tk_jax"
+        ) from None
+    check_api_version(_interpreter.ffi_api_version(), runtime_api_version())
+    for target, handler in _interpreter.registrations().items():
+        jax.ffi.register_ffi_target(target, handler, platform="cpu", api_version=1)
+    return _interpreter
+
+
+@functools.cache
 def _set_up() -> None:
     check_api_version(_extension.ffi_api_version(), runtime_api_version())
     _extension.set_source_root(str(source_root()))

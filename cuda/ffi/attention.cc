@@ -134,6 +134,12 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
 
+  declare_arrays({{"q", b.q, false},
+                  {"k", b.k, false},
+                  {"v", b.v, false},
+                  {"out", b.out, true},
+                  {"lse", b.lse, true}});
+
   const Sizes& s = call->sizes;
   attention::ForwardParams params = {};
   if (Status status = first_error({encode_rows(&params.q, b.q, s, 64),
@@ -321,6 +327,21 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
   if (!finish.ok()) return finish.error();
   const runtime::ScopedContext context(**device);
 
+  declare_arrays({{"q", b.q, false},
+                  {"k", b.k, false},
+                  {"v", b.v, false},
+                  {"out", b.out, false},
+                  {"lse", b.lse, false},
+                  {"dout", b.dout, false},
+                  {"dlse", b.dlse, false},
+                  {"dq", b.dq, true},
+                  {"dk", b.dk, true},
+                  {"dv", b.dv, true},
+                  {"delta", b.delta, true},
+                  {"lse_log2", b.lse_log2, true},
+                  {"dq_acc", b.dq_acc, true},
+                  {"dq_order", b.dq_order, true}});
+
   const Sizes& s = call->sizes;
   if (Status status = launch_prepare(**prepare, stream, b, s, options); !status.ok()) {
     return status;
@@ -346,8 +367,9 @@ xffi::Error forward_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, An
 xffi::Error forward_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
                             AnyBuffer k, AnyBuffer v, Ret out, Ret lse, attention::Options options,
                             attention::ForwardConfig config) {
-  return to_ffi(kForwardName,
-                execute_forward(device, stream, {q, k, v, *out, *lse}, options, config));
+  return to_ffi(kForwardName, explore([&] {
+                  return execute_forward(device, stream, {q, k, v, *out, *lse}, options, config);
+                }));
 }
 
 xffi::Error backward_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
@@ -366,10 +388,12 @@ xffi::Error backward_execute(std::int32_t device, runtime::cuda::Stream stream, 
                              AnyBuffer dlse, Ret dq, Ret dk, Ret dv, Ret delta, Ret lse_log2,
                              Ret dq_acc, Ret dq_order, attention::Options options,
                              attention::BackwardConfig config) {
-  return to_ffi(kBackwardName, execute_backward(device, stream,
-                                                {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv,
-                                                 *delta, *lse_log2, *dq_acc, *dq_order},
-                                                options, config));
+  return to_ffi(kBackwardName, explore([&] {
+                  return execute_backward(device, stream,
+                                          {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv, *delta,
+                                           *lse_log2, *dq_acc, *dq_order},
+                                          options, config);
+                }));
 }
 
 template <typename Binding>
@@ -407,19 +431,19 @@ auto bind_backward(Binding binding) {
 
 XLA_FFI_DEFINE_HANDLER(
     kForwardInitialize, forward_initialize,
-    bind_forward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<xffi::DeviceOrdinal>()));
+    bind_forward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
 XLA_FFI_DEFINE_HANDLER(kForwardExecute, forward_execute,
                        bind_forward(xffi::Ffi::Bind()
-                                        .Ctx<xffi::DeviceOrdinal>()
-                                        .Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
+                                        .Ctx<DeviceContext>()
+                                        .Ctx<StreamContext>()),
                        {xffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(
     kBackwardInitialize, backward_initialize,
-    bind_backward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<xffi::DeviceOrdinal>()));
+    bind_backward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
 XLA_FFI_DEFINE_HANDLER(kBackwardExecute, backward_execute,
                        bind_backward(xffi::Ffi::Bind()
-                                         .Ctx<xffi::DeviceOrdinal>()
-                                         .Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
+                                         .Ctx<DeviceContext>()
+                                         .Ctx<StreamContext>()),
                        {xffi::Traits::kCmdBufferCompatible});
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <limits>
 #include <string>
@@ -58,14 +59,42 @@ std::size_t hash_value(const KernelKey& key);
 // The kernel that the initialize stage loaded; never compiles. Only where there is none does it
 // take the time to make the spec, to see whether the call was wrong from the start.
 template <typename Key, typename MakeSpec>
-Result<const runtime::Kernel*> find_loaded(const runtime::KernelTable<Key>& table, const Key& key,
+Result<const runtime::Kernel*> find_loaded(runtime::KernelTable<Key>& table, const Key& key,
                                            const Device& device, MakeSpec&& make_spec) {
   if (const runtime::Kernel* kernel = table.find(key, device.ordinal)) return kernel;
+#ifdef TK_INTERPRETER
+  // XLA's CPU backend has no initialize stage, and there is nothing to compile.
+  return table.load(key, device, make_spec);
+#endif
   if (const Result<KernelSpec> spec = make_spec(); !spec.ok()) return spec.error();
   return Error{ErrorKind::kInternal, "the kernel is not loaded on GPU " +
                                          std::to_string(device.ordinal) +
                                          ": execute ran before initialize"};
 }
+
+// An array that a call's kernels may touch, and whether it is there to be read.
+struct CallArray {
+  const char* name;
+  const AnyBuffer& buffer;
+  bool is_result;
+};
+
+#ifdef TK_INTERPRETER
+// Before a call's launches: these arrays are the memory they have. Results are filled with NaN.
+void declare_arrays(std::initializer_list<CallArray> arrays);
+// Runs a call once for every schedule that is to be explored, up to the first that fails.
+Status explore(const std::function<Status()>& call);
+#else
+inline void declare_arrays(std::initializer_list<CallArray>) {}
+template <typename Call>
+Status explore(Call&& call) {
+  return call();
+}
+#endif
+
+// What a handler is told of where it runs: the GPU and XLA's stream; nothing in the interpreter.
+struct DeviceContext {};
+struct StreamContext {};
 
 Error invalid(std::string message);
 Error unsupported(std::string message);
@@ -97,3 +126,33 @@ const char* type_suffix(runtime::DataType type);
 inline const char* bool_name(bool value) { return value ? "true" : "false"; }
 
 }  // namespace tk::ffi
+
+template <>
+struct xla::ffi::CtxDecoding<tk::ffi::DeviceContext> {
+  using Type = std::int32_t;
+  template <typename Context>
+  static std::optional<Type> Decode(const XLA_FFI_Api* api, Context* context,
+                                    DiagnosticEngine& diagnostic) {
+#ifdef TK_INTERPRETER
+    (void)api, (void)context, (void)diagnostic;
+    return 0;
+#else
+    return CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
+#endif
+  }
+};
+
+template <>
+struct xla::ffi::CtxDecoding<tk::ffi::StreamContext> {
+  using Type = tk::runtime::cuda::Stream;
+  template <typename Context>
+  static std::optional<Type> Decode(const XLA_FFI_Api* api, Context* context,
+                                    DiagnosticEngine& diagnostic) {
+#ifdef TK_INTERPRETER
+    (void)api, (void)context, (void)diagnostic;
+    return Type{};
+#else
+    return CtxDecoding<PlatformStream<Type>>::Decode(api, context, diagnostic);
+#endif
+  }
+};

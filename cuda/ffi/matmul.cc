@@ -123,6 +123,8 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   if (!tiles.ok()) return tiles.error();
   const runtime::ScopedContext context(**device);
 
+  declare_arrays({{"a", buffers.a, false}, {"b", buffers.b, false}, {"c", buffers.c, true}});
+
   matmul::Params params = {};
   const runtime::DataType dtype = call->kernel.dtype;
   if (Status status = first_error(
@@ -153,7 +155,9 @@ xffi::Error ffi_initialize(std::int32_t device, AnyBuffer a, AnyBuffer b, Ret c,
 
 xffi::Error ffi_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer a, AnyBuffer b,
                         Ret c, matmul::Options options, matmul::Config config) {
-  return to_ffi(kName, execute(device, stream, {a, b, *c}, options, config));
+  return to_ffi(kName, explore([&] {
+                  return execute(device, stream, {a, b, *c}, options, config);
+                }));
 }
 
 template <typename Binding>
@@ -168,11 +172,11 @@ auto bind(Binding binding) {
 
 XLA_FFI_DEFINE_HANDLER(
     kInitialize, ffi_initialize,
-    bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<xffi::DeviceOrdinal>()));
+    bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
 XLA_FFI_DEFINE_HANDLER(kExecute, ffi_execute,
                        bind(xffi::Ffi::Bind()
-                                .Ctx<xffi::DeviceOrdinal>()
-                                .Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
+                                .Ctx<DeviceContext>()
+                                .Ctx<StreamContext>()),
                        {xffi::Traits::kCmdBufferCompatible});
 
 }  // namespace

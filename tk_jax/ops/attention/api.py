@@ -65,7 +65,9 @@ def attention(
         inputs give equal bits. Without it, the backward pass may be quicker. Everything
         else is always deterministic.
       implementation: ``None`` chooses as described; ``"tk"`` runs the kernel or raises;
-        ``"xla"`` runs the XLA implementation everywhere.
+        ``"xla"`` runs the XLA implementation everywhere;
+        ``"interpret"`` runs and checks the kernel's own source on the CPU, slowly (see
+        :func:`tk_jax.interpret_options`).
 
     Returns:
       ``out [..., T, H, D]`` in the dtype of the inputs; with ``return_lse`` also

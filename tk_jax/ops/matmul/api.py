@@ -49,7 +49,8 @@ def matmul(
       transpose_b: ``b`` is stored transposed.
       implementation: ``None`` for the TK kernel on an NVIDIA Hopper GPU where it
         supports the call and XLA otherwise; ``"tk"`` for the kernel or an error;
-        ``"xla"`` for XLA.
+        ``"xla"`` for XLA; ``"interpret"`` to run and check the kernel's own source on
+        the CPU, slowly (see :func:`tk_jax.interpret_options`).
 
     Returns:
       ``c``, ``[..., M, N]``, in the dtype of the inputs.

@@ -1,0 +1,124 @@
+// The runtime's interface (cuda/runtime) over the interpreter: the same handlers run kernels on the
+// CPU.
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "ffi/ffi_util.h"
+#include "interpreter/ffi/options.h"
+#include "interpreter/launch.h"
+#include "interpreter/registry.h"
+#include "interpreter/tensor_map.h"
+#include "runtime/launch.h"
+
+namespace tk {
+namespace {
+
+// As few as a test's arrays have tiles, so that blocks walk over several and wait for one another.
+constexpr int kMultiprocessors = 4;
+
+struct LoadedKernel {
+  std::string symbol;
+  void (*run)(const void* params);
+};
+
+std::mutex options_mutex;
+interpreter::ScheduleOptions options;
+
+// Of the call that runs on this thread.
+thread_local interpreter::Memory memory;
+thread_local std::uint64_t seed = 0;
+
+}  // namespace
+
+namespace interpreter {
+
+void set_schedule_options(const ScheduleOptions& value) {
+  std::lock_guard lock(options_mutex);
+  options = value;
+}
+ScheduleOptions schedule_options() {
+  std::lock_guard lock(options_mutex);
+  return options;
+}
+
+}  // namespace interpreter
+
+namespace ffi {
+
+void declare_arrays(std::initializer_list<CallArray> arrays) {
+  memory = {};
+  for (const CallArray& array : arrays) {
+    void* data = array.buffer.untyped_data();
+    const std::size_t bytes = array.buffer.size_bytes();
+    if (array.is_result) std::memset(data, 0xff, bytes);
+    memory.add(array.name, data, bytes, !array.is_result);
+  }
+}
+
+Status explore(const std::function<Status()>& call) {
+  const interpreter::ScheduleOptions schedules = interpreter::schedule_options();
+  for (std::int64_t i = 0; i < schedules.count; ++i) {
+    seed = schedules.seed + i;
+    if (Status status = call(); !status.ok()) return status;
+  }
+  return {};
+}
+
+}  // namespace ffi
+
+namespace runtime {
+
+Result<const Device*> open_device(int) {
+  static const Device device = {0, "interpreter", 9, 0, kMultiprocessors, nullptr};
+  return &device;
+}
+
+ScopedContext::ScopedContext(const Device&) {}
+ScopedContext::~ScopedContext() = default;
+
+Result<Kernel> load_kernel(const KernelSpec& spec, const Device&) {
+  const interpreter::Specialisation* found = interpreter::find_specialisation(spec.function);
+  if (found == nullptr) {
+    return Error{ErrorKind::kUnsupported,
+                 "the interpreter was built without " + spec.function +
+                     "; it has the default tiles of every op and a few more"};
+  }
+  // Lives as long as the table of loaded kernels does: for ever.
+  auto* loaded = new LoadedKernel{spec.symbol, found->run};
+  return Kernel{reinterpret_cast<cuda::Function>(loaded), spec.threads, spec.shared_bytes,
+                spec.cluster_size};
+}
+
+Status launch(const Kernel& kernel, cuda::Stream, const Grid& grid, const void* params) {
+  const auto* loaded = reinterpret_cast<const LoadedKernel*>(kernel.function);
+  interpreter::Launch launch = {};
+  launch.kernel = loaded->symbol;
+  launch.entry = loaded->run;
+  launch.params = params;
+  launch.grid[0] = grid.x;
+  launch.grid[1] = grid.y;
+  launch.grid[2] = grid.z;
+  launch.threads = kernel.threads;
+  launch.shared_bytes = kernel.shared_bytes;
+  launch.cluster_size = kernel.cluster_size;
+  launch.resident_blocks = kMultiprocessors;
+  launch.seed = seed;
+  const auto report = interpreter::run(launch, memory);
+  if (!report) return {};
+  return Error{ErrorKind::kInternal, report->text()};
+}
+
+Status encode_tensor_map(TensorMap* map, void* address, const TensorMapShape& shape) {
+  static constexpr interpreter::ElementType kTypes[] = {
+      interpreter::ElementType::kBFloat16, interpreter::ElementType::kFloat16,
+      interpreter::ElementType::kFloat32, interpreter::ElementType::kInt32};
+  const std::string problem =
+      interpreter::encode(map, address, kTypes[static_cast<int>(shape.type)], shape.dims,
+                          shape.strides, shape.box, shape.swizzle_bytes);
+  if (problem.empty()) return {};
+  return Error{ErrorKind::kInvalidArgument, "tensor map: " + problem};
+}
+
+}  // namespace runtime
+}  // namespace tk

@@ -1,0 +1,40 @@
+// The forward kernels of attention that the interpreter can run: every configuration that
+// forward_config chooses, and one of small tiles.
+#include "kernels/attention/forward.cuh"
+
+#include "ffi/attention_kernels.h"
+#include "interpreter/registry.h"
+
+namespace tk::attention {
+namespace {
+
+using interpreter::Registration;
+using interpreter::run_kernel;
+
+template <typename T>
+constexpr runtime::DataType kDataType =
+    kSame<T, bf16> ? runtime::DataType::kBFloat16 : runtime::DataType::kFloat16;
+
+template <typename T, int kHeadDim, bool kCausal, int kBlockQ, int kBlockKv>
+void register_one() {
+  const ffi::AttentionForwardKernel kernel = {
+      kDataType<T>, kHeadDim, kCausal, {kBlockQ, kBlockKv, 2}};
+  Registration(
+      (*kernel.spec()).function,
+      run_kernel<forward<ForwardTraits<T, kHeadDim, kCausal, kBlockQ, kBlockKv, 2>>, ForwardParams>);
+}
+
+template <typename T, bool kCausal>
+bool register_tiles() {
+  register_one<T, 64, kCausal, 192, 128>();
+  register_one<T, 128, kCausal, 128, 128>();
+  register_one<T, 128, kCausal, 128, 160>();
+  register_one<T, 64, kCausal, 128, 64>();
+  return true;
+}
+
+const bool kRegistered[] = {register_tiles<bf16, false>(), register_tiles<bf16, true>(),
+                            register_tiles<fp16, false>(), register_tiles<fp16, true>()};
+
+}  // namespace
+}  // namespace tk::attention
