@@ -49,7 +49,8 @@ def _matmul(what, old, new="", after="", file=_MATMUL):
 
 
 _LOOP = "for (--block; block >= 0; --block) {"
-_STEP = "for (int left = group * steps"
+_DK_WAIT = "warpgroup::mma_wait<0>(dk_acc, dv_acc, ds);"
+_Q_RELEASE = "shared.q_ring.release(state);"
 
 MUTATIONS = [
     # -- Attention, forward --
@@ -69,8 +70,8 @@ MUTATIONS = [
     ),
     _forward(
         "k released before its product is done",
-        "warpgroup::mma_wait<1>(s_acc);\n          shared.k_ring.release(k_state);",
-        "shared.k_ring.release(k_state);\n          warpgroup::mma_wait<1>(s_acc);",
+        "warpgroup::mma_wait<0>(s_acc);\n        shared.k_ring.release(k_state);",
+        "shared.k_ring.release(k_state);\n        warpgroup::mma_wait<0>(s_acc);",
     ),
     _forward("v never released", "shared.v_ring.release(v_state);", after=_LOOP),
     _forward("q never released", "shared.q_ring.release(q_state);"),
@@ -158,86 +159,233 @@ MUTATIONS = [
         "named_sync(static_cast<Turn>(kTurn + consumer), 128)",
     ),
     _forward("the turn is not passed on", "pass_turn(consumer);", after=_LOOP),
-    _forward("the product p v is not committed", "warpgroup::mma_commit();", after="mma_AB(o_acc"),
+    _forward(
+        "the product p v is not committed",
+        "warpgroup::mma_commit();",
+        after="mma_AB(o_acc",
+    ),
     _forward(
         "the sum starts from nothing",
         "bool accumulate = false;",
         "bool accumulate = true;",
     ),
-    _forward("out is not corrected", "if (corrects) warp::mul_rows(o_acc, o_acc, softmax.correction);"),
-    _forward("row sums not brought together", "warp::finish_row_sum(row_sum);", file=_SOFTMAX),
-    _forward("row maxima not brought together", "warp::finish_row_max(row_max);", file=_SOFTMAX),
+    _forward(
+        "out is not corrected",
+        "if (corrects) warp::mul_rows(o_acc, o_acc, softmax.correction);",
+    ),
+    _forward(
+        "row sums not brought together", "warp::finish_row_sum(row_sum);", file=_SOFTMAX
+    ),
+    _forward(
+        "row maxima not brought together",
+        "warp::finish_row_max(row_max);",
+        file=_SOFTMAX,
+    ),
     # -- Attention, backward --
-    _backward("dq's product before all rows of ds are there", "named_sync(kDsWritten, 128 * kConsumers);"),
-    _backward("ds is not published to the tensor cores", "publish_shared();", after="ds_buffer ^= 1;"),
+    _backward(
+        "dq's product before all rows of ds are there",
+        "named_sync(kDsWritten, 128 * kConsumers);",
+    ),
+    _backward(
+        "ds is not published to the tensor cores",
+        "publish_shared();",
+        after="ds_buffer ^= 1;",
+    ),
     _backward("one buffer for ds instead of two", "ds_buffer ^= 1;"),
-    _backward("p overwritten while dv's product reads it", "mma_wait<2>(p)", "mma_wait<2>()"),
+    _backward(
+        "p overwritten while dv's product reads it", "mma_wait<2>(p)", "mma_wait<2>()"
+    ),
     _backward("dq used before its wait", "mma_wait<1>(dq_acc)", "mma_wait<2>(dq_acc)"),
     _backward("dp used before its wait", "warpgroup::mma_wait<0>(dp_acc);"),
     _backward("dq overwritten on its way out", "shared.dq_ring.acquire(dq_state);"),
     _backward(
         "q released before its product is done",
-        "warpgroup::mma_wait<0>(dk_acc, dv_acc, ds);\n        shared.q_ring.release(state);",
-        "shared.q_ring.release(state);\n        warpgroup::mma_wait<0>(dk_acc, dv_acc, ds);",
+        _DK_WAIT + "\n        " + _Q_RELEASE,
+        _Q_RELEASE + "\n        " + _DK_WAIT,
     ),
     _backward("dout never released", "shared.dout_ring.release(state);"),
     _backward("no wait for q and lse", "shared.q_ring.wait(state);"),
     _backward("no wait for dout and delta", "shared.dout_ring.wait(state);"),
     _backward("no wait for k and v", "shared.kv_ring.wait(kv_state);"),
     _backward("k and v never released", "shared.kv_ring.release(kv_state);"),
-    _backward("dk overwrites k while others read it", "if constexpr (kConsumers > 1) named_sync(kKeysRead, 128 * kConsumers);"),
-    _backward("dk and dv are not published", "publish_shared();", after="kKeysRead, 128"),
-    _backward("dk and dv copied before all warps have written them", "warpgroup::sync();", after="kKeysRead, 128"),
-    _backward("k and v overwritten while dk and dv leave", "tma::wait_read<0>();", after="tma::store(params.dk"),
+    _backward(
+        "dk overwrites k while others read it",
+        "if constexpr (kConsumers > 1) named_sync(kKeysRead, 128 * kConsumers);",
+    ),
+    _backward(
+        "dk and dv are not published", "publish_shared();", after="kKeysRead, 128"
+    ),
+    _backward(
+        "dk and dv copied before all warps have written them",
+        "warpgroup::sync();",
+        after="kKeysRead, 128",
+    ),
+    _backward(
+        "k and v overwritten while dk and dv leave",
+        "tma::wait_read<0>();",
+        after="tma::store(params.dk",
+    ),
     _backward("no turns", "take_turn(counter, turn);"),
     _backward("the turn is not passed on", "pass_turn(counter);"),
-    _backward("the turn is passed on before dq is written", "tma::wait<0>();\n          pass_turn", "pass_turn"),
+    _backward(
+        "the turn is passed on before dq is written",
+        "tma::wait<0>();\n          pass_turn",
+        "pass_turn",
+    ),
     _backward("every block overwrites dq", "if (turn == 0)", "if (turn >= 0)"),
     _backward("no block overwrites what dq held", "if (turn == 0)", "if (turn < 0)"),
-    _backward("dq given back while it is read", "tma::wait_read<0>();\n          shared.dq_ring", "shared.dq_ring"),
-    _backward("exit while dq is on its way", "tma::wait<0>();\n  }\n", "}\n", after="any order"[:0]),
-    _backward("bytes of lse are not expected", "acquire(state, QTile::kBytes + QVec::kBytes)", "acquire(state, QTile::kBytes)"),
+    _backward(
+        "dq given back while it is read",
+        "tma::wait_read<0>();\n          shared.dq_ring",
+        "shared.dq_ring",
+    ),
+    _backward(
+        "bytes of lse are not expected",
+        "acquire(state, QTile::kBytes + QVec::kBytes)",
+        "acquire(state, QTile::kBytes)",
+    ),
     _backward("delta of the wrong rows", "params.delta + row", "params.delta"),
     _backward("no mask", "if (masked) {", "if (false) {"),
-    _backward("the last queries are left out", "ceil_div(p.seqlen_q, kBlockQ)", "p.seqlen_q / kBlockQ"),
-    _backward("prepare's barrier is not published", "publish_barriers();", file=_PREPARE),
-    _backward("prepare's barrier used before it is there", "block::sync();", file=_PREPARE),
+    _backward(
+        "the last queries are left out",
+        "ceil_div(p.seqlen_q, kBlockQ)",
+        "p.seqlen_q / kBlockQ",
+    ),
+    _backward(
+        "prepare's barrier is not published", "publish_barriers();", file=_PREPARE
+    ),
+    _backward(
+        "prepare's barrier used before it is there", "block::sync();", file=_PREPARE
+    ),
     _backward("prepare does not wait for out", "shared.full.wait(0);", file=_PREPARE),
-    _backward("turns are not reset", "if (warpgroup::leader()) reset_turns", "if (false) reset_turns", file=_PREPARE),
+    _backward(
+        "turns are not reset",
+        "if (warpgroup::leader()) reset_turns",
+        "if (false) reset_turns",
+        file=_PREPARE,
+    ),
     _backward("finish does not publish dq", "publish_shared();", file=_FINISH),
-    _backward("finish copies before all warps have written", "warpgroup::sync();", file=_FINISH),
+    _backward(
+        "finish copies before all warps have written",
+        "warpgroup::sync();",
+        file=_FINISH,
+    ),
     _backward("finish exits while dq is read", "tma::wait_read<0>();", file=_FINISH),
-    _backward("finish takes the wrong part", "cols<64>(part)", "cols<64>(part + 1)", file=_FINISH),
+    _backward(
+        "finish takes the wrong part",
+        "cols<64>(part)",
+        "cols<64>(part + 1)",
+        file=_FINISH,
+    ),
     # -- Matmul --
     _matmul("no wait for a stage", "shared.ring.wait(state);"),
-    _matmul("a stage released while a product reads it", "warpgroup::mma_wait<1>();", "warpgroup::mma_wait<2>();"),
+    _matmul(
+        "a stage released while a product reads it",
+        "warpgroup::mma_wait<1>();",
+        "warpgroup::mma_wait<2>();",
+    ),
     _matmul("stages never released", "release(shared.ring, previous);"),
-    _matmul("the stage in use is released", "release(shared.ring, previous);", "release(shared.ring, state);"),
-    _matmul("the other block is not told of a release", "if constexpr (kClusterSize > 1) ring.release(state, cluster::rank() ^ 1);"),
-    _matmul("releases of one block expected of two", "4 * kConsumers * kClusterSize", "4 * kConsumers"),
+    _matmul(
+        "the stage in use is released",
+        "release(shared.ring, previous);",
+        "release(shared.ring, state);",
+    ),
+    _matmul(
+        "the other block is not told of a release",
+        "if constexpr (kClusterSize > 1) ring.release(state, cluster::rank() ^ 1);",
+    ),
+    _matmul(
+        "releases of one block expected of two",
+        "4 * kConsumers * kClusterSize",
+        "4 * kConsumers",
+    ),
     _matmul("sums start from nothing", "step > 0);", "true);"),
-    _matmul("sums used before a wait names them", "mma_wait<0>(acc[r])", "mma_wait<0>()"),
+    _matmul(
+        "sums used before a wait names them", "mma_wait<0>(acc[r])", "mma_wait<0>()"
+    ),
     _matmul("products are not committed", "warpgroup::mma_commit();"),
-    _matmul("bytes of b are not expected", "ATile::kBytes + BTile::kBytes", "ATile::kBytes"),
-    _matmul("a piece overwritten on its way out", "tma::wait_read<1>()", "tma::wait_read<2>()"),
+    _matmul(
+        "bytes of b are not expected", "ATile::kBytes + BTile::kBytes", "ATile::kBytes"
+    ),
+    _matmul(
+        "a piece overwritten on its way out",
+        "tma::wait_read<1>()",
+        "tma::wait_read<2>()",
+    ),
     _matmul("a piece overwritten before the leader has waited", "warpgroup::sync();"),
     _matmul("a piece is not published", "publish_shared();"),
-    _matmul("a piece copied before all warps have written it", "warpgroup::sync();", after="publish_shared();"),
-    _matmul("exit while the last pieces leave", "if (warpgroup::leader()) tma::wait_read<0>();"),
-    _matmul("the tail of K is left out", "ceil_div(params.k, kBlockK);", "params.k / kBlockK;", after="compute("),
+    _matmul(
+        "a piece copied before all warps have written it",
+        "warpgroup::sync();",
+        after="publish_shared();",
+    ),
+    _matmul(
+        "exit while the last pieces leave",
+        "if (warpgroup::leader()) tma::wait_read<0>();",
+    ),
+    _matmul(
+        "the tail of K is left out",
+        "ceil_div(params.k, kBlockK);",
+        "params.k / kBlockK;",
+        after="compute(",
+    ),
     _matmul("both blocks load the same half of b", "col + rank * kPart", "col"),
     _matmul("pieces land in the wrong columns", "col + piece * 64", "col + piece * 32"),
     # -- Pipelines and the block template --
-    _matmul("the producer waits for the wrong phase", "wait(state.phase ^ 1, at);", "wait(state.phase, at);", file=_PIPELINE),
-    _matmul("the producer does not wait for a free stage", "empty_[state.stage].wait(state.phase ^ 1, at);", file=_PIPELINE),
+    _matmul(
+        "the producer waits for the wrong phase",
+        "wait(state.phase ^ 1, at);",
+        "wait(state.phase, at);",
+        file=_PIPELINE,
+    ),
+    _matmul(
+        "the producer does not wait for a free stage",
+        "empty_[state.stage].wait(state.phase ^ 1, at);",
+        file=_PIPELINE,
+    ),
     _matmul("the phase never changes", "phase ^= 1;", file=_PIPELINE),
-    _matmul("a ring one stage too long", "++stage == kStages", "++stage == kStages + 1", file=_PIPELINE),
-    _matmul("all lanes release a stage", "if (warp::leader()) empty_", "empty_", file=_PIPELINE),
-    _matmul("two arrivals expected of one producer", "full_[i].init(1, at);", "full_[i].init(2, at);", file=_PIPELINE),
+    _matmul(
+        "a ring one stage too long",
+        "++stage == kStages",
+        "++stage == kStages + 1",
+        file=_PIPELINE,
+    ),
+    _matmul(
+        "all lanes release a stage",
+        "if (warp::leader()) empty_",
+        "empty_",
+        file=_PIPELINE,
+    ),
+    _matmul(
+        "two arrivals expected of one producer",
+        "full_[i].init(1, at);",
+        "full_[i].init(2, at);",
+        file=_PIPELINE,
+    ),
     _backward("dq filled without a fence", "publish_shared(at);", file=_PIPELINE),
-    _backward("a stage of dq filled too early", "empty_[state.stage].wait(state.phase ^ 1, at);", after="struct StorePipeline", file=_PIPELINE),
-    _backward("all lanes announce a stage of dq", "if (warp::leader()) full_", "full_", file=_PIPELINE),
+    _backward(
+        "a stage of dq filled too early",
+        "empty_[state.stage].wait(state.phase ^ 1, at);",
+        after="struct StorePipeline",
+        file=_PIPELINE,
+    ),
+    _backward(
+        "all lanes announce a stage of dq",
+        "if (warp::leader()) full_",
+        "full_",
+        file=_PIPELINE,
+    ),
     _forward("barriers are not published", "publish_barriers();", file=_BLOCK),
-    _forward("roles start before barriers are there", "} else {\n    sync();\n  }", "}", file=_BLOCK),
-    _matmul("a block exits while the other still releases to it", "cluster::sync();", after="warp::sync();", file=_BLOCK),
+    _forward(
+        "roles start before barriers are there",
+        "} else {\n    sync();\n  }",
+        "}",
+        file=_BLOCK,
+    ),
+    _matmul(
+        "a block exits while the other still releases to it",
+        "cluster::sync();",
+        after="warp::sync();",
+        file=_BLOCK,
+    ),
 ]

@@ -161,10 +161,10 @@ def test_shapes_and_dtypes_that_do_not_fit(q, k, v, message, implementation):
     ("settings", "error", "message"),
     [
         (
-            {"implementation": "interpret"},
+            {"implementation": "cuda"},
             ValueError,
-            "attention: implementation is 'interpret'; "
-            "expected one of None, 'tk', 'xla'",
+            "attention: implementation is 'cuda'; "
+            "expected one of None, 'tk', 'xla', 'interpret'",
         ),
         (
             {"causal_align": "bottom"},

@@ -37,7 +37,7 @@ def zeros(*shape, dtype=BF16):
         (zeros(4, 4), zeros(4, 4), {"transpose_a": 1}, TypeError,
          r"transpose_a is of type int; expected a Python bool"),
         (zeros(4, 4), zeros(4, 4), {"implementation": "cuda"}, ValueError,
-         r"implementation is 'cuda'; expected one of None, 'tk', 'xla'"),
+         r"implementation is 'cuda'; expected one of None, 'tk', 'xla', 'interpret'"),
         (zeros(4, 4, dtype=jnp.float32), zeros(4, 4, dtype=jnp.float32),
          {"implementation": "tk"}, NotImplementedError,
          r"does not support dtype float32 \(it takes bfloat16 and float16\); use"),

@@ -1,6 +1,7 @@
 """Settings cross to C++ field by field: names, order and types agree on both sides."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -65,11 +66,23 @@ def test_setting_without_an_attribute_type_is_refused():
         _ffi.to_attribute(Settings())
 
 
-@pytest.fixture(scope="module")
-def targets_on_cpu():
-    """CPUs decode what they are called with, then miss the stream of a GPU."""
+@functools.cache
+def _register_on_cpu():
+    # The targets' own names are the interpreter's on a CPU.
     for name, stages in _ffi.extension().registrations().items():
-        jax.ffi.register_ffi_target(name, stages, platform="cpu", api_version=1)
+        jax.ffi.register_ffi_target(
+            f"{name}_probe", stages, platform="cpu", api_version=1
+        )
+
+
+@pytest.fixture
+def targets_on_cpu(monkeypatch):
+    """CPUs decode what they are called with, then miss the stream of a GPU."""
+    _register_on_cpu()
+    call = jax.ffi.ffi_call
+    monkeypatch.setattr(
+        jax.ffi, "ffi_call", lambda name, *args: call(f"{name}_probe", *args)
+    )
 
 
 def attention_arrays():

@@ -433,17 +433,13 @@ XLA_FFI_DEFINE_HANDLER(
     kForwardInitialize, forward_initialize,
     bind_forward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
 XLA_FFI_DEFINE_HANDLER(kForwardExecute, forward_execute,
-                       bind_forward(xffi::Ffi::Bind()
-                                        .Ctx<DeviceContext>()
-                                        .Ctx<StreamContext>()),
+                       bind_forward(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
                        {xffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(
     kBackwardInitialize, backward_initialize,
     bind_backward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
 XLA_FFI_DEFINE_HANDLER(kBackwardExecute, backward_execute,
-                       bind_backward(xffi::Ffi::Bind()
-                                         .Ctx<DeviceContext>()
-                                         .Ctx<StreamContext>()),
+                       bind_backward(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
                        {xffi::Traits::kCmdBufferCompatible});
 
 }  // namespace

@@ -155,9 +155,8 @@ xffi::Error ffi_initialize(std::int32_t device, AnyBuffer a, AnyBuffer b, Ret c,
 
 xffi::Error ffi_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer a, AnyBuffer b,
                         Ret c, matmul::Options options, matmul::Config config) {
-  return to_ffi(kName, explore([&] {
-                  return execute(device, stream, {a, b, *c}, options, config);
-                }));
+  return to_ffi(kName,
+                explore([&] { return execute(device, stream, {a, b, *c}, options, config); }));
 }
 
 template <typename Binding>
@@ -174,9 +173,7 @@ XLA_FFI_DEFINE_HANDLER(
     kInitialize, ffi_initialize,
     bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
 XLA_FFI_DEFINE_HANDLER(kExecute, ffi_execute,
-                       bind(xffi::Ffi::Bind()
-                                .Ctx<DeviceContext>()
-                                .Ctx<StreamContext>()),
+                       bind(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
                        {xffi::Traits::kCmdBufferCompatible});
 
 }  // namespace

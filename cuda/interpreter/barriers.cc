@@ -107,6 +107,12 @@ void barrier_arrive(std::uint32_t address, int block, Location at) {
              std::to_string(m.cluster().blocks.size()),
          at);
   }
+  if (m.cluster().blocks[block]->warps_left == 0) {
+    fail(FaultKind::kInFlightAtExit,
+         "arrives at a barrier of another block of the cluster, which has exited: a cluster sync "
+         "before the end is missing",
+         at);
+  }
   arrive(*m.cluster().blocks[block], address, at);
 }
 

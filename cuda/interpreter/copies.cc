@@ -244,6 +244,11 @@ void store_box(const TensorMap& map, const Panel& panel, std::span<const int> co
   require_one_lane("a copy is started", at);
   const BoxMap box = checked_map(map, at);
   check_fits(box, panel, coordinates, at);
+  for (const int coordinate : coordinates) {
+    if (coordinate >= 0) continue;
+    fail(FaultKind::kOutOfBounds,
+         "a copy starts before the array's first element, which loads may and stores may not", at);
+  }
   auto rows = rows_of(box, coordinates);
   auto copy = std::make_shared<OutgoingCopy>();
   copy->add = add;

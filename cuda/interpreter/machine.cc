@@ -82,6 +82,7 @@ bool Machine::start_cluster() {
     block->index[0] = static_cast<int>(next_cluster_ % clusters_x * launch_.cluster_size + rank);
     block->index[1] = static_cast<int>(next_cluster_ / clusters_x % launch_.grid[1]);
     block->index[2] = static_cast<int>(next_cluster_ / clusters_x / launch_.grid[1]);
+    block->warps_left = warps;
     for (int index = 0; index < warps; ++index) {
       block->warps.push_back(std::make_unique<Warp>());
       Warp& warp = *block->warps.back();
@@ -141,6 +142,7 @@ void Machine::finish(Warp& warp) {
   running_ = nullptr;
   live_.erase(std::find(live_.begin(), live_.end(), &warp));
   Cluster* cluster = warp.block->cluster;
+  if (--warp.block->warps_left == 0) check_exit(*warp.block);
   if (--cluster->warps_left > 0) return;
   check_exit(*cluster);
   std::erase_if(resident_, [&](const auto& other) { return other.get() == cluster; });
@@ -247,13 +249,18 @@ void Machine::check_exit(Warp& warp) {
   }
 }
 
-void Machine::check_exit(Cluster& cluster) {
-  const std::string who = cluster.blocks.front()->warps.front()->name();
+void Machine::check_exit(Block& block) {
   for (const IncomingCopy& copy : incoming_) {
-    if (copy.cluster != &cluster) continue;
-    report(FaultKind::kInFlightAtExit, "the block exits before this copy has landed", copy.at, who);
+    const bool lands =
+        std::find(copy.ranks.begin(), copy.ranks.end(), block.rank) != copy.ranks.end();
+    if (copy.cluster != block.cluster || !lands) continue;
+    report(FaultKind::kInFlightAtExit, "the block exits before this copy has landed", copy.at,
+           block.warps.front()->name());
     return;
   }
+}
+
+void Machine::check_exit(Cluster& cluster) {
   for (const auto& block : cluster.blocks) {
     for (const auto& [address, barrier] : block->barriers) {
       if (barrier.pending == barrier.arrivals && barrier.bytes == 0) continue;

@@ -142,6 +142,7 @@ struct Block {
   std::map<std::uint32_t, BarrierState> barriers;
   std::array<NamedBarrierState, 16> named;
   std::vector<std::unique_ptr<Warp>> warps;
+  int warps_left = 0;
 
   Block(Cluster* cluster, int rank, std::size_t bytes);
 };
@@ -201,6 +202,7 @@ class Machine {
   void resume(Warp& warp);
   void finish(Warp& warp);
   void check_exit(Warp& warp);
+  void check_exit(Block& block);
   void check_exit(Cluster& cluster);
   [[nodiscard]] Report deadlock() const;
 

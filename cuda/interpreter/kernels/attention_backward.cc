@@ -1,9 +1,8 @@
 // The backward kernels of attention that the interpreter can run: those that backward_config
 // chooses.
-#include "kernels/attention/backward.cuh"
-
 #include "ffi/attention_kernels.h"
 #include "interpreter/registry.h"
+#include "kernels/attention/backward.cuh"
 #include "kernels/attention/backward_finish.cuh"
 #include "kernels/attention/backward_prepare.cuh"
 
@@ -23,9 +22,8 @@ ffi::AttentionBackwardKernels register_main() {
       kDataType<T>, kHeadDim, kCausal, kDeterministic, {kBlockQ, 128, 2}};
   Registration(
       (*kernels.main_spec()).function,
-      run_kernel<
-          backward<BackwardTraits<T, kHeadDim, kCausal, kDeterministic, kBlockQ, 128, 2>>,
-          BackwardParams>);
+      run_kernel<backward<BackwardTraits<T, kHeadDim, kCausal, kDeterministic, kBlockQ, 128, 2>>,
+                 BackwardParams>);
   return kernels;
 }
 

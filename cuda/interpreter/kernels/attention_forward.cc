@@ -1,9 +1,8 @@
 // The forward kernels of attention that the interpreter can run: every configuration that
 // forward_config chooses, and one of small tiles.
-#include "kernels/attention/forward.cuh"
-
 #include "ffi/attention_kernels.h"
 #include "interpreter/registry.h"
+#include "kernels/attention/forward.cuh"
 
 namespace tk::attention {
 namespace {
@@ -19,9 +18,9 @@ template <typename T, int kHeadDim, bool kCausal, int kBlockQ, int kBlockKv>
 void register_one() {
   const ffi::AttentionForwardKernel kernel = {
       kDataType<T>, kHeadDim, kCausal, {kBlockQ, kBlockKv, 2}};
-  Registration(
-      (*kernel.spec()).function,
-      run_kernel<forward<ForwardTraits<T, kHeadDim, kCausal, kBlockQ, kBlockKv, 2>>, ForwardParams>);
+  Registration((*kernel.spec()).function,
+               run_kernel<forward<ForwardTraits<T, kHeadDim, kCausal, kBlockQ, kBlockKv, 2>>,
+                          ForwardParams>);
 }
 
 template <typename T, bool kCausal>

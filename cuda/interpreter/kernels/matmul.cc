@@ -1,9 +1,8 @@
 // The matmul kernels that the interpreter can run: those that default_config chooses, and one in
 // clusters.
-#include "kernels/matmul/kernel.cuh"
-
 #include "ffi/matmul_kernels.h"
 #include "interpreter/registry.h"
+#include "kernels/matmul/kernel.cuh"
 
 namespace tk::matmul {
 namespace {
@@ -19,10 +18,11 @@ template <typename T, bool kTransposeA, bool kTransposeB, int kBlockN, int kStag
 Registration registered() {
   const ffi::MatmulKernel kernel = {
       kDataType<T>, {kTransposeA, kTransposeB}, {128, kBlockN, 64, kStages, kClusterM, 8}};
-  return {(*kernel.spec()).function,
-          run_kernel<multiply<Traits<T, kTransposeA, kTransposeB, 128, kBlockN, 64, kStages,
-                                     kClusterM, 8>>,
-                     Params>};
+  return {
+      (*kernel.spec()).function,
+      run_kernel<
+          multiply<Traits<T, kTransposeA, kTransposeB, 128, kBlockN, 64, kStages, kClusterM, 8>>,
+          Params>};
 }
 
 template <typename T, bool kTransposeA, bool kTransposeB>

@@ -1,0 +1,188 @@
+"""The kernels' own sources, run and checked on the CPU through JAX."""
+
+import functools
+
+import attention_cases
+import jax
+import jax.numpy as jnp
+import matmul_cases
+import numpy as np
+import pytest
+import tolerance
+from attention_cases import Case
+
+import tk_jax
+from tk_jax import _dispatch, _ffi, interpret
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="the interpreter runs on the CPU alone"
+)
+
+# Every mask, odd lengths, grouped heads, more keys than queries and fewer, both types.
+CASES = [
+    Case(2, 1, 1, 4, 2, 64, "causal"),
+    Case(2, 65, 65, 2, 1, 64, "causal"),
+    Case(1, 193, 193, 2, 2, 64, "full"),
+    Case(1, 257, 257, 4, 1, 64, "causal"),
+    Case(1, 129, 300, 2, 1, 64, "bottom_right"),
+    Case(1, 300, 97, 2, 2, 64, "bottom_right"),
+    Case(1, 130, 130, 2, 1, 128, "causal"),
+    Case(1, 97, 161, 2, 2, 128, "full", "fp16"),
+    Case(1, 193, 193, 1, 1, 64, "causal", gain=30),
+]
+
+
+def _kernel(case, **settings):
+    attention = functools.partial(
+        tk_jax.attention,
+        return_lse=True,
+        implementation="interpret",
+        **case.settings,
+        **settings,
+    )
+
+    @jax.jit
+    def run(q, k, v, dout, dlse):
+        (out, lse), pull = jax.vjp(attention, q, k, v)
+        return (out, lse, *pull((dout, dlse)))
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_and_its_gradients(case):
+    inputs = case.inputs()
+    results = _kernel(case)(*inputs)
+    exact = attention_cases.reference_f64(case, *inputs)
+    low = attention_cases.low_precision(case, *inputs)
+    floors = attention_cases.floors(case, *inputs[:4])
+    names = ("out", "lse", "dq", "dk", "dv")
+    for name, *arrays, floor in zip(names, results, exact, low, floors, strict=True):
+        tolerance.assert_close(*arrays, what=name, floor=floor)
+
+
+def test_attention_in_any_order():
+    case = CASES[1]
+    inputs = case.inputs()
+    dq = _kernel(case, deterministic=False)(*inputs)[2]
+    exact = attention_cases.reference_f64(case, *inputs)[2]
+    low = attention_cases.low_precision(case, *inputs)[2]
+    tolerance.assert_close(dq, exact, low, what="dq")
+
+
+def test_every_schedule_gives_the_same_bits():
+    case = Case(1, 200, 300, 2, 1, 64, "bottom_right")
+    inputs = case.inputs()
+    run = _kernel(case)
+    first = jax.block_until_ready(run(*inputs))
+    for seed in (1, 2, 3):
+        with tk_jax.interpret_options(seed=seed, schedules=2):
+            again = jax.block_until_ready(run(*inputs))
+        for x, y in zip(first, again, strict=True):
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.mark.parametrize(
+    "transposes", matmul_cases.TRANSPOSES, ids=matmul_cases.transposes_id
+)
+@pytest.mark.parametrize("sizes", [(1, 8, 8), (65, 63, 129), (129, 255, 193)], ids=str)
+def test_matmul(transposes, sizes):
+    rng = np.random.default_rng(0)
+    a, b = matmul_cases.operands(rng, transposes, ((2,), ()), sizes)
+    got = matmul_cases.product(transposes, "interpret")(a, b)
+    low = matmul_cases.product(transposes, "xla")(a, b)
+    exact = matmul_cases.definition(a, b, transposes)
+    tolerance.assert_close(got, exact, low, what="c")
+
+
+def test_gradients_of_matmul():
+    rng = np.random.default_rng(0)
+    a, b = matmul_cases.operands(rng, (False, True), sizes=(40, 72, 56))
+
+    def loss(implementation, a, b):
+        c = tk_jax.matmul(a, b, transpose_b=True, implementation=implementation)
+        return jnp.sum(jnp.sin(c.astype(jnp.float32)))
+
+    got = jax.jit(jax.grad(functools.partial(loss, "interpret"), argnums=(0, 1)))(a, b)
+    expected = jax.grad(functools.partial(loss, "xla"), argnums=(0, 1))(a, b)
+    for x, y in zip(got, expected, strict=True):
+        x, y = (np.asarray(z, np.float32) for z in (x, y))
+        np.testing.assert_allclose(x, y, rtol=0.03, atol=0.03 * np.abs(y).max())
+
+
+def test_vmap():
+    q, k, v, _, _ = CASES[1].inputs()
+    attention = functools.partial(tk_jax.attention, implementation="interpret")
+    got = jax.vmap(attention)(jnp.stack([q, q]), jnp.stack([k, k]), jnp.stack([v, v]))
+    np.testing.assert_array_equal(np.asarray(got[1]), np.asarray(attention(q, k, v)))
+
+
+def test_values_beyond_the_arrays_are_not_read():
+    # Neighbours in memory: whatever a tile reads past an odd length would be NaN.
+    case = Case(1, 65, 67, 1, 1, 64, "full")
+    q, k, v, _, _ = (jnp.asarray(x) for x in case.inputs())
+    poisoned = [jnp.pad(x, ((0, 0), (0, 7), (0, 0), (0, 0)),
+                        constant_values=np.nan) for x in (q, k, v)]  # fmt: skip
+    cut = (x[:, : y.shape[1]] for x, y in zip(poisoned, (q, k, v), strict=True))
+    out = tk_jax.attention(*cut, implementation="interpret")
+    assert bool(jnp.isfinite(out.astype(jnp.float32)).all())
+
+
+# -- What is refused -------------------------------------------------------------------
+
+
+def test_what_the_kernel_lacks():
+    q = jnp.ones((1, 4, 2, 32), jnp.bfloat16)
+    with pytest.raises(
+        NotImplementedError,
+        match="implementation='interpret' does not support head dim 32",
+    ):
+        tk_jax.attention(q, q, q, implementation="interpret")
+
+
+def test_a_missing_library(monkeypatch):
+    def missing():
+        raise ImportError("no such file")
+
+    monkeypatch.setattr(_ffi, "interpreter", missing)
+    q = jnp.ones((1, 4, 2, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="cannot run: no such file"):
+        tk_jax.attention(q, q, q, implementation="interpret")
+
+
+def test_the_choice_explains_itself():
+    a = jnp.ones((8, 8), jnp.bfloat16)
+    choice = tk_jax.explain(tk_jax.matmul, a, a, implementation="interpret")
+    assert (choice.cuda, choice.elsewhere) == ("no interpreter", "interpret")
+    assert all(text in _dispatch._DESCRIPTIONS for text in (choice.cuda, "interpret"))
+
+
+def test_lowering_for_a_gpu_is_refused():
+    a = jax.ShapeDtypeStruct((8, 8), jnp.bfloat16)
+    run = jax.jit(functools.partial(tk_jax.matmul, implementation="interpret"))
+    with pytest.raises(NotImplementedError, match="'interpret' needs the CPU"):
+        run.trace(a, a).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"seed": -1}, ValueError, "seed is -1; expected at least 0"),
+        ({"schedules": 0}, ValueError, "schedules is 0; expected at least 1"),
+        ({"schedules": 2.0}, TypeError, "schedules is 2.0; expected an integer"),
+    ],
+)
+def test_wrong_options(settings, error, message):
+    with pytest.raises(error, match=message), tk_jax.interpret_options(**settings):
+        pass
+
+
+def test_options_are_restored():
+    before = _ffi.interpreter().schedules()
+    with (
+        pytest.raises(ZeroDivisionError),
+        interpret.interpret_options(seed=7, schedules=3),
+    ):
+        assert _ffi.interpreter().schedules() == (7, 3)
+        raise ZeroDivisionError
+    assert _ffi.interpreter().schedules() == before
