@@ -67,7 +67,7 @@ def build_program(
         [
             compiler(),
             *_FLAGS,
-            "-O2",
+            "-O1",  # compiling takes longer than running
             *_includes(overlay),
             source,
             *engine,

@@ -210,7 +210,7 @@ MUTATIONS = [
     _backward("k and v never released", "shared.kv_ring.release(kv_state);"),
     _backward(
         "dk overwrites k while others read it",
-        "if constexpr (kConsumers > 1) named_sync(kKeysRead, 128 * kConsumers);",
+        "named_sync(kKeysRead, 128 * kConsumers);",
     ),
     _backward(
         "dk and dv are not published", "publish_shared();", after="kKeysRead, 128"

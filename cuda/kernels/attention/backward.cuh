@@ -296,7 +296,7 @@ struct Backward {
 
       warp::mul(dk_acc, dk_acc, params.scale);
       warpgroup::store(v_rows, dv_acc);
-      if constexpr (kConsumers > 1) named_sync(kKeysRead, 128 * kConsumers);
+      named_sync(kKeysRead, 128 * kConsumers);
       warpgroup::store(k_rows, dk_acc);
       publish_shared();
       warpgroup::sync();
