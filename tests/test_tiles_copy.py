@@ -7,7 +7,7 @@ from tiles import BF16, FLOAT, FP16, NAMES, assert_same, kernel, normals, round_
 pytestmark = pytest.mark.gpu
 
 # Type, rows, columns, warps. Widths of 16-bit tiles: panels of 32 (16, 48), 64 (32, 96)
-# and 128 bytes (64, 128); of float tiles: of 64 (16, 48) and 128 bytes (32, 64).
+# and 128 bytes (64, 128); of float tiles: of 64 (16, 48) and 128 bytes (32, 64, 128).
 SHARED = [
     (BF16, 16, 16, 1),
     (FP16, 32, 64, 1),
@@ -22,6 +22,7 @@ SHARED = [
     (FLOAT, 32, 64, 1),
     (FLOAT, 128, 32, 4),
     (FLOAT, 64, 48, 4),
+    (FLOAT, 64, 128, 4),
 ]
 SHARED_KERNELS = {
     case: kernel("copy", "shared_copies", *case, threads=32 * case[3], shared=True)

@@ -36,14 +36,14 @@ MULTICAST = {
 
 
 def corners(shape, rows, cols):
-    """Coordinates, innermost first, of boxes that do not overlap: from before the
-    array's first element to past its last, some of them wholly outside."""
-    starts = [
-        range(-cols // 2 // 8 * 8, shape[-1] + cols, cols),
-        range(-(rows // 2), shape[-2] + rows, rows),
-        *(range(-1, size + 1) for size in reversed(shape[:-2])),
-    ]
-    return np.array(list(itertools.product(*starts)), np.int32)
+    """Coordinates of boxes, innermost first: side by side from the first element to
+    beyond the last, some wholly outside; and others that start before the array."""
+    steps = [cols, rows, *[1] * (len(shape) - 2)]
+    ends = [size + step for size, step in zip(shape[::-1], steps, strict=True)]
+    inside = itertools.product(*map(range, [0] * len(shape), ends, steps))
+    before = [-(step // 2 // 8 * 8 or 1) for step in steps]
+    around = itertools.product(*map(range, before, ends, steps))
+    return np.array([*inside, *(at for at in around if min(at) < 0)], np.int32)
 
 
 def boxes_of(x, coordinates, rows, cols):
@@ -90,6 +90,8 @@ def test_boxes(rng, case, chosen):
     )
     assert_same(loaded, np.stack(boxes))
     assert_same(stored, expected)
+    if chosen == "all":
+        assert_same(stored, x.astype(np.float32))
 
 
 @pytest.mark.parametrize("case", ADDED, ids=str)

@@ -20,7 +20,7 @@ namespace tk::block {
 namespace detail_roles {
 // Registers of each thread of a block that has a multiprocessor to itself, as the compiler sets
 // them.
-constexpr int launch_registers(int threads) { return min(65536 / threads / 8 * 8, 248); }
+constexpr int launch_registers(int threads) { return min(65536 / threads / 8 * 8, 240); }
 
 template <typename Kernel, typename Params>
 concept Stores = requires(const Params& params, typename Kernel::Shared& shared) {

@@ -48,7 +48,7 @@ __device__ __forceinline__ void shared_copies(const KernelParams& params) {
   load<kWarps>(y, shared.in);
   store<kWarps>(matrix<T>(params, 2), y, 0, 0);
 
-  // Sixteen rows of one panel at a time, then whole columns of a panel.
+  // Sixteen rows of one panel at a time, then whole columns of one panel or two.
   if (warp::index() == 0) {
     for (int i = 0; i < kRows / 16; ++i) {
       for (int j = 0; j < kCols / kPanelCols; ++j) {
@@ -58,10 +58,11 @@ __device__ __forceinline__ void shared_copies(const KernelParams& params) {
       }
     }
   }
-  for (int j = 0; j < kCols / kPanelCols; ++j) {
-    RegTile<T, kWarpRows, kPanelCols> part;
-    load<kWarps>(part, shared.in.template cols<kPanelCols>(j));
-    store<kWarps>(shared.by_cols.template cols<kPanelCols>(j), part);
+  constexpr int kPartCols = Tile::View::kPanels % 4 == 0 ? 2 * kPanelCols : kPanelCols;
+  for (int j = 0; j < kCols / kPartCols; ++j) {
+    RegTile<T, kWarpRows, kPartCols> part;
+    load<kWarps>(part, shared.in.template cols<kPartCols>(j));
+    store<kWarps>(shared.by_cols.template cols<kPartCols>(j), part);
   }
 
   if constexpr (kIsHalf<T>) {
