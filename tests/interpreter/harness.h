@@ -38,7 +38,8 @@ class Array {
   void fill_normal(std::uint64_t seed, float gain = 1.0f) {
     std::mt19937_64 engine(seed);
     std::normal_distribution<float> normal;
-    for (std::size_t i = 0; i < size_; ++i) data_[i] = interpreter::from_float<T>(gain * normal(engine));
+    for (std::size_t i = 0; i < size_; ++i)
+      data_[i] = interpreter::from_float<T>(gain * normal(engine));
   }
   void give(interpreter::Memory& memory, bool written) const {
     memory.add(name_, data_, size_ * sizeof(T), written);
