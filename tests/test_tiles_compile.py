@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import re
+import subprocess
 
 import compile_gate
 import pytest
@@ -18,7 +19,10 @@ from tk_jax import _ffi
 
 INCLUDE = _ffi.source_root() / "include"
 TESTS = _ffi.source_root() / "kernels" / "tile_test"
-HEADERS = sorted(str(path.relative_to(INCLUDE)) for path in INCLUDE.rglob("*.*h"))
+_ALL_HEADERS = sorted(str(path.relative_to(INCLUDE)) for path in INCLUDE.rglob("*.*h"))
+# The interpreter's backend is for the host's compiler, all else for the GPU's.
+HOST_HEADERS = [name for name in _ALL_HEADERS if "/interpreter/" in name]
+HEADERS = [name for name in _ALL_HEADERS if "/interpreter/" not in name]
 MODULES = (
     test_tiles_copy,
     test_tiles_map,
@@ -62,6 +66,15 @@ def test_header_stands_alone(header):
     assert "tk_test_header" in compile_log(spec)
 
 
+@pytest.mark.parametrize("header", HOST_HEADERS)
+def test_host_header_stands_alone(header, tmp_path):
+    source = tmp_path / "header.cc"
+    source.write_text(f'#include "{header}"\n')
+    compiler = ["c++", "-std=c++20", "-fsyntax-only", "-DTK_INTERPRETER"]
+    folders = [f"-I{INCLUDE}", f"-I{INCLUDE.parent}"]
+    subprocess.run([*compiler, *folders, source], check=True)
+
+
 def test_library_stays_small():
     lines = {name: len((INCLUDE / name).read_text().splitlines()) for name in HEADERS}
     assert sum(lines.values()) < MAX_LINES, lines
@@ -69,6 +82,8 @@ def test_library_stays_small():
 
 
 _NOT_OPERATIONS = ("name", "address", "at", "view", "width")
+# What block::run does for a kernel, which the rings' tests run.
+_NOT_OPERATIONS += ("become_producer", "become_consumer", "uniform_index", "elect")
 
 # Where a scope opens, where it closes, and what is defined in it.
 _TOKEN = re.compile(

@@ -89,7 +89,10 @@ __device__ __forceinline__ void turns(const KernelParams& params) {
   const int rank = cluster::rank(), turn = 7 - rank;
   int* counters = data<int>(params, 1);
   float* sums = data<float>(params, 2);
-  if (rank == 0 && warpgroup::leader()) counters[0] = counters[1] = 0;
+  if (rank == 0 && warpgroup::leader()) {
+    reset_turns(counters);
+    reset_turns(counters + 1);
+  }
   cluster::sync();
 
   RegTile<float, 16, 32> x, y;
