@@ -79,6 +79,18 @@ Status encode_rows(TensorMap* map, const AnyBuffer& buffer, const Sizes& s, std:
   return runtime::encode_tensor_map(map, buffer.untyped_data(), {s.dtype, dims, strides, box, 128});
 }
 
+// The fields that ForwardParams and BackwardParams share.
+template <typename Params>
+void set_problem(Params* params, const Sizes& s, const attention::Options& options) {
+  params->batch = static_cast<int>(s.batch);
+  params->seqlen_q = static_cast<int>(s.seqlen_q);
+  params->seqlen_kv = static_cast<int>(s.seqlen_kv);
+  params->num_heads = static_cast<int>(s.num_heads);
+  params->num_kv_heads = static_cast<int>(s.num_kv_heads);
+  params->causal_offset = s.causal_offset(options);
+  params->scale = options.scale;
+}
+
 // -- Forward --------------------------------------------------------------------------------------
 
 struct ForwardBuffers {
@@ -150,13 +162,7 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
     return status;
   }
   params.lse = static_cast<float*>(b.lse.untyped_data());
-  params.batch = static_cast<int>(s.batch);
-  params.seqlen_q = static_cast<int>(s.seqlen_q);
-  params.seqlen_kv = static_cast<int>(s.seqlen_kv);
-  params.num_heads = static_cast<int>(s.num_heads);
-  params.num_kv_heads = static_cast<int>(s.num_kv_heads);
-  params.causal_offset = s.causal_offset(options);
-  params.scale = options.scale;
+  set_problem(&params, s, options);
   const std::int64_t tiles = ceil_div(s.seqlen_q, config.block_q) * s.num_heads * s.batch;
   const std::int64_t blocks = std::min<std::int64_t>((*device)->multiprocessors, tiles);
   return runtime::launch(**kernel, stream, {blocks}, &params);
@@ -283,13 +289,7 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.lse_log2 = static_cast<const float*>(b.lse_log2.untyped_data());
   params.dq_acc = static_cast<float*>(b.dq_acc.untyped_data());
   params.dq_order = static_cast<int*>(b.dq_order.untyped_data());
-  params.batch = static_cast<int>(s.batch);
-  params.seqlen_q = static_cast<int>(s.seqlen_q);
-  params.seqlen_kv = static_cast<int>(s.seqlen_kv);
-  params.num_heads = static_cast<int>(s.num_heads);
-  params.num_kv_heads = static_cast<int>(s.num_kv_heads);
-  params.causal_offset = s.causal_offset(options);
-  params.scale = options.scale;
+  set_problem(&params, s, options);
   const std::int64_t key_blocks = ceil_div(s.seqlen_kv, config.block_kv);
   params.turn_group = static_cast<int>(std::min<std::int64_t>(key_blocks, multiprocessors));
   return runtime::launch(kernel, stream, {backward_blocks(s, options, key_blocks, multiprocessors)},

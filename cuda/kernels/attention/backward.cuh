@@ -97,12 +97,8 @@ struct Backward {
     grid::Rounds rounds;
 
     __device__ __forceinline__ explicit Walk(const BackwardParams& p) : params(p) {
-      turns = {ceil_div(p.seqlen_q, kBlockQ),
-               ceil_div(p.seqlen_kv, kBlockKv),
-               p.turn_group,
-               p.seqlen_q,
-               p.seqlen_kv,
-               p.causal_offset};
+      turns = {ceil_div(p.seqlen_q, kBlockQ), ceil_div(p.seqlen_kv, kBlockKv), p.turn_group,
+               p.seqlen_kv, p.causal_offset};
       rounds = {grid::block_x(), grid::blocks_x(), turns.kv_blocks * p.num_kv_heads * p.batch};
     }
     __device__ __forceinline__ Tile tile() const {

@@ -19,7 +19,7 @@ struct Turns {
   int q_blocks;   // query blocks of the sequence
   int kv_blocks;  // key blocks
   int group;      // key blocks that take turns among themselves
-  int seqlen_q, seqlen_kv, causal_offset;
+  int seqlen_kv, causal_offset;
 
   // The query blocks that key block n meets, in order: step i of steps(n) is at q_block(n, i).
   __device__ __forceinline__ int first_q_block(int n) const {
