@@ -35,13 +35,21 @@ MULTICAST = {
 }
 
 
-def corners(shape, rows, cols):
+def corners(shape, rows, cols, itemsize):
     """Coordinates of boxes, innermost first: side by side from the first element to
-    beyond the last, some wholly outside; and others that start before the array."""
+    beyond the last, some wholly outside; and others that start before the array.
+
+    A box starts on 16 bytes of its row: on any other column the copy engine stops the
+    kernel as an illegal instruction.
+    """
     steps = [cols, rows, *[1] * (len(shape) - 2)]
+    units = [16 // itemsize, *[1] * (len(shape) - 1)]
     ends = [size + step for size, step in zip(shape[::-1], steps, strict=True)]
     inside = itertools.product(*map(range, [0] * len(shape), ends, steps))
-    before = [-(step // 2 // 8 * 8 or 1) for step in steps]
+    before = [
+        -(step // 2 // unit * unit or unit)
+        for step, unit in zip(steps, units, strict=True)
+    ]
     around = itertools.product(*map(range, before, ends, steps))
     return np.array([*inside, *(at for at in around if min(at) < 0)], np.int32)
 
@@ -72,7 +80,7 @@ def test_boxes(rng, case, chosen):
     """
     name, rows, cols, shape = case
     x = normals(rng, shape, NAMES[name])
-    coordinates = corners(shape, rows, cols)
+    coordinates = corners(shape, rows, cols, x.itemsize)
     if chosen == "odd":
         coordinates = coordinates[1::2]
     boxes, covered = zip(
@@ -98,7 +106,7 @@ def test_boxes(rng, case, chosen):
 def test_added_boxes(rng, case):
     name, rows, cols, shape = case
     x = integers(rng, shape, NAMES[name])
-    coordinates = corners(shape, rows, cols)
+    coordinates = corners(shape, rows, cols, x.itemsize)
     coordinates = coordinates[(coordinates >= 0).all(1)][::2]
     expected = np.ones(shape, np.float32)
     for _, inside in boxes_of(x.astype(np.float32), coordinates, rows, cols):

@@ -17,6 +17,9 @@ struct PipelineState {
       phase ^= 1;
     }
   }
+  __device__ __forceinline__ bool operator!=(const PipelineState& other) const {
+    return stage != other.stage || phase != other.phase;
+  }
 };
 
 // The barriers of a ring, in shared memory. The producer acquires a stage, says how many bytes will

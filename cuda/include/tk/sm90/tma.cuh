@@ -2,7 +2,8 @@
 //
 // A tile moves as one box for each of its panels; coordinates count elements, innermost first, and
 // are those of the tile's first element. What lies outside the array reads as zero and is not
-// written; a load may start before the array's first element, a store or addition may not. Loads
+// written; a load may start before the array's first element, a store or addition may not; and the
+// first column is a multiple of 16 bytes (the engine refuses others: illegal instruction). Loads
 // complete on a barrier that expects their bytes; stores are waited for in groups.
 #pragma once
 
