@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 _DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
 
@@ -184,7 +185,12 @@ def _low_precision(mask, q, k, v, dout, dlse):
             preferred_element_type=jnp.float32,
         )
 
-    s = dot("btkgd,bskd->bkgts", q, k) * head_dim**-0.5
+    # XLA takes products of a vector off the tensor cores: not so few rows and keys.
+    def whole(x):
+        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % 64)] + [(0, 0)] * (x.ndim - 2))
+
+    s = lax.optimization_barrier(dot("btkgd,bskd->bkgts", whole(q), whole(k)))
+    s = s[..., :seqlen_q, :seqlen_kv] * head_dim**-0.5
     if mask != "full":
         offset = seqlen_kv - seqlen_q if mask == "bottom_right" else 0
         s = jnp.where(jnp.tri(seqlen_q, seqlen_kv, offset, dtype=bool), s, -jnp.inf)

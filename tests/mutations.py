@@ -12,6 +12,7 @@ import dataclasses
 _FORWARD = "kernels/attention/forward.cuh"
 _SOFTMAX = "kernels/attention/online_softmax.cuh"
 _BACKWARD = "kernels/attention/backward.cuh"
+_TURNS = "kernels/attention/turns.cuh"
 _PREPARE = "kernels/attention/backward_prepare.cuh"
 _FINISH = "kernels/attention/backward_finish.cuh"
 _MATMUL = "kernels/matmul/kernel.cuh"
@@ -49,8 +50,8 @@ def _matmul(what, old, new="", after="", file=_MATMUL):
 
 
 _LOOP = "for (--block; block >= 0; --block) {"
-_DK_WAIT = "warpgroup::mma_wait<0>(dk_acc, dv_acc, ds);"
-_Q_RELEASE = "shared.q_ring.release(state);"
+_DK_WAIT = "warpgroup::mma_wait<0>(dk_acc, ds);"
+_Q_RELEASE = "release_q();"
 
 MUTATIONS = [
     # -- Attention, forward --
@@ -193,15 +194,27 @@ MUTATIONS = [
     ),
     _backward("one buffer for ds instead of two", "ds_buffer ^= 1;"),
     _backward(
-        "p overwritten while dv's product reads it", "mma_wait<2>(p)", "mma_wait<2>()"
+        "p overwritten while dv's product reads it",
+        "mma_wait<2>(dv_acc, p)",
+        "mma_wait<2>(dv_acc)",
     ),
     _backward("dq used before its wait", "mma_wait<1>(dq_acc)", "mma_wait<2>(dq_acc)"),
     _backward("dp used before its wait", "warpgroup::mma_wait<0>(dp_acc);"),
     _backward("dq overwritten on its way out", "shared.dq_ring.acquire(dq_state);"),
     _backward(
         "q released before its product is done",
-        _DK_WAIT + "\n        " + _Q_RELEASE,
-        _Q_RELEASE + "\n        " + _DK_WAIT,
+        _DK_WAIT + "\n          " + _Q_RELEASE,
+        _Q_RELEASE + "\n          " + _DK_WAIT,
+    ),
+    _backward(
+        "q released beside the product that reads it",
+        "warpgroup::mma_wait<2>(ds);\n          release_q();",
+        "release_q();\n          warpgroup::mma_wait<2>(ds);",
+    ),
+    _backward(
+        "ds overwritten while dk's product reads it",
+        "warpgroup::mma_wait<2>(ds);",
+        "warpgroup::mma_wait<3>(ds);",
     ),
     _backward("dout never released", "shared.dout_ring.release(state);"),
     _backward("no wait for q and lse", "shared.q_ring.wait(state);"),
@@ -229,14 +242,14 @@ MUTATIONS = [
     _backward("the turn is not passed on", "pass_turn(counter);"),
     _backward(
         "the turn is passed on before dq is written",
-        "tma::wait<0>();\n          pass_turn",
+        "tma::wait<0>();\n      pass_turn",
         "pass_turn",
     ),
     _backward("every block overwrites dq", "if (turn == 0)", "if (turn >= 0)"),
     _backward("no block overwrites what dq held", "if (turn == 0)", "if (turn < 0)"),
     _backward(
         "dq given back while it is read",
-        "tma::wait_read<0>();\n          shared.dq_ring",
+        "tma::wait_read<0>();\n    shared.dq_ring",
         "shared.dq_ring",
     ),
     _backward(
@@ -248,9 +261,11 @@ MUTATIONS = [
     _backward("no mask", "if (masked) {", "if (false) {"),
     _backward(
         "the last queries are left out",
-        "ceil_div(p.seqlen_q, kBlockQ)",
-        "p.seqlen_q / kBlockQ",
+        "return q_blocks - first_q_block(n);",
+        "return q_blocks - first_q_block(n) - 1;",
+        file=_TURNS,
     ),
+    _backward("two storers take every step", "if (step == storer)", "if (true)"),
     _backward(
         "prepare's barrier is not published", "publish_barriers();", file=_PREPARE
     ),

@@ -291,6 +291,10 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.dq_order = static_cast<int*>(b.dq_order.untyped_data());
   set_problem(&params, s, options);
   const std::int64_t key_blocks = ceil_div(s.seqlen_kv, config.block_kv);
+  params.padded_q = static_cast<int>(s.padded_q());
+  params.q_blocks = static_cast<int>(ceil_div(s.seqlen_q, config.block_q));
+  params.kv_blocks = static_cast<int>(key_blocks);
+  params.tiles = static_cast<int>(key_blocks * s.num_kv_heads * s.batch);
   params.turn_group = static_cast<int>(std::min<std::int64_t>(key_blocks, multiprocessors));
   return runtime::launch(kernel, stream, {backward_blocks(s, options, key_blocks, multiprocessors)},
                          &params);

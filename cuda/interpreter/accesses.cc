@@ -53,6 +53,10 @@ void write_shared(const Chunks& chunks, const char* what, Location at) {
 }
 void publish_shared(Location) {
   Warp& warp = machine().warp();
+  // A fence orders whatever its thread knows of, other warps' stores included.
+  for (const auto& other : machine().block().warps) {
+    warp.clock.raise(other->published(), warp.clock[other->plain()]);
+  }
   const std::uint32_t now = warp.clock[warp.plain()];
   warp.clock.raise(warp.published(), now);
   warp.clock.raise(warp.plain(), now + 1);

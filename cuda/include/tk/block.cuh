@@ -8,7 +8,8 @@
 //   kClusterSize                  optional; blocks of a cluster
 //   init(params, shared)          one thread: barriers
 //   load(params, shared)          one thread of the producer warpgroup: global -> shared
-//   store(params, shared)         optional; one thread of another warp of it: shared -> global
+//   kStorers                      optional; storing warps: 1 by default, at most 3
+//   store(params, shared, storer) optional; one thread of each storing warp of it: shared -> global
 //   compute(params, shared, consumer)   each consumer warpgroup: load, compute and finish its tiles
 // Roles meet only through the barriers in Shared.
 #pragma once
@@ -24,12 +25,20 @@ constexpr int launch_registers(int threads) { return min(65536 / threads / 8 * 8
 
 template <typename Kernel, typename Params>
 concept Stores = requires(const Params& params, typename Kernel::Shared& shared) {
-  Kernel::store(params, shared);
+  Kernel::store(params, shared, 0);
 };
 template <typename Kernel>
 constexpr int cluster_size() {
   if constexpr (requires { Kernel::kClusterSize; }) {
     return Kernel::kClusterSize;
+  } else {
+    return 1;
+  }
+}
+template <typename Kernel>
+constexpr int storers() {
+  if constexpr (requires { Kernel::kStorers; }) {
+    return Kernel::kStorers;
   } else {
     return 1;
   }
@@ -62,7 +71,10 @@ __device__ __forceinline__ void run(const Params& params) {
     become_producer<Kernel::kProducerRegisters>();
     if (warp == 0 && warp::elect()) Kernel::load(params, shared);
     if constexpr (detail_roles::Stores<Kernel, Params>) {
-      if (warp == 1 && warp::elect()) Kernel::store(params, shared);
+      constexpr int kStorers = detail_roles::storers<Kernel>();
+      static_assert(kStorers >= 1 && kStorers <= 3,
+                    "the producer warpgroup has three warps to store");
+      if (warp >= 1 && warp <= kStorers && warp::elect()) Kernel::store(params, shared, warp - 1);
     }
   } else {
     become_consumer<Kernel::kConsumerRegisters>(warpgroup - 1);

@@ -83,18 +83,19 @@ struct StorePipeline {
       empty_[i].init(1, at);
     }
   }
-  // Consumers: wait until the stage has left, fill it, publish it.
+  // Consumers: wait until the stage has left, fill it, hand it over.
   __device__ __forceinline__ void acquire(const State& state, Location at = {}) const {
     empty_[state.stage].wait(state.phase ^ 1, at);
   }
-  __device__ __forceinline__ void publish(const State& state, Location at = {}) {
-    publish_shared(at);
+  __device__ __forceinline__ void hand_over(const State& state, Location at = {}) {
     warp::sync(at);
     if (warp::leader()) full_[state.stage].arrive(at);
   }
-  // The storing thread: wait until it is filled, store it, release it once it has been read.
+  // The storing thread: wait until it is filled, store it, release it once it has been read. It
+  // publishes what all consumers stored: their own fences would make them wait for their stores.
   __device__ __forceinline__ void wait(const State& state, Location at = {}) const {
     full_[state.stage].wait(state.phase, at);
+    publish_shared(at);
   }
   __device__ __forceinline__ void release(const State& state, Location at = {}) {
     empty_[state.stage].arrive(at);

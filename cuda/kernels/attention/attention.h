@@ -116,20 +116,27 @@ struct BackwardParams {
   int* dq_order;
   int batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads;
   int causal_offset;
+  // What follows from the sizes comes ready made: the copying warps have few registers.
+  int padded_q;  // padded_queries(T)
+  int q_blocks, kv_blocks;
+  int tiles;  // kv_blocks * K * B
   // Key blocks of a head that take turns at dq among themselves: min(key_blocks, SMs), as many as
   // surely run at once.
   int turn_group;
   float scale;
 };
+// How many steps' dq can be on their way out, each with a storing warp of its own where the order is
+// fixed. A second one fits at D = 128 alone.
+constexpr int backward_dq_stages(long head_dim) { return head_dim == 128 ? 2 : 1; }
 constexpr int backward_threads(long block_kv) {
   return static_cast<int>((block_kv / 64 + 1) * kWarpgroupThreads);
 }
-// k and v, stages of q and dout with their lse and delta, two of ds, and the dq fragments in fp32.
+// k and v, stages of q and dout with their lse and delta, two of ds, and of dq in fp32.
 constexpr int backward_shared_bytes(long head_dim, const BackwardConfig& config) {
   return static_cast<int>(2 * head_dim * 2 * config.block_kv +
                           config.stages * config.block_q * (2 * 2 * head_dim + 2 * 4) +
                           2 * 2 * config.block_q * config.block_kv +
-                          4 * config.block_q * head_dim) +
+                          backward_dq_stages(head_dim) * 4 * config.block_q * head_dim) +
          kSharedSlack;
 }
 

@@ -9,12 +9,13 @@
 // Grid: a tile is kBlockKv keys of one key/value head; it walks the queries of every head of its
 // group, so dk and dv need no sum across blocks. dq does: fragments in fp32 are added in global
 // memory, in turns where kDeterministic (turns.cuh).
-// Roles: warp 0 of the producer loads k, v and two rings (q with lse, dout with delta); warp 1
-// takes dq fragments out. Consumer warpgroups own 64 keys each, and a part of each dq. A step
-// issues s and dp, exponentiates s beside dp, and issues dv, dq and dk; dq leaves beside dk. Budget
-// at D = 128, 64 x 128, 2 stages: 211 KB of shared memory; of 232 registers a thread, 128 hold dk
-// and dv and 32 each s, dp and dq. Limit: shared-memory bandwidth, 1.15 times the tensor cores'
-// time (m64n64 products read 128 bytes a clock).
+// Roles: warp 0 of the producer loads k, v and two rings (q with lse, dout with delta); the next
+// one or two warps take dq fragments out. Consumer warpgroups own 64 keys each, and a part of each
+// dq. A step issues s and dp, exponentiates s beside dp, and issues dv, dq and dk; dq leaves beside
+// dk, which at D = 128 runs on beside the next step's scores. Budget at D = 128, 64 x 128, 2
+// stages: 227 KB of shared memory, all there is; of 240 registers a thread, 128 hold dk and dv and
+// 32 each s, dp and dq. Limit: shared-memory bandwidth, 1.15 times the tensor cores' time (m64n64
+// products read 128 bytes a clock).
 #pragma once
 
 #include "kernels/attention/attention.h"
@@ -47,8 +48,10 @@ struct Backward {
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
   static constexpr int kConsumers = Traits::kConsumers;
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+  // Whether registers are left for ds while dk's product reads it beside the next step's scores.
+  static constexpr bool kOverlapSteps = kBlockQ == 64;
   static_assert(kConsumers <= 2, "three consumers would leave each too few registers");
 
   using QTile = SharedTile<T, kBlockQ, kHeadDim>;
@@ -57,7 +60,9 @@ struct Backward {
   using QVec = SharedVec<float, kBlockQ>;
   using Ring = Pipeline<Traits::kStages>;
   using KvRing = Pipeline<1>;
-  using DqRing = StorePipeline<1>;
+  static constexpr int kDqStages = backward_dq_stages(kHeadDim);
+  static constexpr int kStorers = Traits::kDeterministic ? kDqStages : 1;
+  using DqRing = StorePipeline<kDqStages>;
   using Scores = RegTile<float, 16, kBlockQ>;
   using Weights = RegTile<T, 16, kBlockQ>;
   using DkvTile = RegTile<float, 16, kHeadDim>;
@@ -69,7 +74,7 @@ struct Backward {
     QTile q_smem[Traits::kStages];
     QTile dout_smem[Traits::kStages];
     DsTile ds_smem[2];
-    Fragments<64> dq_smem[kConsumers];
+    Fragments<64> dq_smem[kDqStages][kConsumers];
     QVec lse_smem[Traits::kStages];
     QVec delta_smem[Traits::kStages];
     KvRing kv_ring;
@@ -97,9 +102,8 @@ struct Backward {
     grid::Rounds rounds;
 
     __device__ __forceinline__ explicit Walk(const BackwardParams& p) : params(p) {
-      turns = {ceil_div(p.seqlen_q, kBlockQ), ceil_div(p.seqlen_kv, kBlockKv), p.turn_group,
-               p.seqlen_kv, p.causal_offset};
-      rounds = {grid::block_x(), grid::blocks_x(), turns.kv_blocks * p.num_kv_heads * p.batch};
+      turns = {p.q_blocks, p.kv_blocks, p.turn_group, p.seqlen_kv, p.causal_offset};
+      rounds = {grid::block_x(), grid::blocks_x(), p.tiles};
     }
     __device__ __forceinline__ Tile tile() const {
       grid::HeadTile place =
@@ -137,7 +141,6 @@ struct Backward {
     tma::prefetch(params.dout);
     typename KvRing::State kv_state;
     typename Ring::State state;
-    const int64 padded = padded_queries(params.seqlen_q);
     for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
       const Tile tile = walk.tile();
       shared.kv_ring.acquire(kv_state, 2 * KvTile::kBytes);
@@ -150,8 +153,7 @@ struct Backward {
       kv_state.advance();
       for_each_step(walk, tile, [&](int head, int m) {
         const int first_query = m * kBlockQ;
-        const int64 row =
-            (static_cast<int64>(tile.batch) * params.num_heads + head) * padded + first_query;
+        const int row = (tile.batch * params.num_heads + head) * params.padded_q + first_query;
         shared.q_ring.acquire(state, QTile::kBytes + QVec::kBytes);
         Barrier& q_full = shared.q_ring.full(state);
         tma::load(shared.q_smem[state.stage], params.q, q_full, tma::Keep::kLong, 0, first_query,
@@ -167,58 +169,69 @@ struct Backward {
     }
   }
 
-  // dq of each step, from shared memory to its sum.
-  __device__ __forceinline__ static void store(const BackwardParams& params, Shared& shared) {
+  // dq of every kStorers-th step, from shared memory to its sum. In a fixed order a storer is busy
+  // with a step for about as long as the consumers: until its turn, and until the sum is complete.
+  __device__ __forceinline__ static void store(const BackwardParams& params, Shared& shared,
+                                               int storer) {
     typename DqRing::State state;
-    const int64 padded = padded_queries(params.seqlen_q);
+    int step = 0;
     for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
       const Tile tile = walk.tile();
       for_each_step(walk, tile, [&](int head, int m) {
-        const int64 row =
-            (static_cast<int64>(tile.batch) * params.num_heads + head) * padded + m * kBlockQ;
-        float* dq = params.dq_acc + row * kHeadDim;
-        shared.dq_ring.wait(state);
-        if constexpr (Traits::kDeterministic) {
-          int* counter = params.dq_order + row / 64;
-          const int turn = walk.turns.turn(tile.n, m);
-          take_turn(counter, turn);
-          for (int i = 0; i < kConsumers; ++i) {
-            float* part = dq + i * Fragments<64>::kValues;
-            if (turn == 0) {
-              tma::store(part, shared.dq_smem[i]);
-            } else {
-              tma::add(part, shared.dq_smem[i]);
-            }
-          }
-          tma::commit();
-          tma::wait_read<0>();
-          shared.dq_ring.release(state);
-          tma::wait<0>();
-          pass_turn(counter);
-        } else {
-          for (int i = 0; i < kConsumers; ++i) {
-            tma::add(dq + i * Fragments<64>::kValues, shared.dq_smem[i]);
-          }
-          tma::commit();
-          tma::wait_read<0>();
-          shared.dq_ring.release(state);
+        if (step == storer) {
+          store_step(params, shared, state, walk.turns, tile, head, m);
         }
+        if (++step == kStorers) step = 0;
         state.advance();
       });
     }
     tma::wait<0>();
   }
 
+  __device__ __forceinline__ static void store_step(const BackwardParams& params, Shared& shared,
+                                                    const typename DqRing::State& state,
+                                                    const QTurns& turns, const Tile& tile, int head,
+                                                    int m) {
+    const int row = (tile.batch * params.num_heads + head) * params.padded_q + m * kBlockQ;
+    float* dq = params.dq_acc + static_cast<int64>(row) * kHeadDim;
+    auto& dq_smem = shared.dq_smem[state.stage];
+    const int turn = Traits::kDeterministic ? turns.turn(tile.n, m) : 1;
+    int* counter = params.dq_order + row / 64;
+    shared.dq_ring.wait(state);
+    if constexpr (Traits::kDeterministic) take_turn(counter, turn);
+    for (int i = 0; i < kConsumers; ++i) {
+      float* part = dq + i * Fragments<64>::kValues;
+      if (turn == 0) {
+        tma::store(part, dq_smem[i]);
+      } else {
+        tma::add(part, dq_smem[i]);
+      }
+    }
+    tma::commit();
+    tma::wait_read<0>();
+    shared.dq_ring.release(state);
+    if constexpr (Traits::kDeterministic) {
+      tma::wait<0>();
+      pass_turn(counter);
+    }
+  }
+
   __device__ __forceinline__ static void compute(const BackwardParams& params, Shared& shared,
                                                  int consumer) {
     typename KvRing::State kv_state;
-    typename Ring::State state;
+    typename Ring::State state, q_read;  // the step at hand; the first that still reads its q
     typename DqRing::State dq_state;
     const float scale_log2 = params.scale * kLog2E;
     const auto k_rows = shared.k_smem.template rows<64>(consumer);
     const auto v_rows = shared.v_smem.template rows<64>(consumer);
     const auto k_cols = shared.k_smem.template cols<64>(consumer % Traits::kDqCols);
     int ds_buffer = 0;
+    const auto release_q = [&] {
+      if (q_read != state) {
+        shared.q_ring.release(q_read);
+        q_read.advance();
+      }
+    };
 
     for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
       const Tile tile = walk.tile();
@@ -247,6 +260,10 @@ struct Backward {
         warpgroup::mm_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
         warpgroup::mma_commit();
 
+        if constexpr (kOverlapSteps) {
+          warpgroup::mma_wait<2>(ds);
+          release_q();
+        }
         warpgroup::mma_wait<1>(s_acc);
         bool masked = ragged;
         if constexpr (Traits::kCausal) {
@@ -278,17 +295,21 @@ struct Backward {
         warpgroup::mma_AB(dk_acc, ds, shared.q_smem[state.stage]);
         warpgroup::mma_commit();
 
-        warpgroup::mma_wait<2>(p);
+        warpgroup::mma_wait<2>(dv_acc, p);
         shared.dout_ring.release(state);
         warpgroup::mma_wait<1>(dq_acc);
         shared.dq_ring.acquire(dq_state);
-        warpgroup::store(shared.dq_smem[consumer], dq_acc);
-        shared.dq_ring.publish(dq_state);
+        warpgroup::store(shared.dq_smem[dq_state.stage][consumer], dq_acc);
+        shared.dq_ring.hand_over(dq_state);
         dq_state.advance();
-        warpgroup::mma_wait<0>(dk_acc, dv_acc, ds);
-        shared.q_ring.release(state);
         state.advance();
+        if constexpr (!kOverlapSteps) {
+          warpgroup::mma_wait<0>(dk_acc, ds);
+          release_q();
+        }
       }
+      warpgroup::mma_wait<0>(dk_acc, ds);
+      release_q();
 
       warp::mul(dk_acc, dk_acc, params.scale);
       warpgroup::store(v_rows, dv_acc);

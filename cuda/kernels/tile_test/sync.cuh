@@ -179,7 +179,7 @@ struct RingKernel {
     shared.in_ring.drain(state);
   }
 
-  __device__ __forceinline__ static void store(const KernelParams& params, Shared& shared) {
+  __device__ __forceinline__ static void store(const KernelParams& params, Shared& shared, int) {
     OutRing::State state;
     for (auto rounds = walk(params); rounds.valid(); rounds.next(), state.advance()) {
       shared.out_ring.wait(state);
@@ -208,7 +208,7 @@ struct RingKernel {
       warp::mul(x, x, static_cast<float>(rounds.index() + 1));
       shared.out_ring.acquire(out_state);
       warpgroup::store(shared.y_smem[out_state.stage][consumer], x);
-      shared.out_ring.publish(out_state);
+      shared.out_ring.hand_over(out_state);
       out_state.advance();
     }
   }
