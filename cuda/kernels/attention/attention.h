@@ -125,8 +125,8 @@ struct BackwardParams {
   int turn_group;
   float scale;
 };
-// How many steps' dq can be on their way out, each with a storing warp of its own where the order is
-// fixed. A second one fits at D = 128 alone.
+// How many steps' dq can be on their way out, each with a storing warp of its own where the order
+// is fixed. A second one fits at D = 128 alone.
 constexpr int backward_dq_stages(long head_dim) { return head_dim == 128 ? 2 : 1; }
 constexpr int backward_threads(long block_kv) {
   return static_cast<int>((block_kv / 64 + 1) * kWarpgroupThreads);
