@@ -114,9 +114,11 @@ IMPLEMENTATIONS = {
 }
 # Slow, and compared with once: runs when it is asked for.
 _NOT_BY_DEFAULT = ("xla",)
-# XLA times candidates for their matrix products while it compiles them: beside other
-# work on the GPU it would choose a worse one.
-TUNED_WHILE_COMPILING = ("cublas", "xla")
+# These compile and first run one by one, after the others. XLA times candidates for
+# its matrix products while it compiles them: beside other work on the GPU it would
+# choose a worse one. flash-attn3-jax, first called while other threads work, has
+# returned wrong gradients, broken cuDNN's graph captures and crashed.
+COMPILED_ALONE = ("cublas", "xla", "flash-attn3-jax")
 
 
 def installed(op: str) -> list[str]:

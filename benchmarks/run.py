@@ -119,7 +119,7 @@ class Benchmark:
     def _prepare(self, case: Case):
         """Compiles a case's programs in parallel, and what their results should be."""
         start = time.perf_counter()
-        alone = implementations.TUNED_WHILE_COMPILING
+        alone = implementations.COMPILED_ALONE
         with concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool:
             expected = pool.submit(gate.expected, case)
             prepared = {

@@ -20,7 +20,7 @@ from gpt.settings import ATTENTIONS, PRESETS
 _PRESET = flags.DEFINE_enum("preset", "gpt2-124m", tuple(PRESETS), "model and training")
 _ATTENTIONS = flags.DEFINE_list("attentions", "tk,cudnn,xla", "attentions to compare")
 _BASELINE = flags.DEFINE_enum(
-    "baseline", "cudnn", ATTENTIONS, "the attention that runs from a second seed too"
+    "baseline", "xla", ATTENTIONS, "the attention that runs from a second seed too"
 )
 _STEPS = flags.DEFINE_integer("steps", 300, "steps of each run", lower_bound=2)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "sequences a step", lower_bound=1)
