@@ -57,14 +57,14 @@ Q, K = _shape(2, 128, 8, 64), _shape(2, 96, 2, 64)
             K,
             _shape(2, 97, 2, 64),
             "attention: v has shape (2, 97, 2, 64); "
-            "expected (2, 96, 2, 64) to match k (2, 96, 2, 64)",
+            "expected (2, 96, 2, Dv) to match k (2, 96, 2, 64)",
         ),
         (
             Q,
             K,
-            _shape(2, 96, 2, 128),
-            "attention: v has shape (2, 96, 2, 128); "
-            "expected (2, S, K, 64) to match q (2, 128, 8, 64)",
+            _shape(2, 96, 4, 64),
+            "attention: v has shape (2, 96, 4, 64); "
+            "expected (2, 96, 2, Dv) to match k (2, 96, 2, 64)",
         ),
         (
             _shape(128, 64),
@@ -108,6 +108,12 @@ Q, K = _shape(2, 128, 8, 64), _shape(2, 96, 2, 64)
             _shape(2, 96, 2, 0),
             None,
             "attention: q has shape (2, 128, 8, 0); expected D to be at least 1",
+        ),
+        (
+            Q,
+            K,
+            _shape(2, 96, 2, 0),
+            "attention: v has shape (2, 96, 2, 0); expected Dv to be at least 1",
         ),
         (
             _shape(2**31, 1, 64),
