@@ -13,7 +13,14 @@ import tk_jax
 
 @pytest.mark.parametrize(
     "module",
-    ["tk_jax._dispatch", "tk_jax.checkpoint_policies", "tk_jax.ops.attention.api"],
+    [
+        "tk_jax._dispatch",
+        "tk_jax.checkpoint_policies",
+        "tk_jax.nn",
+        "tk_jax.nn.dot_product",
+        "tk_jax.nn.flax",
+        "tk_jax.ops.attention.api",
+    ],
 )
 def test_examples_run(module):
     results = doctest.testmod(importlib.import_module(module))

@@ -1,5 +1,6 @@
 """The attention layers of flax and Equinox with ours inside, against their own."""
 
+import doctest
 import functools
 
 import jax
@@ -177,3 +178,11 @@ def test_equinox_layer_takes_settings_and_refuses_dropout(inputs):
         ours(x, x, x, key=jax.random.key(0))
     with pytest.raises(ValueError, match="process_heads returns the shapes"):
         ours(x, x, x, inference=True, process_heads=lambda q, k, v: (q[:1], k, v))
+
+
+def test_example_of_the_equinox_layer_runs():
+    pytest.importorskip("equinox")
+    import tk_jax.nn.equinox
+
+    results = doctest.testmod(tk_jax.nn.equinox)
+    assert results.attempted > 0 and results.failed == 0
