@@ -87,7 +87,7 @@ class Variant:
             no_dlse = jnp.zeros((0,), jnp.float32)
             return attention_vjp.kernel_backward(
                 options, *residuals, dout, no_dlse, tiles=backward
-            )
+            )[:3]
 
         attention.defvjp(attention_fwd, attention_bwd)
         return attention

@@ -13,7 +13,14 @@ import tk_jax
 
 @pytest.mark.parametrize(
     "module",
-    ["tk_jax._dispatch", "tk_jax.checkpoint_policies", "tk_jax.ops.attention.api"],
+    [
+        "tk_jax._dispatch",
+        "tk_jax.checkpoint_policies",
+        "tk_jax.nn",
+        "tk_jax.nn.dot_product",
+        "tk_jax.nn.flax",
+        "tk_jax.ops.attention.api",
+    ],
 )
 def test_examples_run(module):
     results = doctest.testmod(importlib.import_module(module))
@@ -30,6 +37,15 @@ def test_signature():
         "scale": None,
         "is_causal": False,
         "causal_align": "top_left",
+        "local_window_size": None,
+        "query_seq_lengths": None,
+        "key_value_seq_lengths": None,
+        "q_segment_ids": None,
+        "kv_segment_ids": None,
+        "mask": None,
+        "bias": None,
+        "logits_soft_cap": None,
+        "sinks": None,
         "return_lse": False,
         "deterministic": True,
         "implementation": None,

@@ -57,14 +57,14 @@ Q, K = _shape(2, 128, 8, 64), _shape(2, 96, 2, 64)
             K,
             _shape(2, 97, 2, 64),
             "attention: v has shape (2, 97, 2, 64); "
-            "expected (2, 96, 2, 64) to match k (2, 96, 2, 64)",
+            "expected (2, 96, 2, Dv) to match k (2, 96, 2, 64)",
         ),
         (
             Q,
             K,
-            _shape(2, 96, 2, 128),
-            "attention: v has shape (2, 96, 2, 128); "
-            "expected (2, S, K, 64) to match q (2, 128, 8, 64)",
+            _shape(2, 96, 4, 64),
+            "attention: v has shape (2, 96, 4, 64); "
+            "expected (2, 96, 2, Dv) to match k (2, 96, 2, 64)",
         ),
         (
             _shape(128, 64),
@@ -108,6 +108,12 @@ Q, K = _shape(2, 128, 8, 64), _shape(2, 96, 2, 64)
             _shape(2, 96, 2, 0),
             None,
             "attention: q has shape (2, 128, 8, 0); expected D to be at least 1",
+        ),
+        (
+            Q,
+            K,
+            _shape(2, 96, 2, 0),
+            "attention: v has shape (2, 96, 2, 0); expected Dv to be at least 1",
         ),
         (
             _shape(2**31, 1, 64),
@@ -207,6 +213,208 @@ def test_shapes_and_dtypes_that_do_not_fit(q, k, v, message, implementation):
 def test_settings_that_are_wrong(settings, error, message):
     with pytest.raises(error, match=_exactly(message)):
         _call(Q, K, **settings)
+
+
+def _int32(*shape):
+    return _shape(*shape, dtype=jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (
+            {"local_window_size": -1},
+            ValueError,
+            "local_window_size is -1; expected no negative number",
+        ),
+        (
+            {"local_window_size": (3, -1)},
+            ValueError,
+            "local_window_size is (3, -1); expected no negative number",
+        ),
+        (
+            {"local_window_size": (1, 2, 3)},
+            TypeError,
+            "local_window_size is (1, 2, 3); "
+            "expected an int or a tuple of two, (left, right)",
+        ),
+        (
+            {"local_window_size": 1.5},
+            TypeError,
+            "local_window_size is 1.5; "
+            "expected an int or a tuple of two, (left, right)",
+        ),
+        (
+            {"local_window_size": True},
+            TypeError,
+            "local_window_size is True; "
+            "expected an int or a tuple of two, (left, right)",
+        ),
+        (
+            {"local_window_size": (None, 0)},
+            TypeError,
+            "local_window_size is (None, 0); "
+            "expected an int or a tuple of two, (left, right)",
+        ),
+        (
+            {"logits_soft_cap": 0},
+            ValueError,
+            "logits_soft_cap is 0.0; expected a positive number",
+        ),
+        (
+            {"logits_soft_cap": -30.0},
+            ValueError,
+            "logits_soft_cap is -30.0; expected a positive number",
+        ),
+        (
+            {"logits_soft_cap": float("inf")},
+            ValueError,
+            "logits_soft_cap is inf; expected a finite number",
+        ),
+        (
+            {"logits_soft_cap": "30"},
+            TypeError,
+            "logits_soft_cap is of type str; expected a Python number",
+        ),
+        (
+            {"query_seq_lengths": _int32(3)},
+            ValueError,
+            "query_seq_lengths has shape (3,); expected one that broadcasts to (2,)",
+        ),
+        (
+            {"key_value_seq_lengths": _int32(2, 1)},
+            ValueError,
+            "key_value_seq_lengths has shape (2, 1); "
+            "expected one that broadcasts to (2,)",
+        ),
+        (
+            {"key_value_seq_lengths": _shape(2, dtype=jnp.float32)},
+            ValueError,
+            "key_value_seq_lengths has dtype float32; expected int32",
+        ),
+        (
+            {"query_seq_lengths": _shape(2, dtype=jnp.uint32)},
+            ValueError,
+            "query_seq_lengths has dtype uint32; expected int32",
+        ),
+        (
+            {"q_segment_ids": _int32(2, 128)},
+            ValueError,
+            "q_segment_ids is given and kv_segment_ids is not; "
+            "expected both, as T is 128 and S is 96",
+        ),
+        (
+            {"kv_segment_ids": _int32(2, 96)},
+            ValueError,
+            "kv_segment_ids is given and q_segment_ids is not; expected both",
+        ),
+        (
+            {"q_segment_ids": _int32(2, 96), "kv_segment_ids": _int32(2, 96)},
+            ValueError,
+            "q_segment_ids has shape (2, 96); "
+            "expected one that broadcasts to (2, 128), with 128 last",
+        ),
+        (
+            {"q_segment_ids": _int32(2, 128), "kv_segment_ids": _int32(2, 1)},
+            ValueError,
+            "kv_segment_ids has shape (2, 1); "
+            "expected one that broadcasts to (2, 96), with 96 last",
+        ),
+        (
+            {"q_segment_ids": _int32(), "kv_segment_ids": _int32(96)},
+            ValueError,
+            "q_segment_ids has shape (); "
+            "expected one that broadcasts to (2, 128), with 128 last",
+        ),
+        (
+            {"q_segment_ids": _int32(2, 8, 128), "kv_segment_ids": _int32(2, 96)},
+            ValueError,
+            "q_segment_ids has shape (2, 8, 128); "
+            "expected one that broadcasts to (2, 128), with 128 last",
+        ),
+        (
+            {"q_segment_ids": _shape(2, 128), "kv_segment_ids": _int32(2, 96)},
+            ValueError,
+            "q_segment_ids has dtype bfloat16; expected int32",
+        ),
+        (
+            {"mask": _shape(2, 2, 128, 96, dtype=jnp.bool_)},
+            ValueError,
+            "mask has shape (2, 2, 128, 96); "
+            "expected one that broadcasts to (2, 8, 128, 96)",
+        ),
+        (
+            {"mask": _shape(96, 128, dtype=jnp.bool_)},
+            ValueError,
+            "mask has shape (96, 128); expected one that broadcasts to (2, 8, 128, 96)",
+        ),
+        (
+            {"mask": _int32(128, 96)},
+            ValueError,
+            "mask has dtype int32; expected bool",
+        ),
+        (
+            {"bias": _shape(1, 2, 8, 128, 96)},
+            ValueError,
+            "bias has shape (1, 2, 8, 128, 96); "
+            "expected one that broadcasts to (2, 8, 128, 96)",
+        ),
+        (
+            {"bias": _int32(128, 96)},
+            ValueError,
+            "bias has dtype int32; expected a floating-point dtype",
+        ),
+        (
+            {"sinks": _shape(2)},
+            ValueError,
+            "sinks has shape (2,); expected one that broadcasts to (2, 8), with 8 last",
+        ),
+        (
+            {"sinks": _shape(1)},
+            ValueError,
+            "sinks has shape (1,); expected one that broadcasts to (2, 8), with 8 last",
+        ),
+        (
+            {"sinks": _int32(8)},
+            ValueError,
+            "sinks has dtype int32; expected a floating-point dtype",
+        ),
+    ],
+)
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_arguments_that_do_not_fit(settings, error, message, implementation):
+    with pytest.raises(error, match=_exactly(f"attention: {message}")):
+        tk_jax.explain(
+            tk_jax.attention, Q, K, K, **settings, implementation=implementation
+        )
+
+
+@pytest.mark.parametrize("value", [[8, 8], 8, "8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "query_seq_lengths",
+        "key_value_seq_lengths",
+        "q_segment_ids",
+        "kv_segment_ids",
+        "mask",
+        "bias",
+        "sinks",
+    ],
+)
+def test_arguments_that_are_no_arrays(name, value):
+    x = np.ones((8, 2, 4), np.float32)
+    message = (
+        f"attention: {name} is of type {type(value).__name__}; "
+        "expected a jax or numpy array"
+    )
+    with pytest.raises(TypeError, match=_exactly(message)):
+        tk_jax.attention(x, x, x, **{name: value})
+
+
+def test_explain_refuses_what_the_call_would():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'is_casual'"):
+        tk_jax.explain(tk_jax.attention, Q, K, K, is_casual=True)
 
 
 def test_a_traced_scale():

@@ -57,7 +57,7 @@ class Shape:
 
 def options(is_causal=False, bottom_right=False, deterministic=True, scale=0.125):
     return dataclasses.asdict(
-        attention.AttentionOptions(scale, is_causal, bottom_right, deterministic)
+        attention.KernelOptions(scale, is_causal, bottom_right, deterministic)
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tk_jax._version import __version__
 
 if TYPE_CHECKING:
-    from tk_jax import checkpoint_policies
+    from tk_jax import checkpoint_policies, nn
     from tk_jax._dispatch import FallbackWarning, explain
     from tk_jax._ffi import export_checks
     from tk_jax.compile import compile_kernels
@@ -30,6 +30,7 @@ _HOMES = {
     "export_checks": "tk_jax._ffi",
     "interpret_options": "tk_jax.interpret",
     "matmul": "tk_jax.ops.matmul",
+    "nn": "tk_jax.nn",
 }
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "export_checks",
     "interpret_options",
     "matmul",
+    "nn",
 ]
 
 

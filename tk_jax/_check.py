@@ -24,7 +24,7 @@ def check_array(op: str, name: str, value) -> jax.Array:
     """``value`` as a jax array; lists, scalars and other objects are refused."""
     if isinstance(value, jax.Array):
         return value
-    if isinstance(value, np.ndarray) or hasattr(value, "__jax_array__"):
+    if isinstance(value, np.ndarray | np.generic) or hasattr(value, "__jax_array__"):
         return jnp.asarray(value)
     raise TypeError(
         f"{op}: {name} is of type {type(value).__name__}; expected a jax or numpy array"
@@ -61,11 +61,42 @@ def check_min_rank(op: str, name: str, shape: Sequence[int], axes: str) -> None:
         )
 
 
+def check_broadcasts(
+    op: str, name: str, shape: Sequence[int], target: Sequence[int], num_exact: int = 0
+) -> None:
+    """Demands that ``shape`` broadcasts to ``target``, whose last axes may be exact."""
+    first = len(target) - len(shape)
+    fits = num_exact <= len(shape) <= len(target) and all(
+        got == want or (got == 1 and axis < len(target) - num_exact)
+        for axis, (got, want) in enumerate(
+            zip(shape, target[first:], strict=True), first
+        )
+    )
+    if not fits:
+        exact = (
+            f", with {', '.join(str(n) for n in target[-num_exact:])} last"
+            if num_exact
+            else ""
+        )
+        raise ValueError(
+            f"{op}: {name} has shape {shape_text(shape)}; "
+            f"expected one that broadcasts to {shape_text(target)}{exact}"
+        )
+
+
 def check_floating(op: str, name: str, dtype) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"{op}: {name} has dtype {jnp.dtype(dtype).name}; "
             "expected a floating-point dtype"
+        )
+
+
+def check_dtype(op: str, name: str, dtype, expected) -> None:
+    if dtype != expected:
+        raise ValueError(
+            f"{op}: {name} has dtype {jnp.dtype(dtype).name}; "
+            f"expected {jnp.dtype(expected).name}"
         )
 
 

@@ -8,7 +8,7 @@
 
 namespace tk::attention {
 
-// What is computed. Fields match tk_jax.ops.attention.config.AttentionOptions.
+// What is computed. Fields match tk_jax.ops.attention.config.KernelOptions.
 struct Options {
   float scale;         // positive; multiplies the scores before the softmax
   bool is_causal;      // query i sees key j only if j <= i + offset

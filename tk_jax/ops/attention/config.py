@@ -1,14 +1,16 @@
-"""Settings of attention: what is computed (options) and how (configs).
+"""Settings of attention: what is computed (options, extras) and how (configs).
 
-Each dataclass crosses to C++ as one attribute, decoded into the struct of the same
-fields in ``cuda/kernels/attention/attention.h``.
+``KernelOptions`` and each config cross to C++ as one attribute, decoded into the struct
+of the same fields in ``cuda/kernels/attention/attention.h``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
@@ -21,6 +23,10 @@ QUERY_PADDING = 128
 # ... and dq is accumulated in fragments of this many rows (kFragmentRows).
 FRAGMENT_ROWS = 64
 
+# What AttentionOptions holds where there is no window, and no cap.
+NO_WINDOW = -1
+NO_SOFT_CAP = 0.0
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOptions:
@@ -30,10 +36,56 @@ class AttentionOptions:
     is_causal: bool
     bottom_right: bool
     deterministic: bool
+    window_left: int = NO_WINDOW
+    window_right: int = NO_WINDOW
+    soft_cap: float = NO_SOFT_CAP
 
-    def causal_offset(self, seqlen_q: int, seqlen_kv: int) -> int:
-        """Query i sees key j only if j <= i + this."""
+    @property
+    def left(self) -> int | None:
+        """A query at position p sees key j only if j >= p - this."""
+        return None if self.window_left == NO_WINDOW else self.window_left
+
+    @property
+    def right(self) -> int | None:
+        """A query at position p sees key j only if j <= p + this."""
+        if self.is_causal:
+            return 0
+        return None if self.window_right == NO_WINDOW else self.window_right
+
+    def offset(self, seqlen_q, seqlen_kv):
+        """Query i is at position i + this among the keys."""
         return seqlen_kv - seqlen_q if self.bottom_right else 0
+
+    def for_kernel(self) -> KernelOptions:
+        """The part that the kernels know."""
+        names = (field.name for field in dataclasses.fields(KernelOptions))
+        return KernelOptions(**{name: getattr(self, name) for name in names})
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelOptions:
+    """What is computed, as far as the kernels know it; ``Options`` in C++."""
+
+    scale: float
+    is_causal: bool
+    bottom_right: bool
+    deterministic: bool
+
+
+class Extras(NamedTuple):
+    """The arrays of a call beside q, k and v; None where there is none.
+
+    With q [*batch, T, H, D] each has the rank below. Where *b stands for *batch, and
+    in the axes of mask and bias, a size may also be 1, for all.
+    """
+
+    query_seq_lengths: jax.Array | None = None  # int32 [*b], from 0 to T
+    key_value_seq_lengths: jax.Array | None = None  # int32 [*b], from 0 to S
+    q_segment_ids: jax.Array | None = None  # int32 [*b, T], with kv_segment_ids
+    kv_segment_ids: jax.Array | None = None  # int32 [*b, S], with q_segment_ids
+    mask: jax.Array | None = None  # bool [*b, H, T, S]
+    bias: jax.Array | None = None  # floating [*b, H, T, S]
+    sinks: jax.Array | None = None  # floating [*b, H]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +141,28 @@ def padded_queries(seqlen_q: int) -> int:
     return -(-seqlen_q // QUERY_PADDING) * QUERY_PADDING
 
 
-def unsupported(q_shape, k_shape, dtype) -> str | None:
-    """What the kernels lack for [..., T, H, D] and [..., S, K, D], in words."""
-    if dtype not in KERNEL_DTYPES:
-        return f"dtype {jnp.dtype(dtype).name} (it takes bfloat16 and float16)"
-    head_dim = q_shape[-1]
+def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | None:
+    """What the kernels lack for a call, in words.
+
+    ``q``, ``k`` and ``v`` are whatever has their shape and dtype. This is the one place
+    that knows: what it lets through, the kernels compute, forward and backward.
+    """
+    if q.dtype not in KERNEL_DTYPES:
+        return f"dtype {jnp.dtype(q.dtype).name} (it takes bfloat16 and float16)"
+    head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     if head_dim not in KERNEL_HEAD_DIMS:
         known = " and ".join(str(dim) for dim in KERNEL_HEAD_DIMS)
         return f"head dim {head_dim} (it takes {known})"
-    return exceeded_limit(q_shape, k_shape)
+    if head_dim_v != head_dim:
+        return f"head dim {head_dim_v} of v beside {head_dim} of q and k"
+    if (options.window_left, options.window_right) != (NO_WINDOW, NO_WINDOW):
+        return "local_window_size"
+    if options.soft_cap != NO_SOFT_CAP:
+        return "logits_soft_cap"
+    for name, value in extras._asdict().items():
+        if value is not None:
+            return name
+    return exceeded_limit(q.shape, k.shape)
 
 
 def exceeded_limit(q_shape, k_shape) -> str | None:

@@ -1,4 +1,4 @@
-"""The differentiable attention of [B, T, H, D] arrays, and the calls of its kernels.
+"""The differentiable attention of [*batch, T, H, D] arrays, and its kernels' calls.
 
 The platform is chosen inside the forward and inside the backward rule: chosen around
 the op, the residuals of both implementations would be kept.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,39 +29,46 @@ class Call:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attention(call: Call, q, k, v):
+def attention(call: Call, q, k, v, extras: config.Extras):
     """Returns out, or (out, lse) with ``call.return_lse``."""
-    out, lse = _forward(call, q, k, v)
+    out, lse = _forward(call, q, k, v, extras)
     return (out, lse) if call.return_lse else out
 
 
-def _attention_fwd(call, q, k, v):
-    out, lse = _forward(call, q, k, v)
+def _attention_fwd(call, q, k, v, extras):
+    out, lse = _forward(call, q, k, v, extras)
     out = checkpoint_name(out, "tk_attention_out")
     lse = checkpoint_name(lse, "tk_attention_lse")
-    return ((out, lse) if call.return_lse else out), (q, k, v, out, lse)
+    return ((out, lse) if call.return_lse else out), (q, k, v, out, lse, extras)
 
 
 def _attention_bwd(call, residuals, cotangents):
     # Of size 0: nothing flows into lse.
     nothing = jnp.zeros((0,), jnp.float32)
     dout, dlse = cotangents if call.return_lse else (cotangents, nothing)
-    return _backward(call, *residuals, dout, dlse)
+    dq, dk, dv, dbias, dsinks = _backward(
+        call, *residuals[:-1], dout, dlse, residuals[-1]
+    )
+    return dq, dk, dv, config.Extras(bias=dbias, sinks=dsinks)
 
 
 attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _forward(call, q, k, v):
-    return _chosen(call, kernel_forward, xla.forward)(q, k, v)
+def _forward(call, q, k, v, extras):
+    return _chosen(call, kernel_forward, xla.forward)(q, k, v, extras)
 
 
-def _backward(call, q, k, v, out, lse, dout, dlse):
-    return _chosen(call, kernel_backward, xla.backward)(q, k, v, out, lse, dout, dlse)
+def _backward(call, q, k, v, out, lse, dout, dlse, extras):
+    run = _chosen(call, kernel_backward, xla.backward, ("bias", "sinks"))
+    return run(q, k, v, out, lse, dout, dlse, extras)
 
 
-def _chosen(call, kernel, xla_form):
-    """The implementation of the platform at hand, under vmap as one larger batch."""
+def _chosen(call, kernel, xla_form, differentiated=()):
+    """The implementation of the platform at hand, under vmap as one larger batch.
+
+    ``differentiated`` names the extras with a gradient among the results.
+    """
 
     @custom_vmap
     def run(*args):
@@ -72,28 +80,35 @@ def _chosen(call, kernel, xla_form):
         )
 
     @run.def_vmap
-    def fold_mapped_axis(axis_size, in_batched, *args):
-        folded = [
-            _fold(x, axis_size, batched)
-            for x, batched in zip(args, in_batched, strict=True)
+    def add_batch_axis(axis_size, in_batched, *args):
+        *arrays, extras = args
+        *batched, extras_batched = in_batched
+        arrays = [
+            _repeat(x, axis_size, is_batched)
+            for x, is_batched in zip(arrays, batched, strict=True)
         ]
-        results = run(*folded)
-        unfolded = jax.tree.map(
-            lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]),
-            results,
+        extras = extras._replace(
+            **{
+                # What is the same for all elements stays one array; each element has a
+                # gradient of its own, though.
+                name: _repeat(x, axis_size if name in differentiated else 1, is_batched)
+                for (name, x), is_batched in zip(
+                    extras._asdict().items(), extras_batched, strict=True
+                )
+                if x is not None
+            }
         )
-        return unfolded, jax.tree.map(lambda _: True, results)
+        results = run(*arrays, extras)
+        return results, jax.tree.map(lambda _: True, results)
 
     return run
 
 
-def _fold(x, axis_size, batched):
-    """[N, B, ...] or, where it is not mapped, [B, ...] -> [N * B, ...]"""
-    if x.size == 0:
+def _repeat(x, size, is_batched):
+    """[N, *batch, ...] as it is; not mapped, [*batch, ...] -> [size, *batch, ...]"""
+    if x.size == 0 and x.ndim <= 2:  # dlse into which nothing flows.
         return jnp.zeros((0,), x.dtype)
-    if not batched:
-        x = jnp.broadcast_to(x, (axis_size, *x.shape))
-    return x.reshape(-1, *x.shape[2:])
+    return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
 
 
 def kernel_forward(
@@ -101,24 +116,25 @@ def kernel_forward(
     q,
     k,
     v,
+    extras: config.Extras = xla.NO_EXTRAS,
     *,
     tiles: config.AttentionForwardConfig | None = None,
 ):
-    """Returns out [B, T, H, D] and lse [B, T, H]. ``tiles`` is for tuning."""
-    _check_limits(q, k)
-    out_types = (
-        jax.typeof(q),
-        jax.typeof(q).update(shape=q.shape[:-1], dtype=jnp.dtype(jnp.float32)),
-    )
-    return _ffi.call(
+    """Returns out [..., T, H, Dv] and lse [..., T, H]. ``tiles`` is for tuning."""
+    _check_supported(options, q, k, v, extras)
+    batch = q.shape[:-3]
+    q, k, v = (_fold(x, 3) for x in (q, k, v))
+    types = jax.typeof(q)
+    out, lse = _ffi.call(
         "tk_attention_fwd_v1",
-        out_types,
+        (types, types.update(shape=q.shape[:-1], dtype=jnp.dtype(jnp.float32))),
         q,
         k,
         v,
-        options=options,
+        options=options.for_kernel(),
         config=tiles or config.forward_config(q.shape[-1], k.shape[1]),
     )
+    return _unfold(out, batch), _unfold(lse, batch)
 
 
 def kernel_backward(
@@ -130,11 +146,19 @@ def kernel_backward(
     lse,
     dout,
     dlse,
+    extras: config.Extras = xla.NO_EXTRAS,
     *,
     tiles: config.AttentionBackwardConfig | None = None,
 ):
-    """Returns dq, dk, dv. ``dlse`` of size 0 stands for zeros."""
-    _check_limits(q, k)
+    """Returns dq, dk, dv, dbias, dsinks; None for a bias or sinks that are None.
+
+    ``dlse`` of size 0 stands for zeros.
+    """
+    _check_supported(options, q, k, v, extras)
+    leading = q.shape[:-3]
+    q, k, v, out, dout = (_fold(x, 3) for x in (q, k, v, out, dout))
+    lse = _fold(lse, 2)
+    dlse = _fold(dlse, 2) if dlse.size else dlse
     batch, seqlen_q, num_heads, head_dim = q.shape
     rows = (batch, num_heads, config.padded_queries(seqlen_q))
     fragments = (*rows[:2], rows[2] // config.FRAGMENT_ROWS)
@@ -149,7 +173,7 @@ def kernel_backward(
         types[0].update(shape=shape, dtype=jnp.dtype(dtype))
         for _, shape, dtype in workspaces
     ]
-    dq, dk, dv, *_ = _ffi.call(
+    gradients = _ffi.call(
         "tk_attention_bwd_v1",
         tuple(types),
         q,
@@ -159,17 +183,28 @@ def kernel_backward(
         lse,
         dout,
         dlse,
-        options=options,
+        options=options.for_kernel(),
         config=tiles or config.backward_config(head_dim),
     )
-    return dq, dk, dv
+    dq, dk, dv = (_unfold(x, leading) for x in gradients[:3])
+    return dq, dk, dv, None, None
 
 
-def _check_limits(q, k):
+def _fold(x, rank):
+    """[*batch, ...] -> [B, ...], where ... are ``rank`` axes"""
+    return x.reshape(math.prod(x.shape[:-rank]), *x.shape[-rank:])
+
+
+def _unfold(x, batch):
+    """[B, ...] -> [*batch, ...]"""
+    return x.reshape(*batch, *x.shape[1:])
+
+
+def _check_supported(options, q, k, v, extras):
     """Again, because vmap may have made the batch larger than the caller's."""
-    exceeded = config.exceeded_limit(q.shape, k.shape)
-    if exceeded:
+    unsupported = config.unsupported(options, q, k, v, extras)
+    if unsupported:
         raise NotImplementedError(
-            f"attention: the TK kernel does not support {exceeded}; "
+            f"attention: the TK kernel does not support {unsupported}; "
             "map over fewer elements at a time or use implementation='xla'"
         )

@@ -1,0 +1,143 @@
+"""``jax.nn.dot_product_attention``'s signature and semantics."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.nn import dot_product_attention as _jax_dot_product_attention
+from jax.typing import ArrayLike
+
+from tk_jax.ops.attention import attention
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Literal["xla", "cudnn", "tk", "interpret"] | None = None,
+    return_residual: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """``jax.nn.dot_product_attention`` in memory linear in the sequence length.
+
+    ``softmax(scale * query key^T + bias) value`` over the keys that a query sees, with
+    the signature, shapes and meanings of ``jax.nn.dot_product_attention`` in jax 0.10
+    to 0.12, so that changing one import changes a program. Shapes are in jax's letters:
+    B batch, T queries, S keys, N heads, K key and value heads, H head dim.
+
+    Where jax's documentation is silent, results differ from its XLA implementation:
+
+    * A query that sees no key has the result 0 and the residual -inf. There, the result
+      is the mean of all values. Queries beyond ``query_seq_lengths`` have the result 0
+      in both, and here the residual -inf.
+    * The softmax of float64 inputs is computed in float64, there in float32.
+
+    ``local_window_size`` means what jax's documentation says, with and without
+    ``is_causal``.
+
+    Args:
+      query: ``(B, T, N, H)`` or ``(T, N, H)``.
+      key: ``(B, S, K, H)`` or ``(S, K, H)``, where K divides N.
+      value: As ``key``; its head dim may be another.
+      bias: Added to the logits; broadcast to ``(B, N, T, S)`` or ``(N, T, S)``.
+      mask: Bool: True where a query may see a key; broadcast as ``bias`` is.
+      scale: Multiplies the logits; ``1 / sqrt(H)`` by default. A static number.
+      is_causal: Query i sees only the keys j <= i.
+      query_seq_lengths: int32 ``(B,)``: queries from this one on have the result 0.
+      key_value_seq_lengths: int32 ``(B,)``: keys from this one on are not seen.
+      local_window_size: ``(left, right)``: query i sees only the keys from i - left to
+        i + right; one number stands for both.
+      implementation: As for :func:`tk_jax.attention`: ``None`` runs the TK kernel where
+        it supports the call and XLA elsewhere, ``"tk"`` the kernel or raises, ``"xla"``
+        our XLA implementation, ``"interpret"`` the interpreter. ``"cudnn"`` passes the
+        call on to jax's cuDNN implementation, with what that supports.
+      return_residual: Returns ``(out, lse)``, with the log-sum-exp of the logits of
+        shape ``(B, T, N)`` or ``(T, N)``, in the dtype of ``key`` and without a
+        gradient as jax has it. That of :func:`tk_jax.attention` is in float32 and
+        differentiable.
+
+    Returns:
+      ``(B, T, N, H)`` or ``(T, N, H)``, as ``query``.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as :func:`tk_jax.attention`, which
+        calls query, key and value ``q``, ``k`` and ``v``.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from tk_jax.nn import dot_product_attention
+    >>> query = jax.random.normal(jax.random.key(0), (128, 8, 64))
+    >>> key = value = jax.random.normal(jax.random.key(1), (128, 2, 64))
+    >>> settings = {"is_causal": True, "local_window_size": (16, 0)}
+    >>> ours, theirs = (
+    ...     f(query, key, value, **settings)
+    ...     for f in (dot_product_attention, jax.nn.dot_product_attention)
+    ... )
+    >>> bool(jnp.allclose(ours, theirs, atol=1e-5))
+    True
+    """
+    if implementation == "cudnn":
+        if not is_causal and _hides_the_future(local_window_size):
+            # The same keys, asked for in the way that cuDNN is told about them: without
+            # the causal mask, jax's cuDNN path lets queries see later keys.
+            is_causal = True
+        return _jax_dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            scale=scale,
+            is_causal=is_causal,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            local_window_size=local_window_size,
+            implementation=implementation,
+            return_residual=return_residual,
+        )
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    result = attention(
+        *(_with_batch(x) for x in (query, key, value)),
+        scale=scale,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        query_seq_lengths=_array(query_seq_lengths),
+        key_value_seq_lengths=_array(key_value_seq_lengths),
+        mask=_array(mask),
+        bias=_floating(_array(bias)),
+        return_lse=return_residual,
+        implementation=implementation,
+    )
+    if query.ndim == 3:
+        result = jax.tree.map(lambda x: x[0], result)
+    if not return_residual:
+        return result
+    out, lse = result
+    return out, jax.lax.stop_gradient(lse.astype(key.dtype))
+
+
+def _hides_the_future(window) -> bool:
+    return window == 0 or (isinstance(window, tuple | list) and window[-1] == 0)
+
+
+def _with_batch(x):
+    return x[None] if x.ndim == 3 else x
+
+
+def _array(x):
+    return None if x is None else jnp.asarray(x)
+
+
+def _floating(bias):
+    """jax adds a bias of any dtype."""
+    if bias is None or jnp.issubdtype(bias.dtype, jnp.floating):
+        return bias
+    return bias.astype(jnp.float32)
