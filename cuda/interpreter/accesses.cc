@@ -12,6 +12,11 @@ Access plain_access(const char* what, Location at) {
           warp.block->index[0], warp.index};
 }
 
+GlobalAccess plain_global(GlobalUse use, Location at) {
+  const Warp& warp = machine().warp();
+  return {use, false, 0, warp.plain(), warp.clock[warp.plain()], warp.published_global(), at, ""};
+}
+
 }  // namespace
 
 // -- Shared memory --------------------------------------------------------------------------------
@@ -63,11 +68,34 @@ void publish_shared(Location) {
 }
 
 // -- Global memory --------------------------------------------------------------------------------
-void read_global(const void* pointer, std::size_t bytes, Location at) {
-  machine().memory().check_read(pointer, bytes, at);
+void read_global(std::span<const GlobalSpan> spans, Location at) {
+  Machine& m = machine();
+  act_as_warp();
+  m.yield();
+  std::vector<GlobalSpan> shared;
+  for (const GlobalSpan& span : spans) {
+    if (m.memory().check_inside(span.begin, span.bytes, GlobalUse::kRead, at)) {
+      shared.push_back(span);
+    }
+  }
+  if (!shared.empty()) m.account(std::move(shared), plain_global(GlobalUse::kRead, at));
 }
-void write_global(const void* pointer, std::size_t bytes, Location at) {
-  machine().memory().mark_written(pointer, bytes, at);
+void write_global(std::span<const GlobalSpan> spans, const std::function<void()>& store,
+                  Location at) {
+  if (spans.empty()) return;
+  Machine& m = machine();
+  m.yield();
+  for (const GlobalSpan& span : spans) {
+    m.memory().check_inside(span.begin, span.bytes, GlobalUse::kWrite, at);
+  }
+  m.account({spans.begin(), spans.end()}, plain_global(GlobalUse::kWrite, at));
+  m.exclusive(store, at);
+}
+void publish_global(Location) {
+  Warp& warp = machine().warp();
+  const std::uint32_t now = warp.clock[warp.plain()];
+  warp.clock.raise(warp.published_global(), now);
+  warp.clock.raise(warp.plain(), now + 1);
 }
 
 // -- Products -------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // Barriers of every kind: mbarriers, named barriers, whole blocks and clusters, and turns.
 #include <algorithm>
 
+#include "interpreter/grid.h"
 #include "interpreter/machine.h"
 
 namespace tk::interpreter {
@@ -33,7 +34,7 @@ void arrive(Block& block, std::uint32_t address, Location at) {
   }
   barrier.pending -= count;
   release_to(barrier.arriving);
-  m.complete_if_due(block, address, at);
+  m.complete_if_due(block, address);
 }
 
 }  // namespace
@@ -52,11 +53,11 @@ BarrierState& Machine::barrier(Block& block, std::uint32_t address, Location at)
   return barrier;
 }
 
-void Machine::complete_if_due(Block& block, std::uint32_t address, Location at) {
+void Machine::complete_if_due(Block& block, std::uint32_t address) {
   BarrierState& barrier = block.barriers.at(address);
   if (barrier.pending != 0 || barrier.bytes != 0) return;
   for (const IncomingCopy& copy : incoming_) {
-    if (copy.cluster != block.cluster || copy.barrier != address) continue;
+    if (copy.barrier != address) continue;
     for (const int rank : copy.ranks) {
       if (rank != block.rank) continue;
       report(FaultKind::kBarrier,
@@ -66,7 +67,6 @@ void Machine::complete_if_due(Block& block, std::uint32_t address, Location at) 
       return;
     }
   }
-  (void)at;
   ++barrier.phase;
   barrier.pending = barrier.arrivals;
   barrier.completed.join(barrier.arriving);
@@ -216,24 +216,63 @@ void warp_sync(Location) {
   machine().yield();
 }
 
+void reset_turns(int* counter, Location at) {
+  require_one_lane("a counter of turns is reset", at);
+  const GlobalSpan span = {counter, sizeof(int)};
+  write_global({&span, 1}, [counter] { *counter = 0; }, at);
+}
+
 void take_turn(const int* counter, int turn, Location at) {
   Machine& m = machine();
   require_one_lane("a turn is taken", at);
-  m.memory().check_read(counter, sizeof(int), at);
+  m.memory().check_counter(counter, m.cluster().number, m.warp().clock, at);
   m.wait([=] { return *counter == turn; },
          [=] {
            return "turn " + std::to_string(turn) + " of a counter that is at " +
                   std::to_string(*counter);
          },
          at);
+  VectorClock& clock = m.warp().clock;
+  if (const auto learnt = m.grid().known_turns(counter)) {
+    clock.learn(learnt);
+    const auto own = learnt->find(m.cluster().number);
+    if (own != learnt->end()) clock.join(*own->second);
+  }
+  // A fence is part of it: copies that follow see the ordinary stores that it knows of.
+  for (const auto& block : m.cluster().blocks) {
+    for (const auto& warp : block->warps) {
+      clock.raise(warp->published_global(), clock[warp->plain()]);
+    }
+  }
 }
 
 void pass_turn(int* counter, Location at) {
   Machine& m = machine();
   m.yield();
   require_one_lane("a turn is passed on", at);
-  m.memory().check_read(counter, sizeof(int), at);
-  ++*counter;
+  m.memory().check_counter(counter, m.cluster().number, m.warp().clock, at);
+  m.memory().check_inside(counter, sizeof(int), GlobalUse::kAdd, at);
+  // What others learn with the turn; the fence of taking it is counted in.
+  VectorClock known = m.warp().clock;
+  for (const auto& block : m.cluster().blocks) {
+    for (const auto& warp : block->warps) {
+      known.raise(warp->published_global(), known[warp->plain()]);
+    }
+  }
+  OtherClusters mine = {{m.cluster().number, std::make_shared<Counts>(known.counts())}};
+  VectorClock turn;
+  turn.learn(std::make_shared<OtherClusters>(std::move(mine)));
+  turn.learn(known.others());
+  VectorClock& own = m.warp().clock;
+  own.raise(m.warp().plain(), own[m.warp().plain()] + 1);
+  m.exclusive(
+      [&] {
+        auto& known_turns = m.grid().turns(counter);
+        turn.learn(known_turns);
+        known_turns = turn.others();
+        ++*counter;
+      },
+      at);
 }
 
 }  // namespace tk::interpreter

@@ -103,6 +103,15 @@ std::vector<BoxRow> rows_of(const BoxMap& map, std::span<const int> coordinates)
   return rows;
 }
 
+std::vector<GlobalSpan> spans_of(const std::vector<BoxRow>& rows, int element_bytes) {
+  std::vector<GlobalSpan> spans;
+  for (const BoxRow& row : rows) {
+    if (row.count == 0) continue;
+    spans.push_back({row.global, static_cast<std::size_t>(row.count) * element_bytes});
+  }
+  return spans;
+}
+
 template <typename T>
 void add_elements(std::byte* to, const std::byte* from, int count) {
   for (int i = 0; i < count; ++i) {
@@ -137,10 +146,14 @@ void put(std::byte* to, const std::byte* from, int count, ElementType type, bool
 
 // Registers what a load will write, in every block where it lands, and starts it.
 void start_load(const Chunks& chunks, std::uint32_t address, std::uint32_t blocks, int bytes,
-                std::function<void(std::byte*)> write, Location at) {
+                std::vector<GlobalSpan> sources, std::function<void(std::byte*)> write,
+                Location at) {
   Machine& m = machine();
   Warp& warp = m.warp();
-  IncomingCopy copy = {&m.cluster(), {}, address, {}, bytes, {}, at};
+  IncomingCopy copy = {{}, address, {}, bytes, {}, at};
+  std::erase_if(sources, [&](const GlobalSpan& span) {
+    return !m.memory().check_inside(span.begin, span.bytes, GlobalUse::kRead, at);
+  });
   std::vector<std::byte*> bases;
   for (const auto& block : m.cluster().blocks) {
     const bool lands = blocks == 0 ? block.get() == warp.block : (blocks >> block->rank & 1) != 0;
@@ -155,6 +168,10 @@ void start_load(const Chunks& chunks, std::uint32_t address, std::uint32_t block
     const Access access = {AccessKind::kCopy, barrier.who, barrier.phase + 1,    0,
                            "a copy lands",    at,          warp.block->index[0], warp.index};
     block->shadow.write(m.cluster().log, warp.clock, chunks, access);
+    if (!sources.empty()) {
+      m.account(sources,
+                {GlobalUse::kRead, true, 0, barrier.who, barrier.phase + 1, 0, at, ""});
+    }
     copy.ranks.push_back(block->rank);
     copy.phases.push_back(barrier.phase);
     bases.push_back(block->shared);
@@ -168,43 +185,25 @@ void start_load(const Chunks& chunks, std::uint32_t address, std::uint32_t block
   m.start_load(std::move(copy));
 }
 
-void start_store(const Chunks& chunks, std::shared_ptr<OutgoingCopy> copy, Location at) {
+void start_store(const Chunks& chunks, std::shared_ptr<OutgoingCopy> copy,
+                 std::vector<GlobalSpan> targets, bool add, Location at) {
   Machine& m = machine();
   Warp& warp = m.warp();
+  const GlobalUse use = add ? GlobalUse::kAdd : GlobalUse::kWrite;
+  for (const GlobalSpan& span : targets) m.memory().check_inside(span.begin, span.bytes, use, at);
   copy->group = warp.copy_group;
-  copy->who = warp.name();
   copy->at = at;
   const Access access = {
       AccessKind::kCopy,    warp.copy_reads(), warp.copy_group + 1, 0, "a copy reads a tile", at,
       warp.block->index[0], warp.index};
   m.block().shadow.read(m.cluster().log, warp.clock, chunks, access);
+  m.account(std::move(targets),
+            {use, true, 0, warp.copy_writes(), warp.copy_group + 1, 0, at, ""});
   warp.copies.push_back(copy);
-  m.start_copy(std::move(copy), at);
-}
-
-bool meet(const OutgoingCopy& a, const OutgoingCopy& b) {
-  for (const GlobalSpan& x : a.spans) {
-    for (const GlobalSpan& y : b.spans) {
-      if (x.begin < y.begin + y.bytes && y.begin < x.begin + x.bytes) return true;
-    }
-  }
-  return false;
+  m.start_copy(std::move(copy));
 }
 
 }  // namespace
-
-void Machine::start_copy(std::shared_ptr<OutgoingCopy> copy, Location at) {
-  std::erase_if(unwaited_, [](const auto& other) { return other->waited; });
-  for (const auto& other : unwaited_) {
-    if ((copy->add && other->add) || !meet(*copy, *other)) continue;
-    fail(FaultKind::kGlobalRace,
-         "a copy writes global memory that the copy at " + text(other->at) + " by " + other->who +
-             " may not have written yet",
-         at);
-  }
-  unwaited_.push_back(copy);
-  outgoing_.push_back(std::move(copy));
-}
 
 void check_tensor_map(const TensorMap& map, Location at) { checked_map(map, at); }
 
@@ -216,13 +215,10 @@ void load_box(const Panel& panel, const TensorMap& map, std::uint32_t barrier, s
   const BoxMap box = checked_map(map, at);
   check_fits(box, panel, coordinates, at);
   auto rows = rows_of(box, coordinates);
-  for (const BoxRow& row : rows) {
-    m.memory().check_read(row.global, static_cast<std::size_t>(row.count) * panel.element_bytes,
-                          at);
-  }
+  auto spans = spans_of(rows, panel.element_bytes);
   const int row_bytes = panel.columns * panel.element_bytes;
   start_load(
-      chunks_of(panel), barrier, blocks, panel.rows * row_bytes,
+      chunks_of(panel), barrier, blocks, panel.rows * row_bytes, std::move(spans),
       [=, rows = std::move(rows)](std::byte* base) {
         std::vector<std::byte> line(row_bytes);
         for (int r = 0; r < panel.rows; ++r) {
@@ -251,15 +247,8 @@ void store_box(const TensorMap& map, const Panel& panel, std::span<const int> co
   }
   auto rows = rows_of(box, coordinates);
   auto copy = std::make_shared<OutgoingCopy>();
-  copy->add = add;
+  auto spans = spans_of(rows, panel.element_bytes);
   const int row_bytes = panel.columns * panel.element_bytes;
-  for (const BoxRow& row : rows) {
-    const std::size_t bytes = static_cast<std::size_t>(row.count) * panel.element_bytes;
-    if (bytes == 0) continue;
-    if (add) m.memory().check_read(row.global, bytes, at);
-    m.memory().mark_written(row.global, bytes, at);
-    copy->spans.push_back({row.global, bytes});
-  }
   copy->gather = [=, base = m.block().shared](std::vector<std::byte>& bytes) {
     bytes.resize(static_cast<std::size_t>(panel.rows) * row_bytes);
     for (int r = 0; r < panel.rows; ++r) read_row(panel, base, r, bytes.data() + r * row_bytes);
@@ -271,7 +260,7 @@ void store_box(const TensorMap& map, const Panel& panel, std::span<const int> co
           rows[r].count, type, add);
     }
   };
-  start_store(chunks_of(panel), std::move(copy), at);
+  start_store(chunks_of(panel), std::move(copy), std::move(spans), add, at);
 }
 
 void load_bytes(std::uint32_t address, const void* from, int bytes, std::uint32_t barrier,
@@ -282,9 +271,8 @@ void load_bytes(std::uint32_t address, const void* from, int bytes, std::uint32_
   if (address % 16 != 0 || reinterpret_cast<std::uintptr_t>(from) % 16 != 0) {
     fail(FaultKind::kOutOfBounds, "a bulk copy's addresses are not multiples of 16 bytes", at);
   }
-  m.memory().check_read(from, bytes, at);
   start_load(
-      chunks_of(address, bytes), barrier, 0, bytes,
+      chunks_of(address, bytes), barrier, 0, bytes, {{from, static_cast<std::size_t>(bytes)}},
       [=](std::byte* base) { std::memcpy(base + address, from, bytes); }, at);
 }
 
@@ -295,18 +283,15 @@ void store_bytes(void* to, std::uint32_t address, int bytes, bool add, Location 
   if (address % 16 != 0 || reinterpret_cast<std::uintptr_t>(to) % 16 != 0) {
     fail(FaultKind::kOutOfBounds, "a bulk copy's addresses are not multiples of 16 bytes", at);
   }
-  if (add) m.memory().check_read(to, bytes, at);
-  m.memory().mark_written(to, bytes, at);
   auto copy = std::make_shared<OutgoingCopy>();
-  copy->add = add;
-  copy->spans.push_back({static_cast<std::byte*>(to), static_cast<std::size_t>(bytes)});
   copy->gather = [=, base = m.block().shared](std::vector<std::byte>& out) {
     out.assign(base + address, base + address + bytes);
   };
   copy->scatter = [=](std::vector<std::byte>& in) {
     put(static_cast<std::byte*>(to), in.data(), bytes / 4, ElementType::kFloat32, add);
   };
-  start_store(chunks_of(address, bytes), std::move(copy), at);
+  start_store(chunks_of(address, bytes), std::move(copy), {{to, static_cast<std::size_t>(bytes)}},
+              add, at);
 }
 
 void commit_copies(Location at) {
@@ -321,18 +306,27 @@ void wait_copies(int pending, bool only_read, Location at) {
   Warp& warp = m.warp();
   if (warp.copy_group < static_cast<std::uint32_t>(pending)) return;
   const std::uint32_t done = warp.copy_group - pending;  // groups before this one
+  bool all_written = true;
   for (const auto& copy : warp.copies) {
     if (copy->group >= done) continue;
-    if (only_read) {
-      if (!copy->read) Machine::advance(*copy, false);
-    } else {
-      Machine::advance(*copy, true);
-      copy->waited = true;
+    Machine::read_copy(*copy);
+    all_written = all_written && copy->written;
+  }
+  if (!only_read) {
+    if (!all_written) {
+      m.exclusive(
+          [&] {
+            for (const auto& copy : warp.copies) {
+              if (copy->group < done) Machine::write_copy(*copy);
+            }
+          },
+          at);
     }
+    std::erase_if(warp.copies, [&](const auto& copy) { return copy->group < done; });
+    warp.clock.raise(warp.copy_writes(), done);
   }
   warp.copies_read = std::max(warp.copies_read, done);
   warp.clock.raise(warp.copy_reads(), done);
-  std::erase_if(warp.copies, [](const auto& copy) { return copy->waited; });
 }
 
 }  // namespace tk::interpreter

@@ -20,9 +20,11 @@ struct Launch {
   int cluster_size = 1;
   int resident_blocks = 16;  // as many run at once; the next start as they end
   std::uint64_t seed = 0;    // of the order in which things happen
+  int threads_of_host = 0;   // that run blocks; 0: as many as there are processors
 };
 
-// Runs to the end, or to the first thing that is wrong.
+// Runs to the end, or to the first thing that is wrong. What happens, and what is reported, does not
+// depend on how many threads share the work.
 std::optional<Report> run(const Launch& launch, Memory& memory);
 
 }  // namespace tk::interpreter

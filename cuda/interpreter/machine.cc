@@ -3,20 +3,20 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <utility>
+
+#include "interpreter/grid.h"
 
 namespace tk::interpreter {
 namespace {
 
-constexpr int kAgentsOfWarp = 4;
+constexpr int kAgentsOfWarp = 6;
 constexpr std::size_t kSharedAlignment = 1024;
 
-thread_local Machine* current = nullptr;
-
-int warps_of_block(const Launch& launch) { return launch.threads / 32; }
+// Clusters run at different speeds: some do little in a round.
+constexpr int kRoundSteps[] = {8, 32, 64, 256};
 
 }  // namespace
-
-Machine& machine() { return *current; }
 
 std::uint32_t Warp::plain() const {
   const auto warps = static_cast<std::uint32_t>(block->warps.size());
@@ -42,46 +42,36 @@ Block::Block(Cluster* cluster, int rank, std::size_t bytes)
   shared = storage.data() + (kSharedAlignment - start % kSharedAlignment) % kSharedAlignment;
 }
 
-Machine::Machine(const Launch& launch, Memory& memory)
-    : launch_(launch), memory_(memory), random_(launch.seed + 1) {
+Machine::Machine(Grid& grid, std::int64_t number)
+    : grid_(grid), random_((launch().seed + 1) * 0x9e3779b97f4a7c15u + number) {
   static constexpr double kEagerness[] = {0.5, 0.05, 0.95, 0.2};
   static constexpr double kSteadiness[] = {0.0, 0.8, 0.95};
-  eagerness_ = kEagerness[launch.seed % 4];
-  steadiness_ = kSteadiness[launch.seed % 3];
-  clusters_ = launch.grid[0] / launch.cluster_size * launch.grid[1] * launch.grid[2];
+  eagerness_ = kEagerness[launch().seed % 4];
+  steadiness_ = kSteadiness[launch().seed % 3];
+  cluster_.number = number;
+  start_warps();
 }
 
-Machine::~Machine() = default;
-
-std::optional<Report> Machine::run() {
-  current = this;
-  while (!report_) {
-    while (static_cast<std::int64_t>(resident_.size() + 1) * launch_.cluster_size <=
-               std::max(launch_.resident_blocks, launch_.cluster_size) &&
-           start_cluster()) {
-    }
-    if (live_.empty()) break;
-    step();
-  }
-  while (!report_ && complete_something()) {
-  }
-  current = nullptr;
-  return report_;
+Machine::~Machine() {
+  if (!live_.empty()) unwind();
 }
 
-bool Machine::start_cluster() {
-  if (next_cluster_ == clusters_) return false;
-  const std::int64_t clusters_x = launch_.grid[0] / launch_.cluster_size;
-  auto cluster = std::make_unique<Cluster>();
-  const int warps = warps_of_block(launch_);
-  cluster->next_who = kAgentsOfWarp * warps * launch_.cluster_size;
-  cluster->warps_left = warps * launch_.cluster_size;
-  for (int rank = 0; rank < launch_.cluster_size; ++rank) {
+const Launch& Machine::launch() const { return grid_.launch(); }
+Memory& Machine::memory() { return grid_.memory(); }
+
+void Machine::start_warps() {
+  const Launch& launch = this->launch();
+  const std::int64_t clusters_x = launch.grid[0] / launch.cluster_size;
+  const int warps = launch.threads / 32;
+  cluster_.next_who = kAgentsOfWarp * warps * launch.cluster_size;
+  cluster_.warps_left = warps * launch.cluster_size;
+  for (int rank = 0; rank < launch.cluster_size; ++rank) {
     // The launcher's bytes include the slack that aligns the first tile; here it is aligned.
-    auto block = std::make_unique<Block>(cluster.get(), rank, launch_.shared_bytes);
-    block->index[0] = static_cast<int>(next_cluster_ % clusters_x * launch_.cluster_size + rank);
-    block->index[1] = static_cast<int>(next_cluster_ / clusters_x % launch_.grid[1]);
-    block->index[2] = static_cast<int>(next_cluster_ / clusters_x / launch_.grid[1]);
+    auto block = std::make_unique<Block>(&cluster_, rank, launch.shared_bytes);
+    block->index[0] =
+        static_cast<int>(cluster_.number % clusters_x * launch.cluster_size + rank);
+    block->index[1] = static_cast<int>(cluster_.number / clusters_x % launch.grid[1]);
+    block->index[2] = static_cast<int>(cluster_.number / clusters_x / launch.grid[1]);
     block->warps_left = warps;
     for (int index = 0; index < warps; ++index) {
       block->warps.push_back(std::make_unique<Warp>());
@@ -89,8 +79,9 @@ bool Machine::start_cluster() {
       warp.block = block.get();
       warp.index = index;
       warp.fiber = std::make_unique<Fiber>([this, &warp] {
+        if (unwinding_) return;
         try {
-          launch_.entry(launch_.params);
+          this->launch().entry(this->launch().params);
           check_exit(warp);
         } catch (const Stopped&) {
         } catch (const std::exception& error) {
@@ -100,23 +91,63 @@ bool Machine::start_cluster() {
       });
       live_.push_back(&warp);
     }
-    cluster->blocks.push_back(std::move(block));
+    cluster_.blocks.push_back(std::move(block));
   }
-  for (auto& block : cluster->blocks) {
+  for (auto& block : cluster_.blocks) {
     for (auto& warp : block->warps) warp->clock.raise(warp->plain(), 1);
   }
-  resident_.push_back(std::move(cluster));
-  ++next_cluster_;
+}
+
+bool Machine::run_alone() {
+  set_machine(this);
+  const int steps = kRoundSteps[random_.below(std::size(kRoundSteps))];
+  int done = 0;
+  while (done < steps && !report_ && step()) ++done;
+  set_machine(nullptr);
+  return done > 0;
+}
+
+bool Machine::meet_others() {
+  if (deferred_.empty()) return false;
+  set_machine(this);
+  Warp* const last = running_;
+  const std::vector<Deferred> deferred = std::exchange(deferred_, {});
+  for (const Deferred& deed : deferred) {
+    if (report_) break;
+    running_ = deed.warp;
+    try {
+      deed.act();
+    } catch (const Stopped&) {
+    }
+  }
+  running_ = last;
+  set_machine(nullptr);
   return true;
 }
 
-void Machine::step() {
-  if (random_.chance(eagerness_) && complete_something()) return;
-  if (run_somebody() || complete_something()) return;
-  report_ = deadlock();
+bool Machine::copies_done() const {
+  return std::all_of(outgoing_.begin(), outgoing_.end(),
+                     [](const auto& copy) { return copy->written; });
+}
+
+// Lets every warp that is under way leave its functions, so that what they own is freed.
+void Machine::unwind() {
+  set_machine(this);
+  unwinding_ = true;
+  for (Warp* warp : live_) {
+    running_ = warp;
+    if (!warp->fiber->finished()) warp->fiber->resume();
+  }
+  set_machine(nullptr);
+}
+
+bool Machine::step() {
+  if (random_.chance(eagerness_) && complete_something()) return true;
+  return run_somebody() || complete_something();
 }
 
 bool Machine::run_somebody() {
+  if (live_.empty()) return false;
   if (running_ != nullptr && !running_->ready && random_.chance(steadiness_)) {
     resume(*running_);
     return true;
@@ -141,16 +172,18 @@ void Machine::resume(Warp& warp) {
 void Machine::finish(Warp& warp) {
   running_ = nullptr;
   live_.erase(std::find(live_.begin(), live_.end(), &warp));
-  Cluster* cluster = warp.block->cluster;
   if (--warp.block->warps_left == 0) check_exit(*warp.block);
-  if (--cluster->warps_left > 0) return;
-  check_exit(*cluster);
-  std::erase_if(resident_, [&](const auto& other) { return other.get() == cluster; });
+  if (--cluster_.warps_left == 0) check_exit();
 }
 
 bool Machine::complete_something() {
   // A load that lands, a step of a copy out, or the oldest product of some warp.
-  const std::size_t copies = incoming_.size() + outgoing_.size();
+  std::vector<std::shared_ptr<OutgoingCopy>> staying;
+  std::erase_if(outgoing_, [](const auto& copy) { return copy->written; });
+  for (const auto& copy : outgoing_) {
+    if (!copy->leaving) staying.push_back(copy);
+  }
+  const std::size_t copies = incoming_.size() + staying.size();
   std::size_t choice = random_.below(copies + 4);
   if (choice >= copies || copies == 0) {
     const std::size_t first = live_.empty() ? 0 : random_.below(live_.size());
@@ -167,17 +200,21 @@ bool Machine::complete_something() {
     const IncomingCopy copy = std::move(incoming_[choice]);
     incoming_.erase(incoming_.begin() + choice);
     copy.land();
-    for (std::size_t i = 0; i < copy.ranks.size(); ++i) {
-      Block& block = *copy.cluster->blocks[copy.ranks[i]];
+    for (const int rank : copy.ranks) {
+      Block& block = *cluster_.blocks[rank];
       BarrierState& barrier = block.barriers.at(copy.barrier);
       barrier.bytes -= copy.bytes;
-      if (!report_) complete_if_due(block, copy.barrier, copy.at);
+      if (!report_) complete_if_due(block, copy.barrier);
     }
     return true;
   }
-  choice -= incoming_.size();
-  advance(*outgoing_[choice], false);
-  std::erase_if(outgoing_, [](const auto& copy) { return copy->written; });
+  const auto& copy = staying[choice - incoming_.size()];
+  if (!copy->read) {
+    read_copy(*copy);
+  } else {
+    copy->leaving = true;
+    defer([copy] { write_copy(*copy); });
+  }
   return true;
 }
 
@@ -190,21 +227,20 @@ void Machine::compute_next(Warp& warp) {
   }
 }
 
-void Machine::advance(OutgoingCopy& copy, bool to_the_end) {
-  if (!copy.read) {
-    copy.gather(copy.bytes);
-    copy.read = true;
-    if (!to_the_end) return;
-  }
+void Machine::read_copy(OutgoingCopy& copy) {
+  if (!copy.read) copy.gather(copy.bytes);
+  copy.read = true;
+}
+
+void Machine::write_copy(OutgoingCopy& copy) {
   if (!copy.written) copy.scatter(copy.bytes);
   copy.written = true;
 }
 
 void Machine::yield() {
-  if (report_) throw Stopped();
-  Warp* self = running_;
-  self->fiber->suspend();
-  if (report_) throw Stopped();
+  if (report_ || unwinding_) throw Stopped();
+  running_->fiber->suspend();
+  if (report_ || unwinding_) throw Stopped();
 }
 
 void Machine::wait(std::function<bool()> ready, std::function<std::string()> what, Location at) {
@@ -219,9 +255,26 @@ void Machine::wait(std::function<bool()> ready, std::function<std::string()> wha
   self.waits_for = nullptr;
 }
 
+void Machine::exclusive(std::function<void()> act, Location at) {
+  bool done = false;
+  defer([&] {
+    act();
+    done = true;
+  });
+  wait([&done] { return done; }, [] { return std::string("other blocks' use of memory"); }, at);
+}
+
+void Machine::account(std::vector<GlobalSpan> spans, GlobalAccess access) {
+  access.cluster = cluster_.number;
+  access.by = warp().name();
+  defer([this, spans = std::move(spans), access = std::move(access), clock = warp().clock] {
+    memory().account(spans, access, clock);
+  });
+}
+
 void Machine::report(FaultKind kind, const std::string& message, Location at,
                      const std::string& who) {
-  if (!report_) report_ = Report{kind, launch_.kernel, text(at), who, message, launch_.seed};
+  if (!report_) report_ = Report{kind, launch().kernel, text(at), who, message, launch().seed};
 }
 
 void fail(FaultKind kind, const std::string& message, Location at) {
@@ -253,15 +306,15 @@ void Machine::check_exit(Block& block) {
   for (const IncomingCopy& copy : incoming_) {
     const bool lands =
         std::find(copy.ranks.begin(), copy.ranks.end(), block.rank) != copy.ranks.end();
-    if (copy.cluster != block.cluster || !lands) continue;
+    if (!lands) continue;
     report(FaultKind::kInFlightAtExit, "the block exits before this copy has landed", copy.at,
            block.warps.front()->name());
     return;
   }
 }
 
-void Machine::check_exit(Cluster& cluster) {
-  for (const auto& block : cluster.blocks) {
+void Machine::check_exit() {
+  for (const auto& block : cluster_.blocks) {
     for (const auto& [address, barrier] : block->barriers) {
       if (barrier.pending == barrier.arrivals && barrier.bytes == 0) continue;
       report(FaultKind::kBarrier,
@@ -275,25 +328,14 @@ void Machine::check_exit(Cluster& cluster) {
   }
 }
 
-Report Machine::deadlock() const {
-  constexpr std::size_t kMaxLines = 40;
-  std::string message = "nobody can go on.";
-  std::size_t lines = 0;
+// How many lines are left; fewer than none where there were more to say.
+int Machine::describe_waits(std::string& message, int lines) const {
   for (const Warp* warp : live_) {
-    if (++lines > kMaxLines) {
-      message += "\n  and " + std::to_string(live_.size() - kMaxLines) + " more warps";
-      break;
-    }
+    if (--lines < 0) continue;
     message += "\n  " + warp->name() + " at " + text(warp->waits_at) + " waits for " +
                (warp->waits_for ? warp->waits_for() : "its turn to run");
   }
-  const Warp& first = *live_.front();
-  return {FaultKind::kDeadlock, launch_.kernel, text(first.waits_at),
-          first.name(),         message,        launch_.seed};
-}
-
-std::optional<Report> run(const Launch& launch, Memory& memory) {
-  return Machine(launch, memory).run();
+  return lines;
 }
 
 // -- Who ------------------------------------------------------------------------------------------

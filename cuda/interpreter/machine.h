@@ -1,5 +1,5 @@
-// The machine that runs a launch: clusters of blocks, their warps as fibres, and everything that
-// completes later than it was issued.
+// The machine that runs one cluster of blocks: their warps as fibres, and everything that completes
+// later than it was issued. Machines of one launch share global memory alone (grid.h).
 #pragma once
 
 #include <array>
@@ -22,6 +22,7 @@
 
 namespace tk::interpreter {
 
+class Grid;
 class Machine;
 struct Block;
 struct Cluster;
@@ -85,20 +86,12 @@ struct OwnedRegisters {
   Location at;
 };
 
-struct GlobalSpan {
-  std::byte* begin;
-  std::size_t bytes;
-};
-
 // A copy out of shared memory: it is read, later written.
 struct OutgoingCopy {
   std::uint32_t group;
   std::vector<std::byte> bytes;
   std::function<void(std::vector<std::byte>&)> gather, scatter;
-  std::vector<GlobalSpan> spans;
-  bool add;
-  bool read = false, written = false, waited = false;
-  std::string who;
+  bool read = false, leaving = false, written = false;
   Location at;
 };
 
@@ -123,11 +116,14 @@ struct Warp {
   std::function<std::string()> waits_for;
   Location waits_at;
 
-  // Whose counts they are: plain accesses, what of them is published, products, copies out.
+  // Whose counts they are: plain accesses, what of them the async proxy sees of shared and of
+  // global memory, products, and copies out as readers of shared and writers of global memory.
   std::uint32_t plain() const;
   std::uint32_t published() const { return plain() + 1; }
-  std::uint32_t product_reads() const { return plain() + 2; }
-  std::uint32_t copy_reads() const { return plain() + 3; }
+  std::uint32_t published_global() const { return plain() + 2; }
+  std::uint32_t product_reads() const { return plain() + 3; }
+  std::uint32_t copy_reads() const { return plain() + 4; }
+  std::uint32_t copy_writes() const { return plain() + 5; }
   std::string name() const;
 };
 
@@ -148,6 +144,7 @@ struct Block {
 };
 
 struct Cluster {
+  std::int64_t number;  // in the grid
   std::vector<std::unique_ptr<Block>> blocks;
   AccessLog log;
   std::uint32_t next_who;
@@ -158,7 +155,6 @@ struct Cluster {
 
 // A load that has not landed.
 struct IncomingCopy {
-  Cluster* cluster;
   std::vector<int> ranks;  // of the blocks where it lands
   std::uint32_t barrier;   // at this address in each
   std::vector<std::uint32_t> phases;
@@ -167,19 +163,36 @@ struct IncomingCopy {
   Location at;
 };
 
+// What concerns global memory, and so other clusters too: done between rounds, in the order in which
+// it was put off.
+struct Deferred {
+  Warp* warp;
+  std::function<void()> act;
+};
+
 class Machine {
  public:
-  Machine(const Launch& launch, Memory& memory);
+  Machine(Grid& grid, std::int64_t number);
   ~Machine();
 
-  std::optional<Report> run();
+  // -- For the grid ---------------------------------------------------------------------------
+  // A round: touches nothing that belongs to others. Whether anything happened.
+  bool run_alone();
+  // What was put off meanwhile, while no other machine does anything. Whether there was any.
+  bool meet_others();
+  bool warps_done() const { return cluster_.warps_left == 0; }
+  bool copies_done() const;
+  const std::optional<Report>& report() const { return report_; }
+  int describe_waits(std::string& text, int lines) const;
+  const Warp* first_waiting() const { return live_.empty() ? nullptr : live_.front(); }
 
   // -- For the operations ---------------------------------------------------------------------
   Warp& warp() { return *running_; }
   Block& block() { return *running_->block; }
-  Cluster& cluster() { return *running_->block->cluster; }
-  const Launch& launch() const { return launch_; }
-  Memory& memory() { return memory_; }
+  Cluster& cluster() { return cluster_; }
+  const Launch& launch() const;
+  Memory& memory();
+  Grid& grid() { return grid_; }
 
   // Others may run now.
   void yield();
@@ -187,44 +200,50 @@ class Machine {
   void wait(std::function<bool()> ready, std::function<std::string()> what, Location at);
   void report(FaultKind kind, const std::string& message, Location at, const std::string& who);
 
+  // Once this round is over.
+  void defer(std::function<void()> act) { deferred_.push_back({running_, std::move(act)}); }
+  // The same, and the warp waits for it.
+  void exclusive(std::function<void()> act, Location at);
+  // Takes note of an access to global memory, as of now.
+  void account(std::vector<GlobalSpan> spans, GlobalAccess access);
+
   BarrierState& barrier(Block& block, std::uint32_t address, Location at);
-  void complete_if_due(Block& block, std::uint32_t address, Location at);
+  void complete_if_due(Block& block, std::uint32_t address);
   void start_load(IncomingCopy copy) { incoming_.push_back(std::move(copy)); }
-  void start_copy(std::shared_ptr<OutgoingCopy> copy, Location at);
-  static void advance(OutgoingCopy& copy, bool to_the_end);
+  void start_copy(std::shared_ptr<OutgoingCopy> copy) { outgoing_.push_back(std::move(copy)); }
+  static void read_copy(OutgoingCopy& copy);
+  static void write_copy(OutgoingCopy& copy);
   static void compute_next(Warp& warp);
 
  private:
-  bool start_cluster();
-  void step();
+  void start_warps();
+  bool step();
   bool complete_something();
   bool run_somebody();
   void resume(Warp& warp);
   void finish(Warp& warp);
+  void unwind();
   void check_exit(Warp& warp);
   void check_exit(Block& block);
-  void check_exit(Cluster& cluster);
-  [[nodiscard]] Report deadlock() const;
+  void check_exit();
 
-  const Launch launch_;
-  Memory& memory_;
+  Grid& grid_;
   Random random_;
   double eagerness_;   // how soon asynchronous work is done
   double steadiness_;  // how long the same warp goes on
-  std::int64_t next_cluster_ = 0, clusters_;
-  std::vector<std::unique_ptr<Cluster>> resident_;
+  Cluster cluster_;
   std::vector<Warp*> live_;
   std::vector<IncomingCopy> incoming_;
   std::vector<std::shared_ptr<OutgoingCopy>> outgoing_;  // not written
-  std::vector<std::shared_ptr<OutgoingCopy>> unwaited_;  // not known to be written
+  std::vector<Deferred> deferred_;
   Warp* running_ = nullptr;
+  bool unwinding_ = false;
   std::optional<Report> report_;
 };
 
-// The machine that runs on this thread.
+// The machine that runs on this thread. Fibres go from thread to thread: nobody may remember where
+// this is kept (current.cc).
 Machine& machine();
-
-// Fails where the address is no barrier or its initialisation is not known to the running warp.
-BarrierState& usable_barrier(std::uint32_t address, Location at);
+void set_machine(Machine* machine);
 
 }  // namespace tk::interpreter

@@ -32,6 +32,8 @@ const char* fault_name(FaultKind kind) {
       return "global-unwritten";
     case FaultKind::kGlobalRace:
       return "global-race";
+    case FaultKind::kLostWrite:
+      return "lost-write";
     case FaultKind::kInFlightAtExit:
       return "in-flight-at-exit";
     case FaultKind::kTensorMap:

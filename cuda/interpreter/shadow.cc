@@ -18,16 +18,6 @@ std::string origin(const Access& access) {
 
 }  // namespace
 
-std::uint32_t AccessLog::with(std::uint32_t set, std::uint32_t access) {
-  std::vector<std::uint32_t> members;
-  for (const std::uint32_t member : sets_[set]) {
-    if (accesses_[member].who != accesses_[access].who) members.push_back(member);
-  }
-  members.push_back(access);
-  sets_.push_back(std::move(members));
-  return static_cast<std::uint32_t>(sets_.size() - 1);
-}
-
 Shadow::Cell& Shadow::cell(std::uint32_t chunk, const Access& access) {
   if (chunk < cells_.size()) return cells_[chunk];
   fail(FaultKind::kOutOfBounds,

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "interpreter/access_sets.h"
 #include "interpreter/clock.h"
 #include "tk/interpreter/engine.h"
 
@@ -25,25 +26,12 @@ struct Access {
   const char* what;          // "stores a tile to shared memory"
   Location at;
   int block, warp;
+
+  bool same_agent(const Access& other) const { return who == other.who; }
 };
 
-// The accesses of a cluster, and the sets of them that chunks refer to. Number 0 is none.
-class AccessLog {
- public:
-  AccessLog() : accesses_{Access{}}, sets_(1) {}
-  std::uint32_t add(const Access& access) {
-    accesses_.push_back(access);
-    return static_cast<std::uint32_t>(accesses_.size() - 1);
-  }
-  const Access& access(std::uint32_t number) const { return accesses_[number]; }
-  const std::vector<std::uint32_t>& set(std::uint32_t number) const { return sets_[number]; }
-  // The set with one more access, which stands for earlier ones of the same agent.
-  std::uint32_t with(std::uint32_t set, std::uint32_t access);
-
- private:
-  std::vector<Access> accesses_;
-  std::vector<std::vector<std::uint32_t>> sets_;
-};
+// The accesses of a cluster.
+using AccessLog = AccessSets<Access>;
 
 class Shadow {
  public:

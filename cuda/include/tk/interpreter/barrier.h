@@ -80,8 +80,7 @@ void named_arrive(Name name, int threads, Location at = {}) {
 }
 
 inline void reset_turns(int* counter, Location at = {}) {
-  interpreter::write_global(counter, sizeof(int), at);
-  *counter = 0;
+  interpreter::reset_turns(counter, at);
 }
 inline void take_turn(const int* counter, int turn, Location at = {}) {
   interpreter::take_turn(counter, turn, at);

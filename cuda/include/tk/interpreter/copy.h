@@ -40,18 +40,45 @@ void store_shared(const View& dst, const Src& src, int first, Location at) {
   }
 }
 
+// What a tile's rows or columns, whichever lie together, take of an array.
+template <typename T>
+std::vector<interpreter::GlobalSpan> spans_of(const GlobalView<T>& view, int first_row, int rows,
+                                              int first_col, int cols) {
+  rows = min(rows, view.rows - first_row);
+  cols = min(cols, view.cols - first_col);
+  std::vector<interpreter::GlobalSpan> spans;
+  if (rows <= 0 || cols <= 0) return spans;
+  if (view.col_stride == 1) {
+    for (int r = 0; r < rows; ++r) {
+      spans.push_back({view.at(first_row + r, first_col), cols * sizeof(T)});
+    }
+  } else if (view.row_stride == 1) {
+    for (int c = 0; c < cols; ++c) {
+      spans.push_back({view.at(first_row, first_col + c), rows * sizeof(T)});
+    }
+  } else {
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < cols; ++c) {
+        spans.push_back({view.at(first_row + r, first_col + c), sizeof(T)});
+      }
+    }
+  }
+  return spans;
+}
+template <typename T>
+std::vector<interpreter::GlobalSpan> spans_of(const GlobalVec<T>& view, int first, int count) {
+  return spans_of(GlobalView<T>{view.data, view.size, 1, view.stride, 1}, first, count, 0, 1);
+}
+
 template <typename Dst, typename T>
 void load_global(Dst& dst, const GlobalView<T>& src, int first_row, int first_col, Location at) {
-  interpreter::act_as_warp();
+  interpreter::read_global(spans_of(src, first_row, Dst::kRows, first_col, Dst::kCols), at);
   writing(dst, at);
   for (int r = 0; r < Dst::kRows; ++r) {
     for (int c = 0; c < Dst::kCols; ++c) {
       const int row = first_row + r, col = first_col + c;
-      float x = 0.0f;
-      if (row < src.rows && col < src.cols) {
-        interpreter::read_global(src.at(row, col), sizeof(T), at);
-        x = interpreter::to_float(*src.at(row, col));
-      }
+      const bool inside = row < src.rows && col < src.cols;
+      const float x = inside ? interpreter::to_float(*src.at(row, col)) : 0.0f;
       dst.data[r][c] = interpreter::from_float<typename Dst::T>(x);
     }
   }
@@ -61,14 +88,15 @@ void store_global(const GlobalView<T>& dst, const Src& src, int first_row, int f
                   Location at) {
   interpreter::act_as_warp();
   reading(src, at);
-  for (int r = 0; r < Src::kRows; ++r) {
-    for (int c = 0; c < Src::kCols; ++c) {
-      const int row = first_row + r, col = first_col + c;
-      if (row >= dst.rows || col >= dst.cols) continue;
-      interpreter::write_global(dst.at(row, col), sizeof(T), at);
-      *dst.at(row, col) = interpreter::from_float<T>(interpreter::to_float(src.data[r][c]));
+  const auto store = [&] {
+    for (int r = 0; r < min(Src::kRows, dst.rows - first_row); ++r) {
+      for (int c = 0; c < min(Src::kCols, dst.cols - first_col); ++c) {
+        *dst.at(first_row + r, first_col + c) =
+            interpreter::from_float<T>(interpreter::to_float(src.data[r][c]));
+      }
     }
-  }
+  };
+  interpreter::write_global(spans_of(dst, first_row, Src::kRows, first_col, Src::kCols), store, at);
 }
 
 template <typename T, int kN>
@@ -192,23 +220,20 @@ void store(const GlobalVec<T>& dst, const PerRow<kN>& src, int first, Location a
   interpreter::act_as_warp();
   detail::leaving(src, at);
   first += kN * detail::warp_of_group();
-  for (int i = 0; i < kN; ++i) {
-    if (first + i >= dst.size) continue;
-    interpreter::write_global(dst.at(first + i), sizeof(T), at);
-    *dst.at(first + i) = interpreter::from_float<T>(src.data[i][0]);
-  }
+  const auto store = [&] {
+    for (int i = 0; i < min(kN, dst.size - first); ++i) {
+      *dst.at(first + i) = interpreter::from_float<T>(src.data[i][0]);
+    }
+  };
+  interpreter::write_global(detail::spans_of(dst, first, kN), store, at);
 }
 template <int kN, typename T>
 void load(PerRow<kN>& dst, const GlobalVec<T>& src, int first, float missing, Location at = {}) {
-  interpreter::act_as_warp();
-  detail::writing(dst, at);
   first += kN * detail::warp_of_group();
+  interpreter::read_global(detail::spans_of(src, first, kN), at);
+  detail::writing(dst, at);
   for (int i = 0; i < kN; ++i) {
-    float x = missing;
-    if (first + i < src.size) {
-      interpreter::read_global(src.at(first + i), sizeof(T), at);
-      x = interpreter::to_float(*src.at(first + i));
-    }
+    const float x = first + i < src.size ? interpreter::to_float(*src.at(first + i)) : missing;
     for (float& part : dst.data[i]) part = x;
   }
 }
@@ -234,6 +259,14 @@ void for_each_run(F&& f) {
     f(4 * (128 * run + 32 * detail::warp_of_group()), 512);
   }
 }
+template <int kCols>
+std::vector<interpreter::GlobalSpan> spans_of(const float* fragments) {
+  std::vector<interpreter::GlobalSpan> spans;
+  for_each_run<kCols>([&](int first, int bytes) {
+    spans.push_back({fragments + first, static_cast<std::size_t>(bytes)});
+  });
+  return spans;
+}
 }  // namespace detail_fragments
 
 template <int kCols>
@@ -250,10 +283,8 @@ void store(Fragments<kCols>& dst, const RegTile<float, 16, kCols>& src, Location
 }
 template <int kCols>
 void load_fragments(RegTile<float, 16, kCols>& dst, const float* src, Location at = {}) {
-  interpreter::act_as_warp();
+  interpreter::read_global(detail_fragments::spans_of<kCols>(src), at);
   detail::writing(dst, at);
-  detail_fragments::for_each_run<kCols>(
-      [&](int first, int bytes) { interpreter::read_global(src + first, bytes, at); });
   detail_fragments::for_each_place<kCols>(
       [&](int row, int col, int place) { dst.data[row][col] = src[place]; });
 }
@@ -261,16 +292,16 @@ template <int kCols>
 void store_fragments(float* dst, const RegTile<float, 16, kCols>& src, Location at = {}) {
   interpreter::act_as_warp();
   detail::reading(src, at);
-  detail_fragments::for_each_run<kCols>(
-      [&](int first, int bytes) { interpreter::write_global(dst + first, bytes, at); });
-  detail_fragments::for_each_place<kCols>(
-      [&](int row, int col, int place) { dst[place] = src.data[row][col]; });
+  const auto store = [&] {
+    detail_fragments::for_each_place<kCols>(
+        [&](int row, int col, int place) { dst[place] = src.data[row][col]; });
+  };
+  interpreter::write_global(detail_fragments::spans_of<kCols>(dst), store, at);
 }
 
 }  // namespace warpgroup
 
 inline void publish_shared(Location at = {}) { interpreter::publish_shared(at); }
-// Copies meet ordinary stores to global memory only across launches and turns, which order them.
-inline void publish_global(Location = {}) {}
+inline void publish_global(Location at = {}) { interpreter::publish_global(at); }
 
 }  // namespace tk

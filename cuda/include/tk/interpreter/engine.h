@@ -29,7 +29,8 @@ enum class FaultKind {
   kDeadlock,
   kOutOfBounds,
   kGlobalUnwritten,  // global memory read that nobody wrote
-  kGlobalRace,       // copies in flight meet in global memory
+  kGlobalRace,       // accesses to global memory that nothing orders
+  kLostWrite,        // a copy overwrites another block's, which nobody has read
   kInFlightAtExit,   // a block exits before its operations are done
   kTensorMap,        // a tensor map does not fit its array or the tile
   kLanes,            // all lanes of a warp do what one should
@@ -72,8 +73,16 @@ void write_shared(const Chunks& chunks, const char* what, Location at);
 void publish_shared(Location at);
 
 // -- Global memory --------------------------------------------------------------------------------
-void read_global(const void* pointer, std::size_t bytes, Location at);
-void write_global(const void* pointer, std::size_t bytes, Location at);
+struct GlobalSpan {
+  const void* begin;
+  std::size_t bytes;
+};
+// Ordinary accesses by the running warp. `store` writes, when no other block does anything.
+void read_global(std::span<const GlobalSpan> spans, Location at);
+void write_global(std::span<const GlobalSpan> spans, const std::function<void()>& store,
+                  Location at);
+void publish_global(Location at);
+void reset_turns(int* counter, Location at);
 void take_turn(const int* counter, int turn, Location at);
 void pass_turn(int* counter, Location at);
 
