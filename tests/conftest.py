@@ -81,6 +81,17 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(_SEED)
 
 
+@pytest.fixture(params=[pytest.param("tk", marks=pytest.mark.gpu), "interpret"])
+def tile_implementation(request, monkeypatch):
+    """Runs kernels of the tile library's tests on the GPU and in the interpreter."""
+    if request.param == "interpret" and jax.default_backend() != "cpu":
+        pytest.skip("the interpreter runs on the CPU alone")
+    import tiles
+
+    monkeypatch.setattr(tiles, "implementation", request.param)
+    return request.param
+
+
 @pytest.fixture
 def key() -> jax.Array:
     """A jax key that is the same on every run."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiles import BF16, FLOAT, FP16, NAMES, assert_same, kernel, normals, round_to
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.usefixtures("tile_implementation")
 
 # Type, rows, columns, warps. Widths of 16-bit tiles: panels of 32 (16, 48), 64 (32, 96)
 # and 128 bytes (64, 128); of float tiles: of 64 (16, 48) and 128 bytes (32, 64, 128).

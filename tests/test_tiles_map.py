@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiles import BF16, FLOAT, FP16, NAMES, assert_same, kernel, normals, round_to
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.usefixtures("tile_implementation")
 
 SHAPE = (32, 16)
 SPECIAL = [np.inf, -np.inf, np.nan, 0.0, -0.0, 1.0, -1.0, 0.5]

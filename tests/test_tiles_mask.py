@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiles import BF16, FLOAT, NAMES, assert_same, kernel, normals
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.usefixtures("tile_implementation")
 
 KERNELS = {name: kernel("mask", "masks", name, threads=128) for name in (FLOAT, BF16)}
 ROW, COL = np.ogrid[:64, :48]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tiles import BF16, FP16, NAMES, assert_same, integers, kernel
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.usefixtures("tile_implementation")
 
 # Type, N, K. Operands of 16 columns have panels of 32 bytes, of 32 and 96 columns of 64
 # bytes, of 64, 128 and 256 columns of 128 bytes.

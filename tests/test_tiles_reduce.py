@@ -14,7 +14,7 @@ from tiles import (
     round_to,
 )
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.usefixtures("tile_implementation")
 
 SHAPE = (32, 48)
 TYPES = (FLOAT, BF16, FP16)

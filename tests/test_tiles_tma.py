@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiles import BF16, FLOAT, FP16, NAMES, assert_same, integers, kernel, normals
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.usefixtures("tile_implementation")
 
 # Type, rows and columns of the box, and the array's shape. Panels of 32 bytes have 8
 # floats or 16 halves; of 64 twice that (96 in three); of 128 four times (128 in two).

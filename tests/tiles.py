@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import fcntl
 import functools
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tk_jax import _ffi
+from tk_jax import _ffi, interpret
 from tk_jax.kernel import call_kernel
+
+# What runs the kernels: the fixture tile_implementation sets it.
+implementation = "tk"
 
 ALL: list[Kernel] = []
 
@@ -63,7 +69,7 @@ class Kernel:
         Results are (shape, dtype); they start as NaN or -1 wherever the memory that
         they get was free before the call.
         """
-        _compile_family(self.family)
+        _compile_family(self.family, implementation)
         types = [jax.ShapeDtypeStruct(*kind) for kind in out_types]
         _poison(types)
         results = call_kernel(
@@ -74,6 +80,7 @@ class Kernel:
             grid=grid,
             tiles=tiles,
             scalars=scalars,
+            implementation=implementation,
         )
         return [np.asarray(result) for result in results]
 
@@ -89,11 +96,21 @@ def kernel(family, function, *arguments, threads=32, shared=False, cluster_size=
 
 
 @functools.cache
-def _compile_family(family: str) -> None:
-    """Fills the kernel cache with what the module's tests run, in parallel."""
+def _compile_family(family: str, implementation: str) -> None:
+    """Fills the kernel cache with what the module's tests run."""
     specs = [item.spec for item in ALL if item.family == family]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(_ffi.extension().compile, specs))
+    if implementation == "tk":
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(_ffi.extension().compile, specs))
+        return
+    # One library for all; whoever comes second, in another process, finds it there.
+    folder = pathlib.Path(os.environ["TK_JAX_CACHE_DIR"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{family}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        interpret.compile_for_interpreter(
+            [spec["function"] for spec in specs], header=specs[0]["header"]
+        )
 
 
 def _poison(types) -> None:

@@ -144,12 +144,22 @@ def run_chosen(choice: Choice, *args, tk: Callable, xla: Callable):
 
         return lax.platform_dependent(*args, cuda=tk, default=refuse)
     if choice.elsewhere == "interpret":
-
-        def refuse(first, *rest):
-            return xla(_needs_cpu.bind(first, op=choice.op), *rest)
-
-        return lax.platform_dependent(*args, cpu=tk, default=refuse)
+        return run_on_cpu(choice.op, tk, *args, other=xla)
     return lax.platform_dependent(*args, cuda=tk, default=xla)
+
+
+def run_on_cpu(op: str, run: Callable, *args, other: Callable | None = None):
+    """Runs ``run(*args)``, which only the CPU can; other platforms refuse ``op``.
+
+    ``other`` has results of the same types and can be compiled anywhere.
+    """
+    if not args:
+        return run()
+
+    def refuse(first, *rest):
+        return (other or run)(_needs_cpu.bind(first, op=op), *rest)
+
+    return lax.platform_dependent(*args, cpu=run, default=refuse)
 
 
 def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:

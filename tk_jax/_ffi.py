@@ -152,6 +152,7 @@ def interpreter():
             "build it with `pip install .` in the source folder, or reinstall tk_jax"
         ) from None
     check_api_version(_interpreter.ffi_api_version(), runtime_api_version())
+    _interpreter.set_source_root(str(source_root()))
     for target, handler in _interpreter.registrations().items():
         jax.ffi.register_ffi_target(target, handler, platform="cpu", api_version=1)
     return _interpreter

@@ -8,12 +8,13 @@ exported program carries it along.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
-from tk_jax import _ffi
+from tk_jax import _dispatch, _ffi
 
 MAX_BUFFERS = 8
 MAX_SCALARS = 4
@@ -48,6 +49,7 @@ def call_kernel(
     cluster_size: int = 1,
     tiles: Mapping[int, tuple[int, int]] | None = None,
     scalars: Sequence[float] = (),
+    implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
     """Runs ``function(params)`` on a grid of blocks; returns an array for each type.
 
@@ -69,12 +71,21 @@ def call_kernel(
         dimensions are the array's from last to first, its boxes span ``rows`` of the
         second to last dimension and one panel (``tk::panel_columns``) of the last.
       scalars: Up to four numbers, as ``params.scalars``.
+      implementation: None or ``"tk"`` for a Hopper GPU; ``"interpret"`` runs and checks
+        the kernel on the CPU, compiled by the host's C++ compiler
+        (:func:`tk_jax.interpret.compile_for_interpreter`).
 
     Raises:
       ValueError: too many buffers or scalars, a tile for a buffer that is not there,
-        neither ``header`` nor ``source``.
-      ImportError: the extension is not built.
+        neither ``header`` nor ``source``, an unknown implementation.
+      ImportError: the extension, or the interpreter, is not built.
+      NotImplementedError: ``"interpret"`` on a GPU.
     """
+    if implementation not in (None, "tk", "interpret"):
+        raise ValueError(
+            f"call_kernel: implementation is {implementation!r}; "
+            "expected None, 'tk' or 'interpret'"
+        )
     num_buffers = len(arrays) + len(out_types)
     tiles = tiles or {}
     if not header and not source:
@@ -109,11 +120,15 @@ def call_kernel(
         grid_y=grid_y,
         grid_z=grid_z,
     )
-    return _ffi.call(
+    run = functools.partial(
+        _ffi.call,
         "tk_kernel_v1",
         out_types,
-        *arrays,
         settings=settings,
         map_tiles=map_tiles.reshape(-1),
         scalars=np.asarray(scalars, np.float32),
     )
+    if implementation != "interpret":
+        return run(*arrays)
+    _ffi.interpreter()
+    return _dispatch.run_on_cpu("call_kernel", run, *arrays)

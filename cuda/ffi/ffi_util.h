@@ -6,6 +6,7 @@
 #include <functional>
 #include <initializer_list>
 #include <limits>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -80,17 +81,23 @@ struct CallArray {
 };
 
 #ifdef TK_INTERPRETER
+inline constexpr bool kInterpreted = true;
 // Before a call's launches: these arrays are the memory they have. Results are filled with NaN.
-void declare_arrays(std::initializer_list<CallArray> arrays);
+void declare_call_arrays(std::span<const CallArray> arrays);
 // Runs a call once for every schedule that is to be explored, up to the first that fails.
 Status explore(const std::function<Status()>& call);
 #else
-inline void declare_arrays(std::initializer_list<CallArray>) {}
+inline constexpr bool kInterpreted = false;
+inline void declare_call_arrays(std::span<const CallArray>) {}
 template <typename Call>
 Status explore(Call&& call) {
   return call();
 }
 #endif
+
+inline void declare_arrays(std::initializer_list<CallArray> arrays) {
+  declare_call_arrays({arrays.begin(), arrays.size()});
+}
 
 // What a handler is told of where it runs: the GPU and XLA's stream; nothing in the interpreter.
 struct DeviceContext {};

@@ -109,6 +109,16 @@ Status encode_map(TensorMap* map, const AnyBuffer& buffer, std::int64_t rows,
       {*dtype, {dims, rank}, {strides, rank - 1}, {box, rank}, swizzle});
 }
 
+void declare_buffers(std::span<const AnyBuffer> buffers, std::size_t num_args) {
+  std::vector<std::string> names;
+  std::vector<CallArray> arrays;
+  for (std::size_t i = 0; i < buffers.size(); ++i) names.push_back("buffer " + std::to_string(i));
+  for (std::size_t i = 0; i < buffers.size(); ++i) {
+    arrays.push_back({names[i].c_str(), buffers[i], i >= num_args});
+  }
+  declare_call_arrays(arrays);
+}
+
 Status initialize(int device_ordinal, std::span<const AnyBuffer> buffers,
                   const KernelSettings& settings, const Lists& lists) {
   const auto spec = read_spec(settings);
@@ -136,6 +146,7 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, std::span<const
   const auto kernel = find_loaded(kernels, *spec, **device, [&] { return checked(*spec); });
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
+  if constexpr (kInterpreted) declare_buffers(buffers, num_args);
   for (std::size_t i = 0; i < buffers.size(); ++i) {
     const std::int64_t rows = lists.map_tiles[2 * i], columns = lists.map_tiles[2 * i + 1];
     if (rows == 0 && columns == 0) continue;
@@ -176,8 +187,10 @@ xffi::Error ffi_execute(std::int32_t device, runtime::cuda::Stream stream, xffi:
                         xffi::Span<const std::int64_t> map_tiles, xffi::Span<const float> scalars) {
   const auto buffers = gather(args, rets);
   if (!buffers.ok()) return to_ffi(kName, buffers.error());
-  return to_ffi(kName,
-                execute(device, stream, *buffers, args.size(), settings, {map_tiles, scalars}));
+  return to_ffi(kName, explore([&] {
+                  return execute(device, stream, *buffers, args.size(), settings,
+                                 {map_tiles, scalars});
+                }));
 }
 
 template <typename Binding>
@@ -192,11 +205,11 @@ auto bind(Binding binding) {
 
 XLA_FFI_DEFINE_HANDLER(
     kInitialize, ffi_initialize,
-    bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<xffi::DeviceOrdinal>()));
+    bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
 XLA_FFI_DEFINE_HANDLER(kExecute, ffi_execute,
                        bind(xffi::Ffi::Bind()
-                                .Ctx<xffi::DeviceOrdinal>()
-                                .Ctx<xffi::PlatformStream<runtime::cuda::Stream>>()),
+                                .Ctx<DeviceContext>()
+                                .Ctx<StreamContext>()),
                        {xffi::Traits::kCmdBufferCompatible});
 
 }  // namespace

@@ -48,6 +48,13 @@ void Memory::add(std::string name, const void* data, std::size_t bytes, bool wri
       {std::move(name), begin, bytes, !written, std::vector<std::uint8_t>(cells, written), {}});
 }
 
+bool Memory::overlaps(const void* data, std::size_t bytes) const {
+  const auto* begin = static_cast<const std::byte*>(data);
+  return std::any_of(arrays_.begin(), arrays_.end(), [&](const Array& array) {
+    return begin < array.begin + array.bytes && array.begin < begin + bytes;
+  });
+}
+
 void Memory::begin_launch() {
   for (Array& array : arrays_) array.cells.clear();
   log_ = {};

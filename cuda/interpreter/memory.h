@@ -37,6 +37,7 @@ class Memory {
   // Arrays that overlap or repeat are taken once; one that anybody says is written is.
   // Those that are there to be read may not be written.
   void add(std::string name, const void* data, std::size_t bytes, bool written);
+  bool overlaps(const void* data, std::size_t bytes) const;
   // Everything that was done before is known to everyone.
   void begin_launch();
 

@@ -1,28 +1,42 @@
 #include "interpreter/registry.h"
 
 #include <algorithm>
+#include <deque>
+#include <mutex>
 #include <utility>
-#include <vector>
 
 namespace tk::interpreter {
 namespace {
 
-std::vector<Specialisation>& all() {
-  static std::vector<Specialisation> specialisations;
-  return specialisations;
+struct Specialisation {
+  SpecialisationName name;
+  RunKernel run;
+};
+
+struct Registry {
+  std::mutex mutex;
+  std::deque<Specialisation> all;
+};
+
+Registry& registry() {
+  static Registry known;
+  return known;
 }
 
 }  // namespace
 
-Registration::Registration(std::string function, void (*run)(const void* params)) {
-  all().push_back({std::move(function), run});
+RunKernel find_specialisation(const SpecialisationName& name) {
+  std::lock_guard lock(registry().mutex);
+  for (const Specialisation& known : registry().all) {
+    if (known.name == name) return known.run;
+  }
+  return nullptr;
 }
 
-const Specialisation* find_specialisation(const std::string& function) {
-  const auto found = std::find_if(all().begin(), all().end(), [&](const Specialisation& known) {
-    return known.function == function;
-  });
-  return found == all().end() ? nullptr : &*found;
+void register_specialisation(SpecialisationName name, RunKernel run) {
+  if (find_specialisation(name) != nullptr) return;
+  std::lock_guard lock(registry().mutex);
+  registry().all.push_back({std::move(name), run});
 }
 
 }  // namespace tk::interpreter

@@ -1,22 +1,31 @@
-// The specialisations of kernels that were compiled for the interpreter, by the name that a
-// KernelSpec gives them.
+// The specialisations of kernels that the interpreter can run: compiled with it, or later.
 #pragma once
 
 #include <string>
 
 namespace tk::interpreter {
 
-struct Specialisation {
+// As a KernelSpec names it.
+struct SpecialisationName {
+  std::string header, source;
   std::string function;  // "tk::attention::forward<tk::attention::ForwardTraits<...>>"
-  void (*run)(const void* params);
+
+  bool operator==(const SpecialisationName&) const = default;
 };
+using RunKernel = void (*)(const void* params);
 
 // Null where it was not compiled.
-const Specialisation* find_specialisation(const std::string& function);
+RunKernel find_specialisation(const SpecialisationName& name);
+// The first of a name stays.
+void register_specialisation(SpecialisationName name, RunKernel run);
 
+// Registers before main: for those that are compiled with the interpreter.
 class Registration {
  public:
-  Registration(std::string function, void (*run)(const void* params));
+  template <typename Spec>
+  Registration(const Spec& spec, RunKernel run) {
+    register_specialisation({spec.header, spec.source, spec.function}, run);
+  }
 };
 
 template <auto kFunction, typename Params>

@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "ffi/ffi_util.h"
+#include "interpreter/ffi/compile.h"
 #include "interpreter/ffi/options.h"
 #include "interpreter/launch.h"
 #include "interpreter/registry.h"
@@ -46,13 +47,19 @@ ScheduleOptions schedule_options() {
 
 namespace ffi {
 
-void declare_arrays(std::initializer_list<CallArray> arrays) {
+void declare_call_arrays(std::span<const CallArray> arrays) {
   memory = {};
   for (const CallArray& array : arrays) {
+    if (array.is_result) continue;
+    memory.add(array.name, array.buffer.untyped_data(), array.buffer.size_bytes(), true);
+  }
+  for (const CallArray& array : arrays) {
+    if (!array.is_result) continue;
     void* data = array.buffer.untyped_data();
     const std::size_t bytes = array.buffer.size_bytes();
-    if (array.is_result) std::memset(data, 0xff, bytes);
-    memory.add(array.name, data, bytes, !array.is_result);
+    // A result may be an operand, given away by the caller.
+    if (!memory.overlaps(data, bytes)) std::memset(data, 0xff, bytes);
+    memory.add(array.name, data, bytes, false);
   }
 }
 
@@ -78,20 +85,26 @@ ScopedContext::ScopedContext(const Device&) {}
 ScopedContext::~ScopedContext() = default;
 
 Result<Kernel> load_kernel(const KernelSpec& spec, const Device&) {
-  const interpreter::Specialisation* found = interpreter::find_specialisation(spec.function);
-  if (found == nullptr) {
-    return Error{ErrorKind::kUnsupported,
-                 "the interpreter was built without " + spec.function +
-                     "; it has the default tiles of every op and a few more"};
+  const interpreter::SpecialisationName name = {spec.header, spec.source, spec.function};
+  if (interpreter::find_specialisation(name) == nullptr) {
+    if (Status status = interpreter::compile_specialisations({&spec, 1}); !status.ok()) {
+      return status.error();
+    }
   }
   // Lives as long as the table of loaded kernels does: for ever.
-  auto* loaded = new LoadedKernel{spec.symbol, found->run};
+  auto* loaded = new LoadedKernel{spec.symbol, interpreter::find_specialisation(name)};
   return Kernel{reinterpret_cast<cuda::Function>(loaded), spec.threads, spec.shared_bytes,
                 spec.cluster_size};
 }
 
 Status launch(const Kernel& kernel, cuda::Stream, const Grid& grid, const void* params) {
   const auto* loaded = reinterpret_cast<const LoadedKernel*>(kernel.function);
+  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x % kernel.cluster_size != 0) {
+    return Error{ErrorKind::kInvalidArgument,
+                 "kernel " + loaded->symbol + ": a grid of (" + std::to_string(grid.x) + ", " +
+                     std::to_string(grid.y) + ", " + std::to_string(grid.z) +
+                     ") blocks in clusters of " + std::to_string(kernel.cluster_size)};
+  }
   interpreter::Launch launch = {};
   launch.kernel = loaded->symbol;
   launch.entry = loaded->run;
@@ -104,6 +117,7 @@ Status launch(const Kernel& kernel, cuda::Stream, const Grid& grid, const void* 
   launch.cluster_size = kernel.cluster_size;
   launch.resident_blocks = kMultiprocessors;
   launch.seed = seed;
+  launch.threads_of_host = interpreter::schedule_options().threads;
   const auto report = interpreter::run(launch, memory);
   if (!report) return {};
   return Error{ErrorKind::kInternal, report->text()};

@@ -21,7 +21,7 @@ ffi::AttentionBackwardKernels register_main() {
   const ffi::AttentionBackwardKernels kernels = {
       kDataType<T>, kHeadDim, kCausal, kDeterministic, {kBlockQ, 128, 2}};
   Registration(
-      (*kernels.main_spec()).function,
+      *kernels.main_spec(),
       run_kernel<backward<BackwardTraits<T, kHeadDim, kCausal, kDeterministic, kBlockQ, 128, 2>>,
                  BackwardParams>);
   return kernels;
@@ -33,9 +33,9 @@ bool register_head_dim() {
   register_main<T, kHeadDim, false, true, kBlockQ>();
   register_main<T, kHeadDim, true, false, kBlockQ>();
   const auto kernels = register_main<T, kHeadDim, true, true, kBlockQ>();
-  Registration((*kernels.prepare_spec()).function,
+  Registration(*kernels.prepare_spec(),
                run_kernel<backward_prepare<T, kHeadDim>, BackwardPrepareParams>);
-  Registration((*kernels.finish_spec()).function,
+  Registration(*kernels.finish_spec(),
                run_kernel<backward_finish<T, kHeadDim>, BackwardFinishParams>);
   return true;
 }

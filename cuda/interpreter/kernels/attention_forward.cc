@@ -18,7 +18,7 @@ template <typename T, int kHeadDim, bool kCausal, int kBlockQ, int kBlockKv>
 void register_one() {
   const ffi::AttentionForwardKernel kernel = {
       kDataType<T>, kHeadDim, kCausal, {kBlockQ, kBlockKv, 2}};
-  Registration((*kernel.spec()).function,
+  Registration(*kernel.spec(),
                run_kernel<forward<ForwardTraits<T, kHeadDim, kCausal, kBlockQ, kBlockKv, 2>>,
                           ForwardParams>);
 }

@@ -19,7 +19,7 @@ Registration registered() {
   const ffi::MatmulKernel kernel = {
       kDataType<T>, {kTransposeA, kTransposeB}, {128, kBlockN, 64, kStages, kClusterM, 8}};
   return {
-      (*kernel.spec()).function,
+      *kernel.spec(),
       run_kernel<
           multiply<Traits<T, kTransposeA, kTransposeB, 128, kBlockN, 64, kStages, kClusterM, 8>>,
           Params>};

@@ -14,6 +14,9 @@
 #include "tk/location.h"
 #include "tk/tensor_map.h"
 
+// Kernels that are compiled later, into libraries of their own, find these.
+#pragma GCC visibility push(default)
+
 namespace tk::interpreter {
 
 enum class FaultKind {
@@ -136,3 +139,5 @@ void wait_copies(int pending, bool only_read, Location at);
 void check_tensor_map(const TensorMap& map, Location at);
 
 }  // namespace tk::interpreter
+
+#pragma GCC visibility pop
