@@ -169,6 +169,7 @@ def test_lowering_for_a_gpu_is_refused():
     [
         ({"seed": -1}, ValueError, "seed is -1; expected at least 0"),
         ({"schedules": 0}, ValueError, "schedules is 0; expected at least 1"),
+        ({"threads": -1}, ValueError, "threads is -1; expected at least 0"),
         ({"schedules": 2.0}, TypeError, "schedules is 2.0; expected an integer"),
     ],
 )
@@ -183,6 +184,6 @@ def test_options_are_restored():
         pytest.raises(ZeroDivisionError),
         interpret.interpret_options(seed=7, schedules=3),
     ):
-        assert _ffi.interpreter().schedules() == (7, 3)
+        assert _ffi.interpreter().schedules() == (7, 3, 0)
         raise ZeroDivisionError
     assert _ffi.interpreter().schedules() == before

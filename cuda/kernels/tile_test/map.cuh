@@ -45,6 +45,8 @@ __device__ __forceinline__ void binary(const KernelParams& params) {
   warp::load(b, matrix<B>(params, 1), 0, 0);
   const float* row_values = data<float>(params, 2);
   const float* col_values = data<float>(params, 3);
+  warp::fill(rows, 0.0f);
+  warp::fill(cols, 0.0f);
   warp::for_each(rows, [=](int row, float) { return row_values[row]; });
   warp::for_each(cols, [=](int col, float) { return col_values[col]; });
   const float number = params.scalars[0];
@@ -85,6 +87,8 @@ __device__ __forceinline__ void vectors(const KernelParams& params) {
   PerCol<16> cols, more_cols;
   const float* row_values = data<float>(params, 0);
   const float* col_values = data<float>(params, 1);
+  warp::fill(rows, 0.0f);
+  warp::fill(cols, 0.0f);
   warp::for_each(rows, [=](int row, float) { return row_values[row]; });
   warp::for_each(cols, [=](int col, float) { return col_values[col]; });
   Stack<float> out{params, 2};
