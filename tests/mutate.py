@@ -24,7 +24,7 @@ SCHEDULES = 50
 CLEAN_SCHEDULES = 200
 DEMANDED = 0.95
 _BEGIN, _END = "<!-- mutations -->\n", "<!-- end of mutations -->\n"
-_FLAGS = ("-std=c++20", "-DTK_INTERPRETER", "-Wno-unknown-pragmas")
+_FLAGS = ("-std=c++20", "-DTK_INTERPRETER", "-Wno-unknown-pragmas", "-pthread")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +37,16 @@ class Outcome:
     text: str
 
 
-def compiler() -> str:
-    return "g++"
-
-
-def build_engine(folder: pathlib.Path, jobs: int) -> list[pathlib.Path]:
+def build_engine(
+    folder: pathlib.Path, jobs: int, compiler: str = "g++"
+) -> list[pathlib.Path]:
     """The interpreter's own objects."""
     sources = sorted((ROOT / "cuda" / "interpreter").glob("*.cc"))
 
     def build(source: pathlib.Path) -> pathlib.Path:
         target = folder / f"{source.stem}.o"
         subprocess.run(
-            [compiler(), *_FLAGS, "-O2", *_includes(), "-c", source, "-o", target],
+            [compiler, *_FLAGS, "-O2", *_includes(), "-c", source, "-o", target],
             check=True,
         )
         return target
@@ -58,14 +56,18 @@ def build_engine(folder: pathlib.Path, jobs: int) -> list[pathlib.Path]:
 
 
 def build_program(
-    name: str, engine: list[pathlib.Path], folder: pathlib.Path, overlay=None
+    name: str,
+    engine: list[pathlib.Path],
+    folder: pathlib.Path,
+    overlay: pathlib.Path | None = None,
+    compiler: str = "g++",
 ) -> pathlib.Path:
     """A program of tests/interpreter; files in ``overlay`` hide those in cuda/."""
     target = folder / name
     source = ROOT / "tests" / "interpreter" / f"{name}.cc"
     subprocess.run(
         [
-            compiler(),
+            compiler,
             *_FLAGS,
             "-O1",  # compiling takes longer than running
             *_includes(overlay),

@@ -78,8 +78,8 @@ __device__ void round_trip(const Params& params) {
   warpgroup::store(view(params, 1), half, 0, 0);
 }
 
-// Blocks of a cluster take turns at y. Where !kWait, a turn is passed on while stores of
-// other warps may be still to come.
+// Blocks of a cluster take turns at y. Where !kWait, a turn is passed on while other
+// warps' stores may be still to come.
 template <bool kWait>
 __device__ void in_turns(const Params& params) {
   const int rank = cluster::rank();

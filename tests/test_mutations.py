@@ -1,6 +1,7 @@
 """Every way in which tests/mutations.py breaks a kernel is noticed; nothing else is."""
 
 import pathlib
+import shutil
 
 import pytest
 
@@ -12,6 +13,13 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     return mutate.build_engine(tmp_path_factory.mktemp("engine"), jobs=2)
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no clang")
+def test_clang_builds_it(tmp_path):
+    engine = mutate.build_engine(tmp_path, 2, compiler="clang++")
+    program = mutate.build_program("matmul", engine, tmp_path, compiler="clang++")
+    assert mutate.run(program, 4) == (4, "")
 
 
 @pytest.mark.parametrize("name", mutate.PROGRAMS)

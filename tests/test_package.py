@@ -94,9 +94,10 @@ def python_blocks(page: str) -> list[str]:
 
 
 def test_readme_code_runs(tmp_path):
-    (block,) = python_blocks("README.md")
-    printed = run_python(block, tmp_path, JAX_PLATFORMS="cpu")
+    code = "\n".join(python_blocks("README.md"))
+    printed = run_python(code, tmp_path, JAX_PLATFORMS="cpu")
     assert "attention with implementation=None runs" in printed
+    assert printed.endswith("[64 64 64]\n")
 
 
 def test_code_on_adding_a_kernel_lowers_and_compiles(tmp_path):

@@ -10,7 +10,7 @@ from tk_jax import _ffi
 
 @contextlib.contextmanager
 def interpret_options(
-    *, seed: int = 0, schedules: int = 1, threads: int = 0
+    *, seed: int = 0, schedules: int = 1, threads: int = 0, multiprocessors: int = 4
 ) -> Iterator[None]:
     """Explores ``schedules`` interleavings, numbered from ``seed`` on.
 
@@ -21,6 +21,10 @@ def interpret_options(
 
     Blocks run on ``threads`` threads, by default one for each processor that the
     process may use. Results and errors are the same for any number.
+
+    ``multiprocessors`` is how many blocks (or whole clusters of them) run at once, and
+    so the grid of kernels whose blocks stay. A few, so that small arrays make them walk
+    over several tiles; as many as there are processors is faster for large ones.
 
     JAX may return from a call before it has run: wait for its result
     (``jax.block_until_ready``) before leaving the context. The setting is the
@@ -37,6 +41,7 @@ def interpret_options(
         ("seed", seed, 0),
         ("schedules", schedules, 1),
         ("threads", threads, 0),
+        ("multiprocessors", multiprocessors, 1),
     ):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(
@@ -48,7 +53,7 @@ def interpret_options(
             )
     interpreter = _ffi.interpreter()
     before = interpreter.schedules()
-    interpreter.set_schedules(seed, schedules, threads)
+    interpreter.set_schedules(seed, schedules, threads, multiprocessors)
     try:
         yield
     finally:

@@ -207,9 +207,7 @@ XLA_FFI_DEFINE_HANDLER(
     kInitialize, ffi_initialize,
     bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
 XLA_FFI_DEFINE_HANDLER(kExecute, ffi_execute,
-                       bind(xffi::Ffi::Bind()
-                                .Ctx<DeviceContext>()
-                                .Ctx<StreamContext>()),
+                       bind(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
                        {xffi::Traits::kCmdBufferCompatible});
 
 }  // namespace

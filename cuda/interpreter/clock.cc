@@ -36,8 +36,8 @@ std::shared_ptr<const OtherClusters> VectorClock::merged(
     } else if (!covers(*mine, *counts)) {
       auto joint = std::make_shared<Counts>(std::max(mine->size(), counts->size()), 0);
       for (std::size_t i = 0; i < joint->size(); ++i) {
-        (*joint)[i] = std::max(i < mine->size() ? (*mine)[i] : 0,
-                               i < counts->size() ? (*counts)[i] : 0);
+        (*joint)[i] =
+            std::max(i < mine->size() ? (*mine)[i] : 0, i < counts->size() ? (*counts)[i] : 0);
       }
       mine = joint;
     }

@@ -51,8 +51,8 @@ class VectorClock {
   }
 
  private:
-  static std::shared_ptr<const OtherClusters> merged(
-      const std::shared_ptr<const OtherClusters>& a, const std::shared_ptr<const OtherClusters>& b);
+  static std::shared_ptr<const OtherClusters> merged(const std::shared_ptr<const OtherClusters>& a,
+                                                     const std::shared_ptr<const OtherClusters>& b);
 
   Counts counts_;
   std::shared_ptr<const OtherClusters> others_;

@@ -169,8 +169,7 @@ void start_load(const Chunks& chunks, std::uint32_t address, std::uint32_t block
                            "a copy lands",    at,          warp.block->index[0], warp.index};
     block->shadow.write(m.cluster().log, warp.clock, chunks, access);
     if (!sources.empty()) {
-      m.account(sources,
-                {GlobalUse::kRead, true, 0, barrier.who, barrier.phase + 1, 0, at, ""});
+      m.account(sources, {GlobalUse::kRead, true, 0, barrier.who, barrier.phase + 1, 0, at, ""});
     }
     copy.ranks.push_back(block->rank);
     copy.phases.push_back(barrier.phase);
@@ -197,8 +196,7 @@ void start_store(const Chunks& chunks, std::shared_ptr<OutgoingCopy> copy,
       AccessKind::kCopy,    warp.copy_reads(), warp.copy_group + 1, 0, "a copy reads a tile", at,
       warp.block->index[0], warp.index};
   m.block().shadow.read(m.cluster().log, warp.clock, chunks, access);
-  m.account(std::move(targets),
-            {use, true, 0, warp.copy_writes(), warp.copy_group + 1, 0, at, ""});
+  m.account(std::move(targets), {use, true, 0, warp.copy_writes(), warp.copy_group + 1, 0, at, ""});
   warp.copies.push_back(copy);
   m.start_copy(std::move(copy));
 }

@@ -15,10 +15,8 @@ Grid::Grid(const Launch& launch, Memory& memory)
 }
 
 std::optional<Report> Grid::run() {
-  const std::int64_t at_once =
-      std::max(1, launch_.resident_blocks / launch_.cluster_size);
-  const int cores =
-      launch_.threads_of_host > 0 ? launch_.threads_of_host : available_processors();
+  const std::int64_t at_once = std::max(1, launch_.resident_blocks / launch_.cluster_size);
+  const int cores = launch_.threads_of_host > 0 ? launch_.threads_of_host : available_processors();
   Crew crew(static_cast<int>(std::min<std::int64_t>({cores, at_once, clusters_})));
   std::vector<char> happened;
   while (true) {

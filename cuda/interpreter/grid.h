@@ -3,7 +3,8 @@
 // In a round every resident cluster goes on by itself, on whatever thread: it sees global memory as
 // it was when the round began. Whatever it writes there, and its account of what it read, waits for
 // the end of the round, when clusters come one after another in an order that the seed gives. So a
-// seed stands for one history, however many cores there are, and threads share nothing that changes.
+// seed stands for one history, however many cores there are, and threads share nothing that
+// changes.
 #pragma once
 
 #include <cstdint>

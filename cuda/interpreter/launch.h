@@ -23,8 +23,8 @@ struct Launch {
   int threads_of_host = 0;   // that run blocks; 0: as many as there are processors
 };
 
-// Runs to the end, or to the first thing that is wrong. What happens, and what is reported, does not
-// depend on how many threads share the work.
+// Runs to the end, or to the first thing that is wrong. What happens, and what is reported, does
+// not depend on how many threads share the work.
 std::optional<Report> run(const Launch& launch, Memory& memory);
 
 }  // namespace tk::interpreter

@@ -13,8 +13,10 @@ namespace {
 constexpr int kAgentsOfWarp = 6;
 constexpr std::size_t kSharedAlignment = 1024;
 
-// Clusters run at different speeds: some do little in a round.
-constexpr int kRoundSteps[] = {8, 32, 64, 256};
+// Rounds are long against meeting at their end, and about as long for every cluster, so that no
+// core waits; to be out of step with the others, a cluster sits out one now and then.
+constexpr int kRoundSteps = 32;
+constexpr double kSitsOut = 0.1;
 
 }  // namespace
 
@@ -68,8 +70,7 @@ void Machine::start_warps() {
   for (int rank = 0; rank < launch.cluster_size; ++rank) {
     // The launcher's bytes include the slack that aligns the first tile; here it is aligned.
     auto block = std::make_unique<Block>(&cluster_, rank, launch.shared_bytes);
-    block->index[0] =
-        static_cast<int>(cluster_.number % clusters_x * launch.cluster_size + rank);
+    block->index[0] = static_cast<int>(cluster_.number % clusters_x * launch.cluster_size + rank);
     block->index[1] = static_cast<int>(cluster_.number / clusters_x % launch.grid[1]);
     block->index[2] = static_cast<int>(cluster_.number / clusters_x / launch.grid[1]);
     block->warps_left = warps;
@@ -100,11 +101,13 @@ void Machine::start_warps() {
 
 bool Machine::run_alone() {
   set_machine(this);
-  const int steps = kRoundSteps[random_.below(std::size(kRoundSteps))];
-  int done = 0;
+  // Sitting out is no standstill: what it could do, it does later.
+  const bool sits_out = random_.chance(kSitsOut);
+  const std::size_t steps = sits_out ? 0 : kRoundSteps / 2 + random_.below(kRoundSteps);
+  std::size_t done = 0;
   while (done < steps && !report_ && step()) ++done;
   set_machine(nullptr);
-  return done > 0;
+  return sits_out || done > 0;
 }
 
 bool Machine::meet_others() {

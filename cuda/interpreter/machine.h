@@ -163,8 +163,8 @@ struct IncomingCopy {
   Location at;
 };
 
-// What concerns global memory, and so other clusters too: done between rounds, in the order in which
-// it was put off.
+// What concerns global memory, and so other clusters too: done between rounds, in the order in
+// which it was put off.
 struct Deferred {
   Warp* warp;
   std::function<void()> act;

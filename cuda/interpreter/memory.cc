@@ -83,8 +83,8 @@ bool Memory::check_inside(const void* pointer, std::size_t bytes, GlobalUse use,
   const bool reads = use == GlobalUse::kRead;
   const Array& array = find(pointer, bytes, reads ? "reads" : "writes", at);
   if (!reads && !array.writable) {
-    fail(FaultKind::kOutOfBounds, "writes " + array.name + ", an operand, which is not its to write",
-         at);
+    fail(FaultKind::kOutOfBounds,
+         "writes " + array.name + ", an operand, which is not its to write", at);
   }
   return array.writable;
 }
@@ -132,7 +132,8 @@ void Memory::check_after(const Array& array, std::uint32_t set, const GlobalAcce
     const GlobalAccess& before = log_.access(number);
     if (known(clock, access, before.cluster, before.who) >= before.count) continue;
     fail(FaultKind::kGlobalRace,
-         std::string(verb_of(access)) + " a part of " + array.name + ", although nothing says that " +
+         std::string(verb_of(access)) + " a part of " + array.name +
+             ", although nothing says that " +
              (before.use == GlobalUse::kRead ? "it has been read" : "what is added there is done") +
              origin(before),
          access.at);
@@ -168,8 +169,8 @@ void Memory::account(const std::vector<GlobalSpan>& spans, const GlobalAccess& a
     for (std::size_t i = first; i < last; ++i) {
       Cell& cell = array.cells[i];
       if (cell.write == self) continue;
-      const bool again = cell.write == checked.write && cell.adds == checked.adds &&
-                         cell.reads == checked.reads;
+      const bool again =
+          cell.write == checked.write && cell.adds == checked.adds && cell.reads == checked.reads;
       if (!again) {
         checked = cell;
         check_after_write(array, cell, access, clock);

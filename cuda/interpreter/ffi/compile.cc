@@ -35,10 +35,8 @@ using runtime::Result;
 using runtime::Status;
 
 // Compiling takes longer than running what tests run.
-constexpr const char* kOptions[] = {"-std=c++20",          "-O1",
-                                    "-shared",             "-fPIC",
-                                    "-fvisibility=hidden", "-DTK_INTERPRETER",
-                                    "-w"};
+constexpr const char* kOptions[] = {
+    "-std=c++20", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-DTK_INTERPRETER", "-w"};
 
 std::string entry_name(std::size_t index) { return "tk_interpreter_run_" + std::to_string(index); }
 
@@ -87,8 +85,7 @@ int run_command(const std::vector<std::string>& command, const std::string& log)
   posix_spawn_file_actions_addopen(&actions, 1, log.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
   posix_spawn_file_actions_adddup2(&actions, 1, 2);
   pid_t pid = 0;
-  const int failed =
-      posix_spawnp(&pid, arguments[0], &actions, nullptr, arguments.data(), environ);
+  const int failed = posix_spawnp(&pid, arguments[0], &actions, nullptr, arguments.data(), environ);
   posix_spawn_file_actions_destroy(&actions);
   if (failed != 0) return -1;
   int status = 0;
@@ -123,8 +120,8 @@ Result<std::string> build(std::span<const KernelSpec> specs, const std::string& 
   std::ofstream(source, std::ios::binary) << text;
   std::vector<std::string> command = words(compiler);
   command.insert(command.end(), std::begin(kOptions), std::end(kOptions));
-  for (const std::string& word : {"-I" + root, "-I" + root + "/include", source,
-                                  std::string("-o"), library}) {
+  for (const std::string& word :
+       {"-I" + root, "-I" + root + "/include", source, std::string("-o"), library}) {
     command.push_back(word);
   }
   if (const int status = run_command(command, log); status != 0) {

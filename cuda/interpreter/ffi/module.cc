@@ -38,8 +38,8 @@ NB_MODULE(_interpreter, module) {
       "registrations",
       [] {
         nb::dict targets;
-        for (const Target* target :
-             {&kAttentionForwardTarget, &kAttentionBackwardTarget, &kKernelTarget, &kMatmulTarget}) {
+        for (const Target* target : {&kAttentionForwardTarget, &kAttentionBackwardTarget,
+                                     &kKernelTarget, &kMatmulTarget}) {
           targets[target->name] = nb::capsule(reinterpret_cast<void*>(target->execute));
         }
         return targets;
@@ -49,13 +49,13 @@ NB_MODULE(_interpreter, module) {
              [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
   module.def(
       "set_schedules",
-      [](std::uint64_t seed, std::int64_t count, int threads) {
-        interpreter::set_schedule_options({seed, count, threads});
+      [](std::uint64_t seed, std::int64_t count, int threads, int multiprocessors) {
+        interpreter::set_schedule_options({seed, count, threads, multiprocessors});
       },
-      "seed"_a, "count"_a, "threads"_a);
+      "seed"_a, "count"_a, "threads"_a, "multiprocessors"_a);
   module.def("schedules", [] {
     const interpreter::ScheduleOptions options = interpreter::schedule_options();
-    return nb::make_tuple(options.seed, options.count, options.threads);
+    return nb::make_tuple(options.seed, options.count, options.threads, options.multiprocessors);
   });
   module.def("set_source_root", &runtime::set_source_root, "path"_a);
   module.def("host_compiler", &interpreter::host_compiler);

@@ -15,9 +15,6 @@
 namespace tk {
 namespace {
 
-// As few as a test's arrays have tiles, so that blocks walk over several and wait for one another.
-constexpr int kMultiprocessors = 4;
-
 struct LoadedKernel {
   std::string symbol;
   void (*run)(const void* params);
@@ -77,8 +74,12 @@ Status explore(const std::function<Status()>& call) {
 namespace runtime {
 
 Result<const Device*> open_device(int) {
-  static const Device device = {0, "interpreter", 9, 0, kMultiprocessors, nullptr};
-  return &device;
+  const int multiprocessors = interpreter::schedule_options().multiprocessors;
+  static std::mutex mutex;
+  static std::map<int, Device> devices;  // by their multiprocessors
+  std::lock_guard lock(mutex);
+  const Device device = {0, "interpreter", 9, 0, multiprocessors, nullptr};
+  return &devices.emplace(multiprocessors, device).first->second;
 }
 
 ScopedContext::ScopedContext(const Device&) {}
@@ -115,9 +116,10 @@ Status launch(const Kernel& kernel, cuda::Stream, const Grid& grid, const void* 
   launch.threads = kernel.threads;
   launch.shared_bytes = kernel.shared_bytes;
   launch.cluster_size = kernel.cluster_size;
-  launch.resident_blocks = kMultiprocessors;
   launch.seed = seed;
-  launch.threads_of_host = interpreter::schedule_options().threads;
+  const interpreter::ScheduleOptions chosen = interpreter::schedule_options();
+  launch.resident_blocks = chosen.multiprocessors;
+  launch.threads_of_host = chosen.threads;
   const auto report = interpreter::run(launch, memory);
   if (!report) return {};
   return Error{ErrorKind::kInternal, report->text()};

@@ -1,5 +1,5 @@
-// The backward kernels of attention that the interpreter can run: those that backward_config
-// chooses.
+// The backward kernels of attention that are compiled with the interpreter: those that
+// backward_config chooses. Others are compiled when they are asked for.
 #include "ffi/attention_kernels.h"
 #include "interpreter/registry.h"
 #include "kernels/attention/backward.cuh"

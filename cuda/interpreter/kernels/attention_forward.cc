@@ -1,5 +1,5 @@
-// The forward kernels of attention that the interpreter can run: every configuration that
-// forward_config chooses, and one of small tiles.
+// The forward kernels of attention that are compiled with the interpreter: every configuration that
+// forward_config chooses. Others are compiled when they are asked for.
 #include "ffi/attention_kernels.h"
 #include "interpreter/registry.h"
 #include "kernels/attention/forward.cuh"
@@ -28,7 +28,6 @@ bool register_tiles() {
   register_one<T, 64, kCausal, 192, 128>();
   register_one<T, 128, kCausal, 128, 128>();
   register_one<T, 128, kCausal, 128, 160>();
-  register_one<T, 64, kCausal, 128, 64>();
   return true;
 }
 

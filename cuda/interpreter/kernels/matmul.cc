@@ -1,5 +1,5 @@
-// The matmul kernels that the interpreter can run: those that default_config chooses, and one in
-// clusters.
+// The matmul kernels that are compiled with the interpreter: those that default_config chooses.
+// Others are compiled when they are asked for.
 #include "ffi/matmul_kernels.h"
 #include "interpreter/registry.h"
 #include "kernels/matmul/kernel.cuh"
@@ -41,8 +41,6 @@ bool register_layouts() {
 }
 
 const bool kRegistered[] = {register_layouts<bf16>(), register_layouts<fp16>()};
-const Registration kClustered[] = {registered<bf16, false, false, 128, 4, 2>(),
-                                   registered<bf16, true, true, 128, 4, 2>()};
 
 }  // namespace
 }  // namespace tk::matmul

@@ -7,8 +7,9 @@
 namespace tk::tile_test {
 
 // Each warp's and warpgroup's index, and how many of a tile's values leaders hold: eight a lane.
-// Every block of a grid of 2 x 3 x 2 writes its own place, the first one the rest. Buffers: warp indices (a
-// tile for each warp); warpgroup indices; leaders of warps; of warpgroups; places of blocks.
+// Every block of a grid of 2 x 3 x 2 writes its own place, the first one the rest. Buffers: warp
+// indices (a tile for each warp); warpgroup indices; leaders of warps; of warpgroups; places of
+// blocks.
 __device__ __forceinline__ void places(const KernelParams& params) {
   const int warp = warp::index();
   RegTile<float, 16, 16> tile;

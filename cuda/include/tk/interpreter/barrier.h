@@ -79,9 +79,7 @@ void named_arrive(Name name, int threads, Location at = {}) {
   interpreter::named_barrier(static_cast<int>(name), threads, false, at);
 }
 
-inline void reset_turns(int* counter, Location at = {}) {
-  interpreter::reset_turns(counter, at);
-}
+inline void reset_turns(int* counter, Location at = {}) { interpreter::reset_turns(counter, at); }
 inline void take_turn(const int* counter, int turn, Location at = {}) {
   interpreter::take_turn(counter, turn, at);
 }

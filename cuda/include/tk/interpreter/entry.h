@@ -7,8 +7,8 @@
 #include "tk/interpreter/engine.h"
 
 #define TK_INTERPRETER_UNWRAP(...) __VA_ARGS__
-#define TK_INTERPRETER_ENTRY(name, params_type, function)                          \
+#define TK_INTERPRETER_ENTRY(name, params_type, function)                           \
   extern "C" __attribute__((visibility("default"))) void name(const void* params) { \
-    TK_INTERPRETER_UNWRAP function(                                                \
-        *static_cast<const TK_INTERPRETER_UNWRAP params_type*>(params));           \
+    TK_INTERPRETER_UNWRAP function(                                                 \
+        *static_cast<const TK_INTERPRETER_UNWRAP params_type*>(params));            \
   }
