@@ -57,7 +57,7 @@ __device__ void warps(const Params& params) {
 }
 
 // y = x by ordinary stores; the copy engine then reads it, and half of it is doubled.
-template <bool kPublish>
+template <bool kPublish, int kColumn = 0>
 __device__ void round_trip(const Params& params) {
   Shared& shared = block::shared_memory<Shared>();
   if (warp::index() == 0 && warp::leader()) {
@@ -69,7 +69,7 @@ __device__ void round_trip(const Params& params) {
   block::sync();
   if (warp::index() == 0 && warp::leader()) {
     shared.full.expect(Tile::kBytes);
-    tma::load(shared.tile, params.maps[1], shared.full, tma::Keep::kNormal, 0, 0);
+    tma::load(shared.tile, params.maps[1], shared.full, tma::Keep::kNormal, kColumn, 0);
   }
   shared.full.wait(0);
   RegTile<float, 16, 32> half;
@@ -113,6 +113,7 @@ FUNCTIONS = (
     "warps<false>",
     "round_trip<true>",
     "round_trip<false>",
+    "round_trip<true, 2>",
     "in_turns<true>",
     "in_turns<false>",
     "operand",
@@ -185,6 +186,12 @@ def test_ordinary_stores_that_the_copy_engine_may_not_see():
     text = found("round_trip<false>")
     assert "missing-fence" in text
     assert "publish_global" in text
+
+
+def test_boxes_that_the_copy_engine_refuses():
+    text = found("round_trip<true, 2>")
+    assert "tensor-map" in text
+    assert "column 2, which is not on 16 bytes" in text
 
 
 def test_operands_are_not_written():

@@ -59,6 +59,11 @@ void check_fits(const BoxMap& map, const Panel& panel, std::span<const int> coor
                std::to_string(coordinates.size()) + " coordinates",
            at);
   }
+  if (coordinates[0] * map.element_bytes() % kChunkBytes != 0) {
+    refuse("a box starts at column " + std::to_string(coordinates[0]) +
+               ", which is not on 16 bytes: the copy engine stops the kernel",
+           at);
+  }
   int rows = 1;
   for (int i = 1; i < map.rank; ++i) rows *= map.box[i];
   if (map.element_bytes() != panel.element_bytes || map.box[0] != panel.columns ||
