@@ -27,6 +27,8 @@ py_runtime(
     name = "py_runtime",
     interpreter_path = "{interpreter}",
     python_version = "PY3",
+    # Whatever "python" is on PATH, if anything.
+    stub_shebang = "#!{interpreter}",
 )
 
 py_runtime_pair(
