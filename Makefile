@@ -1,7 +1,7 @@
 # From a machine with Python (3.11 to 3.13), gcc and make alone:
 #   make test    lint and tests
 #   make demo    trains a small GPT and samples from it
-# Both install into .venv. Others: lint, format, gpu-test, matrix, wheel, clean.
+# Both install into .venv. Others: lint, format, bazel-test, gpu-test, matrix, wheel, clean.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,14 +9,19 @@ TEST_JOBS ?= 2
 DEMO_FLAGS ?=
 
 # Editable, so that the sources here are what runs: only these files call for a new install.
-BUILT_FROM := pyproject.toml CMakeLists.txt $(wildcard cuda/runtime/* cuda/ffi/* cuda/include/tk/*.h \
+BUILT_FROM := pyproject.toml CMakeLists.txt cuda/sources.bzl $(wildcard cuda/runtime/* cuda/ffi/* cuda/include/tk/*.h \
   cuda/kernels/*/*.h)
-CPP_SOURCES = $(shell find cuda -name '*.h' -o -name '*.cuh' -o -name '*.cc' -o -name '*.cu')
+CPP_SOURCES = $(shell find cuda examples -name '*.h' -o -name '*.cuh' -o -name '*.cc' -o -name '*.cu')
 
-.PHONY: test lint format gpu-test demo matrix wheel clean
+.PHONY: test bazel-test lint format gpu-test demo matrix wheel clean
 
 test: lint
 	$(BIN)/pytest -n $(TEST_JOBS) --dist=worksteal
+	sh scripts/bazel_test.sh $(abspath $(BIN)/python)
+
+# The same sources built by Bazel, which needs the dependencies and not the package.
+bazel-test: $(VENV)/.dependencies
+	sh scripts/bazel_test.sh $(abspath $(BIN)/python)
 
 lint: $(VENV)/.installed-test,demo
 	$(BIN)/ruff check .
@@ -45,6 +50,11 @@ wheel: $(BIN)/python
 
 $(VENV)/.installed-%: $(BUILT_FROM) | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[$*]'
+	touch $@
+
+$(VENV)/.dependencies: pyproject.toml | $(BIN)/python
+	$(BIN)/python scripts/requirements.py test demo > $@.txt
+	$(BIN)/pip install --quiet --requirement $@.txt
 	touch $@
 
 $(BIN)/python:

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).absolute().parent.parent / "examples"
 
 _NEEDS = "the demo extra is not installed: pip install 'tk_jax[demo]'"
 for _name in ("flax", "optax", "orbax.checkpoint", "matplotlib", "tqdm"):

@@ -12,7 +12,7 @@ import pytest
 
 import tk_jax
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).absolute().parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks import cases, implementations, plot, results, run, timing, tuning  # noqa: E402

@@ -1,10 +1,12 @@
 """The folder of compiled kernels: kept, checked, shared, and never in the way."""
 
+import errno
 import json
 import os
 import resource
 import signal
 import subprocess
+import sys
 
 import extension_process
 import pytest
@@ -136,7 +138,11 @@ def test_entry_that_others_can_write_is_not_used(folder):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 def test_folder_of_another_user_is_not_used(folder):
     compile_in(folder)
-    os.chown(folder, 65534, 65534)
+    try:
+        os.chown(folder, 65534, 65534)
+    except OSError as error:
+        assert error.errno == errno.EINVAL
+        pytest.skip("a user namespace with one user, as in Bazel's sandbox")
     result, stderr = compile_in(folder)
     assert result["origin"] == "compiled"
     assert "it belongs to another user" in stderr
@@ -248,31 +254,91 @@ def test_change_of_sources_options_or_kernel_changes_the_key(folder, tmp_path):
 
 
 def test_shipped_kernel_needs_no_compiler(folder, tmp_path):
-    """The shipped entry is found without NVRTC, which is nowhere to be found here."""
-    code = """
-extension.set_shipped_dir(setup["spec"].pop("shipped"))
-result = extension.compile(spec)
-print(result["origin"], len(result["cubin"]))
-"""
-    compiled, _ = compile_in(folder)
-    shipped = tmp_path / "shipped"
-    shipped.mkdir()
-    _, _, rest = parts(the_entry(folder))
-    body = rest.replace(
-        compiled["keys"]["cache"].encode(), compiled["keys"]["shipped"].encode(), 1
-    )
-    digest = _ffi.extension().sha256(body).encode()
-    entry = shipped / f"{compiled['keys']['shipped']}.tkcubin"
-    entry.write_bytes(b"tk_jax kernel 1\n" + digest + b"\n" + body)
+    """A shipped entry is found without NVRTC, which is nowhere to be found here."""
+    compiled, shipped = ship(tmp_path), tmp_path / "shipped"
+    (tmp_path / "empty").mkdir()
 
-    def run():
+    def run(spec=extension_process.SPEC):
+        folders = [str(tmp_path / name) for name in ("missing", "empty", "shipped")]
         return extension_process.run(
-            code,
-            spec=extension_process.SPEC | {"shipped": str(shipped)},
-            environment={"TK_JAX_NVRTC": str(tmp_path / "nothing.so")},
+            f"extension.set_shipped_dirs({folders})\n"
+            "result = extension.compile(spec)\n"
+            "print(result['origin'], len(result['cubin']))\n",
+            spec=spec,
+            environment={
+                "TK_JAX_CACHE_DIR": str(folder),
+                "TK_JAX_NVRTC": str(tmp_path / "nothing.so"),
+            },
             check=False,
         )
 
     assert run().stdout.split() == ["shipped", str(compiled["size"])]
-    entry.write_bytes(b"tk_jax kernel 1\n" + b"0" * 64 + b"\n" + body)
-    assert "NVRTC, NVIDIA's run-time compiler, was not found" in run().stderr
+    missing = "NVRTC, NVIDIA's run-time compiler, was not found"
+    assert missing in run(extension_process.SPEC | {"threads": 256}).stderr
+
+    entry = the_entry(shipped)
+    good = entry.read_bytes()
+    entry.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert missing in run().stderr
+    entry.write_bytes(good.replace(b"tk_probe", b"tk_prone", 1))
+    assert missing in run().stderr
+
+
+def ship(tmp_path):
+    """Compiles the probe kernel into the folder "shipped"."""
+    code = f"""
+result = extension.compile(spec, ship_to={str(tmp_path / "shipped")!r})
+print(json.dumps({{"origin": result["origin"], "size": len(result["cubin"]),
+                  "key": extension.kernel_keys(spec)["shipped"]}}))
+"""
+    done = extension_process.run(code, environment={"TK_JAX_CACHE_DIR": "off"})
+    return json.loads(done.stdout)
+
+
+def test_shipped_entry_is_for_everyone_and_named_without_the_compiler(tmp_path):
+    compiled = ship(tmp_path)
+    entry = the_entry(tmp_path / "shipped")
+    assert compiled["origin"] == "compiled"
+    assert entry.stem == compiled["key"]
+    assert entry.stat().st_mode & 0o444 == 0o444
+
+
+def test_folder_that_cannot_be_shipped_to_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RuntimeError, match=r"cannot be written to .*: Not a directory"):
+        _ffi.extension().compile(
+            extension_process.SPEC, ship_to=str(tmp_path / "file" / "kernels")
+        )
+
+
+def test_folders_of_shipped_kernels(monkeypatch):
+    monkeypatch.delenv("TK_JAX_CUBINS", raising=False)
+    (package,) = _ffi.shipped_folders()
+    assert package.endswith("/tk_jax/cubins")
+    monkeypatch.setenv("TK_JAX_CUBINS", "/one:/two:")
+    assert _ffi.shipped_folders() == ["/one", "/two", package]
+
+
+def test_program_ships_what_it_names(tmp_path):
+    """The command that fills a folder, and the variable that names it later."""
+    command = [sys.executable, "-m", "tk_jax.compile"]
+    names = ["attention_bwd_finish_d64_bf16", "attention_bwd_finish_d64_fp16"]
+    options = [f"--only={name}" for name in names]
+    environment = extension_process.clean_environment() | {"TK_JAX_CACHE_DIR": "off"}
+    shipped = str(tmp_path / "shipped")
+
+    def run(*more, **variables):
+        return subprocess.run(
+            [*command, *options, *more],
+            env=environment | variables,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        ).stdout
+
+    assert f"2 kernels in {shipped}" in run("--output", shipped)
+    assert len(entries(tmp_path / "shipped")) == 2
+    without = {"TK_JAX_CUBINS": shipped, "TK_JAX_NVRTC": str(tmp_path / "nothing.so")}
+    found = run(**without)
+    assert [line.split()[2] for line in found.splitlines()] == ["shipped"] * 2

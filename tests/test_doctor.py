@@ -54,6 +54,18 @@ def test_without_nvrtc_names_the_command_that_installs_it(tmp_path):
     assert "to fix: pip install 'nvidia-cuda-nvrtc" in entry(report, "nvrtc")
 
 
+def test_counts_shipped_kernels(tmp_path):
+    folder = tmp_path / "cubins"
+    folder.mkdir()
+    (folder / "0.tkcubin").touch()
+    missing = tmp_path / "missing"
+    _, report = run_doctor(
+        tmp_path, TK_JAX_CUBINS=f"{folder}:{missing}", JAX_PLATFORMS="cpu"
+    )
+    assert f"ok       shipped    1 kernels in {folder}" in report
+    assert f"note     shipped    {missing}, which TK_JAX_CUBINS names" in report
+
+
 def test_without_driver_names_what_to_install(tmp_path):
     code, report = run_doctor(
         tmp_path, TK_JAX_LIBCUDA=str(tmp_path / "no_such_file.so"), JAX_PLATFORMS="cpu"

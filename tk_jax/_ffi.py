@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import os
 import pathlib
 import re
 
@@ -138,6 +139,12 @@ def nvrtc_folders() -> list[str]:
     return [str(folder) for folder in candidates if folder.is_dir()]
 
 
+def shipped_folders() -> list[str]:
+    """Where kernels that were compiled beforehand are: TK_JAX_CUBINS, the package."""
+    named = os.environ.get("TK_JAX_CUBINS", "").split(os.pathsep)
+    return [*filter(None, named), str(pathlib.Path(__file__).parent / "cubins")]
+
+
 @functools.cache
 def interpreter():
     """The interpreter's module, with its targets registered for the CPU.
@@ -162,7 +169,7 @@ def interpreter():
 def _set_up() -> None:
     check_api_version(_extension.ffi_api_version(), runtime_api_version())
     _extension.set_source_root(str(source_root()))
-    _extension.set_shipped_dir(str(pathlib.Path(__file__).parent / "cubins"))
+    _extension.set_shipped_dirs(shipped_folders())
     _extension.set_nvrtc_paths(nvrtc_folders())
     for target, stages in _extension.registrations().items():
         jax.ffi.register_ffi_target(target, stages, platform="CUDA", api_version=1)

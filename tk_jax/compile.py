@@ -68,24 +68,35 @@ def specialisations(
 
 
 def compile_kernels(
-    kernels: Iterable[Specialisation] | None = None, *, use_cache: bool = True
+    kernels: Iterable[Specialisation] | None = None,
+    *,
+    use_cache: bool = True,
+    output: str | os.PathLike | None = None,
 ) -> list[CompiledKernel]:
     """Compiles ``kernels`` into the cache folder; by default all that ops may choose.
 
     Needs NVRTC and no GPU. Kernels that are there already cost nothing.
 
+    Args:
+      kernels: What :func:`specialisations` yields, or a part of it.
+      use_cache: False compiles all again.
+      output: A folder that also gets them, to be shipped: from ``tk_jax/cubins`` and
+        the folders of ``TK_JAX_CUBINS`` they are loaded without NVRTC.
+
     Raises:
       ImportError: the extension is not built.
-      RuntimeError: NVRTC is missing, or a kernel does not compile.
+      RuntimeError: NVRTC is missing, a kernel does not compile, or ``output`` cannot be
+        written.
 
     >>> import tk_jax
     >>> compiled = tk_jax.compile_kernels([])
     """
     extension = _ffi.extension()
     wanted = list(specialisations() if kernels is None else kernels)
+    ship_to = None if output is None else os.fspath(output)
 
     def compile_one(item: Specialisation) -> CompiledKernel:
-        result = extension.compile(item.spec, use_cache=use_cache)
+        result = extension.compile(item.spec, use_cache=use_cache, ship_to=ship_to)
         return CompiledKernel(item.name, result["seconds"], result["origin"])
 
     # The extension lets go of the interpreter's lock while it compiles.
@@ -167,24 +178,38 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tk_jax.compile", description=__doc__
     )
-    parser.add_argument("--only", default="", help="part of an op's or kernel's name")
+    parser.add_argument(
+        "--only",
+        action="append",
+        help="part of an op's or kernel's name; may be given more than once",
+    )
+    parser.add_argument(
+        "--output", help="a folder that gets them too, to be shipped with a program"
+    )
     parser.add_argument("--force", action="store_true", help="compile all again")
     parser.add_argument("--list", action="store_true", help="only print names")
     options = parser.parse_args(arguments)
     try:
-        wanted = list(specialisations(options.only))
-        if not wanted:
-            parser.error(f"no kernel's name contains {options.only!r}")
+        wanted = {}
+        for part in options.only or [""]:
+            found = {item.name: item for item in specialisations(part)}
+            if not found:
+                parser.error(f"no kernel's name contains {part!r}")
+            wanted |= found
         if options.list:
-            for item in wanted:
-                print(item.name)
+            print(*wanted, sep="\n")
             return 0
-        kernels = compile_kernels(wanted, use_cache=not options.force)
+        kernels = compile_kernels(
+            wanted.values(), use_cache=not options.force, output=options.output
+        )
     except (ImportError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
     for kernel in kernels:
         print(f"{kernel.seconds:6.1f} s  {kernel.origin:<8}  {kernel.name}")
+    if options.output:
+        print(f"{len(kernels)} kernels in {options.output}")
+        return 0
     cache = _ffi.extension().cache_info()
     if not cache["usable"]:
         print(f"nothing was kept: {cache['path']}: {cache['problem']}", file=sys.stderr)

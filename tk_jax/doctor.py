@@ -52,7 +52,10 @@ def examine() -> Iterator[tuple[str, list[Finding]]]:
     driver = extension.driver_info()
     nvrtc = extension.nvrtc_info()
     yield "GPU", _gpu(driver)
-    yield "Kernels", [_compiler(nvrtc), _cache(extension.cache_info())]
+    yield (
+        "Kernels",
+        [_compiler(nvrtc), *_shipped(), _cache(extension.cache_info())],
+    )
     yield "Ops", _ops(nvrtc)
 
 
@@ -131,6 +134,18 @@ def _compiler(nvrtc: dict) -> Finding:
         return Finding("nvrtc", "missing", nvrtc["error"], _INSTALL_NVRTC)
     version = "{}.{}".format(*nvrtc["version"])
     return Finding("nvrtc", "ok", f"{version}, {nvrtc['path']}")
+
+
+def _shipped() -> Iterator[Finding]:
+    """The folders of kernels compiled beforehand, if there are any."""
+    *named, package = importlib.import_module("tk_jax._ffi").shipped_folders()
+    for folder in map(pathlib.Path, [*named, package]):
+        count = len(list(folder.glob("*.tkcubin")))
+        if folder.is_dir():
+            yield Finding("shipped", "ok", f"{count} kernels in {folder}")
+        elif str(folder) in named:
+            detail = f"{folder}, which TK_JAX_CUBINS names, is not a folder"
+            yield Finding("shipped", "note", detail)
 
 
 def _cache(cache: dict) -> Finding:

@@ -138,12 +138,13 @@ nb::list matmul_specs(const std::string& dtype, bool transpose_a, bool transpose
 
 // -- Tools ----------------------------------------------------------------------------------------
 
-nb::dict compile_kernel(const nb::dict& spec_dict, bool use_cache) {
+nb::dict compile_kernel(const nb::dict& spec_dict, bool use_cache,
+                        const std::optional<std::string>& ship_to) {
   const KernelSpec spec = to_spec(spec_dict);
+  const auto lookup = use_cache ? runtime::Lookup::kAllowed : runtime::Lookup::kSkipped;
   auto compiled = [&] {
     nb::gil_scoped_release release;
-    return runtime::compile(spec,
-                            use_cache ? runtime::Lookup::kAllowed : runtime::Lookup::kSkipped);
+    return ship_to ? runtime::ship(spec, *ship_to, lookup) : runtime::compile(spec, lookup);
   }();
   if (!compiled.ok()) raise(compiled.error());
   static constexpr const char* kOrigins[] = {"shipped", "cache", "compiled"};
@@ -229,7 +230,7 @@ NB_MODULE(_extension, module) {
   module.def("struct_fields", &struct_fields, "{settings class: names of its fields, in order}");
 
   module.def("set_source_root", &runtime::set_source_root, "path"_a);
-  module.def("set_shipped_dir", &runtime::set_shipped_dir, "path"_a);
+  module.def("set_shipped_dirs", &runtime::set_shipped_dirs, "folders"_a);
   module.def("set_nvrtc_paths", &runtime::set_nvrtc_paths, "folders"_a);
   module.def("set_cache_dir", &runtime::set_cache_dir, "path"_a.none());
 
@@ -241,7 +242,7 @@ NB_MODULE(_extension, module) {
              "transpose_b"_a, "config"_a);
 
   module.def("compile", &compile_kernel, "spec"_a, nb::kw_only(), "use_cache"_a = true,
-             "{cubin, log, seconds, origin}; needs no GPU");
+             "ship_to"_a = nb::none(), "{cubin, log, seconds, origin}; needs no GPU");
   module.def("kernel_keys", &kernel_keys, "spec"_a);
   module.def("translation_unit",
              [](const nb::dict& spec) { return runtime::translation_unit(to_spec(spec)); });

@@ -58,10 +58,11 @@ Result<Compiled> compile(const KernelSpec& spec, Lookup lookup) {
   if (!shipped.ok()) return shipped.error();
 
   // Shipped cubins come first and need no compiler at all.
-  if (const std::string folder = settings().shipped_dir;
-      lookup == Lookup::kAllowed && !folder.empty()) {
-    if (auto entry = read_shipped(folder, *shipped)) {
-      return finish(std::move(entry->cubin), std::move(entry->log), Origin::kShipped);
+  if (lookup == Lookup::kAllowed) {
+    for (const std::string& folder : settings().shipped_dirs) {
+      if (auto entry = read_shipped(folder, *shipped)) {
+        return finish(std::move(entry->cubin), std::move(entry->log), Origin::kShipped);
+      }
     }
   }
   const auto version = nvrtc_version();
@@ -83,6 +84,16 @@ Result<Compiled> compile(const KernelSpec& spec, Lookup lookup) {
   if (!output.ok()) return output.error();
   write_cache(key, {output->cubin, output->log});
   return finish(std::move(output->cubin), std::move(output->log), Origin::kCompiled);
+}
+
+Result<Compiled> ship(const KernelSpec& spec, const std::string& folder, Lookup lookup) {
+  auto compiled = compile(spec, lookup);
+  if (!compiled.ok()) return compiled.error();
+  const auto key = shipped_key(spec);
+  if (!key.ok()) return key.error();
+  const Status written = write_shipped(folder, *key, {compiled->cubin, compiled->log});
+  if (!written.ok()) return written.error();
+  return compiled;
 }
 
 }  // namespace tk::runtime

@@ -22,6 +22,9 @@ enum class Lookup { kAllowed, kSkipped };
 // Needs no GPU. With Lookup::kSkipped it compiles whatever is there already, and keeps the result.
 Result<Compiled> compile(const KernelSpec& spec, Lookup lookup = Lookup::kAllowed);
 
+// The same, and writes the result to `folder`, from where set_shipped_dirs lets it be found.
+Result<Compiled> ship(const KernelSpec& spec, const std::string& folder, Lookup lookup);
+
 // The names under which a kernel is shipped and kept; for tests and tools.
 struct KernelKeys {
   std::string shipped;  // digest of sources, translation unit and options

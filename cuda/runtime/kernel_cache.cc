@@ -102,6 +102,23 @@ bool written_by_owner_only(const struct stat& info) {
 
 // -- The folder -----------------------------------------------------------------------------------
 
+// In one step, so that no reader sees half of it. Says why it cannot be written.
+std::string write_entry(const FileDescriptor& folder, const std::string& key,
+                        const CacheEntry& entry, mode_t mode) {
+  static std::atomic<int> counter = 0;
+  const std::string temporary =
+      "." + key + "." + std::to_string(getpid()) + "." + std::to_string(counter++) + ".tmp";
+  const FileDescriptor file(openat(folder.get(), temporary.c_str(),
+                                   O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode));
+  const bool written =
+      file.open() && write_all(file.get(), serialize(key, entry)) &&
+      renameat(folder.get(), temporary.c_str(), folder.get(), (key + kExtension).c_str()) == 0;
+  if (written) return "";
+  const std::string reason = std::strerror(errno);
+  if (file.open()) unlinkat(folder.get(), temporary.c_str(), 0);
+  return reason;
+}
+
 std::string chosen_path() {
   std::string path = settings().cache_dir.value_or(environment("TK_JAX_CACHE_DIR"));
   if (settings().cache_dir.has_value() || !path.empty()) return path == "off" ? "" : path;
@@ -180,18 +197,8 @@ void write_cache(const std::string& key, const CacheEntry& entry) {
   CacheInfo info;
   const FileDescriptor folder = open_folder(info);
   if (!folder.open()) return;
-
-  static std::atomic<int> counter = 0;
-  const std::string temporary =
-      "." + key + "." + std::to_string(getpid()) + "." + std::to_string(counter++) + ".tmp";
-  const FileDescriptor file(openat(folder.get(), temporary.c_str(),
-                                   O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600));
-  const bool written =
-      file.open() && write_all(file.get(), serialize(key, entry)) &&
-      renameat(folder.get(), temporary.c_str(), folder.get(), (key + kExtension).c_str()) == 0;
-  if (written) return;
-  const std::string reason = std::strerror(errno);
-  if (file.open()) unlinkat(folder.get(), temporary.c_str(), 0);
+  const std::string reason = write_entry(folder, key, entry, 0600);
+  if (reason.empty()) return;
   warn_once("compiled kernels cannot be kept in " + info.path + ": " + reason +
             ". They are compiled again in every process.");
 }
@@ -202,6 +209,20 @@ std::optional<CacheEntry> read_shipped(const std::string& folder, const std::str
   if (!file.open()) return std::nullopt;
   const std::optional<std::string> text = read_all(file.get());
   return text ? parse(key, *text) : std::nullopt;
+}
+
+Status write_shipped(const std::string& folder, const std::string& key, const CacheEntry& entry) {
+  const auto failed = [&](const std::string& reason) {
+    return Error{ErrorKind::kFailedPrecondition,
+                 "compiled kernels cannot be written to " + folder + ": " + reason};
+  };
+  std::error_code error;
+  fs::create_directories(folder, error);
+  if (error) return failed(error.message());
+  const FileDescriptor opened(open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!opened.open()) return failed(std::strerror(errno));
+  const std::string reason = write_entry(opened, key, entry, 0644);
+  return reason.empty() ? Status() : failed(reason);
 }
 
 }  // namespace tk::runtime

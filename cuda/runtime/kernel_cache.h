@@ -7,6 +7,8 @@
 #include <optional>
 #include <string>
 
+#include "runtime/status.h"
+
 namespace tk::runtime {
 
 struct CacheEntry {
@@ -32,7 +34,8 @@ std::optional<CacheEntry> read_cache(const std::string& key);
 // next process compiles again.
 void write_cache(const std::string& key, const CacheEntry& entry);
 
-// The same file format in a folder that came with the package.
+// The same file format in a folder that came with the package, or that the user names.
 std::optional<CacheEntry> read_shipped(const std::string& folder, const std::string& key);
+Status write_shipped(const std::string& folder, const std::string& key, const CacheEntry& entry);
 
 }  // namespace tk::runtime

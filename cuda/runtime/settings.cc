@@ -28,9 +28,9 @@ void set_source_root(std::string path) {
   storage().source_root = std::move(path);
 }
 
-void set_shipped_dir(std::string path) {
+void set_shipped_dirs(std::vector<std::string> folders) {
   std::lock_guard lock(mutex);
-  storage().shipped_dir = std::move(path);
+  storage().shipped_dirs = std::move(folders);
 }
 
 void set_nvrtc_paths(std::vector<std::string> folders) {

@@ -8,16 +8,16 @@
 namespace tk::runtime {
 
 struct Settings {
-  std::string source_root;               // holds include/ and kernels/
-  std::string shipped_dir;               // cubins built with the package; may be empty
-  std::vector<std::string> nvrtc_paths;  // folders that may hold libnvrtc, in order
-  std::optional<std::string> cache_dir;  // unset: from the environment; empty: no cache
+  std::string source_root;                // holds include/ and kernels/
+  std::vector<std::string> shipped_dirs;  // cubins compiled beforehand, in order
+  std::vector<std::string> nvrtc_paths;   // folders that may hold libnvrtc, in order
+  std::optional<std::string> cache_dir;   // unset: from the environment; empty: no cache
 };
 
 Settings settings();
 
 void set_source_root(std::string path);
-void set_shipped_dir(std::string path);
+void set_shipped_dirs(std::vector<std::string> folders);
 void set_nvrtc_paths(std::vector<std::string> folders);
 void set_cache_dir(std::optional<std::string> path);
 

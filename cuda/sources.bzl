@@ -1,0 +1,65 @@
+"""What both builds compile: CMakeLists.txt reads these lists too.
+
+Only lists of paths below this folder, one a line.
+"""
+
+# The handlers of the ops, and the kernels that they choose: for the GPU and for the interpreter.
+OP_SOURCES = [
+    "ffi/attention.cc",
+    "ffi/attention_kernels.cc",
+    "ffi/ffi_util.cc",
+    "ffi/kernel.cc",
+    "ffi/matmul.cc",
+    "ffi/matmul_kernels.cc",
+]
+
+# What a specialisation is, and where compiled ones are kept, without anything that runs them.
+SPEC_SOURCES = [
+    "runtime/kernel_cache.cc",
+    "runtime/kernel_spec.cc",
+    "runtime/settings.cc",
+    "runtime/sha256.cc",
+]
+
+# Compiles, finds and launches kernels.
+RUNTIME_SOURCES = [
+    "runtime/compile.cc",
+    "runtime/driver.cc",
+    "runtime/kernel.cc",
+    "runtime/launch.cc",
+    "runtime/nvrtc.cc",
+    "runtime/tensor_map.cc",
+]
+
+# The Python module _extension: these, and those of the ops, the specialisations and the runtime.
+EXTENSION_SOURCES = [
+    "ffi/module.cc",
+]
+
+# The interpreter itself, which knows no op.
+INTERPRETER_SOURCES = [
+    "interpreter/accesses.cc",
+    "interpreter/barriers.cc",
+    "interpreter/clock.cc",
+    "interpreter/copies.cc",
+    "interpreter/crew.cc",
+    "interpreter/current.cc",
+    "interpreter/fiber.cc",
+    "interpreter/grid.cc",
+    "interpreter/machine.cc",
+    "interpreter/memory.cc",
+    "interpreter/registry.cc",
+    "interpreter/report.cc",
+    "interpreter/shadow.cc",
+    "interpreter/tensor_map.cc",
+]
+
+# The Python module _interpreter: these, and those of the ops, the specialisations and the interpreter.
+INTERPRETER_MODULE_SOURCES = [
+    "interpreter/ffi/compile.cc",
+    "interpreter/ffi/module.cc",
+    "interpreter/ffi/runtime.cc",
+    "interpreter/kernels/attention_backward.cc",
+    "interpreter/kernels/attention_forward.cc",
+    "interpreter/kernels/matmul.cc",
+]

@@ -1,0 +1,59 @@
+#!/bin/sh
+# Builds and tests everything with Bazel, this workspace and the example beside it, without network.
+#
+#   scripts/bazel_test.sh PYTHON       an interpreter with what the extra "test" names
+#
+# Installs Debian's Bazel where there is none and this may. Where it cannot be had, says so and how
+# many test targets that leaves out, and succeeds.
+set -eu
+cd "$(dirname "$0")/.."
+
+mkdir -p build
+TK_PYTHON="$1"
+export TK_PYTHON
+
+skip() {
+  # Those without the tag "slow".
+  slow=$(sed -n '/^_XLA_ALONE/,/^]/s/.*"\(test_.*\)".*/-e \1.py/p' tests/BUILD.bazel)
+  count=$(ls tests/test_*.py tests/interpreter/*.cc bazel/*_test.py examples/bazel_workspace/*_test.py |
+    grep -v -e _gpu -e test_mutations $slow | wc -l)
+  echo "Bazel: $count test targets skipped: $1"
+  exit 0
+}
+
+if ! command -v bazel >/dev/null; then
+  command -v apt-get >/dev/null || skip "there is no bazel, and no apt-get to install it with"
+  [ "$(id -u)" = 0 ] || skip "there is no bazel; install it: sudo apt-get install bazel-bootstrap"
+  echo "Bazel: installing Debian's bazel-bootstrap"
+  { apt-get update && apt-get install --yes --no-install-recommends bazel-bootstrap; } \
+    >build/bazel-install.log 2>&1 ||
+    skip "bazel-bootstrap cannot be installed (build/bazel-install.log)"
+fi
+
+# BUILD files are formatted by buildifier, which comes from npm.
+buildifier=build/buildifier/node_modules/.bin/buildifier
+install_buildifier() {
+  command -v npm >/dev/null &&
+    npm install --silent --no-save --prefix build/buildifier @bazel/buildifier@8.2.1
+}
+if [ -x "$buildifier" ] || install_buildifier; then
+  git ls-files '*.bzl' '*.bazel' WORKSPACE '*/WORKSPACE' |
+    xargs "$buildifier" -mode=check -lint=warn \
+      -warnings=-native-py,-native-cc-common,-native-cc-info,-unnamed-macro
+else
+  echo "Bazel: BUILD files not linted: buildifier cannot be installed from npm"
+fi
+
+# A server from before would be reached over a network that is about to be gone.
+run() {
+  (cd "$1" && bazel shutdown >/dev/null 2>&1 || true)
+  if unshare --net true 2>/dev/null; then
+    unshare --net "$TK_PYTHON" scripts/loopback.py sh -c "cd $1 && bazel test //... && bazel shutdown"
+  else
+    echo "Bazel: tests have no network; building them has, as unshare is not permitted here"
+    (cd "$1" && bazel test //... && bazel shutdown)
+  fi
+}
+
+run .
+run examples/bazel_workspace

@@ -1,0 +1,117 @@
+"""CMake and Bazel build the same: what each compiles into the two modules."""
+
+import ast
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).absolute().parent.parent
+# By the rules of cuda/BUILD.bazel that hold their sources.
+MODULES = {"_extension": "extension", "_interpreter": "interpreter_module"}
+
+
+@pytest.fixture(scope="module")
+def cmake(tmp_path_factory) -> dict[str, dict[str, str]]:
+    """{module: {source below cuda/: command}}, asked of CMake itself."""
+    folder = tmp_path_factory.mktemp("cmake")
+    subprocess.run(
+        [
+            "cmake",
+            *("-S", ROOT, "-B", folder, "-G", "Unix Makefiles"),
+            "-DSKBUILD=1",
+            "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"PATH": f"{_programs()}{os.pathsep}{os.environ['PATH']}"},
+    )
+    modules = {name: {} for name in MODULES}
+    for entry in json.loads((folder / "compile_commands.json").read_text()):
+        # CMakeFiles/_extension.dir/cuda/ffi/module.cc.o
+        _, target, *path = pathlib.PurePath(entry["output"]).with_suffix("").parts
+        if path[0] == "cuda":
+            modules[target.removesuffix(".dir")]["/".join(path[1:])] = entry["command"]
+    return modules
+
+
+def _programs() -> str:
+    import cmake
+
+    return cmake.CMAKE_BIN_DIR
+
+
+def lists() -> dict[str, list[str]]:
+    """The lists of cuda/sources.bzl."""
+    tree = ast.parse((ROOT / "cuda" / "sources.bzl").read_text())
+    return {
+        statement.targets[0].id: ast.literal_eval(statement.value)
+        for statement in tree.body
+        if isinstance(statement, ast.Assign)
+    }
+
+
+def rules() -> dict[str, dict]:
+    """The rules of cuda/BUILD.bazel, which is Python but for what Bazel defines."""
+    found = {}
+
+    def rule(name="", **attributes):
+        found[name] = attributes
+
+    names = {"glob": lambda *_, **__: [], "load": rule_less, "package": rule_less}
+    names |= dict.fromkeys(("cc_library", "filegroup"), rule)
+    names |= {"exports_files": rule_less} | lists()
+    exec((ROOT / "cuda" / "BUILD.bazel").read_text(), names)
+    return found
+
+
+def rule_less(*_, **__):
+    pass
+
+
+def bazel(module: str) -> tuple[set[str], set[str]]:
+    """The sources and definitions of a module, those of its libraries included."""
+    known = rules()
+    sources, defines, todo = set(), set(), [MODULES[module]]
+    while todo:
+        attributes = known[todo.pop()]
+        sources |= {name for name in attributes.get("srcs", ()) if name.endswith(".cc")}
+        defines |= set(attributes.get("defines", ()))
+        todo += [name[1:] for name in attributes.get("deps", ()) if name[0] == ":"]
+    return sources, defines
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_both_compile_the_same(module, cmake):
+    sources, defines = bazel(module)
+    assert len(sources) > 10
+    assert sources == set(cmake[module])
+    for source, command in cmake[module].items():
+        given = {word[2:] for word in command.split() if word.startswith("-DTK_")}
+        assert given == defines, source
+
+
+def test_every_source_is_in_one_list():
+    listed = [path for paths in lists().values() for path in paths]
+    assert len(listed) == len(set(listed))
+    found = {
+        path.relative_to(ROOT / "cuda").as_posix()
+        for path in (ROOT / "cuda").rglob("*.cc")
+    }
+    assert found == set(listed)
+    assert all(paths == sorted(paths) for paths in lists().values())
+
+
+@pytest.mark.skipif("TEST_SRCDIR" not in os.environ, reason="Bazel makes the list")
+def test_bazel_agrees_with_this_reading_of_its_files():
+    text = (ROOT / "tests" / "linked_sources").read_text()
+    linked = {
+        label.removeprefix("//cuda:")
+        for label in text.split()
+        if label.startswith("//cuda:") and label.endswith(".cc")
+    }
+    assert linked == {source for module in MODULES for source in bazel(module)[0]}
