@@ -1,7 +1,6 @@
 """The shapes that attention is tested on, and its definition in NumPy and plain XLA."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,13 @@ class Case:
     mask: str = "full"  # full, causal or bottom_right
     dtype: str = "bf16"
     gain: float = 1.0  # multiplies q, k and v
+    window: tuple[int, int] | None = None  # keys seen before and after a query's own
+    bottom_right: bool = False  # with mask "full" and a window
 
     def __str__(self) -> str:
         gain = "" if self.gain == 1 else f"-x{self.gain:g}"
+        gain += "" if self.window is None else "-{}-{}".format(*self.window)
+        gain += "-bottom_right" if self.bottom_right else ""
         return (
             f"B{self.batch}-T{self.seqlen_q}-S{self.seqlen_kv}-H{self.num_heads}"
             f"-K{self.num_kv_heads}-D{self.head_dim}-{self.dtype}-{self.mask}{gain}"
@@ -33,8 +36,27 @@ class Case:
     @property
     def settings(self) -> dict:
         """Keyword arguments of ``tk_jax.attention``."""
-        align = "bottom_right" if self.mask == "bottom_right" else "top_left"
-        return {"is_causal": self.mask != "full", "causal_align": align}
+        return {
+            "is_causal": self.mask != "full",
+            "causal_align": "bottom_right" if self.offset else "top_left",
+            "local_window_size": self.window,
+        }
+
+    @property
+    def offset(self) -> int:
+        """Query i is at position i + this among the keys."""
+        aligned = self.bottom_right or self.mask == "bottom_right"
+        return self.seqlen_kv - self.seqlen_q if aligned else 0
+
+    def hidden(self) -> np.ndarray:
+        """Which keys a query does not see, [T, S]."""
+        position = np.arange(self.seqlen_q)[:, None] + self.offset
+        key = np.arange(self.seqlen_kv)[None, :]
+        hidden = (key > position) & (self.mask != "full")
+        if self.window is not None:
+            left, right = self.window
+            hidden |= (key < position - left) | (key > position + right)
+        return hidden
 
     @property
     def scores(self) -> int:
@@ -109,6 +131,17 @@ def _make_cases() -> list[Case]:
         Case(1, 193, 193, 2, 1, 128, "causal", gain=30),
         Case(1, 130, 520, 2, 2, 64, "full", gain=30),
         Case(1, 130, 520, 2, 2, 128, "full", gain=30),
+        # Windows: narrower and wider than blocks, past either end, with blind queries.
+        Case(1, 321, 321, 4, 2, 64, "causal", window=(64, 0)),
+        Case(1, 321, 321, 4, 2, 128, "causal", window=(100, 7)),
+        Case(1, 700, 700, 2, 1, 64, window=(127, 65)),
+        Case(1, 700, 700, 2, 1, 128, window=(0, 0)),
+        Case(2, 129, 500, 2, 2, 64, window=(40, 200), bottom_right=True),
+        Case(2, 500, 129, 2, 2, 128, window=(40, 30), bottom_right=True),
+        Case(1, 500, 129, 2, 1, 64, window=(40, 30)),
+        Case(1, 200, 600, 2, 1, 128, "bottom_right", window=(1000, 0)),
+        Case(1, 1025, 1025, 2, 1, 64, "causal", "fp16", window=(256, 0)),
+        Case(1, 1025, 1025, 2, 1, 128, "full", "fp16", window=(3, 300)),
         Case(1, 129, 129, 4, 2, 64, "causal", "fp16"),
         Case(1, 129, 129, 4, 2, 128, "causal", "fp16"),
         Case(2, 97, 300, 4, 1, 64, "full", "fp16"),
@@ -125,10 +158,7 @@ def reference_f64(case: Case, q, k, v, dout, dlse):
     """out, lse, dq, dk and dv in float64, head by head, by NumPy alone."""
     scale = case.head_dim**-0.5
     groups = case.num_heads // case.num_kv_heads
-    row = np.arange(case.seqlen_q)[:, None]
-    key = np.arange(case.seqlen_kv)[None, :]
-    offset = case.seqlen_kv - case.seqlen_q if case.mask == "bottom_right" else 0
-    hidden = (key > row + offset) if case.mask != "full" else np.zeros((1, 1), bool)
+    hidden = case.hidden()
     q, k, v, dout, dlse = (np.asarray(x, np.float64) for x in (q, k, v, dout, dlse))
     out, lse = np.zeros(q.shape), np.zeros(q.shape[:-1])
     dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
@@ -163,11 +193,11 @@ def low_precision(case: Case, q, k, v, dout, dlse):
     half an ulp of a score. The softmax is in float32. The gradients follow
     FlashAttention's formulas, which know the result only as it was rounded.
     """
-    return _low_precision(case.mask, *jax.device_put((q, k, v, dout, dlse)))
+    return _low_precision(*jax.device_put((case.hidden(), q, k, v, dout, dlse)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _low_precision(mask, q, k, v, dout, dlse):
+@jax.jit
+def _low_precision(hidden, q, k, v, dout, dlse):
     dtype = q.dtype
     batch, seqlen_q, num_heads, head_dim = q.shape
     seqlen_kv, num_kv_heads = k.shape[1:3]
@@ -191,9 +221,7 @@ def _low_precision(mask, q, k, v, dout, dlse):
 
     s = lax.optimization_barrier(dot("btkgd,bskd->bkgts", whole(q), whole(k)))
     s = s[..., :seqlen_q, :seqlen_kv] * head_dim**-0.5
-    if mask != "full":
-        offset = seqlen_kv - seqlen_q if mask == "bottom_right" else 0
-        s = jnp.where(jnp.tri(seqlen_q, seqlen_kv, offset, dtype=bool), s, -jnp.inf)
+    s = jnp.where(hidden, -jnp.inf, s)
     lse = jax.nn.logsumexp(s, axis=-1, keepdims=True)
     p = jnp.exp(s - jnp.where(lse == -jnp.inf, 0, lse))
     out = dot("bkgts,bskd->btkgd", p, v).astype(dtype)

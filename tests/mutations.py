@@ -49,7 +49,7 @@ def _matmul(what, old, new="", after="", file=_MATMUL):
     return Mutation(what, "matmul", file, old, new, after)
 
 
-_LOOP = "for (--block; block >= 0; --block) {"
+_LOOP = "for (--block; block >= tile.first_block; --block) {"
 _DK_WAIT = "warpgroup::mma_wait<0>(dk_acc, ds);"
 _Q_RELEASE = "release_q();"
 
@@ -99,8 +99,8 @@ MUTATIONS = [
     ),
     _forward(
         "the last block of keys is not loaded",
-        "int block = tile.kv_blocks - 1; block >= 0",
-        "int block = tile.kv_blocks - 2; block >= 0",
+        "int block = tile.end_block - 1; block >= tile.first_block",
+        "int block = tile.end_block - 2; block >= tile.first_block",
     ),
     _forward(
         "keys loaded one row too far",
@@ -115,8 +115,8 @@ MUTATIONS = [
     _forward("the first block is not masked", "mask(block);", after="release(k_state)"),
     _forward(
         "one block too many goes unmasked",
-        "keys.all / kBlockKv}",
-        "keys.all / kBlockKv + 1}",
+        "keys.all_end / kBlockKv}",
+        "keys.all_end / kBlockKv + 1}",
     ),
     _forward(
         "too few arrivals expected for q",
@@ -259,6 +259,11 @@ MUTATIONS = [
     ),
     _backward("delta of the wrong rows", "params.delta + row", "params.delta"),
     _backward("no mask", "if (masked) {", "if (false) {"),
+    _backward(
+        "keys before the window are seen",
+        "first_query + kBlockQ - 1 + params.first_offset > first_key",
+        "false",
+    ),
     _backward(
         "the last queries are left out",
         "return q_blocks - first_q_block(n);",

@@ -57,7 +57,9 @@ class Shape:
 
 def options(is_causal=False, bottom_right=False, deterministic=True, scale=0.125):
     return dataclasses.asdict(
-        attention.KernelOptions(scale, is_causal, bottom_right, deterministic)
+        attention.AttentionOptions(
+            scale, is_causal, bottom_right, deterministic
+        ).for_kernel()
     )
 
 

@@ -118,15 +118,14 @@ def _all_specialisations(tiles: Mapping[str, int]) -> Iterator[Specialisation]:
 def _attention_forward(
     dtype: str, tiles: Mapping[str, int]
 ) -> Iterator[Specialisation]:
-    for head_dim in attention_config.KERNEL_HEAD_DIMS:
-        chosen = attention_config.forward_configs(head_dim)
+    for head_dim, mask in itertools.product(
+        attention_config.KERNEL_HEAD_DIMS, attention_config.KERNEL_MASKS
+    ):
+        chosen = attention_config.forward_configs(head_dim, mask)
         # Tiles that are given replace those of every choice: one of them is enough.
-        for config, is_causal in itertools.product(
-            [_fields(x, tiles) for x in (chosen[:1] if tiles else chosen)],
-            (False, True),
-        ):
+        for config in (_fields(x, tiles) for x in (chosen[:1] if tiles else chosen)):
             for spec in _ffi.extension().attention_forward_specs(
-                dtype=dtype, head_dim=head_dim, is_causal=is_causal, config=config
+                dtype=dtype, head_dim=head_dim, mask=mask, config=config
             ):
                 yield Specialisation("attention_fwd", _words(config), spec)
 
@@ -134,15 +133,15 @@ def _attention_forward(
 def _attention_backward(
     dtype: str, tiles: Mapping[str, int]
 ) -> Iterator[Specialisation]:
-    for head_dim, is_causal, deterministic in itertools.product(
-        attention_config.KERNEL_HEAD_DIMS, (False, True), (True, False)
+    for head_dim, mask, deterministic in itertools.product(
+        attention_config.KERNEL_HEAD_DIMS, attention_config.KERNEL_MASKS, (True, False)
     ):
         config = _fields(attention_config.backward_config(head_dim), tiles)
         words = _words(config) + ("" if deterministic else " any-order")
         for spec in _ffi.extension().attention_backward_specs(
             dtype=dtype,
             head_dim=head_dim,
-            is_causal=is_causal,
+            mask=mask,
             deterministic=deterministic,
             config=config,
         ):

@@ -22,8 +22,21 @@ struct Sizes {
   std::int64_t batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads, head_dim;
 
   std::int64_t padded_q() const { return attention::padded_queries(seqlen_q); }
-  int causal_offset(const attention::Options& options) const {
-    return options.bottom_right ? static_cast<int>(seqlen_kv - seqlen_q) : 0;
+  // Query i sees keys from i + first_offset to i + last_offset; beyond -T and S no offset matters.
+  int first_offset(const attention::Options& o) const {
+    return offset(o, o.window_left >= 0, -o.window_left, -seqlen_q);
+  }
+  int last_offset(const attention::Options& o) const {
+    const bool ends = o.is_causal || o.window_right >= 0;
+    return offset(o, ends, o.is_causal ? 0 : o.window_right, seqlen_kv);
+  }
+
+ private:
+  int offset(const attention::Options& o, bool limited, std::int64_t by,
+             std::int64_t otherwise) const {
+    if (!limited) return static_cast<int>(otherwise);
+    const std::int64_t diagonal = o.bottom_right ? seqlen_kv - seqlen_q : 0;
+    return static_cast<int>(std::clamp(diagonal + by, -seqlen_q, seqlen_kv));
   }
 };
 
@@ -79,6 +92,10 @@ Status encode_rows(TensorMap* map, const AnyBuffer& buffer, const Sizes& s, std:
   return runtime::encode_tensor_map(map, buffer.untyped_data(), {s.dtype, dims, strides, box, 128});
 }
 
+attention::Mask mask_of(const attention::Options& options) {
+  return attention::mask_of(options.is_causal, options.window_left, options.window_right);
+}
+
 // The fields that ForwardParams and BackwardParams share.
 template <typename Params>
 void set_problem(Params* params, const Sizes& s, const attention::Options& options) {
@@ -87,7 +104,8 @@ void set_problem(Params* params, const Sizes& s, const attention::Options& optio
   params->seqlen_kv = static_cast<int>(s.seqlen_kv);
   params->num_heads = static_cast<int>(s.num_heads);
   params->num_kv_heads = static_cast<int>(s.num_kv_heads);
-  params->causal_offset = s.causal_offset(options);
+  params->first_offset = s.first_offset(options);
+  params->last_offset = s.last_offset(options);
   params->scale = options.scale;
 }
 
@@ -119,7 +137,7 @@ Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Optio
   }
   const auto empty = is_empty(s, /*backward=*/false);
   if (!empty.ok()) return empty.error();
-  return ForwardCall{s, {s.dtype, s.head_dim, options.is_causal, config}, *empty};
+  return ForwardCall{s, {s.dtype, s.head_dim, mask_of(options), config}, *empty};
 }
 
 Status initialize_forward(int device_ordinal, const ForwardBuffers& buffers,
@@ -220,7 +238,7 @@ Result<BackwardCall> read_backward(const BackwardBuffers& b, const attention::Op
   const auto empty = is_empty(s, /*backward=*/true);
   if (!empty.ok()) return empty.error();
   return BackwardCall{
-      s, {s.dtype, s.head_dim, options.is_causal, options.deterministic, config}, *empty};
+      s, {s.dtype, s.head_dim, mask_of(options), options.deterministic, config}, *empty};
 }
 
 Status initialize_backward(int device_ordinal, const BackwardBuffers& buffers,
@@ -257,7 +275,10 @@ Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream strea
   params.batch = static_cast<int>(s.batch);
   params.seqlen_q = static_cast<int>(s.seqlen_q);
   params.num_heads = static_cast<int>(s.num_heads);
-  params.zero_dq = !options.deterministic || (options.is_causal && s.causal_offset(options) < 0);
+  const bool blind_queries =
+      s.last_offset(options) < 0 || s.seqlen_q + s.first_offset(options) > s.seqlen_kv;
+  params.zero_dq =
+      !options.deterministic || (mask_of(options) != attention::Mask::kNone && blind_queries);
   return runtime::launch(kernel, stream,
                          {s.padded_q() / attention::kFragmentRows, s.num_heads, s.batch}, &params);
 }
@@ -266,7 +287,7 @@ Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream strea
 std::int64_t backward_blocks(const Sizes& s, const attention::Options& options,
                              std::int64_t key_blocks, std::int64_t multiprocessors) {
   const std::int64_t tiles = key_blocks * s.num_kv_heads * s.batch;
-  if (options.is_causal) return tiles;
+  if (mask_of(options) != attention::Mask::kNone) return tiles;
   if (!options.deterministic) return std::min(tiles, multiprocessors);
   const std::int64_t whole_heads = multiprocessors / key_blocks * key_blocks;
   return std::min({tiles, multiprocessors, std::max(key_blocks, whole_heads)});

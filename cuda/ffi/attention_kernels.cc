@@ -25,8 +25,15 @@ Status check_multiple(const char* name, std::int64_t value, std::int64_t multipl
 }
 
 // bf16 or fp16, and everything else that stands in a symbol: "d128_causal_bf16".
-std::string suffix(runtime::DataType dtype, std::int64_t head_dim, bool is_causal) {
-  return "d" + std::to_string(head_dim) + (is_causal ? "_causal_" : "_") + type_suffix(dtype);
+std::string suffix(runtime::DataType dtype, std::int64_t head_dim,
+                   attention::Mask mask = attention::Mask::kNone) {
+  const char* words[] = {"_", "_causal_", "_band_"};
+  return "d" + std::to_string(head_dim) + words[static_cast<int>(mask)] + type_suffix(dtype);
+}
+
+std::string mask_name(attention::Mask mask) {
+  const char* names[] = {"kNone", "kCausal", "kBand"};
+  return std::string("tk::attention::Mask::") + names[static_cast<int>(mask)];
 }
 
 std::string fragment_arguments(runtime::DataType dtype, std::int64_t head_dim) {
@@ -41,8 +48,8 @@ Result<KernelSpec> checked(KernelSpec spec) {
 }  // namespace
 
 KernelKey AttentionForwardKernel::key() const {
-  return {{0, static_cast<int>(dtype), head_dim, is_causal, config.block_q, config.block_kv,
-           config.stages}};
+  return {{0, static_cast<int>(dtype), head_dim, static_cast<int>(mask), config.block_q,
+           config.block_kv, config.stages}};
 }
 
 Result<KernelSpec> AttentionForwardKernel::spec() const {
@@ -54,10 +61,10 @@ Result<KernelSpec> AttentionForwardKernel::spec() const {
     return status.error();
   }
   KernelSpec spec;
-  spec.symbol = "tk_attention_fwd_" + suffix(dtype, head_dim, is_causal);
+  spec.symbol = "tk_attention_fwd_" + suffix(dtype, head_dim, mask);
   spec.header = "kernels/attention/forward.cuh";
   spec.function = std::string("tk::attention::forward<tk::attention::ForwardTraits<") +
-                  type_name(dtype) + ", " + std::to_string(head_dim) + ", " + bool_name(is_causal) +
+                  type_name(dtype) + ", " + std::to_string(head_dim) + ", " + mask_name(mask) +
                   ", " + std::to_string(config.block_q) + ", " + std::to_string(config.block_kv) +
                   ", " + std::to_string(config.stages) + ">>";
   spec.params_type = "tk::attention::ForwardParams";
@@ -71,8 +78,8 @@ KernelKey AttentionBackwardKernels::prepare_key() const {
 }
 
 KernelKey AttentionBackwardKernels::main_key() const {
-  return {{2, static_cast<int>(dtype), head_dim, is_causal, deterministic, config.block_q,
-           config.block_kv, config.stages}};
+  return {{2, static_cast<int>(dtype), head_dim, static_cast<int>(mask), deterministic,
+           config.block_q, config.block_kv, config.stages}};
 }
 
 KernelKey AttentionBackwardKernels::finish_key() const {
@@ -82,7 +89,7 @@ KernelKey AttentionBackwardKernels::finish_key() const {
 Result<KernelSpec> AttentionBackwardKernels::prepare_spec() const {
   if (Status status = check_common(dtype, head_dim); !status.ok()) return status.error();
   KernelSpec spec;
-  spec.symbol = "tk_attention_bwd_prepare_" + suffix(dtype, head_dim, false);
+  spec.symbol = "tk_attention_bwd_prepare_" + suffix(dtype, head_dim);
   spec.header = "kernels/attention/backward_prepare.cuh";
   spec.function = "tk::attention::backward_prepare" + fragment_arguments(dtype, head_dim);
   spec.params_type = "tk::attention::BackwardPrepareParams";
@@ -100,10 +107,10 @@ Result<KernelSpec> AttentionBackwardKernels::main_spec() const {
     return status.error();
   }
   KernelSpec spec;
-  spec.symbol = "tk_attention_bwd_" + suffix(dtype, head_dim, is_causal);
+  spec.symbol = "tk_attention_bwd_" + suffix(dtype, head_dim, mask);
   spec.header = "kernels/attention/backward.cuh";
   spec.function = std::string("tk::attention::backward<tk::attention::BackwardTraits<") +
-                  type_name(dtype) + ", " + std::to_string(head_dim) + ", " + bool_name(is_causal) +
+                  type_name(dtype) + ", " + std::to_string(head_dim) + ", " + mask_name(mask) +
                   ", " + bool_name(deterministic) + ", " + std::to_string(config.block_q) + ", " +
                   std::to_string(config.block_kv) + ", " + std::to_string(config.stages) + ">>";
   spec.params_type = "tk::attention::BackwardParams";
@@ -115,7 +122,7 @@ Result<KernelSpec> AttentionBackwardKernels::main_spec() const {
 Result<KernelSpec> AttentionBackwardKernels::finish_spec() const {
   if (Status status = check_common(dtype, head_dim); !status.ok()) return status.error();
   KernelSpec spec;
-  spec.symbol = "tk_attention_bwd_finish_" + suffix(dtype, head_dim, false);
+  spec.symbol = "tk_attention_bwd_finish_" + suffix(dtype, head_dim);
   spec.header = "kernels/attention/backward_finish.cuh";
   spec.function = "tk::attention::backward_finish" + fragment_arguments(dtype, head_dim);
   spec.params_type = "tk::attention::BackwardFinishParams";

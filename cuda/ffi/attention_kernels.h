@@ -11,7 +11,7 @@ namespace tk::ffi {
 struct AttentionForwardKernel {
   runtime::DataType dtype;
   std::int64_t head_dim;
-  bool is_causal;
+  attention::Mask mask;
   attention::ForwardConfig config;
 
   KernelKey key() const;
@@ -21,7 +21,7 @@ struct AttentionForwardKernel {
 struct AttentionBackwardKernels {
   runtime::DataType dtype;
   std::int64_t head_dim;
-  bool is_causal;
+  attention::Mask mask;
   bool deterministic;
   attention::BackwardConfig config;
 
@@ -37,7 +37,8 @@ struct AttentionBackwardKernels {
 
 TK_REGISTER_SETTINGS(tk::attention::Options, StructMember<float>("scale"),
                      StructMember<bool>("is_causal"), StructMember<bool>("bottom_right"),
-                     StructMember<bool>("deterministic"));
+                     StructMember<bool>("deterministic"), StructMember<std::int64_t>("window_left"),
+                     StructMember<std::int64_t>("window_right"));
 TK_REGISTER_SETTINGS(tk::attention::ForwardConfig, StructMember<std::int64_t>("block_q"),
                      StructMember<std::int64_t>("block_kv"), StructMember<std::int64_t>("stages"));
 TK_REGISTER_SETTINGS(tk::attention::BackwardConfig, StructMember<std::int64_t>("block_q"),

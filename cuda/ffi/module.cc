@@ -95,26 +95,33 @@ runtime::DataType to_dtype(const std::string& name) {
   throw nb::value_error(("dtype " + name + "; expected bfloat16 or float16").c_str());
 }
 
+attention::Mask to_mask(const std::string& name) {
+  if (name == "none") return attention::Mask::kNone;
+  if (name == "causal") return attention::Mask::kCausal;
+  if (name == "band") return attention::Mask::kBand;
+  throw nb::value_error(("mask " + name + "; expected none, causal or band").c_str());
+}
+
 long field(const nb::dict& config, const char* name) { return nb::cast<long>(config[name]); }
 
-nb::list attention_forward_specs(const std::string& dtype, long head_dim, bool is_causal,
+nb::list attention_forward_specs(const std::string& dtype, long head_dim, const std::string& mask,
                                  const nb::dict& config) {
   const AttentionForwardKernel kernel{
       to_dtype(dtype),
       head_dim,
-      is_causal,
+      to_mask(mask),
       {field(config, "block_q"), field(config, "block_kv"), field(config, "stages")}};
   nb::list specs;
   specs.append(to_dict(kernel.spec()));
   return specs;
 }
 
-nb::list attention_backward_specs(const std::string& dtype, long head_dim, bool is_causal,
+nb::list attention_backward_specs(const std::string& dtype, long head_dim, const std::string& mask,
                                   bool deterministic, const nb::dict& config) {
   const AttentionBackwardKernels kernels{
       to_dtype(dtype),
       head_dim,
-      is_causal,
+      to_mask(mask),
       deterministic,
       {field(config, "block_q"), field(config, "block_kv"), field(config, "stages")}};
   nb::list specs;
@@ -235,9 +242,9 @@ NB_MODULE(_extension, module) {
   module.def("set_cache_dir", &runtime::set_cache_dir, "path"_a.none());
 
   module.def("attention_forward_specs", &attention_forward_specs, nb::kw_only(), "dtype"_a,
-             "head_dim"_a, "is_causal"_a, "config"_a);
+             "head_dim"_a, "mask"_a, "config"_a);
   module.def("attention_backward_specs", &attention_backward_specs, nb::kw_only(), "dtype"_a,
-             "head_dim"_a, "is_causal"_a, "deterministic"_a, "config"_a);
+             "head_dim"_a, "mask"_a, "deterministic"_a, "config"_a);
   module.def("matmul_specs", &matmul_specs, nb::kw_only(), "dtype"_a, "transpose_a"_a,
              "transpose_b"_a, "config"_a);
 

@@ -9,10 +9,12 @@
 
 namespace tk::check {
 
+// Offsets that hide nothing.
+constexpr int kNoFirst = -(1 << 20), kNoLast = 1 << 20;
+
 struct Attention {
   int batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads, head_dim;
-  bool is_causal;
-  int causal_offset;
+  int first_offset, last_offset;  // query i sees keys from i + first_offset to i + last_offset
 
   float scale() const { return 1.0f / std::sqrt(static_cast<float>(head_dim)); }
   std::size_t q_size() const {
@@ -54,18 +56,18 @@ ExactAttention exact_attention(const Attention& s, const Array<T>& q, const Arra
           return ((static_cast<std::size_t>(b) * s.seqlen_kv + j) * s.num_kv_heads + h / group) *
                  depth;
         };
-        const int seen =
-            s.is_causal ? std::clamp(i + s.causal_offset + 1, 0, s.seqlen_kv) : s.seqlen_kv;
+        const int first = std::clamp(i + s.first_offset, 0, s.seqlen_kv);
+        const int end = std::max(first, std::clamp(i + s.last_offset + 1, 0, s.seqlen_kv));
         double top = -std::numeric_limits<double>::infinity(), sum = 0;
-        for (int j = 0; j < seen; ++j) {
+        for (int j = first; j < end; ++j) {
           p[j] = 0;
           for (int d = 0; d < depth; ++d) p[j] += double(q[row * depth + d]) * k[key(j) + d];
           p[j] *= s.scale();
           top = std::max(top, p[j]);
         }
-        for (int j = 0; j < seen; ++j) sum += std::exp(p[j] - top);
-        r.lse[row] = seen == 0 ? top : top + std::log(sum);
-        for (int j = 0; j < seen; ++j) {
+        for (int j = first; j < end; ++j) sum += std::exp(p[j] - top);
+        r.lse[row] = first == end ? top : top + std::log(sum);
+        for (int j = first; j < end; ++j) {
           p[j] = std::exp(p[j] - r.lse[row]);
           for (int d = 0; d < depth; ++d) r.out[row * depth + d] += p[j] * v[key(j) + d];
         }
@@ -74,7 +76,7 @@ ExactAttention exact_attention(const Attention& s, const Array<T>& q, const Arra
         for (int d = 0; d < depth; ++d) {
           delta += r.out[row * depth + d] * (*dout)[row * depth + d];
         }
-        for (int j = 0; j < seen; ++j) {
+        for (int j = first; j < end; ++j) {
           double dp_j = 0;
           for (int d = 0; d < depth; ++d) dp_j += double((*dout)[row * depth + d]) * v[key(j) + d];
           const double ds = p[j] * (dp_j - delta) * s.scale();

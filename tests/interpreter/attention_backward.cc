@@ -13,12 +13,12 @@ struct Problem {
   ExactAttention exact;
 };
 
-template <bool kCausal, bool kDeterministic, int kDepth>
+template <attention::Mask kMask, bool kDeterministic, int kDepth>
 std::string check_backward(const Attention& s, std::uint64_t seed) {
   constexpr int kBlockQ = kDepth == 64 ? 128 : 64, kBlockKv = 128;
   constexpr int kMultiprocessors = 4;
   using Traits =
-      attention::BackwardTraits<bf16, kDepth, kCausal, kDeterministic, kBlockQ, kBlockKv, 2>;
+      attention::BackwardTraits<bf16, kDepth, kMask, kDeterministic, kBlockQ, kBlockKv, 2>;
   const std::size_t padded = attention::padded_queries(s.seqlen_q);
   const std::size_t padded_rows = s.batch * s.num_heads * padded;
   Array<bf16> q("q", s.q_size()), k("k", s.kv_size()), v("v", s.kv_size()), out("out", s.q_size()),
@@ -69,7 +69,8 @@ std::string check_backward(const Attention& s, std::uint64_t seed) {
     params.batch = s.batch;
     params.seqlen_q = s.seqlen_q;
     params.num_heads = s.num_heads;
-    params.zero_dq = !kDeterministic || (s.is_causal && s.causal_offset < 0);
+    params.zero_dq =
+        !kDeterministic || s.last_offset < 0 || s.seqlen_q + s.first_offset > s.seqlen_kv;
     launch.kernel = "tk_attention_bwd_prepare";
     launch.entry =
         entry<attention::backward_prepare<bf16, kDepth>, attention::BackwardPrepareParams>;
@@ -98,7 +99,8 @@ std::string check_backward(const Attention& s, std::uint64_t seed) {
     params.seqlen_kv = s.seqlen_kv;
     params.num_heads = s.num_heads;
     params.num_kv_heads = s.num_kv_heads;
-    params.causal_offset = s.causal_offset;
+    params.first_offset = s.first_offset;
+    params.last_offset = s.last_offset;
     params.scale = s.scale();
     const int key_blocks = ceil_div(s.seqlen_kv, kBlockKv);
     const int tiles = key_blocks * s.num_kv_heads * s.batch;
@@ -111,7 +113,8 @@ std::string check_backward(const Attention& s, std::uint64_t seed) {
     launch.kernel = "tk_attention_bwd";
     launch.entry = entry<attention::backward<Traits>, attention::BackwardParams>;
     launch.params = &params;
-    launch.grid[0] = kCausal ? tiles : min(tiles, min(kMultiprocessors, whole_heads));
+    launch.grid[0] =
+        kMask != attention::Mask::kNone ? tiles : min(tiles, min(kMultiprocessors, whole_heads));
     launch.grid[1] = launch.grid[2] = 1;
     launch.threads = attention::backward_threads(kBlockKv);
     launch.shared_bytes = attention::backward_shared_bytes(kDepth, {kBlockQ, kBlockKv, 2});
@@ -153,12 +156,15 @@ std::string check_backward(const Attention& s, std::uint64_t seed) {
 }
 
 std::string check_all(std::uint64_t seed) {
-  std::string wrong = check_backward<true, true, 64>({1, 200, 300, 2, 1, 64, true, 100}, seed);
+  using attention::Mask;
+  std::string wrong =
+      check_backward<Mask::kCausal, true, 64>({1, 200, 300, 2, 1, 64, kNoFirst, 100}, seed);
   if (wrong.empty()) {
-    wrong = check_backward<false, true, 128>({1, 200, 390, 2, 2, 128, false, 0}, seed);
+    wrong =
+        check_backward<Mask::kNone, true, 128>({1, 200, 390, 2, 2, 128, kNoFirst, kNoLast}, seed);
   }
   if (wrong.empty()) {
-    wrong = check_backward<true, false, 64>({1, 200, 130, 1, 1, 64, true, -70}, seed);
+    wrong = check_backward<Mask::kBand, false, 64>({1, 300, 330, 1, 1, 64, -140, -70}, seed);
   }
   return wrong;
 }

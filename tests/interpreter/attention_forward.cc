@@ -1,4 +1,4 @@
-// Runs attention's forward kernel in the interpreter: odd lengths, grouped heads, both masks.
+// Runs attention's forward kernel in the interpreter: odd lengths, grouped heads, every mask.
 #include "interpreter/launch.h"
 #include "kernels/attention/forward.cuh"
 #include "tests/interpreter/attention.h"
@@ -6,9 +6,9 @@
 namespace tk::check {
 namespace {
 
-template <bool kCausal, int kBlockQ, int kBlockKv>
+template <attention::Mask kMask, int kBlockQ, int kBlockKv>
 std::string check_forward(const Attention& s, int blocks, float gain, std::uint64_t seed) {
-  using Traits = attention::ForwardTraits<bf16, 64, kCausal, kBlockQ, kBlockKv, 2>;
+  using Traits = attention::ForwardTraits<bf16, 64, kMask, kBlockQ, kBlockKv, 2>;
   Array<bf16> q("q", s.q_size()), k("k", s.kv_size()), v("v", s.kv_size()), out("out", s.q_size());
   Array<float> lse("lse", s.rows());
   q.fill_normal(1);
@@ -25,7 +25,8 @@ std::string check_forward(const Attention& s, int blocks, float gain, std::uint6
   params.seqlen_kv = s.seqlen_kv;
   params.num_heads = s.num_heads;
   params.num_kv_heads = s.num_kv_heads;
-  params.causal_offset = s.causal_offset;
+  params.first_offset = s.first_offset;
+  params.last_offset = s.last_offset;
   params.scale = s.scale();
 
   interpreter::Memory memory;
@@ -52,12 +53,15 @@ std::string check_forward(const Attention& s, int blocks, float gain, std::uint6
 
 // The gain makes scores large enough for running sums to need corrections.
 std::string check_all(std::uint64_t seed) {
-  std::string wrong = check_forward<true, 128, 64>({1, 200, 200, 2, 1, 64, true, 0}, 2, 10, seed);
+  using attention::Mask;
+  std::string wrong =
+      check_forward<Mask::kCausal, 128, 64>({1, 200, 200, 2, 1, 64, kNoFirst, 0}, 2, 10, seed);
   if (wrong.empty()) {
-    wrong = check_forward<false, 128, 64>({1, 70, 210, 2, 2, 64, false, 0}, 1, 1, seed);
+    wrong =
+        check_forward<Mask::kNone, 128, 64>({1, 70, 210, 2, 2, 64, kNoFirst, kNoLast}, 1, 1, seed);
   }
   if (wrong.empty()) {
-    wrong = check_forward<true, 192, 128>({1, 210, 137, 1, 1, 64, true, -73}, 1, 1, seed);
+    wrong = check_forward<Mask::kBand, 192, 128>({1, 210, 301, 1, 1, 64, -113, -73}, 1, 1, seed);
   }
   return wrong;
 }

@@ -16,23 +16,23 @@ template <typename T>
 constexpr runtime::DataType kDataType =
     kSame<T, bf16> ? runtime::DataType::kBFloat16 : runtime::DataType::kFloat16;
 
-template <typename T, int kHeadDim, bool kCausal, bool kDeterministic, int kBlockQ>
+template <typename T, int kHeadDim, Mask kMask, bool kDeterministic, int kBlockQ>
 ffi::AttentionBackwardKernels register_main() {
   const ffi::AttentionBackwardKernels kernels = {
-      kDataType<T>, kHeadDim, kCausal, kDeterministic, {kBlockQ, 128, 2}};
+      kDataType<T>, kHeadDim, kMask, kDeterministic, {kBlockQ, 128, 2}};
   Registration(
       *kernels.main_spec(),
-      run_kernel<backward<BackwardTraits<T, kHeadDim, kCausal, kDeterministic, kBlockQ, 128, 2>>,
+      run_kernel<backward<BackwardTraits<T, kHeadDim, kMask, kDeterministic, kBlockQ, 128, 2>>,
                  BackwardParams>);
   return kernels;
 }
 
 template <typename T, int kHeadDim, int kBlockQ>
 bool register_head_dim() {
-  register_main<T, kHeadDim, false, false, kBlockQ>();
-  register_main<T, kHeadDim, false, true, kBlockQ>();
-  register_main<T, kHeadDim, true, false, kBlockQ>();
-  const auto kernels = register_main<T, kHeadDim, true, true, kBlockQ>();
+  register_main<T, kHeadDim, Mask::kNone, false, kBlockQ>();
+  register_main<T, kHeadDim, Mask::kNone, true, kBlockQ>();
+  register_main<T, kHeadDim, Mask::kCausal, false, kBlockQ>();
+  const auto kernels = register_main<T, kHeadDim, Mask::kCausal, true, kBlockQ>();
   Registration(*kernels.prepare_spec(),
                run_kernel<backward_prepare<T, kHeadDim>, BackwardPrepareParams>);
   Registration(*kernels.finish_spec(),

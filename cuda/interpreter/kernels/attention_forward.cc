@@ -14,25 +14,26 @@ template <typename T>
 constexpr runtime::DataType kDataType =
     kSame<T, bf16> ? runtime::DataType::kBFloat16 : runtime::DataType::kFloat16;
 
-template <typename T, int kHeadDim, bool kCausal, int kBlockQ, int kBlockKv>
+template <typename T, int kHeadDim, Mask kMask, int kBlockQ, int kBlockKv>
 void register_one() {
   const ffi::AttentionForwardKernel kernel = {
-      kDataType<T>, kHeadDim, kCausal, {kBlockQ, kBlockKv, 2}};
-  Registration(*kernel.spec(),
-               run_kernel<forward<ForwardTraits<T, kHeadDim, kCausal, kBlockQ, kBlockKv, 2>>,
-                          ForwardParams>);
+      kDataType<T>, kHeadDim, kMask, {kBlockQ, kBlockKv, 2}};
+  Registration(
+      *kernel.spec(),
+      run_kernel<forward<ForwardTraits<T, kHeadDim, kMask, kBlockQ, kBlockKv, 2>>, ForwardParams>);
 }
 
-template <typename T, bool kCausal>
+template <typename T, Mask kMask>
 bool register_tiles() {
-  register_one<T, 64, kCausal, 192, 128>();
-  register_one<T, 128, kCausal, 128, 128>();
-  register_one<T, 128, kCausal, 128, 160>();
+  register_one<T, 64, kMask, 192, 128>();
+  register_one<T, 128, kMask, 128, 128>();
+  register_one<T, 128, kMask, 128, 160>();
   return true;
 }
 
-const bool kRegistered[] = {register_tiles<bf16, false>(), register_tiles<bf16, true>(),
-                            register_tiles<fp16, false>(), register_tiles<fp16, true>()};
+const bool kRegistered[] = {
+    register_tiles<bf16, Mask::kNone>(), register_tiles<bf16, Mask::kCausal>(),
+    register_tiles<fp16, Mask::kNone>(), register_tiles<fp16, Mask::kCausal>()};
 
 }  // namespace
 }  // namespace tk::attention

@@ -14,7 +14,17 @@ struct Options {
   bool is_causal;      // query i sees key j only if j <= i + offset
   bool bottom_right;   // offset is S - T if set, otherwise 0
   bool deterministic;  // dq is summed over key blocks in a fixed order
+  // Query i sees key j only if i + offset - left <= j <= i + offset + right; negative: no such end.
+  long window_left, window_right;
 };
+
+// Which keys a query may see: all; those up to one that moves with it; those between two.
+enum class Mask { kNone, kCausal, kBand };
+
+constexpr Mask mask_of(bool is_causal, long window_left, long window_right) {
+  if (window_left >= 0) return Mask::kBand;
+  return is_causal || window_right >= 0 ? Mask::kCausal : Mask::kNone;
+}
 
 // How the forward pass is computed. Fields match AttentionForwardConfig.
 struct ForwardConfig {
@@ -44,7 +54,7 @@ constexpr long padded_queries(long seqlen_q) {
 
 // -- Forward ------------------------------------------------------------------------------------
 // Kernel: "kernels/attention/forward.cuh"
-//   tk::attention::forward<tk::attention::ForwardTraits<T, D, kCausal, kBlockQ, kBlockKv, kStages>>
+//   tk::attention::forward<tk::attention::ForwardTraits<T, D, kMask, kBlockQ, kBlockKv, kStages>>
 // with T one of tk::bf16, tk::fp16. Grid: min(multiprocessors, tiles) blocks, where
 // tiles = ceil(T / block_q) * H * B.
 struct ForwardParams {
@@ -56,7 +66,7 @@ struct ForwardParams {
   TensorMap out;  // rows = 64
   float* lse;     // [B, T, H], natural log
   int batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads;
-  int causal_offset;  // 0 or S - T; unused without is_causal
+  int first_offset, last_offset;  // query i sees keys from i + first_offset to i + last_offset
   float scale;
 };
 
@@ -89,7 +99,7 @@ struct BackwardPrepareParams {
   int* dq_order;        // zeroed here
   int batch, seqlen_q, num_heads;
   // Set where no block is the first to write a query's dq: not deterministic, so that every block
-  // adds, in any order; or is_causal with causal_offset < 0, so that some queries see no key.
+  // adds, in any order; or because some queries may see no key.
   bool zero_dq;
 };
 constexpr int backward_prepare_shared_bytes(long head_dim) {
@@ -97,10 +107,10 @@ constexpr int backward_prepare_shared_bytes(long head_dim) {
 }
 
 // Kernel: "kernels/attention/backward.cuh"
-//   tk::attention::backward<tk::attention::BackwardTraits<T, D, kCausal, kDeterministic, kBlockQ,
+//   tk::attention::backward<tk::attention::BackwardTraits<T, D, kMask, kDeterministic, kBlockQ,
 //                                                          kBlockKv, kStages>>
 // Grid: with key_blocks = ceil(S / block_kv), tiles = key_blocks * K * B and SMs multiprocessors,
-//   is_causal                     tiles: blocks start in index order as multiprocessors become free
+//   a mask                        tiles: blocks start in index order as multiprocessors become free
 //   otherwise, not deterministic  min(tiles, SMs)
 //   otherwise                     min(tiles, max(key_blocks, SMs / key_blocks * key_blocks)), at
 //                                 most SMs: all key blocks of a head run at once, since each waits
@@ -115,7 +125,7 @@ struct BackwardParams {
   float* dq_acc;
   int* dq_order;
   int batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads;
-  int causal_offset;
+  int first_offset, last_offset;
   // What follows from the sizes comes ready made: the copying warps have few registers.
   int padded_q;  // padded_queries(T)
   int q_blocks, kv_blocks;

@@ -25,12 +25,12 @@
 
 namespace tk::attention {
 
-template <typename T_, int kHeadDim_, bool kCausal_, bool kDeterministic_, int kBlockQ_,
+template <typename T_, int kHeadDim_, Mask kMask_, bool kDeterministic_, int kBlockQ_,
           int kBlockKv_, int kStages_>
 struct BackwardTraits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kCausal = kCausal_;
+  static constexpr Mask kMask = kMask_;
   static constexpr bool kDeterministic = kDeterministic_;
   static constexpr int kBlockQ = kBlockQ_;
   static constexpr int kBlockKv = kBlockKv_;
@@ -48,10 +48,11 @@ struct Backward {
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
   static constexpr int kConsumers = Traits::kConsumers;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
-  // Whether registers are left for ds while dk's product reads it beside the next step's scores.
-  static constexpr bool kOverlapSteps = kBlockQ == 64;
+  // Whether registers are left for ds while dk's product reads it beside the next step's scores. A
+  // band takes too many in the producer, of which the consumers have the rest.
+  static constexpr bool kOverlapSteps = kBlockQ == 64 && Traits::kMask != Mask::kBand;
+  static constexpr int kProducerRegisters = kOverlapSteps ? 24 : 40;
+  static constexpr int kConsumerRegisters = kOverlapSteps ? 240 : 232;
   static_assert(kConsumers <= 2, "three consumers would leave each too few registers");
 
   using QTile = SharedTile<T, kBlockQ, kHeadDim>;
@@ -67,7 +68,7 @@ struct Backward {
   using Weights = RegTile<T, 16, kBlockQ>;
   using DkvTile = RegTile<float, 16, kHeadDim>;
   using DqPart = RegTile<float, 16, 64>;
-  using QTurns = Turns<Traits::kCausal, kBlockQ, kBlockKv>;
+  using QTurns = Turns<Traits::kMask, kBlockQ, kBlockKv>;
 
   struct Shared {
     KvTile k_smem, v_smem;  // at a tile's end, dk and dv on their way out
@@ -102,14 +103,14 @@ struct Backward {
     grid::Rounds rounds;
 
     __device__ __forceinline__ explicit Walk(const BackwardParams& p) : params(p) {
-      turns = {p.q_blocks, p.kv_blocks, p.turn_group, p.seqlen_kv, p.causal_offset};
+      turns = {p.q_blocks, p.kv_blocks, p.turn_group, p.seqlen_kv, p.first_offset, p.last_offset};
       rounds = {grid::block_x(), grid::blocks_x(), p.tiles};
     }
     __device__ __forceinline__ Tile tile() const {
       grid::HeadTile place =
           grid::sequential_tile(rounds.index(), turns.kv_blocks, params.num_kv_heads);
       // Turns go down the key blocks: whoever others wait for has started before them.
-      if constexpr (Traits::kCausal && Traits::kDeterministic) {
+      if constexpr (Traits::kMask != Mask::kNone && Traits::kDeterministic) {
         place.block = turns.kv_blocks - 1 - place.block;
       }
       return {place.block, place.head, place.batch};
@@ -266,12 +267,15 @@ struct Backward {
         }
         warpgroup::mma_wait<1>(s_acc);
         bool masked = ragged;
-        if constexpr (Traits::kCausal) {
-          masked = masked || first_query + params.causal_offset < first_key + 63;
+        if constexpr (Traits::kMask != Mask::kNone) {
+          masked = masked || first_query + params.last_offset < first_key + 63;
+        }
+        if constexpr (Traits::kMask == Mask::kBand) {
+          masked = masked || first_query + kBlockQ - 1 + params.first_offset > first_key;
         }
         if (masked) {
-          mask_transposed_scores<Traits::kCausal>(s_acc, first_query, first_key, params.seqlen_kv,
-                                                  params.causal_offset);
+          mask_transposed_scores<Traits::kMask>(s_acc, first_query, first_key, params.seqlen_kv,
+                                                params.first_offset, params.last_offset);
         }
         warp::map_cols(s_acc, s_acc, shared.lse_smem[state.stage],
                        [=](float s, float lse) { return math::exp2(s * scale_log2 - lse); });

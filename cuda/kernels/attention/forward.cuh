@@ -19,11 +19,11 @@
 
 namespace tk::attention {
 
-template <typename T_, int kHeadDim_, bool kCausal_, int kBlockQ_, int kBlockKv_, int kStages_>
+template <typename T_, int kHeadDim_, Mask kMask_, int kBlockQ_, int kBlockKv_, int kStages_>
 struct ForwardTraits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kCausal = kCausal_;
+  static constexpr Mask kMask = kMask_;
   static constexpr int kBlockQ = kBlockQ_;
   static constexpr int kBlockKv = kBlockKv_;
   static constexpr int kStages = kStages_;
@@ -61,40 +61,45 @@ struct Forward {
                     forward_shared_bytes(kHeadDim, {kBlockQ, kBlockKv, Traits::kStages}),
                 "attention.h's forward_shared_bytes covers the kernel's shared memory");
 
+  // Whether tiles differ in how many keys they see.
+  static constexpr bool kMasked = Traits::kMask != Mask::kNone;
+
   enum Turn : int { kTurn = kFirstKernelBarrier };  // one for each consumer
 
   // One tile of queries and the key blocks it sees.
   struct Tile {
     int first_query, head, batch;
-    int kv_blocks;        // 0 where no query sees a key
-    int unmasked_blocks;  // the first ones, which every query sees whole
+    int first_block, end_block;        // equal where no query sees a key
+    int unmasked_first, unmasked_end;  // of those, the ones that every query sees whole
+
+    __device__ __forceinline__ bool empty() const { return first_block == end_block; }
   };
 
   // The walk over tiles, the same for every role.
   struct Walk {
     const ForwardParams& params;
-    grid::SectionedSnake causal;
+    grid::SectionedSnake masked;
     grid::Rounds full;
 
     __device__ __forceinline__ explicit Walk(const ForwardParams& p) : params(p) {
       const int worker = grid::block_x(), workers = grid::blocks_x();
       const int blocks = ceil_div(p.seqlen_q, kBlockQ);
-      if constexpr (Traits::kCausal) {
+      if constexpr (kMasked) {
         const int section =
             heads_in_l2(p.seqlen_kv, 2 * kHeadDim * sizeof(T)) * p.num_heads / p.num_kv_heads;
-        causal = {worker, workers, blocks, p.num_heads, p.batch, section};
-        causal.start();
+        masked = {worker, workers, blocks, p.num_heads, p.batch, section};
+        masked.start();
       } else {
         full = {worker, workers, blocks * p.num_heads * p.batch};
       }
     }
     __device__ __forceinline__ bool valid() const {
-      if constexpr (Traits::kCausal) return causal.valid();
+      if constexpr (kMasked) return masked.valid();
       return full.valid();
     }
     __device__ __forceinline__ void next() {
-      if constexpr (Traits::kCausal) {
-        causal.next();
+      if constexpr (kMasked) {
+        masked.next();
       } else {
         full.next();
       }
@@ -102,16 +107,24 @@ struct Forward {
     __device__ __forceinline__ Tile tile() const {
       const int blocks = ceil_div(params.seqlen_q, kBlockQ);
       grid::HeadTile place;
-      if constexpr (Traits::kCausal) {
-        place = causal.tile();
+      if constexpr (kMasked) {
+        place = masked.tile();
         place.block = blocks - 1 - place.block;  // the last sees the most keys
       } else {
         place = grid::sequential_tile(full.index(), blocks, params.num_heads);
       }
-      const VisibleKeys keys = visible_keys<Traits::kCausal>(
-          place.block * kBlockQ, kBlockQ, params.seqlen_q, params.seqlen_kv, params.causal_offset);
-      return {place.block * kBlockQ, place.head, place.batch, ceil_div(keys.any, kBlockKv),
-              keys.all / kBlockKv};
+      const VisibleKeys keys =
+          visible_keys<Traits::kMask>(place.block * kBlockQ, kBlockQ, params.seqlen_q,
+                                      params.seqlen_kv, params.first_offset, params.last_offset);
+      const int end_block = ceil_div(keys.end, kBlockKv);
+      const int first_block = keys.begin < keys.end ? keys.begin / kBlockKv : end_block;
+      return {place.block * kBlockQ,
+              place.head,
+              place.batch,
+              first_block,
+              end_block,
+              ceil_div(keys.all_begin, kBlockKv),
+              keys.all_end / kBlockKv};
     }
   };
 
@@ -130,7 +143,7 @@ struct Forward {
     const int group = params.num_heads / params.num_kv_heads;
     for (Walk walk(params); walk.valid(); walk.next()) {
       const Tile tile = walk.tile();
-      if (tile.kv_blocks == 0) continue;
+      if (tile.empty()) continue;
       shared.q_ring.acquire(q_state, kConsumers * QTile::kBytes);
       for (int i = 0; i < kConsumers; ++i) {
         tma::load(shared.q_smem[i], params.q, shared.q_ring.full(q_state), tma::Keep::kBriefly, 0,
@@ -138,7 +151,7 @@ struct Forward {
       }
       q_state.advance();
       const int kv_head = tile.head / group;
-      for (int block = tile.kv_blocks - 1; block >= 0; --block, kv_state.advance()) {
+      for (int block = tile.end_block - 1; block >= tile.first_block; --block, kv_state.advance()) {
         shared.k_ring.acquire(kv_state, KvTile::kBytes);
         tma::load(shared.k_smem[kv_state.stage], params.k, shared.k_ring.full(kv_state),
                   tma::Keep::kLong, 0, block * kBlockKv, kv_head, tile.batch);
@@ -171,18 +184,22 @@ struct Forward {
       const int first_query = tile.first_query + 64 * consumer;
       Output o_acc;
       OnlineSoftmax softmax(scale_log2);
-      if (tile.kv_blocks == 0) {
+      if (tile.empty()) {
         warp::zero(o_acc);
       } else {
         Scores s_acc;
         Weights p;
         const auto mask = [&](int block) {
-          if (block >= tile.unmasked_blocks) {
-            mask_scores<Traits::kCausal>(s_acc, first_query, block * kBlockKv, params.seqlen_kv,
-                                         params.causal_offset);
+          bool masked = block >= tile.unmasked_end;
+          if constexpr (Traits::kMask == Mask::kBand) {
+            masked = masked || block < tile.unmasked_first;
+          }
+          if (masked) {
+            mask_scores<Traits::kMask>(s_acc, first_query, block * kBlockKv, params.seqlen_kv,
+                                       params.first_offset, params.last_offset);
           }
         };
-        int block = tile.kv_blocks - 1;
+        int block = tile.end_block - 1;
         shared.q_ring.wait(q_state);
         shared.k_ring.wait(k_state);
         warpgroup::mm_ABt(s_acc, q_smem, shared.k_smem[k_state.stage]);
@@ -195,7 +212,7 @@ struct Forward {
         warp::convert(p, s_acc);
 
         bool accumulate = false;
-        for (--block; block >= 0; --block) {
+        for (--block; block >= tile.first_block; --block) {
           shared.k_ring.wait(k_state);
           wait_turn(consumer);
           warpgroup::mm_ABt(s_acc, q_smem, shared.k_smem[k_state.stage]);

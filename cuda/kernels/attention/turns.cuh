@@ -4,35 +4,41 @@
 // where blocks that run together are never at the same query block at the same time, each a step
 // behind the one before it, and add in just that order.
 //
-// Causal: key block n starts at its first visible query block and goes up; a higher n starts
-// further on. All started together, the higher n is always ahead: turns go from the highest n down.
-// Otherwise: of a group of blocks that run together, each starts at a different query block, evenly
-// spread, goes up and wraps round: turns go by arrival. Groups follow one another.
+// A mask: key block n starts at the first query block that sees it and goes up; a higher n starts
+// further on, or later. All started together, the higher n is always ahead: turns go from the
+// highest n down. Otherwise: of a group of blocks that run together, each starts at a different
+// query block, evenly spread, goes up and wraps round: turns go by arrival. Groups follow one
+// another.
 #pragma once
 
 #include "kernels/attention/mask.cuh"
 
 namespace tk::attention {
 
-template <bool kCausal, int kBlockQ, int kBlockKv>
+template <Mask kMask, int kBlockQ, int kBlockKv>
 struct Turns {
   int q_blocks;   // query blocks of the sequence
   int kv_blocks;  // key blocks
   int group;      // key blocks that take turns among themselves
-  int seqlen_kv, causal_offset;
+  int seqlen_kv, first_offset, last_offset;
 
   // The query blocks that key block n meets, in order: step i of steps(n) is at q_block(n, i).
   __device__ __forceinline__ int first_q_block(int n) const {
-    if constexpr (kCausal) {
+    if constexpr (kMask != Mask::kNone) {
       // The first whose last query sees key n * kBlockKv.
-      return min(q_blocks, max(0, n * kBlockKv - causal_offset) / kBlockQ);
+      return min(q_blocks, max(0, n * kBlockKv - last_offset) / kBlockQ);
     } else {
       const int members = min(group, kv_blocks - n / group * group);
       return n % group * q_blocks / members;
     }
   }
   __device__ __forceinline__ int steps(int n) const {
-    if constexpr (kCausal) {
+    if constexpr (kMask == Mask::kBand) {
+      // Up to the last whose first query sees the block's last key.
+      const int last_query = min((n + 1) * kBlockKv, seqlen_kv) - 1 - first_offset;
+      const int end = last_query < 0 ? 0 : last_query / kBlockQ + 1;
+      return max(0, min(q_blocks, end) - first_q_block(n));
+    } else if constexpr (kMask == Mask::kCausal) {
       return q_blocks - first_q_block(n);
     } else {
       return q_blocks;
@@ -45,10 +51,10 @@ struct Turns {
 
   // How many key blocks add to query block m before key block n does.
   __device__ __forceinline__ int turn(int n, int m) const {
-    if constexpr (kCausal) {
-      const VisibleKeys keys =
-          visible_keys<true>(m * kBlockQ, kBlockQ, m * kBlockQ + kBlockQ, seqlen_kv, causal_offset);
-      return ceil_div(keys.any, kBlockKv) - 1 - n;
+    if constexpr (kMask != Mask::kNone) {
+      const VisibleKeys keys = visible_keys<kMask>(m * kBlockQ, kBlockQ, (m + 1) * kBlockQ,
+                                                   seqlen_kv, first_offset, last_offset);
+      return ceil_div(keys.end, kBlockKv) - 1 - n;
     } else {
       const int first = n / group * group;
       const int members = min(group, kv_blocks - first);

@@ -56,6 +56,13 @@ class AttentionOptions:
         """Query i is at position i + this among the keys."""
         return seqlen_kv - seqlen_q if self.bottom_right else 0
 
+    @property
+    def mask(self) -> str:
+        """Which of KERNEL_MASKS the kernels run."""
+        if self.left is not None:
+            return "band"
+        return "none" if self.right is None else "causal"
+
     def for_kernel(self) -> KernelOptions:
         """The part that the kernels know."""
         names = (field.name for field in dataclasses.fields(KernelOptions))
@@ -70,6 +77,8 @@ class KernelOptions:
     is_causal: bool
     bottom_right: bool
     deterministic: bool
+    window_left: int
+    window_right: int
 
 
 class Extras(NamedTuple):
@@ -116,20 +125,31 @@ _FORWARD = {
     ),
 }
 _MANY_KEYS = 2048
+# Between two diagonals, masks take more registers.
+_FORWARD_BAND = AttentionForwardConfig(block_q=128, block_kv=128, stages=2)
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
     128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2),
 }
 KERNEL_HEAD_DIMS = tuple(_FORWARD)
+# Their masks, and so their specialisations: keys up to a diagonal, or between two.
+KERNEL_MASKS = ("none", "causal", "band")
 
 
-def forward_config(head_dim: int, seqlen_kv: int) -> AttentionForwardConfig:
+def forward_config(
+    head_dim: int, seqlen_kv: int, mask: str = "none"
+) -> AttentionForwardConfig:
+    """``mask`` is one of KERNEL_MASKS."""
+    if mask == "band":
+        return _FORWARD_BAND
     return _FORWARD[head_dim][seqlen_kv >= _MANY_KEYS]
 
 
-def forward_configs(head_dim: int) -> tuple[AttentionForwardConfig, ...]:
+def forward_configs(head_dim: int, mask: str) -> tuple[AttentionForwardConfig, ...]:
     """All that forward_config can choose."""
-    return tuple(dict.fromkeys(_FORWARD[head_dim]))
+    return tuple(
+        dict.fromkeys(forward_config(head_dim, keys, mask) for keys in (1, _MANY_KEYS))
+    )
 
 
 def backward_config(head_dim: int) -> AttentionBackwardConfig:
@@ -155,8 +175,6 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
         return f"head dim {head_dim} (it takes {known})"
     if head_dim_v != head_dim:
         return f"head dim {head_dim_v} of v beside {head_dim} of q and k"
-    if (options.window_left, options.window_right) != (NO_WINDOW, NO_WINDOW):
-        return "local_window_size"
     if options.soft_cap != NO_SOFT_CAP:
         return "logits_soft_cap"
     for name, value in extras._asdict().items():

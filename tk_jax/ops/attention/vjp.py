@@ -132,7 +132,7 @@ def kernel_forward(
         k,
         v,
         options=options.for_kernel(),
-        config=tiles or config.forward_config(q.shape[-1], k.shape[1]),
+        config=tiles or config.forward_config(q.shape[-1], k.shape[1], options.mask),
     )
     return _unfold(out, batch), _unfold(lse, batch)
 
