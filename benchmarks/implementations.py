@@ -46,7 +46,7 @@ def _attention_xla(case: AttentionCase) -> Callable:
 def _attention_tokamax(case: AttentionCase) -> Callable:
     # It imports a profiling tool that running a kernel does not need.
     tool = "xprof.cli.tools.get_kernel_stats_tool"
-    if importlib.util.find_spec("xprof") is None:
+    if "xprof" not in sys.modules and importlib.util.find_spec("xprof") is None:
         parts = tool.split(".")
         for end in range(1, len(parts) + 1):
             name = ".".join(parts[:end])

@@ -68,7 +68,9 @@ class Variant:
             bottom_right=False,
             deterministic=True,
         )
-        forward = attention_config.forward_config(case.head_dim, case.seqlen_kv)
+        forward = attention_config.forward_config(
+            case.head_dim, case.seqlen_kv, options.mask
+        )
         backward = attention_config.backward_config(case.head_dim)
         if self.direction == "fwd":
             forward = self._apply(forward)

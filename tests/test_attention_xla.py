@@ -1,6 +1,7 @@
 """The XLA implementation of attention: accuracy, memory, derivatives of any order."""
 
 import functools
+import itertools
 
 import attention_cases
 import jax
@@ -262,9 +263,9 @@ def test_trains_with_8192_tokens(rng):
 
 def test_settings_are_chosen_for_every_head_dim_of_the_kernels():
     for head_dim in config.KERNEL_HEAD_DIMS:
-        for seqlen_kv in (1, 128, 8192):
-            chosen = config.forward_config(head_dim, seqlen_kv)
-            assert chosen in config.forward_configs(head_dim)
+        for mask, seqlen_kv in itertools.product(config.KERNEL_MASKS, (1, 128, 8192)):
+            chosen = config.forward_config(head_dim, seqlen_kv, mask)
+            assert chosen in config.forward_configs(head_dim, mask)
             assert chosen.block_q % 64 == 0
         assert config.backward_config(head_dim).block_kv % 64 == 0
         assert config.backward_config(head_dim).block_q in (64, 128)

@@ -115,16 +115,17 @@ class AttentionBackwardConfig:
     stages: int  # depth of the query/dout ring
 
 
-# The head dims that the kernels support, with their tiles for few keys and for many.
-# Wider blocks of keys mean fewer barriers for the same work, but an emptier last block.
+# The head dims that the kernels support, with their tiles.
 _FORWARD = {
-    64: (AttentionForwardConfig(block_q=192, block_kv=128, stages=2),) * 2,
-    128: (
-        AttentionForwardConfig(block_q=128, block_kv=128, stages=2),
-        AttentionForwardConfig(block_q=128, block_kv=160, stages=2),
-    ),
+    64: AttentionForwardConfig(block_q=192, block_kv=128, stages=2),
+    128: AttentionForwardConfig(block_q=128, block_kv=128, stages=2),
 }
-_MANY_KEYS = 2048
+# Wider blocks mean fewer barriers for the same work, but more of it beyond a diagonal
+# and in the last block: they pay off over many keys that all queries see.
+_FORWARD_MANY_KEYS = {
+    128: AttentionForwardConfig(block_q=128, block_kv=160, stages=2),
+}
+_MANY_KEYS = 8192
 # Between two diagonals, masks take more registers.
 _FORWARD_BAND = AttentionForwardConfig(block_q=128, block_kv=128, stages=2)
 _BACKWARD = {
@@ -142,7 +143,9 @@ def forward_config(
     """``mask`` is one of KERNEL_MASKS."""
     if mask == "band":
         return _FORWARD_BAND
-    return _FORWARD[head_dim][seqlen_kv >= _MANY_KEYS]
+    if mask == "none" and seqlen_kv >= _MANY_KEYS:
+        return _FORWARD_MANY_KEYS.get(head_dim, _FORWARD[head_dim])
+    return _FORWARD[head_dim]
 
 
 def forward_configs(head_dim: int, mask: str) -> tuple[AttentionForwardConfig, ...]:
