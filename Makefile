@@ -9,9 +9,9 @@ TEST_JOBS ?= 2
 DEMO_FLAGS ?=
 
 # Editable, so that the sources here are what runs: only these files call for a new install.
-BUILT_FROM := pyproject.toml CMakeLists.txt cuda/sources.bzl $(wildcard cuda/runtime/* cuda/ffi/* cuda/include/tk/*.h \
-  cuda/kernels/*/*.h)
-CPP_SOURCES = $(shell find cuda examples -name '*.h' -o -name '*.cuh' -o -name '*.cc' -o -name '*.cu')
+# Kernels are among them: they are compiled with the interpreter.
+BUILT_FROM := pyproject.toml CMakeLists.txt $(shell find cuda -type f)
+CPP_SOURCES = $(shell find cuda examples tests -name '*.h' -o -name '*.cuh' -o -name '*.cc' -o -name '*.cu')
 
 .PHONY: test bazel-test lint format gpu-test demo matrix wheel clean
 
