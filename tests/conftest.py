@@ -23,6 +23,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="fail where no Hopper GPU is found, instead of skipping the gpu tests",
     )
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="run the tests marked exhaustive too: ten minutes more on two cores",
+    )
 
 
 def pytest_configure(config):
@@ -35,6 +40,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--exhaustive"):
+        for item in items:
+            if item.get_closest_marker("exhaustive"):
+                item.add_marker(pytest.mark.skip(reason="runs with --exhaustive"))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     required = config.getoption("--require-gpu")
     if not gpu_items and not required:

@@ -104,16 +104,22 @@ def small_blocks(monkeypatch):
     jax.clear_caches()
 
 
+_FIRST = ("is_causal", "bottom_right", "window")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "first", list(_subsets(("is_causal", "bottom_right", "window")))
+    "first",
+    [
+        pytest.param(x, marks=[] if x in ((), _FIRST) else pytest.mark.exhaustive)
+        for x in _subsets(_FIRST)
+    ],
 )
 def test_results_of_all_combinations(first, monkeypatch):
     """2048 calls in 8 tests; run by operation, since no two are the same program."""
     monkeypatch.setattr(xla, "BLOCK_Q", 5)
     monkeypatch.setattr(xla, "CHUNK_KV", 4)
-    others = [name for name in OPTIONS if name not in ("is_causal", "bottom_right")]
-    others.remove("window")
+    others = [name for name in OPTIONS if name not in _FIRST]
     results = {}
     with jax.disable_jit():
         for rest in _subsets(others):
@@ -165,7 +171,7 @@ def test_gradients_of_each_option_alone_and_of_all_but_one(options):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "options", list(itertools.combinations(OPTIONS, 2)), ids="-".join
 )
@@ -502,7 +508,7 @@ def test_what_has_no_kernel_says_so(name, monkeypatch):
         ids = jax.ShapeDtypeStruct((BATCH, T), jnp.int32)
         settings = {"q_segment_ids": ids, "kv_segment_ids": ids}
     choice = tk_jax.explain(tk_jax.attention, x, x, x, **settings)
-    if name == "causal_align":
+    if name in ("causal_align", "local_window_size"):
         assert choice.cuda == "tk"
         return
     named = "q_segment_ids" if name == "kv_segment_ids" else name
