@@ -1,7 +1,8 @@
 #!/bin/sh
 # Builds and tests everything with Bazel, this workspace and the example beside it, without network.
 #
-#   scripts/bazel_test.sh PYTHON       an interpreter with what the extra "test" names
+#   scripts/bazel_test.sh PYTHON [FLAG...]   an interpreter with what the extra "test" names; flags
+#                                            for bazel test in this workspace
 #
 # Installs Debian's Bazel where there is none and this may. Where it cannot be had, says so and how
 # many test targets that leaves out, and succeeds.
@@ -11,6 +12,7 @@ cd "$(dirname "$0")/.."
 mkdir -p build
 TK_PYTHON="$1"
 export TK_PYTHON
+shift
 
 skip() {
   # Those without the tag "slow".
@@ -46,14 +48,16 @@ fi
 
 # A server from before would be reached over a network that is about to be gone.
 run() {
-  (cd "$1" && bazel shutdown >/dev/null 2>&1 || true)
+  folder="$1"
+  shift
+  (cd "$folder" && bazel shutdown >/dev/null 2>&1 || true)
   if unshare --net true 2>/dev/null; then
-    unshare --net "$TK_PYTHON" scripts/loopback.py sh -c "cd $1 && bazel test //... && bazel shutdown"
+    unshare --net "$TK_PYTHON" scripts/loopback.py sh -c "cd $folder && bazel test $* //... && bazel shutdown"
   else
     echo "Bazel: tests have no network; building them has, as unshare is not permitted here"
-    (cd "$1" && bazel test //... && bazel shutdown)
+    (cd "$folder" && bazel test "$@" //... && bazel shutdown)
   fi
 }
 
-run .
+run . "$@"
 run examples/bazel_workspace
