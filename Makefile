@@ -17,7 +17,7 @@ CPP_SOURCES = $(shell find cuda examples tests -name '*.h' -o -name '*.cuh' -o -
 
 test: lint
 	$(BIN)/pytest -n $(TEST_JOBS) --dist=worksteal
-	sh scripts/bazel_test.sh $(abspath $(BIN)/python) --config=after-pytest
+	sh scripts/bazel_test.sh --no-install $(abspath $(BIN)/python) --config=after-pytest
 
 # The same sources built by Bazel, which needs the dependencies and not the package.
 bazel-test: $(VENV)/.dependencies

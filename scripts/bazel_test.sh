@@ -1,15 +1,17 @@
 #!/bin/sh
 # Builds and tests everything with Bazel, this workspace and the example beside it, without network.
 #
-#   scripts/bazel_test.sh PYTHON [FLAG...]   an interpreter with what the extra "test" names; flags
-#                                            for bazel test in this workspace
+#   scripts/bazel_test.sh [--no-install] PYTHON [FLAG...]
 #
+# PYTHON is an interpreter with what the extra "test" names; flags are for bazel test in this workspace.
 # Installs Debian's Bazel where there is none and this may. Where it cannot be had, says so and how
 # many test targets that leaves out, and succeeds.
 set -eu
 cd "$(dirname "$0")/.."
 
 mkdir -p build
+install=yes
+[ "$1" != --no-install ] || { install=no; shift; }
 TK_PYTHON="$1"
 export TK_PYTHON
 shift
@@ -24,6 +26,7 @@ skip() {
 }
 
 if ! command -v bazel >/dev/null; then
+  [ "$install" = yes ] || skip "there is no bazel; make bazel-test installs it"
   command -v apt-get >/dev/null || skip "there is no bazel, and no apt-get to install it with"
   [ "$(id -u)" = 0 ] || skip "there is no bazel; install it: sudo apt-get install bazel-bootstrap"
   echo "Bazel: installing Debian's bazel-bootstrap"
