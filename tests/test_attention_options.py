@@ -2,95 +2,35 @@
 
 import functools
 import itertools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_options import (
+    ARGUMENTS,
+    BATCH,
+    DIFFERENTIABLE,
+    INPUTS,
+    OPTIONS,
+    assert_close,
+    ours,
+    settings_of,
+)
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import tk_jax
-from tk_jax import _dispatch, _ffi, checkpoint_policies
+from tk_jax import _ffi, checkpoint_policies
 from tk_jax.ops.attention import attention_reference, config, vjp, xla
 
 # On a machine with a GPU too, this is about the form that has no kernel.
 pytestmark = pytest.mark.filterwarnings("ignore::tk_jax.FallbackWarning")
 
-BATCH, T, S, HEADS, KV_HEADS, D, DV = 2, 9, 8, 4, 2, 5, 3
-
-# Each may be there or not. None hides all keys from all queries, but some from some.
-OPTIONS = {
-    "is_causal": ("is_causal",),
-    "bottom_right": ("causal_align",),
-    "window": ("local_window_size",),
-    "query_seq_lengths": ("query_seq_lengths",),
-    "key_value_seq_lengths": ("key_value_seq_lengths",),
-    "segment_ids": ("q_segment_ids", "kv_segment_ids"),
-    "mask": ("mask",),
-    "bias": ("bias",),
-    "soft_cap": ("logits_soft_cap",),
-    "sinks": ("sinks",),
-    "scale": ("scale",),
-}
-DIFFERENTIABLE = ("bias", "sinks")
-
-
-def _arguments():
-    rng = np.random.default_rng(7)
-
-    def normal(*shape):
-        return jnp.asarray(rng.standard_normal(shape, np.float32))
-
-    def ids(length):
-        return jnp.asarray(rng.integers(0, 2, (BATCH, length)), jnp.int32)
-
-    inputs = (
-        normal(BATCH, T, HEADS, D),
-        normal(BATCH, S, KV_HEADS, D),
-        normal(BATCH, S, KV_HEADS, DV),
-    )
-    return inputs, {
-        "is_causal": True,
-        "causal_align": "bottom_right",
-        "local_window_size": (2, 1),
-        "query_seq_lengths": jnp.array([T, 5], jnp.int32),
-        "key_value_seq_lengths": jnp.array([6, S + 3], jnp.int32),
-        "q_segment_ids": ids(T),
-        "kv_segment_ids": ids(S),
-        "mask": jnp.asarray(rng.random((BATCH, 1, T, S)) < 0.8),
-        "bias": normal(1, HEADS, T, 1),
-        "logits_soft_cap": 1.5,
-        "sinks": normal(HEADS),
-        "scale": 0.7,
-    }
-
-
-INPUTS, ARGUMENTS = _arguments()
-
-
-def _settings(options):
-    return {name: ARGUMENTS[name] for option in options for name in OPTIONS[option]}
-
 
 def _subsets(names):
     return itertools.chain.from_iterable(
         itertools.combinations(names, n) for n in range(len(names) + 1)
-    )
-
-
-def _ours(*inputs, **settings):
-    return tk_jax.attention(*inputs, return_lse=True, **settings)
-
-
-def _assert_close(got, expected, message, tolerance=2e-5):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(
-            x, y, atol=tolerance, rtol=tolerance, err_msg=str(message)
-        ),
-        got,
-        expected,
     )
 
 
@@ -123,10 +63,10 @@ def test_results_of_all_combinations(first, monkeypatch):
     results = {}
     with jax.disable_jit():
         for rest in _subsets(others):
-            settings = _settings((*first, *rest))
-            got = _ours(*INPUTS, **settings)
+            settings = settings_of((*first, *rest))
+            got = ours(*INPUTS, **settings)
             expected = attention_reference(*INPUTS, **settings)
-            _assert_close(got, expected, (*first, *rest))
+            assert_close(got, expected, (*first, *rest))
             results[rest] = np.asarray(got[0])
     # No option is without effect here, or this test would not see it ignored.
     for rest, result in results.items():
@@ -156,30 +96,20 @@ _SEVERAL = [
     *itertools.combinations(OPTIONS, 1),
     *itertools.combinations(OPTIONS, len(OPTIONS) - 1),
     tuple(OPTIONS),
+    *(
+        pytest.param(pair, marks=pytest.mark.exhaustive)
+        for pair in itertools.combinations(OPTIONS, 2)
+    ),
 ]
 
 
 @pytest.mark.parametrize("options", _SEVERAL, ids="-".join)
 @pytest.mark.usefixtures("small_blocks")
-def test_gradients_of_each_option_alone_and_of_all_but_one(options):
-    settings = _settings(options)
-    _assert_close(
-        _value_and_gradients(_ours, settings),
-        _value_and_gradients(attention_reference, settings),
-        options,
-        1e-4,
-    )
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    "options", list(itertools.combinations(OPTIONS, 2)), ids="-".join
-)
-@pytest.mark.usefixtures("small_blocks")
-def test_gradients_of_each_pair_of_options(options):
-    settings = _settings(options)
-    _assert_close(
-        _value_and_gradients(_ours, settings),
+def test_gradients_of_several_options(options):
+    """Of each alone, of all but one and of all; and, at length, of each pair."""
+    settings = settings_of(options)
+    assert_close(
+        _value_and_gradients(ours, settings),
         _value_and_gradients(attention_reference, settings),
         options,
         1e-4,
@@ -204,8 +134,8 @@ def kernel_rules(monkeypatch):
 
 @pytest.mark.usefixtures("kernel_rules")
 def test_gradients_by_the_kernels_rules():
-    _assert_close(
-        _value_and_gradients(_ours, ARGUMENTS),
+    assert_close(
+        _value_and_gradients(ours, ARGUMENTS),
         _value_and_gradients(attention_reference, ARGUMENTS),
         "all",
         1e-4,
@@ -262,7 +192,7 @@ def test_vmap_by_the_kernels_rules(mapped):
         return jax.jit(jax.grad(total))(floating, arrays)
 
     for run in (per_element, of_the_sum):
-        _assert_close(run(_ours), run(attention_reference), mapped, 1e-4)
+        assert_close(run(ours), run(attention_reference), mapped, 1e-4)
 
 
 @pytest.mark.usefixtures("kernel_rules")
@@ -308,7 +238,7 @@ def _shard_mapped(cpu_devices, settings):
     static = {x: y for x, y in settings.items() if x not in _ARRAYS}
 
     def local(inputs, arrays):
-        return _ours(*inputs, **arrays, **static)
+        return ours(*inputs, **arrays, **static)
 
     sharded = jax.shard_map(
         local, mesh=mesh, in_specs=(P("batch"), specs), out_specs=P("batch")
@@ -324,7 +254,7 @@ def test_shard_map_sums_the_gradients_of_what_devices_share(
 ):
     if rules == "kernel":
         request.getfixturevalue("kernel_rules")
-    _assert_close(
+    assert_close(
         _value_and_gradients(_shard_mapped(cpu_devices, ARGUMENTS), ARGUMENTS),
         _value_and_gradients(attention_reference, ARGUMENTS),
         rules,
@@ -354,184 +284,7 @@ def test_scan_over_checkpointed_layers_and_export(rules, request):
         return jax.jit(jax.grad(loss, (0, 1)))
 
     expected = gradient(attention_reference)(q, layers)
-    _assert_close(gradient(_ours)(q, layers), expected, "scan", 1e-4)
-    exported = jax.export.export(gradient(_ours))(q, layers)
+    assert_close(gradient(ours)(q, layers), expected, "scan", 1e-4)
+    exported = jax.export.export(gradient(ours))(q, layers)
     restored = jax.export.deserialize(exported.serialize())
-    _assert_close(restored.call(q, layers), expected, "export", 1e-4)
-
-
-# -- What the arguments mean, where the definition could be misread --------------------
-
-
-def _seen(**settings):
-    """Which keys each query sees, [T, S] or [BATCH, T, S]: values are one-hot."""
-    seqlen_q, seqlen_kv = settings.pop("lengths", (T, S))
-    batch = settings.pop("batch", ())
-    q, k = jnp.zeros((*batch, seqlen_q, 1, 4)), jnp.zeros((*batch, seqlen_kv, 1, 4))
-    v = jnp.broadcast_to(jnp.eye(seqlen_kv)[:, None], (*k.shape[:-1], seqlen_kv))
-    return np.asarray(tk_jax.attention(q, k, v, **settings)[..., 0, :] > 0)
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("align", ["top_left", "bottom_right"])
-@pytest.mark.parametrize("window", [3, (2, 0), (0, 5), (50, 1)])
-@pytest.mark.parametrize("lengths", [(9, 8), (4, 11), (7, 7)])
-def test_window(lengths, window, align, is_causal):
-    left, right = (window, window) if isinstance(window, int) else window
-    seqlen_q, seqlen_kv = lengths
-    query, key = np.ogrid[:seqlen_q, :seqlen_kv]
-    position = query + (seqlen_kv - seqlen_q if align == "bottom_right" else 0)
-    expected = (position - left <= key) & (key <= position + right)
-    if is_causal:
-        expected &= key <= position
-    got = _seen(
-        lengths=lengths,
-        local_window_size=window,
-        causal_align=align,
-        is_causal=is_causal,
-    )
-    np.testing.assert_array_equal(got, expected)
-
-
-def test_bottom_right_aligns_the_ends_of_the_lengths():
-    # A cache of 8 of which 5 keys are filled, the last two of them by these queries.
-    got = _seen(
-        lengths=(3, 8),
-        batch=(1,),
-        is_causal=True,
-        causal_align="bottom_right",
-        query_seq_lengths=jnp.array([2], jnp.int32),
-        key_value_seq_lengths=jnp.array([5], jnp.int32),
-    )[0]
-    key = np.arange(8)
-    np.testing.assert_array_equal(got, [key <= 3, key <= 4, key < 0])
-
-
-@pytest.mark.parametrize("length", [-3, 0, 8, 2**31 - 1])
-def test_lengths_out_of_range_mean_none_or_all(length):
-    got = _seen(key_value_seq_lengths=jnp.int32(length))
-    assert np.all(got == (length > 0))
-
-
-def test_segment_ids_of_keys_default_to_those_of_queries():
-    ids = jnp.array([3, 3, -1, 0, 0, 0, 3], jnp.int32)  # In any order.
-    got = _seen(lengths=(7, 7), q_segment_ids=ids)
-    np.testing.assert_array_equal(got, ids[:, None] == ids[None, :])
-
-
-def test_a_bias_of_minus_infinity_hides(rng):
-    mask = rng.random((T, S)) < 0.5
-    mask[2] = False  # A query without keys.
-    bias = jnp.where(mask, 0, -jnp.inf)
-
-    def gradient(**settings):
-        def loss(inputs):
-            out, lse = _ours(*inputs, logits_soft_cap=2.0, **settings)
-            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(lse > -1e9, lse, 0))
-
-        return jax.value_and_grad(loss)(INPUTS)
-
-    hidden, masked = gradient(bias=bias), gradient(mask=jnp.asarray(mask))
-    _assert_close(hidden, masked, "bias")
-    dbias = jax.grad(lambda b: tk_jax.attention(*INPUTS, bias=b).sum())(bias)
-    assert np.all(np.isfinite(dbias)) and not np.any(np.asarray(dbias)[~mask])
-
-
-def test_sinks_are_one_more_key_whose_value_is_zero():
-    q, k, v = INPUTS
-    sinks = ARGUMENTS["sinks"]
-    k, v = (jnp.repeat(x, HEADS // KV_HEADS, axis=2) for x in (k, v))
-    key = jnp.zeros((BATCH, 1, HEADS, D))
-    bias = jnp.zeros((HEADS, 1, S + 1)).at[:, 0, S].set(sinks)
-    more = (jnp.concatenate([x, y], 1) for x, y in ((k, key), (v, key[..., :DV])))
-    _assert_close(_ours(q, k, v, sinks=sinks), _ours(q, *more, bias=bias), "sinks")
-
-
-def test_queries_without_keys_and_with_a_sink():
-    sinks = ARGUMENTS["sinks"]
-    mask = jnp.zeros((1, S), bool)
-    out, lse = _ours(*INPUTS, sinks=sinks, mask=mask)
-    assert not np.any(out)
-    np.testing.assert_allclose(lse, jnp.broadcast_to(sinks, lse.shape), rtol=1e-6)
-    gradient = jax.grad(lambda x, s: _ours(*x, sinks=s, mask=mask)[1].sum(), (0, 1))(
-        INPUTS, sinks
-    )
-    assert not any(np.any(x) for x in gradient[0])
-    np.testing.assert_allclose(gradient[1], np.full(HEADS, BATCH * T), rtol=1e-6)
-
-
-def test_chunks_out_of_the_window_are_left_out():
-    """The work of a window grows with T, not with T * S."""
-
-    def flops(seqlen, **settings):
-        x = jax.ShapeDtypeStruct((1, seqlen, 1, 8), jnp.float32)
-        call = functools.partial(tk_jax.attention, **settings)
-        steps = re.findall(
-            r"length=(\d+)", str(jax.make_jaxpr(lambda x: call(x, x, x))(x))
-        )
-        return sum(map(int, steps))
-
-    assert flops(4096) == 64
-    assert flops(4096, is_causal=True) == 36
-    assert flops(4096, local_window_size=(512, 0)) == 15
-    assert flops(4096, local_window_size=(0, 512), is_causal=True) == 8
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_gradients_have_the_dtypes_of_their_inputs(dtype):
-    inputs = tuple(x.astype(jnp.bfloat16) for x in INPUTS)
-    extras = {x: ARGUMENTS[x].astype(dtype) for x in DIFFERENTIABLE}
-
-    def loss(inputs, extras):
-        return tk_jax.attention(*inputs, **extras).astype(jnp.float32).sum()
-
-    got = jax.grad(loss, (0, 1))(inputs, extras)
-    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, (inputs, extras))
-    assert {x.dtype for x in jax.tree.leaves(got[1])} == {jnp.dtype(dtype)}
-
-
-# -- Which implementation runs ---------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name", [x for x in ARGUMENTS if x not in ("is_causal", "scale")]
-)
-def test_what_has_no_kernel_says_so(name, monkeypatch):
-    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
-    x = jax.ShapeDtypeStruct((BATCH, T, HEADS, 64), jnp.bfloat16)
-    settings = {name: ARGUMENTS[name]}
-    if name == "kv_segment_ids":
-        settings = _settings(["segment_ids"])
-    if name == "mask":
-        settings = {"mask": jax.ShapeDtypeStruct((T, T), jnp.bool_)}
-    if name.endswith("segment_ids"):
-        ids = jax.ShapeDtypeStruct((BATCH, T), jnp.int32)
-        settings = {"q_segment_ids": ids, "kv_segment_ids": ids}
-    choice = tk_jax.explain(tk_jax.attention, x, x, x, **settings)
-    if name in ("causal_align", "local_window_size"):
-        assert choice.cuda == "tk"
-        return
-    named = "q_segment_ids" if name == "kv_segment_ids" else name
-    assert choice.cuda == "xla"
-    assert choice.reason == f"the TK kernel does not support {named}"
-    with pytest.raises(NotImplementedError, match=f"does not support {named}"):
-        tk_jax.explain(tk_jax.attention, x, x, x, **settings, implementation="tk")
-
-
-def test_a_value_head_dim_of_its_own_has_no_kernel(monkeypatch):
-    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
-    q = jax.ShapeDtypeStruct((BATCH, T, HEADS, 128), jnp.bfloat16)
-    v = jax.ShapeDtypeStruct((BATCH, T, HEADS, 64), jnp.bfloat16)
-    assert tk_jax.explain(tk_jax.attention, q, q, v).reason == (
-        "the TK kernel does not support head dim 64 of v beside 128 of q and k"
-    )
-
-
-def test_a_fallback_on_a_gpu_warns_of_the_argument(monkeypatch):
-    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(_dispatch, "_unsupported_gpu", lambda: None)
-    monkeypatch.setattr(_dispatch, "_warned", set())
-    x = jax.ShapeDtypeStruct((BATCH, T, HEADS, 64), jnp.bfloat16)
-    with pytest.warns(tk_jax.FallbackWarning, match="does not support logits_soft_cap"):
-        jax.eval_shape(lambda x: tk_jax.attention(x, x, x, logits_soft_cap=1.0), x)
+    assert_close(restored.call(q, layers), expected, "export", 1e-4)

@@ -92,10 +92,6 @@ Status encode_rows(TensorMap* map, const AnyBuffer& buffer, const Sizes& s, std:
   return runtime::encode_tensor_map(map, buffer.untyped_data(), {s.dtype, dims, strides, box, 128});
 }
 
-attention::Mask mask_of(const attention::Options& options) {
-  return attention::mask_of(options.is_causal, options.window_left, options.window_right);
-}
-
 // The fields that ForwardParams and BackwardParams share.
 template <typename Params>
 void set_problem(Params* params, const Sizes& s, const attention::Options& options) {
@@ -277,8 +273,7 @@ Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream strea
   params.num_heads = static_cast<int>(s.num_heads);
   const bool blind_queries =
       s.last_offset(options) < 0 || s.seqlen_q + s.first_offset(options) > s.seqlen_kv;
-  params.zero_dq =
-      !options.deterministic || (mask_of(options) != attention::Mask::kNone && blind_queries);
+  params.zero_dq = !options.deterministic || blind_queries;
   return runtime::launch(kernel, stream,
                          {s.padded_q() / attention::kFragmentRows, s.num_heads, s.batch}, &params);
 }

@@ -37,6 +37,15 @@ void arrive(Block& block, std::uint32_t address, Location at) {
   m.complete_if_due(block, address);
 }
 
+// The fence that is part of a turn: it publishes every ordinary store that `clock` knows of.
+void fence_global(VectorClock& clock) {
+  for (const auto& block : machine().cluster().blocks) {
+    for (const auto& warp : block->warps) {
+      clock.raise(warp->published_global(), clock[warp->plain()]);
+    }
+  }
+}
+
 }  // namespace
 
 BarrierState& Machine::barrier(Block& block, std::uint32_t address, Location at) {
@@ -238,12 +247,8 @@ void take_turn(const int* counter, int turn, Location at) {
     const auto own = learnt->find(m.cluster().number);
     if (own != learnt->end()) clock.join(*own->second);
   }
-  // A fence is part of it: copies that follow see the ordinary stores that it knows of.
-  for (const auto& block : m.cluster().blocks) {
-    for (const auto& warp : block->warps) {
-      clock.raise(warp->published_global(), clock[warp->plain()]);
-    }
-  }
+  // Copies that follow see the ordinary stores that it knows of.
+  fence_global(clock);
 }
 
 void pass_turn(int* counter, Location at) {
@@ -254,11 +259,7 @@ void pass_turn(int* counter, Location at) {
   m.memory().check_inside(counter, sizeof(int), GlobalUse::kAdd, at);
   // What others learn with the turn; the fence of taking it is counted in.
   VectorClock known = m.warp().clock;
-  for (const auto& block : m.cluster().blocks) {
-    for (const auto& warp : block->warps) {
-      known.raise(warp->published_global(), known[warp->plain()]);
-    }
-  }
+  fence_global(known);
   OtherClusters mine = {{m.cluster().number, std::make_shared<Counts>(known.counts())}};
   VectorClock turn;
   turn.learn(std::make_shared<OtherClusters>(std::move(mine)));

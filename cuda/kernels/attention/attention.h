@@ -21,9 +21,9 @@ struct Options {
 // Which keys a query may see: all; those up to one that moves with it; those between two.
 enum class Mask { kNone, kCausal, kBand };
 
-constexpr Mask mask_of(bool is_causal, long window_left, long window_right) {
-  if (window_left >= 0) return Mask::kBand;
-  return is_causal || window_right >= 0 ? Mask::kCausal : Mask::kNone;
+constexpr Mask mask_of(const Options& options) {
+  if (options.window_left >= 0) return Mask::kBand;
+  return options.is_causal || options.window_right >= 0 ? Mask::kCausal : Mask::kNone;
 }
 
 // How the forward pass is computed. Fields match AttentionForwardConfig.
