@@ -69,7 +69,7 @@ class Variant:
             deterministic=True,
         )
         forward = attention_config.forward_config(
-            case.head_dim, case.seqlen_kv, options.mask
+            case.head_dim, case.head_dim, case.seqlen_kv, options.mask
         )
         backward = attention_config.backward_config(case.head_dim)
         if self.direction == "fwd":

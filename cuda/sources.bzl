@@ -6,6 +6,7 @@ Only lists of paths below this folder, one a line.
 # The handlers of the ops, and the kernels that they choose: for the GPU and for the interpreter.
 OP_SOURCES = [
     "ffi/attention.cc",
+    "ffi/attention_extras.cc",
     "ffi/attention_kernels.cc",
     "ffi/ffi_util.cc",
     "ffi/kernel.cc",

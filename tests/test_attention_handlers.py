@@ -64,7 +64,7 @@ def options(is_causal=False, bottom_right=False, deterministic=True, scale=0.125
 
 
 def forward(shape=Shape(), args=None, rets=None, config=None, **which):
-    default = attention.forward_config(shape.head_dim, 1)
+    default = attention.forward_config(shape.head_dim, shape.head_dim, 1)
     return Call(
         "tk_attention_fwd_v1",
         args or [shape.q, shape.k, shape.k],
@@ -92,7 +92,7 @@ def backward(shape=Shape(), args=None, rets=None, config=None, **which):
 
 
 def test_forward_launch():
-    tile = attention.forward_config(64, 1)
+    tile = attention.forward_config(64, 64, 1)
     ((_, ran),) = launched(Gpu(), forward(Shape(batch=4), is_causal=True))
     assert grids(ran) == {"tk_attention_fwd_d64_causal_bf16": [_SMS, 1, 1]}
     q, k, v, out = ran.of("map")

@@ -96,7 +96,7 @@ def test_settings_reach_the_call():
         re.search(rf"@{target}\(.*", text)[0] for target in (FORWARD, BACKWARD)
     )
     for call, tiles in (
-        (forward, config.forward_config(64, 97)),
+        (forward, config.forward_config(64, 64, 97)),
         (backward, config.backward_config(64)),
     ):
         assert "scale = 2.500000e-01 : f32" in call

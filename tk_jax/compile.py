@@ -121,11 +121,16 @@ def _attention_forward(
     for head_dim, mask in itertools.product(
         attention_config.KERNEL_HEAD_DIMS, attention_config.KERNEL_MASKS
     ):
-        chosen = attention_config.forward_configs(head_dim, mask)
+        chosen = attention_config.forward_configs(head_dim, head_dim, mask)
         # Tiles that are given replace those of every choice: one of them is enough.
         for config in (_fields(x, tiles) for x in (chosen[:1] if tiles else chosen)):
             for spec in _ffi.extension().attention_forward_specs(
-                dtype=dtype, head_dim=head_dim, mask=mask, config=config
+                dtype=dtype,
+                head_dim=head_dim,
+                head_dim_v=head_dim,
+                mask=mask,
+                features=[],
+                config=config,
             ):
                 yield Specialisation("attention_fwd", _words(config), spec)
 
@@ -141,7 +146,9 @@ def _attention_backward(
         for spec in _ffi.extension().attention_backward_specs(
             dtype=dtype,
             head_dim=head_dim,
+            head_dim_v=head_dim,
             mask=mask,
+            features=[],
             deterministic=deterministic,
             config=config,
         ):

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "ffi/attention_extras.h"
 #include "ffi/attention_kernels.h"
 #include "ffi/ffi_util.h"
 #include "ffi/handlers.h"
@@ -17,10 +18,7 @@ constexpr int kMapColumns = 64;  // of every box: 128 bytes
 
 runtime::KernelTable<KernelKey> kernels;
 
-struct Sizes {
-  runtime::DataType dtype;
-  std::int64_t batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads, head_dim;
-
+struct Sizes : AttentionSizes {
   std::int64_t padded_q() const { return attention::padded_queries(seqlen_q); }
   // Query i sees keys from i + first_offset to i + last_offset; beyond -T and S no offset matters.
   int first_offset(const attention::Options& o) const {
@@ -40,22 +38,30 @@ struct Sizes {
   }
 };
 
-// q [B, T, H, D], k and v [B, S, K, D].
+// q [B, T, H, D], k [B, S, K, D] and v [B, S, K, Dv].
 Result<Sizes> read_sizes(const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer& v,
-                         const attention::Options& options) {
+                         const ExtraBuffers& extras, const attention::Options& options) {
   if (!(options.scale > 0)) {
     return invalid("scale is " + std::to_string(options.scale) + "; expected a positive number");
   }
-  if (Status status = first_error({check_rank("q", q, 4), check_rank("k", k, 4)}); !status.ok()) {
+  if (!(options.soft_cap >= 0)) {
+    return invalid("soft_cap is " + std::to_string(options.soft_cap) +
+                   "; expected a positive number, or 0 for none");
+  }
+  if (Status status =
+          first_error({check_rank("q", q, 4), check_rank("k", k, 4), check_rank("v", v, 4)});
+      !status.ok()) {
     return status.error();
   }
   const auto dtype = data_type(q);
   if (!dtype.ok()) return dtype.error();
-  const Sizes s{*dtype, dim(q, 0), dim(q, 1), dim(k, 1), dim(q, 2), dim(k, 2), dim(q, 3)};
-  if (Status status = first_error(
-          {check_dims("k", k, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim}),
-           check_dims("v", v, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim}),
-           check_dtype("k", k, q.element_type()), check_dtype("v", v, q.element_type())});
+  const Sizes s{
+      {*dtype, dim(q, 0), dim(q, 1), dim(k, 1), dim(q, 2), dim(k, 2), dim(q, 3), dim(v, 3)}};
+  if (Status status =
+          first_error({check_dims("k", k, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim}),
+                       check_dims("v", v, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim_v}),
+                       check_dtype("k", k, q.element_type()), check_dtype("v", v, q.element_type()),
+                       check_extras(extras, s)});
       !status.ok()) {
     return status.error();
   }
@@ -84,9 +90,9 @@ Result<bool> is_empty(const Sizes& s, bool backward) {
 
 // A map over [B, length, heads, D]: dimensions (D, length, heads, B), boxes of `rows` rows.
 Status encode_rows(TensorMap* map, const AnyBuffer& buffer, const Sizes& s, std::int64_t rows) {
-  const std::int64_t length = dim(buffer, 1), heads = dim(buffer, 2);
-  const std::int64_t row_bytes = s.head_dim * runtime::element_bytes(s.dtype);
-  const std::int64_t dims[] = {s.head_dim, length, heads, s.batch};
+  const std::int64_t length = dim(buffer, 1), heads = dim(buffer, 2), head_dim = dim(buffer, 3);
+  const std::int64_t row_bytes = head_dim * runtime::element_bytes(s.dtype);
+  const std::int64_t dims[] = {head_dim, length, heads, s.batch};
   const std::int64_t strides[] = {heads * row_bytes, row_bytes, length * heads * row_bytes};
   const std::int64_t box[] = {kMapColumns, rows, 1, 1};
   return runtime::encode_tensor_map(map, buffer.untyped_data(), {s.dtype, dims, strides, box, 128});
@@ -94,7 +100,8 @@ Status encode_rows(TensorMap* map, const AnyBuffer& buffer, const Sizes& s, std:
 
 // The fields that ForwardParams and BackwardParams share.
 template <typename Params>
-void set_problem(Params* params, const Sizes& s, const attention::Options& options) {
+void set_problem(Params* params, const Sizes& s, const ExtraBuffers& extras,
+                 const attention::Options& options) {
   params->batch = static_cast<int>(s.batch);
   params->seqlen_q = static_cast<int>(s.seqlen_q);
   params->seqlen_kv = static_cast<int>(s.seqlen_kv);
@@ -103,6 +110,7 @@ void set_problem(Params* params, const Sizes& s, const attention::Options& optio
   params->first_offset = s.first_offset(options);
   params->last_offset = s.last_offset(options);
   params->scale = options.scale;
+  params->extras = kernel_extras(extras, options);
 }
 
 // -- Forward --------------------------------------------------------------------------------------
@@ -110,21 +118,25 @@ void set_problem(Params* params, const Sizes& s, const attention::Options& optio
 struct ForwardBuffers {
   AnyBuffer q, k, v;
   AnyBuffer out, lse;
+  xffi::RemainingArgs extras;
 };
 
 struct ForwardCall {
   Sizes sizes;
+  ExtraBuffers extras;
   AttentionForwardKernel kernel;
   bool empty;
 };
 
 Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Options& options,
                                  const attention::ForwardConfig& config) {
-  const auto sizes = read_sizes(b.q, b.k, b.v, options);
+  const auto extras = read_extras(b.extras);
+  if (!extras.ok()) return extras.error();
+  const auto sizes = read_sizes(b.q, b.k, b.v, *extras, options);
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
   if (Status status =
-          first_error({check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim}),
+          first_error({check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim_v}),
                        check_dtype("out", b.out, b.q.element_type()),
                        check_dims("lse", b.lse, {s.batch, s.seqlen_q, s.num_heads}),
                        check_dtype("lse", b.lse, xffi::DataType::F32)});
@@ -133,7 +145,12 @@ Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Optio
   }
   const auto empty = is_empty(s, /*backward=*/false);
   if (!empty.ok()) return empty.error();
-  return ForwardCall{s, {s.dtype, s.head_dim, mask_of(options), config}, *empty};
+  return ForwardCall{
+      s,
+      *extras,
+      {s.dtype, attention::tile_head_dim(s.head_dim), attention::tile_head_dim(s.head_dim_v),
+       mask_of(options), features_of(*extras, options), config},
+      *empty};
 }
 
 Status initialize_forward(int device_ordinal, const ForwardBuffers& buffers,
@@ -176,7 +193,7 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
     return status;
   }
   params.lse = static_cast<float*>(b.lse.untyped_data());
-  set_problem(&params, s, options);
+  set_problem(&params, s, call->extras, options);
   const std::int64_t tiles = ceil_div(s.seqlen_q, config.block_q) * s.num_heads * s.batch;
   const std::int64_t blocks = std::min<std::int64_t>((*device)->multiprocessors, tiles);
   return runtime::launch(**kernel, stream, {blocks}, &params);
@@ -187,10 +204,12 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
 struct BackwardBuffers {
   AnyBuffer q, k, v, out, lse, dout, dlse;
   AnyBuffer dq, dk, dv, delta, lse_log2, dq_acc, dq_order;
+  xffi::RemainingArgs extras;
 };
 
 struct BackwardCall {
   Sizes sizes;
+  ExtraBuffers extras;
   AttentionBackwardKernels kernels;
   bool empty;
 };
@@ -200,11 +219,11 @@ Status check_backward(const BackwardBuffers& b, const Sizes& s) {
   const std::int64_t padded = s.padded_q();
   const bool has_dlse = b.dlse.element_count() != 0;
   return first_error(
-      {check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim}),
-       check_dims("dout", b.dout, {s.batch, s.seqlen_q, s.num_heads, s.head_dim}),
+      {check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim_v}),
+       check_dims("dout", b.dout, {s.batch, s.seqlen_q, s.num_heads, s.head_dim_v}),
        check_dims("dq", b.dq, {s.batch, s.seqlen_q, s.num_heads, s.head_dim}),
        check_dims("dk", b.dk, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim}),
-       check_dims("dv", b.dv, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim}),
+       check_dims("dv", b.dv, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim_v}),
        check_dtype("out", b.out, dtype),
        check_dtype("dout", b.dout, dtype),
        check_dtype("dq", b.dq, dtype),
@@ -227,14 +246,19 @@ Status check_backward(const BackwardBuffers& b, const Sizes& s) {
 
 Result<BackwardCall> read_backward(const BackwardBuffers& b, const attention::Options& options,
                                    const attention::BackwardConfig& config) {
-  const auto sizes = read_sizes(b.q, b.k, b.v, options);
+  const auto extras = read_extras(b.extras);
+  if (!extras.ok()) return extras.error();
+  const auto sizes = read_sizes(b.q, b.k, b.v, *extras, options);
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
   if (Status status = check_backward(b, s); !status.ok()) return status.error();
   const auto empty = is_empty(s, /*backward=*/true);
   if (!empty.ok()) return empty.error();
-  return BackwardCall{
-      s, {s.dtype, s.head_dim, mask_of(options), options.deterministic, config}, *empty};
+  return BackwardCall{s,
+                      *extras,
+                      {s.dtype, s.head_dim, s.head_dim_v, mask_of(options),
+                       features_of(*extras, options), options.deterministic, config},
+                      *empty};
 }
 
 Status initialize_backward(int device_ordinal, const BackwardBuffers& buffers,
@@ -289,8 +313,9 @@ std::int64_t backward_blocks(const Sizes& s, const attention::Options& options,
 }
 
 Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
-                   const BackwardBuffers& b, const Sizes& s, const attention::Options& options,
-                   const attention::BackwardConfig& config, int multiprocessors) {
+                   const BackwardBuffers& b, const Sizes& s, const ExtraBuffers& extras,
+                   const attention::Options& options, const attention::BackwardConfig& config,
+                   int multiprocessors) {
   attention::BackwardParams params = {};
   if (Status status =
           first_error({encode_rows(&params.q, b.q, s, config.block_q),
@@ -305,7 +330,7 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.lse_log2 = static_cast<const float*>(b.lse_log2.untyped_data());
   params.dq_acc = static_cast<float*>(b.dq_acc.untyped_data());
   params.dq_order = static_cast<int*>(b.dq_order.untyped_data());
-  set_problem(&params, s, options);
+  set_problem(&params, s, extras, options);
   const std::int64_t key_blocks = ceil_div(s.seqlen_kv, config.block_kv);
   params.padded_q = static_cast<int>(s.padded_q());
   params.q_blocks = static_cast<int>(ceil_div(s.seqlen_q, config.block_q));
@@ -366,8 +391,8 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
   if (Status status = launch_prepare(**prepare, stream, b, s, options); !status.ok()) {
     return status;
   }
-  if (Status status =
-          launch_main(**main, stream, b, s, options, config, (*device)->multiprocessors);
+  if (Status status = launch_main(**main, stream, b, s, call->extras, options, config,
+                                  (*device)->multiprocessors);
       !status.ok()) {
     return status;
   }
@@ -378,40 +403,42 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error forward_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v, Ret out,
-                               Ret lse, attention::Options options,
-                               attention::ForwardConfig config) {
-  return to_ffi(kForwardName, initialize_forward(device, {q, k, v, *out, *lse}, options, config));
+xffi::Error forward_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
+                               xffi::RemainingArgs extras, Ret out, Ret lse,
+                               attention::Options options, attention::ForwardConfig config) {
+  return to_ffi(kForwardName,
+                initialize_forward(device, {q, k, v, *out, *lse, extras}, options, config));
 }
 
 xffi::Error forward_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                            AnyBuffer k, AnyBuffer v, Ret out, Ret lse, attention::Options options,
-                            attention::ForwardConfig config) {
+                            AnyBuffer k, AnyBuffer v, xffi::RemainingArgs extras, Ret out, Ret lse,
+                            attention::Options options, attention::ForwardConfig config) {
   return to_ffi(kForwardName, explore([&] {
-                  return execute_forward(device, stream, {q, k, v, *out, *lse}, options, config);
+                  return execute_forward(device, stream, {q, k, v, *out, *lse, extras}, options,
+                                         config);
                 }));
 }
 
 xffi::Error backward_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
                                 AnyBuffer out, AnyBuffer lse, AnyBuffer dout, AnyBuffer dlse,
-                                Ret dq, Ret dk, Ret dv, Ret delta, Ret lse_log2, Ret dq_acc,
-                                Ret dq_order, attention::Options options,
+                                xffi::RemainingArgs extras, Ret dq, Ret dk, Ret dv, Ret delta,
+                                Ret lse_log2, Ret dq_acc, Ret dq_order, attention::Options options,
                                 attention::BackwardConfig config) {
   return to_ffi(kBackwardName, initialize_backward(device,
                                                    {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv,
-                                                    *delta, *lse_log2, *dq_acc, *dq_order},
+                                                    *delta, *lse_log2, *dq_acc, *dq_order, extras},
                                                    options, config));
 }
 
 xffi::Error backward_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
                              AnyBuffer k, AnyBuffer v, AnyBuffer out, AnyBuffer lse, AnyBuffer dout,
-                             AnyBuffer dlse, Ret dq, Ret dk, Ret dv, Ret delta, Ret lse_log2,
-                             Ret dq_acc, Ret dq_order, attention::Options options,
-                             attention::BackwardConfig config) {
+                             AnyBuffer dlse, xffi::RemainingArgs extras, Ret dq, Ret dk, Ret dv,
+                             Ret delta, Ret lse_log2, Ret dq_acc, Ret dq_order,
+                             attention::Options options, attention::BackwardConfig config) {
   return to_ffi(kBackwardName, explore([&] {
                   return execute_backward(device, stream,
                                           {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv, *delta,
-                                           *lse_log2, *dq_acc, *dq_order},
+                                           *lse_log2, *dq_acc, *dq_order, extras},
                                           options, config);
                 }));
 }
@@ -422,6 +449,7 @@ auto bind_forward(Binding binding) {
       .template Arg<AnyBuffer>()  // q
       .template Arg<AnyBuffer>()  // k
       .template Arg<AnyBuffer>()  // v
+      .RemainingArgs()            // ExtraBuffers
       .template Ret<AnyBuffer>()  // out
       .template Ret<AnyBuffer>()  // lse
       .template Attr<attention::Options>("options")
@@ -438,6 +466,7 @@ auto bind_backward(Binding binding) {
       .template Arg<AnyBuffer>()  // lse
       .template Arg<AnyBuffer>()  // dout
       .template Arg<AnyBuffer>()  // dlse, or of size 0
+      .RemainingArgs()            // ExtraBuffers
       .template Ret<AnyBuffer>()  // dq
       .template Ret<AnyBuffer>()  // dk
       .template Ret<AnyBuffer>()  // dv

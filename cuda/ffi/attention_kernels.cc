@@ -1,17 +1,38 @@
 #include "ffi/attention_kernels.h"
 
+#include <iterator>
+
 namespace tk::ffi {
 namespace {
 
+// Of the bits of attention::Feature, in order.
+constexpr const char* kFeatureNames[] = {"lengths", "segments", "mask", "bias", "softcap"};
+
 constexpr int kFragmentThreads = attention::kWarpgroupThreads;  // of prepare and finish
 
-Status check_common(runtime::DataType dtype, std::int64_t head_dim) {
+Status check_kernel_dtype(runtime::DataType dtype) {
   if (dtype != runtime::DataType::kBFloat16 && dtype != runtime::DataType::kFloat16) {
     return unsupported("dtype " + std::string(type_suffix(dtype)) +
                        "; the kernels take bfloat16 and float16");
   }
-  if (head_dim != 64 && head_dim != 128) {
-    return unsupported("head_dim " + std::to_string(head_dim) + "; the kernels take 64 and 128");
+  return {};
+}
+
+Status check_tile_head_dim(const char* name, std::int64_t head_dim) {
+  if (head_dim > 0 && head_dim <= attention::kMaxHeadDim &&
+      head_dim % attention::kHeadDimStep == 0) {
+    return {};
+  }
+  return unsupported("tiles of " + std::string(name) + " " + std::to_string(head_dim) +
+                     "; the kernels take multiples of 64 up to 256");
+}
+
+// Of the backward pass.
+Status check_common(runtime::DataType dtype, std::int64_t head_dim, std::int64_t head_dim_v) {
+  if (Status status = check_kernel_dtype(dtype); !status.ok()) return status;
+  if ((head_dim != 64 && head_dim != 128) || head_dim_v != head_dim) {
+    return unsupported("head_dim " + std::to_string(head_dim) + " with " +
+                       std::to_string(head_dim_v) + " of v; the kernels take 64 and 128");
   }
   return {};
 }
@@ -24,11 +45,18 @@ Status check_multiple(const char* name, std::int64_t value, std::int64_t multipl
                  std::to_string(largest));
 }
 
-// bf16 or fp16, and everything else that stands in a symbol: "d128_causal_bf16".
-std::string suffix(runtime::DataType dtype, std::int64_t head_dim,
-                   attention::Mask mask = attention::Mask::kNone) {
-  const char* words[] = {"_", "_causal_", "_band_"};
-  return "d" + std::to_string(head_dim) + words[static_cast<int>(mask)] + type_suffix(dtype);
+// bf16 or fp16, and everything else that stands in a symbol: "d128_causal_bf16",
+// "d192x128_causal_segments_softcap_bf16".
+std::string suffix(runtime::DataType dtype, std::int64_t head_dim, std::int64_t head_dim_v,
+                   attention::Mask mask = attention::Mask::kNone, unsigned features = 0) {
+  std::string text = "d" + std::to_string(head_dim);
+  if (head_dim_v != head_dim) text += "x" + std::to_string(head_dim_v);
+  const char* masks[] = {"", "_causal", "_band"};
+  text += masks[static_cast<int>(mask)];
+  for (const char* name : kFeatureNames) {
+    if (features & feature_of(name)) text += std::string("_") + name;
+  }
+  return text + "_" + type_suffix(dtype);
 }
 
 std::string mask_name(attention::Mask mask) {
@@ -47,49 +75,60 @@ Result<KernelSpec> checked(KernelSpec spec) {
 
 }  // namespace
 
+unsigned feature_of(std::string_view name) {
+  for (unsigned i = 0; i < std::size(kFeatureNames); ++i) {
+    if (name == kFeatureNames[i]) return 1u << i;
+  }
+  return 0;
+}
+
 KernelKey AttentionForwardKernel::key() const {
-  return {{0, static_cast<int>(dtype), head_dim, static_cast<int>(mask), config.block_q,
-           config.block_kv, config.stages}};
+  return {{0, static_cast<int>(dtype), head_dim, head_dim_v, static_cast<int>(mask), features,
+           config.block_q, config.block_kv, config.stages}};
 }
 
 Result<KernelSpec> AttentionForwardKernel::spec() const {
-  if (Status status = first_error({check_common(dtype, head_dim),
-                                   check_multiple("block_q", config.block_q, 64, 192),
-                                   check_multiple("block_kv", config.block_kv, 16, 256),
-                                   check_multiple("stages", config.stages, 1, 8)});
+  if (Status status =
+          first_error({check_kernel_dtype(dtype), check_tile_head_dim("head_dim", head_dim),
+                       check_tile_head_dim("head_dim_v", head_dim_v),
+                       check_multiple("block_q", config.block_q, 64, 192),
+                       check_multiple("block_kv", config.block_kv, 16, 256),
+                       check_multiple("stages", config.stages, 1, 8)});
       !status.ok()) {
     return status.error();
   }
   KernelSpec spec;
-  spec.symbol = "tk_attention_fwd_" + suffix(dtype, head_dim, mask);
+  spec.symbol = "tk_attention_fwd_" + suffix(dtype, head_dim, head_dim_v, mask, features);
   spec.header = "kernels/attention/forward.cuh";
   spec.function = std::string("tk::attention::forward<tk::attention::ForwardTraits<") +
-                  type_name(dtype) + ", " + std::to_string(head_dim) + ", " + mask_name(mask) +
-                  ", " + std::to_string(config.block_q) + ", " + std::to_string(config.block_kv) +
-                  ", " + std::to_string(config.stages) + ">>";
+                  type_name(dtype) + ", " + std::to_string(head_dim) + ", " +
+                  std::to_string(head_dim_v) + ", " + mask_name(mask) + ", " +
+                  std::to_string(features) + ", " + std::to_string(config.block_q) + ", " +
+                  std::to_string(config.block_kv) + ", " + std::to_string(config.stages) + ">>";
   spec.params_type = "tk::attention::ForwardParams";
   spec.threads = attention::forward_threads(config.block_q);
-  spec.shared_bytes = attention::forward_shared_bytes(head_dim, config);
+  spec.shared_bytes = attention::forward_shared_bytes(head_dim, head_dim_v, config);
   return checked(std::move(spec));
 }
 
 KernelKey AttentionBackwardKernels::prepare_key() const {
-  return {{1, static_cast<int>(dtype), head_dim}};
+  return {{1, static_cast<int>(dtype), head_dim, head_dim_v}};
 }
 
 KernelKey AttentionBackwardKernels::main_key() const {
-  return {{2, static_cast<int>(dtype), head_dim, static_cast<int>(mask), deterministic,
-           config.block_q, config.block_kv, config.stages}};
+  return {{2, static_cast<int>(dtype), head_dim, head_dim_v, static_cast<int>(mask), features,
+           deterministic, config.block_q, config.block_kv, config.stages}};
 }
 
 KernelKey AttentionBackwardKernels::finish_key() const {
-  return {{3, static_cast<int>(dtype), head_dim}};
+  return {{3, static_cast<int>(dtype), head_dim, head_dim_v}};
 }
 
 Result<KernelSpec> AttentionBackwardKernels::prepare_spec() const {
-  if (Status status = check_common(dtype, head_dim); !status.ok()) return status.error();
+  if (Status status = check_common(dtype, head_dim, head_dim_v); !status.ok())
+    return status.error();
   KernelSpec spec;
-  spec.symbol = "tk_attention_bwd_prepare_" + suffix(dtype, head_dim);
+  spec.symbol = "tk_attention_bwd_prepare_" + suffix(dtype, head_dim, head_dim_v);
   spec.header = "kernels/attention/backward_prepare.cuh";
   spec.function = "tk::attention::backward_prepare" + fragment_arguments(dtype, head_dim);
   spec.params_type = "tk::attention::BackwardPrepareParams";
@@ -99,7 +138,7 @@ Result<KernelSpec> AttentionBackwardKernels::prepare_spec() const {
 }
 
 Result<KernelSpec> AttentionBackwardKernels::main_spec() const {
-  if (Status status = first_error({check_common(dtype, head_dim),
+  if (Status status = first_error({check_common(dtype, head_dim, head_dim_v),
                                    check_multiple("block_q", config.block_q, 64, 128),
                                    check_multiple("block_kv", config.block_kv, 64, 256),
                                    check_multiple("stages", config.stages, 1, 8)});
@@ -107,12 +146,13 @@ Result<KernelSpec> AttentionBackwardKernels::main_spec() const {
     return status.error();
   }
   KernelSpec spec;
-  spec.symbol = "tk_attention_bwd_" + suffix(dtype, head_dim, mask);
+  spec.symbol = "tk_attention_bwd_" + suffix(dtype, head_dim, head_dim_v, mask, features);
   spec.header = "kernels/attention/backward.cuh";
   spec.function = std::string("tk::attention::backward<tk::attention::BackwardTraits<") +
                   type_name(dtype) + ", " + std::to_string(head_dim) + ", " + mask_name(mask) +
-                  ", " + bool_name(deterministic) + ", " + std::to_string(config.block_q) + ", " +
-                  std::to_string(config.block_kv) + ", " + std::to_string(config.stages) + ">>";
+                  ", " + std::to_string(features) + ", " + bool_name(deterministic) + ", " +
+                  std::to_string(config.block_q) + ", " + std::to_string(config.block_kv) + ", " +
+                  std::to_string(config.stages) + ">>";
   spec.params_type = "tk::attention::BackwardParams";
   spec.threads = attention::backward_threads(config.block_kv);
   spec.shared_bytes = attention::backward_shared_bytes(head_dim, config);
@@ -120,9 +160,10 @@ Result<KernelSpec> AttentionBackwardKernels::main_spec() const {
 }
 
 Result<KernelSpec> AttentionBackwardKernels::finish_spec() const {
-  if (Status status = check_common(dtype, head_dim); !status.ok()) return status.error();
+  if (Status status = check_common(dtype, head_dim, head_dim_v); !status.ok())
+    return status.error();
   KernelSpec spec;
-  spec.symbol = "tk_attention_bwd_finish_" + suffix(dtype, head_dim);
+  spec.symbol = "tk_attention_bwd_finish_" + suffix(dtype, head_dim, head_dim_v);
   spec.header = "kernels/attention/backward_finish.cuh";
   spec.function = "tk::attention::backward_finish" + fragment_arguments(dtype, head_dim);
   spec.params_type = "tk::attention::BackwardFinishParams";

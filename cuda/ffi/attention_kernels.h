@@ -6,12 +6,16 @@
 
 namespace tk::ffi {
 
+// The bit of a feature's name, as it stands in symbols; 0 where there is none of that name.
+unsigned feature_of(std::string_view name);
+
 // Whatever of a call's settings ends up in the kernels' template arguments. A spec is refused where
 // the kernels do not offer it.
 struct AttentionForwardKernel {
   runtime::DataType dtype;
-  std::int64_t head_dim;
+  std::int64_t head_dim, head_dim_v;  // of tiles
   attention::Mask mask;
+  unsigned features;  // bits of attention::Feature
   attention::ForwardConfig config;
 
   KernelKey key() const;
@@ -20,8 +24,9 @@ struct AttentionForwardKernel {
 
 struct AttentionBackwardKernels {
   runtime::DataType dtype;
-  std::int64_t head_dim;
+  std::int64_t head_dim, head_dim_v;
   attention::Mask mask;
+  unsigned features;  // bits of attention::Feature
   bool deterministic;
   attention::BackwardConfig config;
 
@@ -38,7 +43,7 @@ struct AttentionBackwardKernels {
 TK_REGISTER_SETTINGS(tk::attention::Options, StructMember<float>("scale"),
                      StructMember<bool>("is_causal"), StructMember<bool>("bottom_right"),
                      StructMember<bool>("deterministic"), StructMember<std::int64_t>("window_left"),
-                     StructMember<std::int64_t>("window_right"));
+                     StructMember<std::int64_t>("window_right"), StructMember<float>("soft_cap"));
 TK_REGISTER_SETTINGS(tk::attention::ForwardConfig, StructMember<std::int64_t>("block_q"),
                      StructMember<std::int64_t>("block_kv"), StructMember<std::int64_t>("stages"));
 TK_REGISTER_SETTINGS(tk::attention::BackwardConfig, StructMember<std::int64_t>("block_q"),

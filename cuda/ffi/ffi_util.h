@@ -52,7 +52,7 @@ xffi::Error to_ffi(const char* target, const Status& status);
 
 // Integers that tell the specialisations of one kernel apart.
 struct KernelKey {
-  std::array<std::int64_t, 10> values = {};
+  std::array<std::int64_t, 12> values = {};
   bool operator==(const KernelKey&) const = default;
 };
 std::size_t hash_value(const KernelKey& key);

@@ -102,26 +102,42 @@ attention::Mask to_mask(const std::string& name) {
   throw nb::value_error(("mask " + name + "; expected none, causal or band").c_str());
 }
 
+unsigned to_features(const std::vector<std::string>& names) {
+  unsigned features = 0;
+  for (const std::string& name : names) {
+    const unsigned bit = feature_of(name);
+    if (bit == 0) throw nb::value_error(("no feature is called " + name).c_str());
+    features |= bit;
+  }
+  return features;
+}
+
 long field(const nb::dict& config, const char* name) { return nb::cast<long>(config[name]); }
 
-nb::list attention_forward_specs(const std::string& dtype, long head_dim, const std::string& mask,
+nb::list attention_forward_specs(const std::string& dtype, long head_dim, long head_dim_v,
+                                 const std::string& mask, const std::vector<std::string>& features,
                                  const nb::dict& config) {
   const AttentionForwardKernel kernel{
       to_dtype(dtype),
-      head_dim,
+      attention::tile_head_dim(head_dim),
+      attention::tile_head_dim(head_dim_v),
       to_mask(mask),
+      to_features(features),
       {field(config, "block_q"), field(config, "block_kv"), field(config, "stages")}};
   nb::list specs;
   specs.append(to_dict(kernel.spec()));
   return specs;
 }
 
-nb::list attention_backward_specs(const std::string& dtype, long head_dim, const std::string& mask,
+nb::list attention_backward_specs(const std::string& dtype, long head_dim, long head_dim_v,
+                                  const std::string& mask, const std::vector<std::string>& features,
                                   bool deterministic, const nb::dict& config) {
   const AttentionBackwardKernels kernels{
       to_dtype(dtype),
       head_dim,
+      head_dim_v,
       to_mask(mask),
+      to_features(features),
       deterministic,
       {field(config, "block_q"), field(config, "block_kv"), field(config, "stages")}};
   nb::list specs;

@@ -18,7 +18,7 @@ std::string check_backward(const Attention& s, std::uint64_t seed) {
   constexpr int kBlockQ = kDepth == 64 ? 128 : 64, kBlockKv = 128;
   constexpr int kMultiprocessors = 4;
   using Traits =
-      attention::BackwardTraits<bf16, kDepth, kMask, kDeterministic, kBlockQ, kBlockKv, 2>;
+      attention::BackwardTraits<bf16, kDepth, kMask, 0, kDeterministic, kBlockQ, kBlockKv, 2>;
   const std::size_t padded = attention::padded_queries(s.seqlen_q);
   const std::size_t padded_rows = s.batch * s.num_heads * padded;
   Array<bf16> q("q", s.q_size()), k("k", s.kv_size()), v("v", s.kv_size()), out("out", s.q_size()),

@@ -8,7 +8,7 @@ namespace {
 
 template <attention::Mask kMask, int kBlockQ, int kBlockKv>
 std::string check_forward(const Attention& s, int blocks, float gain, std::uint64_t seed) {
-  using Traits = attention::ForwardTraits<bf16, 64, kMask, kBlockQ, kBlockKv, 2>;
+  using Traits = attention::ForwardTraits<bf16, 64, 64, kMask, 0, kBlockQ, kBlockKv, 2>;
   Array<bf16> q("q", s.q_size()), k("k", s.kv_size()), v("v", s.kv_size()), out("out", s.q_size());
   Array<float> lse("lse", s.rows());
   q.fill_normal(1);
@@ -41,7 +41,7 @@ std::string check_forward(const Attention& s, int blocks, float gain, std::uint6
   launch.params = &params;
   launch.grid[0] = blocks;
   launch.threads = attention::forward_threads(kBlockQ);
-  launch.shared_bytes = attention::forward_shared_bytes(64, {kBlockQ, kBlockKv, 2});
+  launch.shared_bytes = attention::forward_shared_bytes(64, 64, {kBlockQ, kBlockKv, 2});
   launch.seed = seed;
   if (const auto report = interpreter::run(launch, memory)) return report->text();
 

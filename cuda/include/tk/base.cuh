@@ -31,6 +31,18 @@ constexpr bool kSame = false;
 template <typename A>
 constexpr bool kSame<A, A> = true;
 
+// A where kCondition holds, otherwise B.
+template <bool kCondition, typename A, typename B>
+struct Selection {
+  using Type = A;
+};
+template <typename A, typename B>
+struct Selection<false, A, B> {
+  using Type = B;
+};
+template <bool kCondition, typename A, typename B>
+using Select = typename Selection<kCondition, A, B>::Type;
+
 template <typename T>
 constexpr bool kIsHalf = kSame<T, bf16> || kSame<T, fp16>;
 

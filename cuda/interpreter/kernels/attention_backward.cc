@@ -19,10 +19,10 @@ constexpr runtime::DataType kDataType =
 template <typename T, int kHeadDim, Mask kMask, bool kDeterministic, int kBlockQ>
 ffi::AttentionBackwardKernels register_main() {
   const ffi::AttentionBackwardKernels kernels = {
-      kDataType<T>, kHeadDim, kMask, kDeterministic, {kBlockQ, 128, 2}};
+      kDataType<T>, kHeadDim, kHeadDim, kMask, 0, kDeterministic, {kBlockQ, 128, 2}};
   Registration(
       *kernels.main_spec(),
-      run_kernel<backward<BackwardTraits<T, kHeadDim, kMask, kDeterministic, kBlockQ, 128, 2>>,
+      run_kernel<backward<BackwardTraits<T, kHeadDim, kMask, 0, kDeterministic, kBlockQ, 128, 2>>,
                  BackwardParams>);
   return kernels;
 }

@@ -16,11 +16,12 @@ constexpr runtime::DataType kDataType =
 
 template <typename T, int kHeadDim, Mask kMask, int kBlockQ, int kBlockKv>
 void register_one() {
-  const ffi::AttentionForwardKernel kernel = {
-      kDataType<T>, kHeadDim, kMask, {kBlockQ, kBlockKv, 2}};
+  const ffi::AttentionForwardKernel kernel = {kDataType<T>, kHeadDim, kHeadDim,
+                                              kMask,        0,        {kBlockQ, kBlockKv, 2}};
   Registration(
       *kernel.spec(),
-      run_kernel<forward<ForwardTraits<T, kHeadDim, kMask, kBlockQ, kBlockKv, 2>>, ForwardParams>);
+      run_kernel<forward<ForwardTraits<T, kHeadDim, kHeadDim, kMask, 0, kBlockQ, kBlockKv, 2>>,
+                 ForwardParams>);
 }
 
 template <typename T, Mask kMask>

@@ -16,6 +16,7 @@ struct Options {
   bool deterministic;  // dq is summed over key blocks in a fixed order
   // Query i sees key j only if i + offset - left <= j <= i + offset + right; negative: no such end.
   long window_left, window_right;
+  float soft_cap;  // scaled scores s become soft_cap tanh(s / soft_cap); 0: they stay
 };
 
 // Which keys a query may see: all; those up to one that moves with it; those between two.
@@ -25,6 +26,34 @@ constexpr Mask mask_of(const Options& options) {
   if (options.window_left >= 0) return Mask::kBand;
   return options.is_causal || options.window_right >= 0 ? Mask::kCausal : Mask::kNone;
 }
+
+// What a kernel is compiled for beyond its mask, as bits.
+enum Feature : unsigned {
+  kLengths = 1,    // Extras::query_lengths, kv_lengths
+  kSegments = 2,   // Extras::q_segments, kv_segments
+  kMaskArray = 4,  // Extras::mask
+  kBias = 8,       // Extras::bias
+  kSoftCap = 16,   // Extras::soft_cap
+};
+
+// An array [B, H, T, S] of which any axis may be shared: its stride is 0 there.
+struct ScoreArray {
+  const void* data;
+  long batch_stride, head_stride, query_stride, key_stride;  // in elements
+};
+
+// What a call has beside q, k and v; null, or 0, where there is none.
+struct Extras {
+  const int* query_lengths;  // [B]
+  const int* kv_lengths;     // [B]
+  const int* q_segments;     // [B, T]
+  const int* kv_segments;    // [B, S]
+  ScoreArray mask;           // of bytes, 0 or 1
+  ScoreArray bias;
+  const float* sinks;       // [B, H] or [H]
+  long sinks_batch_stride;  // H or 0
+  float soft_cap;
+};
 
 // How the forward pass is computed. Fields match AttentionForwardConfig.
 struct ForwardConfig {
@@ -48,18 +77,26 @@ constexpr int kQueryPadding = 128;
 // dq is accumulated in square fragments of this many rows and columns.
 constexpr int kFragmentRows = 64;
 
+// Head dims of tiles: the copy engine fills the columns beyond an array's own with zeros, and
+// stores none of them.
+constexpr int kHeadDimStep = 64, kMaxHeadDim = 256;
+constexpr long tile_head_dim(long head_dim) {
+  return (head_dim + kHeadDimStep - 1) / kHeadDimStep * kHeadDimStep;
+}
+
 constexpr long padded_queries(long seqlen_q) {
   return (seqlen_q + kQueryPadding - 1) / kQueryPadding * kQueryPadding;
 }
 
 // -- Forward ------------------------------------------------------------------------------------
 // Kernel: "kernels/attention/forward.cuh"
-//   tk::attention::forward<tk::attention::ForwardTraits<T, D, kMask, kBlockQ, kBlockKv, kStages>>
-// with T one of tk::bf16, tk::fp16. Grid: min(multiprocessors, tiles) blocks, where
-// tiles = ceil(T / block_q) * H * B.
+//   tk::attention::forward<tk::attention::ForwardTraits<T, kHeadDim, kHeadDimV, kMask, kFeatures,
+//                                                       kBlockQ, kBlockKv, kStages>>
+// with T one of tk::bf16, tk::fp16 and the head dims of tiles. Grid: min(multiprocessors, tiles)
+// blocks, where tiles = ceil(T / block_q) * H * B.
 struct ForwardParams {
-  // Dimensions of every map, innermost first: (D, T or S, H or K, B), with the strides of the
-  // row-major array [B, T or S, H or K, D]. Boxes: (64, rows, 1, 1), 128-byte swizzle.
+  // Dimensions of every map, innermost first: (D or Dv, T or S, H or K, B), with the strides of the
+  // row-major array [B, T or S, H or K, D or Dv]. Boxes: (64, rows, 1, 1), 128-byte swizzle.
   TensorMap q;    // rows = 64
   TensorMap k;    // rows = block_kv
   TensorMap v;    // rows = block_kv
@@ -68,15 +105,24 @@ struct ForwardParams {
   int batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads;
   int first_offset, last_offset;  // query i sees keys from i + first_offset to i + last_offset
   float scale;
+  Extras extras;
 };
 
 constexpr int forward_threads(long block_q) {
   return static_cast<int>((block_q / 64 + 1) * kWarpgroupThreads);
 }
+// Head dims of tiles. Where q, out and two stages of k and v would not fit side by side, out leaves
+// through q's memory.
+constexpr bool out_replaces_q(long head_dim, long head_dim_v) {
+  return head_dim > 128 || head_dim_v > 128;
+}
 // q and out (block_q rows each), and stages of k and v.
-constexpr int forward_shared_bytes(long head_dim, const ForwardConfig& config) {
-  return static_cast<int>(2 * head_dim *
-                          (2 * config.block_q + 2 * config.stages * config.block_kv)) +
+constexpr int forward_shared_bytes(long head_dim, long head_dim_v, const ForwardConfig& config) {
+  const long q_and_out = out_replaces_q(head_dim, head_dim_v)
+                             ? (head_dim > head_dim_v ? head_dim : head_dim_v)
+                             : head_dim + head_dim_v;
+  return static_cast<int>(2 * (q_and_out * config.block_q +
+                               (head_dim + head_dim_v) * config.stages * config.block_kv)) +
          kSharedSlack;
 }
 
@@ -107,8 +153,9 @@ constexpr int backward_prepare_shared_bytes(long head_dim) {
 }
 
 // Kernel: "kernels/attention/backward.cuh"
-//   tk::attention::backward<tk::attention::BackwardTraits<T, D, kMask, kDeterministic, kBlockQ,
-//                                                          kBlockKv, kStages>>
+//   tk::attention::backward<tk::attention::BackwardTraits<T, kHeadDim, kMask, kFeatures,
+//                                                         kDeterministic, kBlockQ, kBlockKv,
+//                                                         kStages>>
 // Grid: with key_blocks = ceil(S / block_kv), tiles = key_blocks * K * B and SMs multiprocessors,
 //   a mask                        tiles: blocks start in index order as multiprocessors become free
 //   otherwise, not deterministic  min(tiles, SMs)
@@ -134,6 +181,7 @@ struct BackwardParams {
   // surely run at once.
   int turn_group;
   float scale;
+  Extras extras;
 };
 // How many steps' dq can be on their way out, each with a storing warp of its own where the order
 // is fixed. A second one fits at D = 128 alone.

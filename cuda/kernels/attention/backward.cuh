@@ -25,12 +25,13 @@
 
 namespace tk::attention {
 
-template <typename T_, int kHeadDim_, Mask kMask_, bool kDeterministic_, int kBlockQ_,
-          int kBlockKv_, int kStages_>
+template <typename T_, int kHeadDim_, Mask kMask_, unsigned kFeatures_, bool kDeterministic_,
+          int kBlockQ_, int kBlockKv_, int kStages_>
 struct BackwardTraits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Mask kMask = kMask_;
+  static constexpr unsigned kFeatures = kFeatures_;
   static constexpr bool kDeterministic = kDeterministic_;
   static constexpr int kBlockQ = kBlockQ_;
   static constexpr int kBlockKv = kBlockKv_;

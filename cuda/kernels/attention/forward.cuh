@@ -19,11 +19,14 @@
 
 namespace tk::attention {
 
-template <typename T_, int kHeadDim_, Mask kMask_, int kBlockQ_, int kBlockKv_, int kStages_>
+template <typename T_, int kHeadDim_, int kHeadDimV_, Mask kMask_, unsigned kFeatures_,
+          int kBlockQ_, int kBlockKv_, int kStages_>
 struct ForwardTraits {
   using T = T_;
-  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDim = kHeadDim_;    // of q and k
+  static constexpr int kHeadDimV = kHeadDimV_;  // of v and out
   static constexpr Mask kMask = kMask_;
+  static constexpr unsigned kFeatures = kFeatures_;
   static constexpr int kBlockQ = kBlockQ_;
   static constexpr int kBlockKv = kBlockKv_;
   static constexpr int kStages = kStages_;
@@ -35,30 +38,41 @@ struct ForwardTraits {
 template <typename Traits>
 struct Forward {
   using T = typename Traits::T;
-  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kHeadDim = Traits::kHeadDim, kHeadDimV = Traits::kHeadDimV;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
   static constexpr int kConsumers = Traits::kConsumers;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kConsumers == 2 ? 24 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
 
   using QTile = SharedTile<T, 64, kHeadDim>;
-  using KvTile = SharedTile<T, kBlockKv, kHeadDim>;
+  using KTile = SharedTile<T, kBlockKv, kHeadDim>;
+  using VTile = SharedTile<T, kBlockKv, kHeadDimV>;
+  using OutTile = SharedTile<T, 64, kHeadDimV>;
   using Ring = Pipeline<Traits::kStages>;
   using QRing = Pipeline<1>;
   using Scores = RegTile<float, 16, kBlockKv>;
   using Weights = RegTile<T, 16, kBlockKv>;
-  using Output = RegTile<float, 16, kHeadDim>;
+  using Output = RegTile<float, 16, kHeadDimV>;
+  static constexpr bool kOutReplacesQ = out_replaces_q(kHeadDim, kHeadDimV);
 
+  // A consumer's queries and its rows of out, apart or one after the other in the same memory.
+  struct Apart {
+    QTile q_smem;
+    OutTile out_smem;
+  };
+  union InTurn {
+    QTile q_smem;
+    OutTile out_smem;
+  };
   struct Shared {
-    QTile q_smem[kConsumers];
-    KvTile k_smem[Traits::kStages];
-    KvTile v_smem[Traits::kStages];
-    QTile out_smem[kConsumers];
+    Select<kOutReplacesQ, InTurn, Apart> rows[kConsumers];
+    KTile k_smem[Traits::kStages];
+    VTile v_smem[Traits::kStages];
     QRing q_ring;
     Ring k_ring, v_ring;
   };
   static_assert(sizeof(Shared) + 1024 <=
-                    forward_shared_bytes(kHeadDim, {kBlockQ, kBlockKv, Traits::kStages}),
+                    forward_shared_bytes(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages}),
                 "attention.h's forward_shared_bytes covers the kernel's shared memory");
 
   // Whether tiles differ in how many keys they see.
@@ -85,8 +99,8 @@ struct Forward {
       const int worker = grid::block_x(), workers = grid::blocks_x();
       const int blocks = ceil_div(p.seqlen_q, kBlockQ);
       if constexpr (kMasked) {
-        const int section =
-            heads_in_l2(p.seqlen_kv, 2 * kHeadDim * sizeof(T)) * p.num_heads / p.num_kv_heads;
+        const int section = heads_in_l2(p.seqlen_kv, (kHeadDim + kHeadDimV) * sizeof(T)) *
+                            p.num_heads / p.num_kv_heads;
         masked = {worker, workers, blocks, p.num_heads, p.batch, section};
         masked.start();
       } else {
@@ -143,19 +157,20 @@ struct Forward {
     const int group = params.num_heads / params.num_kv_heads;
     for (Walk walk(params); walk.valid(); walk.next()) {
       const Tile tile = walk.tile();
-      if (tile.empty()) continue;
+      // Where out leaves through q's memory, a tile without keys waits for it like any other.
+      if (!kOutReplacesQ && tile.empty()) continue;
       shared.q_ring.acquire(q_state, kConsumers * QTile::kBytes);
       for (int i = 0; i < kConsumers; ++i) {
-        tma::load(shared.q_smem[i], params.q, shared.q_ring.full(q_state), tma::Keep::kBriefly, 0,
-                  tile.first_query + 64 * i, tile.head, tile.batch);
+        tma::load(shared.rows[i].q_smem, params.q, shared.q_ring.full(q_state), tma::Keep::kBriefly,
+                  0, tile.first_query + 64 * i, tile.head, tile.batch);
       }
       q_state.advance();
       const int kv_head = tile.head / group;
       for (int block = tile.end_block - 1; block >= tile.first_block; --block, kv_state.advance()) {
-        shared.k_ring.acquire(kv_state, KvTile::kBytes);
+        shared.k_ring.acquire(kv_state, KTile::kBytes);
         tma::load(shared.k_smem[kv_state.stage], params.k, shared.k_ring.full(kv_state),
                   tma::Keep::kLong, 0, block * kBlockKv, kv_head, tile.batch);
-        shared.v_ring.acquire(kv_state, KvTile::kBytes);
+        shared.v_ring.acquire(kv_state, VTile::kBytes);
         tma::load(shared.v_smem[kv_state.stage], params.v, shared.v_ring.full(kv_state),
                   tma::Keep::kLong, 0, block * kBlockKv, kv_head, tile.batch);
       }
@@ -176,7 +191,7 @@ struct Forward {
     typename QRing::State q_state;
     typename Ring::State k_state, v_state;
     const float scale_log2 = params.scale * kLog2E;
-    const QTile& q_smem = shared.q_smem[consumer];
+    const QTile& q_smem = shared.rows[consumer].q_smem;
     if (consumer == kConsumers - 1) pass_turn(consumer);  // the first turn is the first consumer's
 
     for (Walk walk(params); walk.valid(); walk.next()) {
@@ -185,6 +200,7 @@ struct Forward {
       Output o_acc;
       OnlineSoftmax softmax(scale_log2);
       if (tile.empty()) {
+        if constexpr (kOutReplacesQ) shared.q_ring.wait(q_state);
         warp::zero(o_acc);
       } else {
         Scores s_acc;
@@ -233,8 +249,10 @@ struct Forward {
           if (corrects) warp::mul_rows(o_acc, o_acc, softmax.correction);
           warp::convert(p, s_acc);
         }
-        shared.q_ring.release(q_state);
-        q_state.advance();
+        if constexpr (!kOutReplacesQ) {
+          shared.q_ring.release(q_state);
+          q_state.advance();
+        }
         shared.v_ring.wait(v_state);
         warpgroup::mma_AB(o_acc, p, shared.v_smem[v_state.stage], accumulate);
         warpgroup::mma_commit();
@@ -245,7 +263,12 @@ struct Forward {
 
       const PerRow<16> lse = softmax.finish(params.scale);
       warp::mul_rows(o_acc, o_acc, softmax.inverse_sum());
-      store(params, shared.out_smem[consumer], o_acc, first_query, tile);
+      store(params, shared.rows[consumer].out_smem, o_acc, first_query, tile);
+      if constexpr (kOutReplacesQ) {
+        if (warpgroup::leader()) tma::wait_read<0>();
+        shared.q_ring.release(q_state);
+        q_state.advance();
+      }
       const int64 row = static_cast<int64>(tile.batch) * params.seqlen_q * params.num_heads;
       warpgroup::store(
           GlobalVec<float>{params.lse + row + tile.head, params.seqlen_q, params.num_heads}, lse,
@@ -255,7 +278,7 @@ struct Forward {
   }
 
   // The copy engine writes the consumer's rows while it goes on to the next tile.
-  __device__ __forceinline__ static void store(const ForwardParams& params, QTile& out_smem,
+  __device__ __forceinline__ static void store(const ForwardParams& params, OutTile& out_smem,
                                                const Output& o_acc, int first_query,
                                                const Tile& tile) {
     if (warpgroup::leader()) tma::wait_read<0>();  // the last tile's rows have left

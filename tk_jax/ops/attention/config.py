@@ -79,6 +79,7 @@ class KernelOptions:
     deterministic: bool
     window_left: int
     window_right: int
+    soft_cap: float
 
 
 class Extras(NamedTuple):
@@ -115,44 +116,69 @@ class AttentionBackwardConfig:
     stages: int  # depth of the query/dout ring
 
 
-# The head dims that the kernels support, with their tiles.
+# Tiles have head dims that are multiples of this (kHeadDimStep in attention.h) up to
+# MAX_HEAD_DIM; arrays, whose rows the copy engine reads, multiples of HEAD_DIM_STEP.
+TILE_HEAD_DIM_STEP = 64
+HEAD_DIM_STEP = 8
+MAX_HEAD_DIM = 256
+
+# Tiles by the head dims of q and k, and of v.
 _FORWARD = {
-    64: AttentionForwardConfig(block_q=192, block_kv=128, stages=2),
-    128: AttentionForwardConfig(block_q=128, block_kv=128, stages=2),
+    (64, 64): AttentionForwardConfig(block_q=192, block_kv=128, stages=2),
+    (128, 128): AttentionForwardConfig(block_q=128, block_kv=128, stages=2),
+    (192, 192): AttentionForwardConfig(block_q=128, block_kv=112, stages=2),
+    # Two stages of 80 keys are all the shared memory, and beside 128 registers of out
+    # all the registers.
+    (256, 256): AttentionForwardConfig(block_q=128, block_kv=80, stages=2),
 }
+# Of other pairs, those of the larger of both, if that is more than 128.
+_FORWARD_MIXED = AttentionForwardConfig(block_q=128, block_kv=128, stages=2)
+_FORWARD |= {(192, 128): _FORWARD_MIXED, (128, 192): _FORWARD_MIXED}
 # Wider blocks mean fewer barriers for the same work, but more of it beyond a diagonal
 # and in the last block: they pay off over many keys that all queries see.
 _FORWARD_MANY_KEYS = {
-    128: AttentionForwardConfig(block_q=128, block_kv=160, stages=2),
+    (128, 128): AttentionForwardConfig(block_q=128, block_kv=160, stages=2),
 }
 _MANY_KEYS = 8192
 # Between two diagonals, masks take more registers.
-_FORWARD_BAND = AttentionForwardConfig(block_q=128, block_kv=128, stages=2)
+_FORWARD_BAND = {(64, 64): _FORWARD_MIXED}
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
     128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2),
 }
-KERNEL_HEAD_DIMS = tuple(_FORWARD)
+KERNEL_HEAD_DIMS = (64, 128)
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
 
 def forward_config(
-    head_dim: int, seqlen_kv: int, mask: str = "none"
+    head_dim: int, head_dim_v: int, seqlen_kv: int, mask: str = "none"
 ) -> AttentionForwardConfig:
-    """``mask`` is one of KERNEL_MASKS."""
-    if mask == "band":
-        return _FORWARD_BAND
-    if mask == "none" and seqlen_kv >= _MANY_KEYS:
-        return _FORWARD_MANY_KEYS.get(head_dim, _FORWARD[head_dim])
-    return _FORWARD[head_dim]
+    """``mask`` is one of KERNEL_MASKS; the head dims are those of arrays."""
+    tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
+    if mask == "band" and tile in _FORWARD_BAND:
+        return _FORWARD_BAND[tile]
+    if mask == "none" and seqlen_kv >= _MANY_KEYS and tile in _FORWARD_MANY_KEYS:
+        return _FORWARD_MANY_KEYS[tile]
+    if tile in _FORWARD:
+        return _FORWARD[tile]
+    larger = max(tile)
+    return _FORWARD_MIXED if larger <= 128 else _FORWARD[larger, larger]
 
 
-def forward_configs(head_dim: int, mask: str) -> tuple[AttentionForwardConfig, ...]:
+def forward_configs(
+    head_dim: int, head_dim_v: int, mask: str
+) -> tuple[AttentionForwardConfig, ...]:
     """All that forward_config can choose."""
     return tuple(
-        dict.fromkeys(forward_config(head_dim, keys, mask) for keys in (1, _MANY_KEYS))
+        dict.fromkeys(
+            forward_config(head_dim, head_dim_v, keys, mask) for keys in (1, _MANY_KEYS)
+        )
     )
+
+
+def tile_head_dim(head_dim: int) -> int:
+    return -(-head_dim // TILE_HEAD_DIM_STEP) * TILE_HEAD_DIM_STEP
 
 
 def backward_config(head_dim: int) -> AttentionBackwardConfig:

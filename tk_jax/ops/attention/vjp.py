@@ -125,14 +125,20 @@ def kernel_forward(
     batch = q.shape[:-3]
     q, k, v = (_fold(x, 3) for x in (q, k, v))
     types = jax.typeof(q)
+    rows = q.shape[:-1]
     out, lse = _ffi.call(
         "tk_attention_fwd_v1",
-        (types, types.update(shape=q.shape[:-1], dtype=jnp.dtype(jnp.float32))),
+        (
+            types.update(shape=(*rows, v.shape[-1])),
+            types.update(shape=rows, dtype=jnp.dtype(jnp.float32)),
+        ),
         q,
         k,
         v,
+        *_extra_arrays(extras, batch, q.dtype),
         options=options.for_kernel(),
-        config=tiles or config.forward_config(q.shape[-1], k.shape[1], options.mask),
+        config=tiles
+        or config.forward_config(q.shape[-1], v.shape[-1], k.shape[1], options.mask),
     )
     return _unfold(out, batch), _unfold(lse, batch)
 
@@ -183,11 +189,44 @@ def kernel_backward(
         lse,
         dout,
         dlse,
+        *_extra_arrays(extras, leading, q.dtype),
         options=options.for_kernel(),
         config=tiles or config.backward_config(head_dim),
     )
     dq, dk, dv = (_unfold(x, leading) for x in gradients[:3])
     return dq, dk, dv, None, None
+
+
+def _extra_arrays(extras: config.Extras, batch, dtype):
+    """What the kernels take after their other arguments: nothing, or all extras.
+
+    In the order of Extras, with one batch axis; of size 0 where there is none.
+    """
+    if all(x is None for x in extras):
+        return ()
+
+    def whole(x, dtype, rank):
+        """int32 [*b, ...] -> [B, ...]"""
+        if x is None:
+            return jnp.zeros((0,) * (1 + rank), dtype)
+        shape = x.shape[x.ndim - rank :]
+        return _fold(jnp.broadcast_to(x, (*batch, *shape)), rank).astype(dtype)
+
+    def shared(x, dtype, rank):
+        """[*b, ...] -> [B or 1, ...], axes of size 1 kept where that is possible"""
+        if x is not None and math.prod(x.shape[: x.ndim - rank]) == 1:
+            return x.reshape(1, *x.shape[x.ndim - rank :]).astype(dtype)
+        return whole(x, dtype, rank)
+
+    return (
+        whole(extras.query_seq_lengths, jnp.int32, 0),
+        whole(extras.key_value_seq_lengths, jnp.int32, 0),
+        whole(extras.q_segment_ids, jnp.int32, 1),
+        whole(extras.kv_segment_ids, jnp.int32, 1),
+        shared(extras.mask, jnp.bool_, 3),
+        shared(extras.bias, dtype, 3),
+        shared(extras.sinks, jnp.float32, 1),
+    )
 
 
 def _fold(x, rank):

@@ -1,0 +1,121 @@
+#include "ffi/attention_extras.h"
+
+#include <array>
+#include <iterator>
+
+namespace tk::ffi {
+namespace {
+
+using Member = std::optional<AnyBuffer> ExtraBuffers::*;
+
+// In the order of the arguments.
+constexpr Member kMembers[] = {&ExtraBuffers::query_lengths, &ExtraBuffers::kv_lengths,
+                               &ExtraBuffers::q_segments,    &ExtraBuffers::kv_segments,
+                               &ExtraBuffers::mask,          &ExtraBuffers::bias,
+                               &ExtraBuffers::sinks};
+
+template <typename T>
+const T* data_of(const std::optional<AnyBuffer>& buffer) {
+  return buffer ? static_cast<const T*>(buffer->untyped_data()) : nullptr;
+}
+
+Status check_array(const char* name, const std::optional<AnyBuffer>& buffer, xffi::DataType dtype,
+                   std::initializer_list<std::int64_t> dims) {
+  if (!buffer) return {};
+  return first_error({check_dims(name, *buffer, dims), check_dtype(name, *buffer, dtype)});
+}
+
+// Every axis is whole or, shared by all, of size 1.
+Status check_shared(const char* name, const std::optional<AnyBuffer>& buffer, xffi::DataType dtype,
+                    std::initializer_list<std::int64_t> dims) {
+  if (!buffer) return {};
+  if (Status status =
+          first_error({check_rank(name, *buffer, dims.size()), check_dtype(name, *buffer, dtype)});
+      !status.ok()) {
+    return status;
+  }
+  std::size_t axis = 0;
+  for (const std::int64_t expected : dims) {
+    if (const std::int64_t size = dim(*buffer, axis); size != expected && size != 1) {
+      return invalid(std::string(name) + " has shape " + shape_text(*buffer) + "; axis " +
+                     std::to_string(axis) + " must have size 1 or " + std::to_string(expected));
+    }
+    ++axis;
+  }
+  return {};
+}
+
+attention::ScoreArray score_array(const std::optional<AnyBuffer>& buffer) {
+  attention::ScoreArray array = {};
+  if (!buffer) return array;
+  array.data = buffer->untyped_data();
+  long* const strides[] = {&array.batch_stride, &array.head_stride, &array.query_stride,
+                           &array.key_stride};
+  long stride = 1;
+  for (int axis = 3; axis >= 0; --axis) {
+    const long size = dim(*buffer, axis);
+    *strides[axis] = size == 1 ? 0 : stride;
+    stride *= size;
+  }
+  return array;
+}
+
+}  // namespace
+
+Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args) {
+  ExtraBuffers extras;
+  if (args.size() == 0) return extras;
+  if (args.size() != std::size(kMembers)) {
+    return invalid("there are " + std::to_string(args.size()) + " arrays beside q, k and v; " +
+                   "expected 0 or " + std::to_string(std::size(kMembers)));
+  }
+  for (std::size_t i = 0; i < std::size(kMembers); ++i) {
+    const auto buffer = args.get<AnyBuffer>(i);
+    if (buffer.has_error()) return invalid(buffer.error().message());
+    if (buffer->element_count() != 0) extras.*kMembers[i] = *buffer;
+  }
+  return extras;
+}
+
+Status check_extras(const ExtraBuffers& extras, const AttentionSizes& s) {
+  const auto dtype =
+      s.dtype == runtime::DataType::kBFloat16 ? xffi::DataType::BF16 : xffi::DataType::F16;
+  if (extras.q_segments.has_value() != extras.kv_segments.has_value()) {
+    return invalid("segment ids of queries and of keys come together");
+  }
+  return first_error(
+      {check_array("query_lengths", extras.query_lengths, xffi::DataType::S32, {s.batch}),
+       check_array("kv_lengths", extras.kv_lengths, xffi::DataType::S32, {s.batch}),
+       check_array("q_segments", extras.q_segments, xffi::DataType::S32, {s.batch, s.seqlen_q}),
+       check_array("kv_segments", extras.kv_segments, xffi::DataType::S32, {s.batch, s.seqlen_kv}),
+       check_shared("mask", extras.mask, xffi::DataType::PRED,
+                    {s.batch, s.num_heads, s.seqlen_q, s.seqlen_kv}),
+       check_shared("bias", extras.bias, dtype, {s.batch, s.num_heads, s.seqlen_q, s.seqlen_kv}),
+       check_shared("sinks", extras.sinks, xffi::DataType::F32, {s.batch, s.num_heads})});
+}
+
+unsigned features_of(const ExtraBuffers& extras, const attention::Options& options) {
+  unsigned features = 0;
+  if (extras.query_lengths || extras.kv_lengths) features |= attention::kLengths;
+  if (extras.q_segments) features |= attention::kSegments;
+  if (extras.mask) features |= attention::kMaskArray;
+  if (extras.bias) features |= attention::kBias;
+  if (options.soft_cap != 0) features |= attention::kSoftCap;
+  return features;
+}
+
+attention::Extras kernel_extras(const ExtraBuffers& extras, const attention::Options& options) {
+  attention::Extras params = {};
+  params.query_lengths = data_of<int>(extras.query_lengths);
+  params.kv_lengths = data_of<int>(extras.kv_lengths);
+  params.q_segments = data_of<int>(extras.q_segments);
+  params.kv_segments = data_of<int>(extras.kv_segments);
+  params.mask = score_array(extras.mask);
+  params.bias = score_array(extras.bias);
+  params.sinks = data_of<float>(extras.sinks);
+  if (extras.sinks && dim(*extras.sinks, 0) != 1) params.sinks_batch_stride = dim(*extras.sinks, 1);
+  params.soft_cap = options.soft_cap;
+  return params;
+}
+
+}  // namespace tk::ffi
