@@ -264,6 +264,7 @@ struct Forward {
           release_rows();
           mask(tile, block);
           const bool corrects = softmax.weigh(s_acc);
+          if constexpr (kConsumers <= 2) warp::pin(softmax.row_sum);
           warpgroup::mma_wait<0>(o_acc, p);
           release_values();
           if (corrects) warp::mul_rows(o_acc, o_acc, softmax.correction);
@@ -292,6 +293,7 @@ struct Forward {
           mask(next, next.end_block - 1);
           OnlineSoftmax next_softmax(scale_log2);
           next_softmax.weigh(s_acc);
+          if constexpr (kConsumers <= 2) warp::pin(next_softmax.row_sum);
           warpgroup::mma_wait<0>(o_acc, p);
           release_values();
           finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);

@@ -140,6 +140,11 @@ _FORWARD_MANY_KEYS = {
     (128, 128): AttentionForwardConfig(block_q=128, block_kv=160, stages=2),
 }
 _MANY_KEYS = 8192
+# With few keys up to a diagonal, more of a tile of 192 queries lies beyond it.
+_FORWARD_FEW_CAUSAL_KEYS = {
+    (64, 64): AttentionForwardConfig(block_q=128, block_kv=128, stages=3),
+}
+_FEW_CAUSAL_KEYS = 1024
 # Masks take registers too.
 _FORWARD_MASKED = {
     (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
@@ -158,6 +163,9 @@ def forward_config(
 ) -> AttentionForwardConfig:
     """``mask`` is one of KERNEL_MASKS; the head dims are those of arrays."""
     tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
+    if mask == "causal" and seqlen_kv <= _FEW_CAUSAL_KEYS:
+        if tile in _FORWARD_FEW_CAUSAL_KEYS:
+            return _FORWARD_FEW_CAUSAL_KEYS[tile]
     if mask != "none" and tile in _FORWARD_MASKED:
         return _FORWARD_MASKED[tile]
     if mask == "none" and seqlen_kv >= _MANY_KEYS and tile in _FORWARD_MANY_KEYS:
@@ -174,7 +182,8 @@ def forward_configs(
     """All that forward_config can choose."""
     return tuple(
         dict.fromkeys(
-            forward_config(head_dim, head_dim_v, keys, mask) for keys in (1, _MANY_KEYS)
+            forward_config(head_dim, head_dim_v, keys, mask)
+            for keys in (1, _FEW_CAUSAL_KEYS + 1, _MANY_KEYS)
         )
     )
 
