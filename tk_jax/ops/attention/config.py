@@ -154,6 +154,8 @@ _BACKWARD = {
     128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2),
 }
 KERNEL_HEAD_DIMS = (64, 128)
+# The extras that they take.
+KERNEL_EXTRAS = ("query_seq_lengths", "key_value_seq_lengths")
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
@@ -218,7 +220,7 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
     if options.soft_cap != NO_SOFT_CAP:
         return "logits_soft_cap"
     for name, value in extras._asdict().items():
-        if value is not None:
+        if value is not None and name not in KERNEL_EXTRAS:
             return name
     return exceeded_limit(q.shape, k.shape)
 
