@@ -258,9 +258,9 @@ NB_MODULE(_extension, module) {
   module.def("set_cache_dir", &runtime::set_cache_dir, "path"_a.none());
 
   module.def("attention_forward_specs", &attention_forward_specs, nb::kw_only(), "dtype"_a,
-             "head_dim"_a, "mask"_a, "config"_a);
+             "head_dim"_a, "head_dim_v"_a, "mask"_a, "features"_a, "config"_a);
   module.def("attention_backward_specs", &attention_backward_specs, nb::kw_only(), "dtype"_a,
-             "head_dim"_a, "mask"_a, "deterministic"_a, "config"_a);
+             "head_dim"_a, "head_dim_v"_a, "mask"_a, "features"_a, "deterministic"_a, "config"_a);
   module.def("matmul_specs", &matmul_specs, nb::kw_only(), "dtype"_a, "transpose_a"_a,
              "transpose_b"_a, "config"_a);
 
