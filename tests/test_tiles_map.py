@@ -47,6 +47,11 @@ UNARY_OPS = {
     "fma": (lambda x: np.float32(x * x + 1), 0),
     "mul": (lambda x: np.float32(x) * np.float32(0.3) + np.float32(1), 0),
     "max_nan": (lambda x: np.maximum(x, 1.0), 0),
+    "min_nan": (lambda x: np.minimum(x, 1.0), 0),
+    "accurate_tanh": (np.tanh, 4e-7),
+    "accurate_tanh of half": (lambda x: np.tanh(0.5 * x), 4e-7),
+    # Small, but for the square with an infinity in it.
+    "accurate_tanh of little": (lambda x: np.tanh(np.float32(0.09) * x), 5e-7),
     "fill": (lambda x: np.full_like(x, 2.5), 0),
     "zero": (np.zeros_like, 0),
     "neg in place": (np.negative, 0),

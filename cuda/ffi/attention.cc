@@ -181,7 +181,8 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
                   {"k", b.k, false},
                   {"v", b.v, false},
                   {"out", b.out, true},
-                  {"lse", b.lse, true}});
+                  {"lse", b.lse, true}},
+                 call->extras);
 
   const Sizes& s = call->sizes;
   attention::ForwardParams params = {};
@@ -304,12 +305,12 @@ Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream strea
 
 // The grid that attention.h asks for at BackwardParams.
 std::int64_t backward_blocks(const Sizes& s, const attention::Options& options,
-                             std::int64_t key_blocks, std::int64_t multiprocessors) {
+                             std::int64_t key_blocks, std::int64_t resident) {
   const std::int64_t tiles = key_blocks * s.num_kv_heads * s.batch;
   if (mask_of(options) != attention::Mask::kNone) return tiles;
-  if (!options.deterministic) return std::min(tiles, multiprocessors);
-  const std::int64_t whole_heads = multiprocessors / key_blocks * key_blocks;
-  return std::min({tiles, multiprocessors, std::max(key_blocks, whole_heads)});
+  if (!options.deterministic) return std::min(tiles, resident);
+  const std::int64_t whole_heads = resident / key_blocks * key_blocks;
+  return std::min({tiles, resident, std::max(key_blocks, whole_heads)});
 }
 
 Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
@@ -332,12 +333,14 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.dq_order = static_cast<int*>(b.dq_order.untyped_data());
   set_problem(&params, s, extras, options);
   const std::int64_t key_blocks = ceil_div(s.seqlen_kv, config.block_kv);
+  const std::int64_t resident =
+      multiprocessors * attention::backward_resident_blocks(s.head_dim, config.block_kv);
   params.padded_q = static_cast<int>(s.padded_q());
   params.q_blocks = static_cast<int>(ceil_div(s.seqlen_q, config.block_q));
   params.kv_blocks = static_cast<int>(key_blocks);
   params.tiles = static_cast<int>(key_blocks * s.num_kv_heads * s.batch);
-  params.turn_group = static_cast<int>(std::min<std::int64_t>(key_blocks, multiprocessors));
-  return runtime::launch(kernel, stream, {backward_blocks(s, options, key_blocks, multiprocessors)},
+  params.turn_group = static_cast<int>(std::min(key_blocks, resident));
+  return runtime::launch(kernel, stream, {backward_blocks(s, options, key_blocks, resident)},
                          &params);
 }
 
@@ -385,7 +388,8 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
                   {"delta", b.delta, true},
                   {"lse_log2", b.lse_log2, true},
                   {"dq_acc", b.dq_acc, true},
-                  {"dq_order", b.dq_order, true}});
+                  {"dq_order", b.dq_order, true}},
+                 call->extras);
 
   const Sizes& s = call->sizes;
   if (Status status = launch_prepare(**prepare, stream, b, s, options); !status.ok()) {

@@ -27,6 +27,9 @@ struct ExtraBuffers {
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args);
 Status check_extras(const ExtraBuffers& extras, const AttentionSizes& sizes);
 
+// What a call's kernels may touch: its other arrays, and these.
+void declare_arrays(std::initializer_list<CallArray> arrays, const ExtraBuffers& extras);
+
 // Bits of attention::Feature.
 unsigned features_of(const ExtraBuffers& extras, const attention::Options& options);
 attention::Extras kernel_extras(const ExtraBuffers& extras, const attention::Options& options);

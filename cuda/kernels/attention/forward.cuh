@@ -15,6 +15,7 @@
 #include "kernels/attention/attention.h"
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/online_softmax.cuh"
+#include "kernels/attention/scores.cuh"
 #include "tk/tk.cuh"
 
 namespace tk::attention {
@@ -190,7 +191,7 @@ struct Forward {
                                                  int consumer) {
     typename QRing::State q_state;
     typename Ring::State k_state, v_state;
-    const float scale_log2 = params.scale * kLog2E;
+    const ScoreMap<Traits::kFeatures> score_map(params.scale, params.extras);
     const QTile& q_smem = shared.rows[consumer].q_smem;
     if (consumer == kConsumers - 1) pass_turn(consumer);  // the first turn is the first consumer's
 
@@ -198,14 +199,15 @@ struct Forward {
       const Tile tile = walk.tile();
       const int first_query = tile.first_query + 64 * consumer;
       Output o_acc;
-      OnlineSoftmax softmax(scale_log2);
+      OnlineSoftmax softmax(score_map.unit * kLog2E);
       if (tile.empty()) {
         if constexpr (kOutReplacesQ) shared.q_ring.wait(q_state);
         warp::zero(o_acc);
       } else {
         Scores s_acc;
         Weights p;
-        const auto mask = [&](int block) {
+        const auto finish_scores = [&](int block) {
+          score_map.apply(s_acc);
           bool masked = block >= tile.unmasked_end;
           if constexpr (Traits::kMask == Mask::kBand) {
             masked = masked || block < tile.unmasked_first;
@@ -223,7 +225,7 @@ struct Forward {
         warpgroup::mma_wait<0>(s_acc);
         shared.k_ring.release(k_state);
         k_state.advance();
-        mask(block);
+        finish_scores(block);
         softmax.weigh(s_acc);
         warp::convert(p, s_acc);
 
@@ -241,7 +243,7 @@ struct Forward {
           warpgroup::mma_wait<1>(s_acc);
           shared.k_ring.release(k_state);
           k_state.advance();
-          mask(block);
+          finish_scores(block);
           const bool corrects = softmax.weigh(s_acc);
           warpgroup::mma_wait<0>(o_acc, p);
           shared.v_ring.release(v_state);
@@ -261,8 +263,10 @@ struct Forward {
         v_state.advance();
       }
 
-      const PerRow<16> lse = softmax.finish(params.scale);
-      warp::mul_rows(o_acc, o_acc, softmax.inverse_sum());
+      PerRow<16> lse = softmax.finish(score_map.unit);
+      PerRow<16> inverse_sum = softmax.inverse_sum();
+      join_sink(lse, inverse_sum, params.extras, tile.batch, tile.head);
+      warp::mul_rows(o_acc, o_acc, inverse_sum);
       store(params, shared.rows[consumer].out_smem, o_acc, first_query, tile);
       if constexpr (kOutReplacesQ) {
         if (warpgroup::leader()) tma::wait_read<0>();

@@ -98,6 +98,14 @@ class Extras(NamedTuple):
     sinks: jax.Array | None = None  # floating [*b, H]
 
 
+def features(options: AttentionOptions, extras: Extras) -> frozenset[str]:
+    """What a call's kernels are compiled for beyond its mask (Feature in C++)."""
+    names = {
+        "softcap": options.soft_cap != NO_SOFT_CAP,
+    }
+    return frozenset(name for name, wanted in names.items() if wanted)
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionForwardConfig:
     """How the forward kernel computes it."""
@@ -142,20 +150,37 @@ _FORWARD_MANY_KEYS = {
 _MANY_KEYS = 8192
 # Between two diagonals, masks take more registers.
 _FORWARD_BAND = {(64, 64): _FORWARD_MIXED}
+# So does a cap.
+_FORWARD_CAPPED = {
+    (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+}
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
     128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2),
 }
+# A cap takes more registers than two consumers at 128 queries have: one at 64, and two
+# such blocks on a multiprocessor.
+_BACKWARD_CAPPED = {
+    64: AttentionBackwardConfig(block_q=64, block_kv=64, stages=2),
+}
 KERNEL_HEAD_DIMS = (64, 128)
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
+# The arrays beside q, k and v that they take.
+KERNEL_EXTRAS = ("sinks",)
 
 
 def forward_config(
-    head_dim: int, head_dim_v: int, seqlen_kv: int, mask: str = "none"
+    head_dim: int,
+    head_dim_v: int,
+    seqlen_kv: int,
+    mask: str = "none",
+    features: frozenset[str] = frozenset(),
 ) -> AttentionForwardConfig:
     """``mask`` is one of KERNEL_MASKS; the head dims are those of arrays."""
     tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
+    if "softcap" in features and (max(tile), max(tile)) in _FORWARD_CAPPED:
+        return _FORWARD_CAPPED[max(tile), max(tile)]
     if mask == "band" and tile in _FORWARD_BAND:
         return _FORWARD_BAND[tile]
     if mask == "none" and seqlen_kv >= _MANY_KEYS and tile in _FORWARD_MANY_KEYS:
@@ -181,7 +206,11 @@ def tile_head_dim(head_dim: int) -> int:
     return -(-head_dim // TILE_HEAD_DIM_STEP) * TILE_HEAD_DIM_STEP
 
 
-def backward_config(head_dim: int) -> AttentionBackwardConfig:
+def backward_config(
+    head_dim: int, features: frozenset[str] = frozenset()
+) -> AttentionBackwardConfig:
+    if "softcap" in features and head_dim in _BACKWARD_CAPPED:
+        return _BACKWARD_CAPPED[head_dim]
     return _BACKWARD[head_dim]
 
 
@@ -204,10 +233,8 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
         return f"head dim {head_dim} (it takes {known})"
     if head_dim_v != head_dim:
         return f"head dim {head_dim_v} of v beside {head_dim} of q and k"
-    if options.soft_cap != NO_SOFT_CAP:
-        return "logits_soft_cap"
     for name, value in extras._asdict().items():
-        if value is not None:
+        if value is not None and name not in KERNEL_EXTRAS:
             return name
     return exceeded_limit(q.shape, k.shape)
 
