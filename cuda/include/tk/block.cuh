@@ -59,8 +59,8 @@ __device__ __forceinline__ void run(const Params& params) {
   constexpr int kThreads = 128 * (1 + Kernel::kConsumers);
   static_assert(
       128 * (Kernel::kProducerRegisters + Kernel::kConsumers * Kernel::kConsumerRegisters) <=
-          kThreads * detail_roles::launch_registers(kThreads *
-                                                    detail_roles::resident_blocks<Kernel>()),
+          kThreads *
+              detail_roles::launch_registers(kThreads * detail_roles::resident_blocks<Kernel>()),
       "the roles' registers exceed what the block starts with: increase would wait for "
       "ever");
   Shared& shared = shared_memory<Shared>();

@@ -94,8 +94,8 @@ Result<Kernel> load_kernel(const KernelSpec& spec, const Device&) {
     }
   }
   // Lives as long as the table of loaded kernels does: for ever.
-  auto* loaded = new LoadedKernel{spec.symbol, interpreter::find_specialisation(name),
-                                  spec.min_blocks};
+  auto* loaded =
+      new LoadedKernel{spec.symbol, interpreter::find_specialisation(name), spec.min_blocks};
   return Kernel{reinterpret_cast<cuda::Function>(loaded), spec.threads, spec.shared_bytes,
                 spec.cluster_size};
 }

@@ -53,12 +53,11 @@ struct Backward {
   // Whether registers are left for ds while dk's product reads it beside the next step's scores. A
   // band takes too many in the producer, of which the consumers have the rest, and a cap too many
   // in the consumers.
-  static constexpr bool kOverlapSteps = kBlockQ == 64 && Traits::kMask != Mask::kBand &&
-                                        !ScoreMap<Traits::kFeatures>::kCaps;
+  static constexpr bool kOverlapSteps =
+      kBlockQ == 64 && Traits::kMask != Mask::kBand && !ScoreMap<Traits::kFeatures>::kCaps;
   static constexpr int kResidentBlocks = backward_resident_blocks(kHeadDim, kBlockKv);
   static constexpr int kProducerRegisters = kOverlapSteps ? 24 : 40;
-  static constexpr int kConsumerRegisters =
-      kResidentBlocks == 2 ? 216 : kOverlapSteps ? 240 : 232;
+  static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 216 : kOverlapSteps ? 240 : 232;
   static_assert(kConsumers <= 2, "three consumers would leave each too few registers");
 
   using QTile = SharedTile<T, kBlockQ, kHeadDim>;

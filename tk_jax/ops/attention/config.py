@@ -148,11 +148,15 @@ _FORWARD_MANY_KEYS = {
     (128, 128): AttentionForwardConfig(block_q=128, block_kv=160, stages=2),
 }
 _MANY_KEYS = 8192
-# Between two diagonals, masks take more registers.
-_FORWARD_BAND = {(64, 64): _FORWARD_MIXED}
-# So does a cap.
-_FORWARD_CAPPED = {
+# Masks take registers too.
+_FORWARD_MASKED = {
     (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+}
+# And so do features, whatever the mask.
+_FORWARD_FEATURES = {
+    "softcap": {
+        (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+    },
 }
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
@@ -160,8 +164,8 @@ _BACKWARD = {
 }
 # A cap takes more registers than two consumers at 128 queries have: one at 64, and two
 # such blocks on a multiprocessor.
-_BACKWARD_CAPPED = {
-    64: AttentionBackwardConfig(block_q=64, block_kv=64, stages=2),
+_BACKWARD_FEATURES = {
+    "softcap": {64: AttentionBackwardConfig(block_q=64, block_kv=64, stages=2)},
 }
 KERNEL_HEAD_DIMS = (64, 128)
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
@@ -179,10 +183,11 @@ def forward_config(
 ) -> AttentionForwardConfig:
     """``mask`` is one of KERNEL_MASKS; the head dims are those of arrays."""
     tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
-    if "softcap" in features and (max(tile), max(tile)) in _FORWARD_CAPPED:
-        return _FORWARD_CAPPED[max(tile), max(tile)]
-    if mask == "band" and tile in _FORWARD_BAND:
-        return _FORWARD_BAND[tile]
+    for feature, tiles in _FORWARD_FEATURES.items():
+        if feature in features and tile in tiles:
+            return tiles[tile]
+    if mask != "none" and tile in _FORWARD_MASKED:
+        return _FORWARD_MASKED[tile]
     if mask == "none" and seqlen_kv >= _MANY_KEYS and tile in _FORWARD_MANY_KEYS:
         return _FORWARD_MANY_KEYS[tile]
     if tile in _FORWARD:
@@ -209,8 +214,9 @@ def tile_head_dim(head_dim: int) -> int:
 def backward_config(
     head_dim: int, features: frozenset[str] = frozenset()
 ) -> AttentionBackwardConfig:
-    if "softcap" in features and head_dim in _BACKWARD_CAPPED:
-        return _BACKWARD_CAPPED[head_dim]
+    for feature, tiles in _BACKWARD_FEATURES.items():
+        if feature in features and head_dim in tiles:
+            return tiles[head_dim]
     return _BACKWARD[head_dim]
 
 

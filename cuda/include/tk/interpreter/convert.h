@@ -89,8 +89,5 @@ inline float abs(float x) { return std::fabs(x); }
 inline float max_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? __builtin_nanf("") : std::fmax(a, b);
 }
-inline float min_nan(float a, float b) {
-  return std::isnan(a) || std::isnan(b) ? __builtin_nanf("") : std::fmin(a, b);
-}
 
 }  // namespace tk::math

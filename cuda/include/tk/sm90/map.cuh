@@ -10,7 +10,7 @@
 // Functions of single values, for use in maps. Most are approximations: see ptx/math.cuh.
 namespace tk::math {
 using ptx::abs, ptx::exp2, ptx::fma, ptx::log, ptx::log2, ptx::max, ptx::max_nan, ptx::min,
-    ptx::min_nan, ptx::mul, ptx::reciprocal, ptx::rsqrt, ptx::tanh;
+    ptx::mul, ptx::reciprocal, ptx::rsqrt, ptx::tanh;
 }  // namespace tk::math
 
 namespace tk::warp {
