@@ -98,6 +98,14 @@ class Extras(NamedTuple):
     sinks: jax.Array | None = None  # floating [*b, H]
 
 
+def features(options: AttentionOptions, extras: Extras) -> frozenset[str]:
+    """What a call's kernels are compiled for beyond its mask (Feature in C++)."""
+    names = {
+        "softcap": options.soft_cap != NO_SOFT_CAP,
+    }
+    return frozenset(name for name, wanted in names.items() if wanted)
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionForwardConfig:
     """How the forward kernel computes it."""
@@ -149,25 +157,43 @@ _FEW_CAUSAL_KEYS = 1024
 _FORWARD_MASKED = {
     (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
 }
+# And so do features, whatever the mask.
+_FORWARD_FEATURES = {
+    "softcap": {
+        (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+    },
+}
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
     128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2),
 }
+# A cap takes more registers than two consumers at 128 queries have: one at 64, and two
+# such blocks on a multiprocessor.
+_BACKWARD_FEATURES = {
+    "softcap": {64: AttentionBackwardConfig(block_q=64, block_kv=64, stages=2)},
+}
 KERNEL_HEAD_DIMS = (64, 128)
 # The extras that they take.
-KERNEL_EXTRAS = ("query_seq_lengths", "key_value_seq_lengths")
+KERNEL_EXTRAS = ("query_seq_lengths", "key_value_seq_lengths", "sinks")
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
 
 def forward_config(
-    head_dim: int, head_dim_v: int, seqlen_kv: int, mask: str = "none"
+    head_dim: int,
+    head_dim_v: int,
+    seqlen_kv: int,
+    mask: str = "none",
+    features: frozenset[str] = frozenset(),
 ) -> AttentionForwardConfig:
     """``mask`` is one of KERNEL_MASKS; the head dims are those of arrays."""
     tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
-    if mask == "causal" and seqlen_kv <= _FEW_CAUSAL_KEYS:
-        if tile in _FORWARD_FEW_CAUSAL_KEYS:
-            return _FORWARD_FEW_CAUSAL_KEYS[tile]
+    for feature, tiles in _FORWARD_FEATURES.items():
+        if feature in features and tile in tiles:
+            return tiles[tile]
+    few = mask == "causal" and seqlen_kv <= _FEW_CAUSAL_KEYS
+    if few and tile in _FORWARD_FEW_CAUSAL_KEYS:
+        return _FORWARD_FEW_CAUSAL_KEYS[tile]
     if mask != "none" and tile in _FORWARD_MASKED:
         return _FORWARD_MASKED[tile]
     if mask == "none" and seqlen_kv >= _MANY_KEYS and tile in _FORWARD_MANY_KEYS:
@@ -194,7 +220,12 @@ def tile_head_dim(head_dim: int) -> int:
     return -(-head_dim // TILE_HEAD_DIM_STEP) * TILE_HEAD_DIM_STEP
 
 
-def backward_config(head_dim: int) -> AttentionBackwardConfig:
+def backward_config(
+    head_dim: int, features: frozenset[str] = frozenset()
+) -> AttentionBackwardConfig:
+    for feature, tiles in _BACKWARD_FEATURES.items():
+        if feature in features and head_dim in tiles:
+            return tiles[head_dim]
     return _BACKWARD[head_dim]
 
 
@@ -217,8 +248,6 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
         return f"head dim {head_dim} (it takes {known})"
     if head_dim_v != head_dim:
         return f"head dim {head_dim_v} of v beside {head_dim} of q and k"
-    if options.soft_cap != NO_SOFT_CAP:
-        return "logits_soft_cap"
     for name, value in extras._asdict().items():
         if value is not None and name not in KERNEL_EXTRAS:
             return name
