@@ -15,7 +15,16 @@ import tk_jax
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import cases, implementations, plot, results, run, timing, tuning  # noqa: E402
+from benchmarks import (  # noqa: E402
+    case_sets,
+    cases,
+    implementations,
+    plot,
+    results,
+    run,
+    timing,
+    tuning,
+)
 
 ATTENTION = "B2-T32-S48-H4-K2-D64-causal-bf16"
 MATMUL = "B1-M40-N24-K16-nt-bf16"
@@ -161,7 +170,7 @@ def test_a_wrong_implementation_is_not_timed(
 def test_partial_runs_leave_the_committed_results(on_cpu, monkeypatch, tmp_path):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(
-        cases, "default_cases", lambda op: [cases.MatmulCase.parse(MATMUL)]
+        case_sets, "cases_of", lambda *_: [cases.MatmulCase.parse(MATMUL)]
     )
     del implementations.IMPLEMENTATIONS["matmul"]["tk[wrong]"]
     assert benchmark("matmul", "--cases", MATMUL) == 0
@@ -173,25 +182,63 @@ def test_partial_runs_leave_the_committed_results(on_cpu, monkeypatch, tmp_path)
 
 
 def test_default_cases():
-    names = [str(case) for case in cases.default_cases("attention")]
-    assert len(names) == len(set(names)) == 12
+    grid = case_sets.default_cases("attention")
+    names = [str(case) for case in grid]
+    assert len(names) == len(set(names)) == 48
     assert "B4-T4096-S4096-H16-K16-D128-causal-bf16" in names
-    for op in cases.CASE_TYPES:
-        for case in cases.default_cases(op):
-            assert cases.CASE_TYPES[op].parse(str(case)) == case
-    for case in cases.default_cases("attention"):
+    assert {case.seqlen_q for case in grid} == {2**n for n in range(9, 15)}
+    for case in grid:
         assert case.batch * case.seqlen_q == 16384
-        assert case.num_heads * case.head_dim == 2048
+        assert case.num_heads * case.head_dim in (2048, 4096)
+    # Whoever stops early has samples of every family.
+    assert len({(c.head_dim, c.num_kv_heads, c.is_causal) for c in grid[:8]}) == 8
+
+
+@pytest.mark.parametrize("op", cases.CASE_TYPES)
+def test_names_of_cases_parse(op):
+    everything = case_sets.cases_of(op, "all")
+    assert len({str(case) for case in everything}) == len(everything)
+    for case in everything:
+        assert cases.CASE_TYPES[op].parse(str(case)) == case
+
+
+def test_sets():
+    masks = [str(case) for case in case_sets.cases_of("attention", "masks")]
+    assert "B1-T16384-S16384-H16-K16-D128-causal-bf16-w1024" in masks
+    assert "B1-T16384-S16384-H16-K16-D128-full-bf16-docs16" in masks
+    assert "B1-T16384-S16384-H16-K16-D128-full-bf16" in masks
+    values = [str(case) for case in case_sets.cases_of("attention", "values")]
+    assert "B4-T4096-S4096-H16-K16-D192-causal-bf16-DV128" in values
+    with pytest.raises(ValueError, match="matmul has no set 'masks'"):
+        case_sets.cases_of("matmul", "masks")
+
+
+@pytest.mark.parametrize(
+    ("more", "visible"),
+    [
+        ("", 64.0),
+        ("-w3", 8 * 7 - 2 * (1 + 2 + 3)),
+        ("-docs2", 32.0),
+        ("-w1-docs2", 2 * (4 * 3 - 2)),
+    ],
+)
+def test_flops_count_what_is_visible(more, visible):
+    case = cases.AttentionCase.parse(f"B2-T8-S8-H6-K3-D64-full-bf16-DV32{more}")
+    assert str(case).endswith(more) and case.visible == visible
+    assert case.flops("fwd") == 2 * 12 * visible * (64 + 32)
+    assert case.flops("bwd") == 2 * 12 * visible * (3 * 64 + 2 * 32)
+    assert case.shapes == ((2, 8, 6, 64), (2, 8, 3, 64), (2, 8, 3, 32))
+    assert case.out_shape == (2, 8, 6, 32)
 
 
 def test_select_cases():
-    assert len(cases.select_cases("attention", ["D128-causal"], quick=False)) == 3
-    assert len(cases.select_cases("attention", ["D128", "causal"], quick=False)) == 9
-    (case,) = cases.select_cases("matmul", [MATMUL], quick=True)
+    assert len(case_sets.select_cases("attention", ["D128-causal"])) == 12
+    assert len(case_sets.select_cases("attention", ["D128", "causal"])) == 36
+    (case,) = case_sets.select_cases("matmul", [MATMUL], quick=True)
     assert (case.m, case.n, case.k, case.transposes) == (40, 24, 16, "nt")
     assert case.shapes == ((40, 16), (24, 16))
     with pytest.raises(ValueError, match="no case of matmul matches 'D128'"):
-        cases.select_cases("matmul", ["D128"], quick=False)
+        case_sets.select_cases("matmul", ["D128"])
 
 
 def test_roofline_is_by_flops_or_by_bytes():
