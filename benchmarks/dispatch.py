@@ -20,9 +20,10 @@ _CHAIN = 20
 
 
 def rows(
-    builders: Mapping[str, Callable], *, gpu, measure, rounds, seconds, case=CASE
+    builders: Mapping[str, Callable], *, gpu, measure, rounds, seconds
 ) -> list[results.Row]:
     """A row an implementation, of direction "dispatch"."""
+    case = CASE
     (q, k, v), _ = make_inputs(case, seed=0)
     calls = {}
     for name, builder in builders.items():

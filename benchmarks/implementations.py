@@ -24,7 +24,8 @@ class UnsupportedCaseError(Exception):
     """An implementation does not compute a case; says why."""
 
 
-def _documents(case: AttentionCase) -> dict:
+def documents_of(case: AttentionCase) -> dict:
+    """The arguments of tk_jax.attention that pack a case's documents."""
     if case.documents == 1:
         return {}
     ids = jnp.arange(case.seqlen_q, dtype=jnp.int32)
@@ -41,7 +42,7 @@ def _attention_tk(case: AttentionCase, **options) -> Callable:
             v,
             is_causal=case.is_causal,
             local_window_size=case.local_window_size,
-            **_documents(case),
+            **documents_of(case),
             implementation="tk",
             **options,
         )

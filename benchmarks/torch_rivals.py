@@ -115,7 +115,11 @@ def flash_attn_4(case: AttentionCase) -> Callable:
 
     window = case.local_window_size or (None, None)
     # Its causal mask and window are aligned to the bottom right: the same for T = S.
-    options = {"causal": case.is_causal and case.window is None, "window_size": window}
+    options = {
+        "causal": case.is_causal and case.window is None,
+        "window_size": window,
+        "softmax_scale": case.head_dim**-0.5,
+    }
 
     def out_of(result):
         return result[0] if isinstance(result, tuple) else result

@@ -18,10 +18,12 @@ sys.path.append(str(ROOT))
 from benchmarks import (  # noqa: E402
     case_sets,
     cases,
+    dispatch,
     implementations,
     plot,
     results,
     run,
+    table,
     timing,
     tuning,
 )
@@ -49,8 +51,19 @@ def benchmark(*argv, measure=fake_measure) -> int:
 def on_cpu(monkeypatch):
     """Stand-ins that run on the CPU under the names of the real implementations."""
 
-    def attention(case):
-        return functools.partial(tk_jax.attention, is_causal=case.is_causal)
+    def attention(case, **options):
+        def run(q, k, v):
+            return tk_jax.attention(
+                q,
+                k,
+                v,
+                is_causal=case.is_causal,
+                local_window_size=case.local_window_size,
+                **implementations.documents_of(case),
+                **options,
+            )
+
+        return run
 
     def wrong_gradient(case):
         exact = attention(case)
@@ -87,6 +100,7 @@ def on_cpu(monkeypatch):
             "tk": (None, attention),
             "xla": implementations.IMPLEMENTATIONS["attention"]["xla"],
             "tk[wrong]": (None, wrong_gradient),
+            "tk[any-order]": (None, functools.partial(attention, deterministic=False)),
         },
         "matmul": {
             "tk": (None, matmul),
@@ -144,6 +158,149 @@ def test_backward_by_difference_only(on_cpu, tmp_path):
     assert row["method"] == "difference"
     assert row["samples_us"] == [4.0, 6.0, 8.0, 10.0, 12.0]
     assert "difference_us" not in row
+
+
+def test_any_order_is_timed_backward_alone(on_cpu, tmp_path):
+    path = tmp_path / "attention.json"
+    names = ("tk", "tk[any-order]")
+    code = benchmark(
+        *("attention", "--cases", ATTENTION, "--impls", *names, "--out", path)
+    )
+    assert code == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["direction"], row["implementation"]) for row in rows] == [
+        ("fwd", "tk"),
+        ("bwd", "tk"),
+        ("bwd", "tk[any-order]"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "B1-T40-S40-H2-K1-D64-causal-bf16-w7",
+        "B2-T32-S32-H2-K2-D64-full-bf16-docs4",
+        "B1-T32-S32-H2-K2-D64-causal-bf16-DV32-w5-docs2",
+    ],
+)
+def test_gate_knows_masks_and_dims(on_cpu, monkeypatch, tmp_path, capsys, case):
+    path = tmp_path / "attention.json"
+
+    def unmasked(case):
+        return tk_jax.attention
+
+    known = implementations.IMPLEMENTATIONS["attention"]
+    monkeypatch.setitem(known, "unmasked", (None, unmasked))
+    arguments = ("attention", "--cases", case, "--impls", "tk", "unmasked")
+    assert benchmark(*arguments, "--out", path) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["implementation"] for row in rows} == {"tk"}
+    assert "unmasked: WRONG, not timed: out largest error" in capsys.readouterr().out
+
+
+def test_what_ours_does_not_compute_is_left_out(tmp_path, capsys):
+    case = "B1-T64-S64-H1-K1-D80-full-bf16"
+    assert benchmark("attention", "--cases", case, "--impls", "tk", "xla") == 0
+    printed = capsys.readouterr().out
+    assert f"{case}  tk: left out, attention: " in printed
+    assert f"{case}  fwd  xla" in printed
+
+
+def test_budget_ends_before_a_case(on_cpu, tmp_path, capsys):
+    path = tmp_path / "matmul.json"
+    more = "B1-M16-N16-K16-nn-bf16"
+    arguments = ("matmul", "--cases", MATMUL, more, "--impls", "tk", "--out", path)
+
+    assert benchmark(*arguments, "--budget", 60) == 0
+    assert len(json.loads(path.read_text())["rows"]) == 2
+    assert benchmark(*arguments, "--budget", 0) == 1
+    assert "2 cases not started" in capsys.readouterr().out
+
+
+def test_merged_rows_say_where_they_are_from(on_cpu, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "matmul.json"
+    other = "B1-M16-N16-K16-nn-bf16"
+
+    def merge(case, *names, commit):
+        return benchmark(
+            *("matmul", "--cases", case, "--impls", *names, "--out", path),
+            *("--merge", "--commit", commit),
+        )
+
+    assert merge(MATMUL, "tk", "cublas", commit="one") == 0
+    assert merge(other, "tk", commit="one") == 0
+    document = json.loads(path.read_text())
+    assert [row["case"] for row in document["rows"]] == [MATMUL, MATMUL, other]
+    assert not any("commit" in row for row in document["rows"])
+    # Of a case measured again nothing is kept: its rows come from one run.
+    assert merge(MATMUL, "tk", commit="two") == 0
+    document = json.loads(path.read_text())
+    assert document["commit"] == "two"
+    found = [
+        (r["case"], r["implementation"], r.get("commit")) for r in document["rows"]
+    ]
+    assert found == [(other, "tk", "one"), (MATMUL, "tk", None)]
+    assert "date" in document["rows"][0] and "date" not in document["rows"][1]
+    assert "commit one, two" in table.render(results.read(path), "matmul")
+    before = path.read_text()
+    monkeypatch.setattr(results, "find_versions", lambda: {"jax": "0.0.1"})
+    assert merge(MATMUL, "tk", commit="three") == 2
+    assert "and 0.0.1 is here" in capsys.readouterr().err
+    assert path.read_text() == before
+
+
+def test_dispatch_rows(on_cpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        dispatch, "CASE", cases.AttentionCase(1, 16, 16, 1, 1, 64, False)
+    )
+    path = tmp_path / "attention.json"
+
+    def measure(calls, **settings):
+        times = fake_measure(calls, **settings)
+        return {
+            key: [30e-6]
+            if key[1] == "one"
+            else [200e-6]
+            if key[1] == "chain"
+            else found
+            for key, found in times.items()
+        }
+
+    arguments = ("attention", "--cases", ATTENTION, "--impls", "tk", "--dispatch")
+    assert benchmark(*arguments, "--out", path, measure=measure) == 0
+    row = json.loads(path.read_text())["rows"][0]
+    assert (row["direction"], row["implementation"]) == ("dispatch", "tk")
+    assert (row["median_us"], row["overhead_us"]) == (30.0, 20.0)
+    text = table.render(results.read(path), "attention")
+    assert text.endswith("beyond its kernel: tk 20.0 us of 30.0.\n")
+
+
+def test_committed_results_are_the_readme_s(tmp_path):
+    """README's tables are those of ``python -m benchmarks.table``."""
+    page = (ROOT / "README.md").read_text()
+    for op in cases.CASE_TYPES:
+        path = results.default_path(op, GPU)
+        text = table.render(results.read(path), op)
+        assert table.replaced(page, text, op) == page, (
+            f"run python -m benchmarks.table {path.relative_to(ROOT)} --write README.md"
+        )
+
+
+def test_table_goes_where_the_page_says(tmp_path, capsys):
+    path = results.default_path("matmul", GPU)
+    assert table.main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "| 8192, 8192, 8192 | 727 | 693 cublas (1.05) |\n" in printed
+    page = tmp_path / "page.md"
+    page.write_text("before\n")
+    assert table.main([str(path), "--write", str(page)]) == 2
+    assert "expected one line '<!-- benchmarks.table matmul -->'" in (
+        capsys.readouterr().err
+    )
+    begin, end = table.marks("matmul")
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    assert table.main([str(path), "--write", str(page)]) == 0
+    assert page.read_text() == f"before\n{begin}\n{printed}{end}\nafter\n"
 
 
 @pytest.mark.parametrize(
