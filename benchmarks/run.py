@@ -167,15 +167,15 @@ class Benchmark:
                 return
             start = time.monotonic()
             concurrent.futures.wait(prepared.futures.values())
+            waited = time.monotonic() - start
+            inputs = self._inputs(case)
+            passed = self._check_all(prepared, inputs[0], alone=True)
             # The next case compiles while this one is timed.
             if index + 1 < len(self.cases):
                 following = self._prepare(self.cases[index + 1], pool)
-            waited = time.monotonic() - start
-            inputs = self._inputs(case)
+            passed |= self._check_all(prepared, inputs[0], alone=False)
             checked = {
-                str(entry): program
-                for entry in self.entries
-                if (program := self._check(prepared, entry, inputs[0]))
+                str(entry): passed[entry] for entry in self.entries if entry in passed
             }
             first_calls = time.monotonic() - start - waited
             self._keep(self._time(case, checked, inputs))
@@ -231,6 +231,15 @@ class Benchmark:
             directions = [name for name in directions if name == entry.direction]
             return Programs(entry.build(case), case, directions, args.backward)
         return implementations.programs(args.op, entry, case, directions, args.backward)
+
+    def _check_all(self, prepared: _Prepared, inputs, *, alone: bool) -> dict:
+        """The programs that passed, by entry, of those that first run alone or not."""
+        return {
+            entry: programs
+            for entry in self.entries
+            if (entry in implementations.COMPILED_ALONE) == alone
+            and (programs := self._check(prepared, entry, inputs))
+        }
 
     def _check(self, prepared: _Prepared, entry, inputs) -> Programs | None:
         """The programs, if they ran and computed the right thing."""
