@@ -137,7 +137,7 @@ def _compiler(nvrtc: dict) -> Finding:
 
 
 def _shipped() -> Iterator[Finding]:
-    """The folders of kernels compiled beforehand, if there are any, and how far they go."""
+    """The folders of kernels compiled beforehand, and how far they go."""
     *named, package = importlib.import_module("tk_jax._ffi").shipped_folders()
     for folder in map(pathlib.Path, [*named, package]):
         files = {path.stem for path in folder.glob("*.tkcubin")}
