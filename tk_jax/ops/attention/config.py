@@ -98,6 +98,17 @@ class Extras(NamedTuple):
     sinks: jax.Array | None = None  # floating [*b, H]
 
 
+def features(options: AttentionOptions, extras: Extras) -> frozenset[str]:
+    """What a call's kernels are compiled for beyond its mask (Feature in C++)."""
+    lengths = (extras.query_seq_lengths, extras.key_value_seq_lengths)
+    names = {
+        "lengths": any(x is not None for x in lengths),
+        "segments": extras.q_segment_ids is not None,
+        "mask": extras.mask is not None,
+    }
+    return frozenset(name for name, wanted in names.items() if wanted)
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionForwardConfig:
     """How the forward kernel computes it."""
@@ -144,22 +155,40 @@ _MANY_KEYS = 8192
 _FORWARD_MASKED = {
     (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
 }
+# And so do features, whatever the mask.
+_FORWARD_FEATURES = {
+    "segments": {(64, 64): _FORWARD_MIXED, (128, 128): _FORWARD_MIXED},
+    "mask": {(64, 64): _FORWARD_MIXED, (128, 128): _FORWARD_MIXED},
+}
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
     128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2),
 }
 KERNEL_HEAD_DIMS = (64, 128)
 # The extras that they take.
-KERNEL_EXTRAS = ("query_seq_lengths", "key_value_seq_lengths")
+KERNEL_EXTRAS = (
+    "query_seq_lengths",
+    "key_value_seq_lengths",
+    "q_segment_ids",
+    "kv_segment_ids",
+    "mask",
+)
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
 
 def forward_config(
-    head_dim: int, head_dim_v: int, seqlen_kv: int, mask: str = "none"
+    head_dim: int,
+    head_dim_v: int,
+    seqlen_kv: int,
+    mask: str = "none",
+    features: frozenset[str] = frozenset(),
 ) -> AttentionForwardConfig:
     """``mask`` is one of KERNEL_MASKS; the head dims are those of arrays."""
     tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
+    for feature, tiles in _FORWARD_FEATURES.items():
+        if feature in features and tile in tiles:
+            return tiles[tile]
     if mask != "none" and tile in _FORWARD_MASKED:
         return _FORWARD_MASKED[tile]
     if mask == "none" and seqlen_kv >= _MANY_KEYS and tile in _FORWARD_MANY_KEYS:
