@@ -160,12 +160,12 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
 
-  declare_arrays(with_extras({{"q", b.q, false},
-                              {"k", b.k, false},
-                              {"v", b.v, false},
-                              {"out", b.out, true},
-                              {"lse", b.lse, true}},
-                             call->extras));
+  declare_arrays({{"q", b.q, false},
+                  {"k", b.k, false},
+                  {"v", b.v, false},
+                  {"out", b.out, true},
+                  {"lse", b.lse, true}},
+                 call->extras);
 
   const Sizes& s = call->sizes;
   attention::ForwardParams params = {};
@@ -294,14 +294,14 @@ Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream strea
 
 // The grid that attention.h asks for at BackwardParams.
 std::int64_t backward_blocks(const Sizes& s, unsigned features, const attention::Options& options,
-                             std::int64_t key_blocks, std::int64_t multiprocessors) {
+                             std::int64_t key_blocks, std::int64_t resident) {
   const std::int64_t tiles = key_blocks * s.num_kv_heads * s.batch;
   if (mask_of(options) != attention::Mask::kNone || (features & attention::kMapFeatures) != 0) {
     return tiles;
   }
-  if (!options.deterministic) return std::min(tiles, multiprocessors);
-  const std::int64_t whole_heads = multiprocessors / key_blocks * key_blocks;
-  return std::min({tiles, multiprocessors, std::max(key_blocks, whole_heads)});
+  if (!options.deterministic) return std::min(tiles, resident);
+  const std::int64_t whole_heads = resident / key_blocks * key_blocks;
+  return std::min({tiles, resident, std::max(key_blocks, whole_heads)});
 }
 
 Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
@@ -324,15 +324,16 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.dq_order = static_cast<int*>(b.dq_order.untyped_data());
   set_problem(&params, s, extras, options);
   const std::int64_t key_blocks = ceil_div(s.seqlen_kv, config.block_kv);
+  const std::int64_t resident =
+      multiprocessors * attention::backward_resident_blocks(s.head_dim, config.block_kv);
   params.padded_q = static_cast<int>(s.padded_q());
   params.q_blocks = static_cast<int>(ceil_div(s.seqlen_q, config.block_q));
   params.kv_blocks = static_cast<int>(key_blocks);
   params.tiles = static_cast<int>(key_blocks * s.num_kv_heads * s.batch);
-  params.turn_group = static_cast<int>(std::min<std::int64_t>(key_blocks, multiprocessors));
+  params.turn_group = static_cast<int>(std::min(key_blocks, resident));
   return runtime::launch(
       kernel, stream,
-      {backward_blocks(s, features_of(extras, options), options, key_blocks, multiprocessors)},
-      &params);
+      {backward_blocks(s, features_of(extras, options), options, key_blocks, resident)}, &params);
 }
 
 Status launch_finish(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
@@ -366,21 +367,21 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
   if (!finish.ok()) return finish.error();
   const runtime::ScopedContext context(**device);
 
-  declare_arrays(with_extras({{"q", b.q, false},
-                              {"k", b.k, false},
-                              {"v", b.v, false},
-                              {"out", b.out, false},
-                              {"lse", b.lse, false},
-                              {"dout", b.dout, false},
-                              {"dlse", b.dlse, false},
-                              {"dq", b.dq, true},
-                              {"dk", b.dk, true},
-                              {"dv", b.dv, true},
-                              {"delta", b.delta, true},
-                              {"lse_log2", b.lse_log2, true},
-                              {"dq_acc", b.dq_acc, true},
-                              {"dq_order", b.dq_order, true}},
-                             call->extras));
+  declare_arrays({{"q", b.q, false},
+                  {"k", b.k, false},
+                  {"v", b.v, false},
+                  {"out", b.out, false},
+                  {"lse", b.lse, false},
+                  {"dout", b.dout, false},
+                  {"dlse", b.dlse, false},
+                  {"dq", b.dq, true},
+                  {"dk", b.dk, true},
+                  {"dv", b.dv, true},
+                  {"delta", b.delta, true},
+                  {"lse_log2", b.lse_log2, true},
+                  {"dq_acc", b.dq_acc, true},
+                  {"dq_order", b.dq_order, true}},
+                 call->extras);
 
   const Sizes& s = call->sizes;
   if (Status status = launch_prepare(**prepare, stream, b, s, k.features, options); !status.ok()) {

@@ -53,14 +53,14 @@ struct ExtraBuffers {
   std::optional<AnyBuffer> key_map, query_map;
 };
 
-// What the interpreter is told of: the call's other arrays, and these.
-std::vector<CallArray> with_extras(std::initializer_list<CallArray> arrays,
-                                   const ExtraBuffers& extras);
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args);
 Status check_extras(const ExtraBuffers& extras, const AttentionSizes& sizes);
 // Maps are of a pass's own tiles: there where they are needed, and of their size.
 Status check_maps(const ExtraBuffers& extras, const AttentionSizes& sizes, std::int64_t block_q,
                   std::int64_t block_kv, bool backward);
+
+// What a call's kernels may touch: its other arrays, and these.
+void declare_arrays(std::initializer_list<CallArray> arrays, const ExtraBuffers& extras);
 
 // Bits of attention::Feature.
 unsigned features_of(const ExtraBuffers& extras, const attention::Options& options);

@@ -155,6 +155,7 @@ Result<KernelSpec> AttentionBackwardKernels::main_spec() const {
                   std::to_string(config.stages) + ">>";
   spec.params_type = "tk::attention::BackwardParams";
   spec.threads = attention::backward_threads(config.block_kv);
+  spec.min_blocks = attention::backward_resident_blocks(head_dim, config.block_kv);
   spec.shared_bytes = attention::backward_shared_bytes(head_dim, config);
   return checked(std::move(spec));
 }

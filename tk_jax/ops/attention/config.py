@@ -105,6 +105,7 @@ def features(options: AttentionOptions, extras: Extras) -> frozenset[str]:
         "lengths": any(x is not None for x in lengths),
         "segments": extras.q_segment_ids is not None,
         "mask": extras.mask is not None,
+        "softcap": options.soft_cap != NO_SOFT_CAP,
     }
     return frozenset(name for name, wanted in names.items() if wanted)
 
@@ -151,6 +152,11 @@ _FORWARD_MANY_KEYS = {
     (128, 128): AttentionForwardConfig(block_q=128, block_kv=160, stages=2),
 }
 _MANY_KEYS = 8192
+# With few keys up to a diagonal, more of a tile of 192 queries lies beyond it.
+_FORWARD_FEW_CAUSAL_KEYS = {
+    (64, 64): AttentionForwardConfig(block_q=128, block_kv=128, stages=3),
+}
+_FEW_CAUSAL_KEYS = 1024
 # Masks take registers too.
 _FORWARD_MASKED = {
     (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
@@ -159,10 +165,18 @@ _FORWARD_MASKED = {
 _FORWARD_FEATURES = {
     "segments": {(64, 64): _FORWARD_MIXED, (128, 128): _FORWARD_MIXED},
     "mask": {(64, 64): _FORWARD_MIXED, (128, 128): _FORWARD_MIXED},
+    "softcap": {
+        (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+    },
 }
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
     128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2),
+}
+# A cap takes more registers than two consumers at 128 queries have: one at 64, and two
+# such blocks on a multiprocessor.
+_BACKWARD_FEATURES = {
+    "softcap": {64: AttentionBackwardConfig(block_q=64, block_kv=64, stages=2)},
 }
 KERNEL_HEAD_DIMS = (64, 128)
 # The extras that they take.
@@ -172,6 +186,7 @@ KERNEL_EXTRAS = (
     "q_segment_ids",
     "kv_segment_ids",
     "mask",
+    "sinks",
 )
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
@@ -189,6 +204,9 @@ def forward_config(
     for feature, tiles in _FORWARD_FEATURES.items():
         if feature in features and tile in tiles:
             return tiles[tile]
+    few = mask == "causal" and seqlen_kv <= _FEW_CAUSAL_KEYS
+    if few and tile in _FORWARD_FEW_CAUSAL_KEYS:
+        return _FORWARD_FEW_CAUSAL_KEYS[tile]
     if mask != "none" and tile in _FORWARD_MASKED:
         return _FORWARD_MASKED[tile]
     if mask == "none" and seqlen_kv >= _MANY_KEYS and tile in _FORWARD_MANY_KEYS:
@@ -205,7 +223,8 @@ def forward_configs(
     """All that forward_config can choose."""
     return tuple(
         dict.fromkeys(
-            forward_config(head_dim, head_dim_v, keys, mask) for keys in (1, _MANY_KEYS)
+            forward_config(head_dim, head_dim_v, keys, mask)
+            for keys in (1, _FEW_CAUSAL_KEYS + 1, _MANY_KEYS)
         )
     )
 
@@ -214,7 +233,12 @@ def tile_head_dim(head_dim: int) -> int:
     return -(-head_dim // TILE_HEAD_DIM_STEP) * TILE_HEAD_DIM_STEP
 
 
-def backward_config(head_dim: int) -> AttentionBackwardConfig:
+def backward_config(
+    head_dim: int, features: frozenset[str] = frozenset()
+) -> AttentionBackwardConfig:
+    for feature, tiles in _BACKWARD_FEATURES.items():
+        if feature in features and head_dim in tiles:
+            return tiles[head_dim]
     return _BACKWARD[head_dim]
 
 
@@ -237,8 +261,6 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
         return f"head dim {head_dim} (it takes {known})"
     if head_dim_v != head_dim:
         return f"head dim {head_dim_v} of v beside {head_dim} of q and k"
-    if options.soft_cap != NO_SOFT_CAP:
-        return "logits_soft_cap"
     for name, value in extras._asdict().items():
         if value is not None and name not in KERNEL_EXTRAS:
             return name
