@@ -100,7 +100,11 @@ class Extras(NamedTuple):
 
 def features(options: AttentionOptions, extras: Extras) -> frozenset[str]:
     """What a call's kernels are compiled for beyond its mask (Feature in C++)."""
+    lengths = (extras.query_seq_lengths, extras.key_value_seq_lengths)
     names = {
+        "lengths": any(x is not None for x in lengths),
+        "segments": extras.q_segment_ids is not None,
+        "mask": extras.mask is not None,
         "softcap": options.soft_cap != NO_SOFT_CAP,
     }
     return frozenset(name for name, wanted in names.items() if wanted)
@@ -159,6 +163,8 @@ _FORWARD_MASKED = {
 }
 # And so do features, whatever the mask.
 _FORWARD_FEATURES = {
+    "segments": {(64, 64): _FORWARD_MIXED, (128, 128): _FORWARD_MIXED},
+    "mask": {(64, 64): _FORWARD_MIXED, (128, 128): _FORWARD_MIXED},
     "softcap": {
         (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
     },
@@ -174,7 +180,14 @@ _BACKWARD_FEATURES = {
 }
 KERNEL_HEAD_DIMS = (64, 128)
 # The extras that they take.
-KERNEL_EXTRAS = ("query_seq_lengths", "key_value_seq_lengths", "sinks")
+KERNEL_EXTRAS = (
+    "query_seq_lengths",
+    "key_value_seq_lengths",
+    "q_segment_ids",
+    "kv_segment_ids",
+    "mask",
+    "sinks",
+)
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
