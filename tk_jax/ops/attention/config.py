@@ -112,8 +112,13 @@ class AttentionBackwardConfig:
     """How the backward kernel computes it."""
 
     block_q: int  # query rows of one step
-    block_kv: int  # keys of a tile: 64 for each consumer warpgroup
+    # Keys of a tile: 64 for each consumer warpgroup; in the wide kernels, for each block
+    # of a cluster of one or two.
+    block_kv: int
     stages: int  # depth of the query/dout ring
+    # Of the wide kernels, where dq has a kernel of its own.
+    dq_block_kv: int = 0  # keys of one step
+    dq_stages: int = 0  # depth of its key/value ring
 
 
 # Tiles have head dims that are multiples of this (kHeadDimStep in attention.h) up to
@@ -142,10 +147,14 @@ _FORWARD_MANY_KEYS = {
 _MANY_KEYS = 8192
 # Between two diagonals, masks take more registers.
 _FORWARD_BAND = {(64, 64): _FORWARD_MIXED}
+# By narrow_head_dim.
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
     128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2),
 }
+# Shared memory of a block, and how much of it attention.h keeps for other things.
+_SHARED_BYTES = 227 * 1024
+_SHARED_SLACK = 2048
 KERNEL_HEAD_DIMS = (64, 128)
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
@@ -181,8 +190,33 @@ def tile_head_dim(head_dim: int) -> int:
     return -(-head_dim // TILE_HEAD_DIM_STEP) * TILE_HEAD_DIM_STEP
 
 
-def backward_config(head_dim: int) -> AttentionBackwardConfig:
-    return _BACKWARD[head_dim]
+def narrow_head_dim(head_dim: int, head_dim_v: int) -> int | None:
+    """The head dim of the tiles, of q as of v; None where the wide kernels run."""
+    larger = max(tile_head_dim(head_dim), tile_head_dim(head_dim_v))
+    return larger if larger <= 128 else None
+
+
+def backward_config(head_dim: int, head_dim_v: int) -> AttentionBackwardConfig:
+    """The head dims are those of arrays."""
+    narrow = narrow_head_dim(head_dim, head_dim_v)
+    if narrow is not None:
+        return _BACKWARD[narrow]
+    # Rings as deep as fits, up to three stages.
+    row = 2 * (tile_head_dim(head_dim) + tile_head_dim(head_dim_v))
+    room = _SHARED_BYTES - _SHARED_SLACK
+    block_q = 64
+    resident = 64 * row + 2 * 64 * block_q  # k, v and p
+    stages = (room - resident) // (block_q * (row + 8))
+    # 64 keys a step, unless two stages of them do not fit beside 128 rows of q and dout.
+    room -= 128 * row
+    dq_block_kv = 64 if 2 * 64 * row <= room else 48
+    return AttentionBackwardConfig(
+        block_q=block_q,
+        block_kv=128,
+        stages=min(3, stages),
+        dq_block_kv=dq_block_kv,
+        dq_stages=min(3, room // (dq_block_kv * row)),
+    )
 
 
 def padded_queries(seqlen_q: int) -> int:
