@@ -116,19 +116,23 @@ struct ForwardParams {
 constexpr int forward_threads(long block_q) {
   return static_cast<int>((block_q / 64 + 1) * kWarpgroupThreads);
 }
-// Head dims of tiles. Where q, out and two stages of k and v would not fit side by side, out leaves
-// through q's memory.
-constexpr bool out_replaces_q(long head_dim, long head_dim_v) {
-  return head_dim > 128 || head_dim_v > 128;
-}
-// q and out (block_q rows each), and stages of k and v.
-constexpr int forward_shared_bytes(long head_dim, long head_dim_v, const ForwardConfig& config) {
-  const long q_and_out = out_replaces_q(head_dim, head_dim_v)
-                             ? (head_dim > head_dim_v ? head_dim : head_dim_v)
-                             : head_dim + head_dim_v;
-  return static_cast<int>(2 * (q_and_out * config.block_q +
-                               (head_dim + head_dim_v) * config.stages * config.block_kv)) +
+// Shared memory that a block can have.
+constexpr long kMaxSharedBytes = 227 * 1024;
+// Head dims of tiles. Stages of k and v, and of q, through whose memory out leaves.
+constexpr int forward_shared_bytes(long head_dim, long head_dim_v, const ForwardConfig& config,
+                                   int q_stages) {
+  const long rows = q_stages * config.block_q;
+  return static_cast<int>(2 * (rows * (head_dim > head_dim_v ? head_dim : head_dim_v) +
+                               config.stages * config.block_kv * (head_dim + head_dim_v))) +
          kSharedSlack;
+}
+// With two, a tile's last product runs beside the next tile's first.
+constexpr int forward_q_stages(long head_dim, long head_dim_v, const ForwardConfig& config) {
+  return forward_shared_bytes(head_dim, head_dim_v, config, 2) <= kMaxSharedBytes ? 2 : 1;
+}
+constexpr int forward_shared_bytes(long head_dim, long head_dim_v, const ForwardConfig& config) {
+  return forward_shared_bytes(head_dim, head_dim_v, config,
+                              forward_q_stages(head_dim, head_dim_v, config));
 }
 
 // -- Backward -------------------------------------------------------------------------------------

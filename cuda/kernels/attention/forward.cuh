@@ -4,11 +4,12 @@
 // FlashAttention-3 (Shah et al. 2024, sections 3.1 and 3.2).
 // Grid: persistent. A tile is kBlockQ queries of one head; it walks its keys from the last visible
 // block to the first. Causal tiles are taken longest first, by sections of heads that share L2.
-// Roles: a producer warp loads q and two rings of k and v; kBlockQ / 64 consumer warpgroups own 64
-// queries each. A consumer issues the next block's scores before this block's p v, so that its
-// softmax runs beside the products, and the consumers take turns at issuing, so that one's softmax
-// runs beside another's products.
-// Budget at D = 128, 128 x 128, 2 stages: 192 KB of shared memory (q 32, k and v 128, out 32); 160
+// Roles: a producer warp loads rings of q, k and v; kBlockQ / 64 consumer warpgroups own 64 queries
+// each. A consumer issues the next block's scores before this block's p v, so that its softmax runs
+// beside the products; where shared memory has room for the next tile's q, across tiles too. The
+// consumers take turns at issuing, so that one's softmax runs beside another's products. A tile's
+// rows of out leave through the memory of its q.
+// Budget at D = 128, 128 x 128, 2 stages: 192 KB of shared memory (q and out 64, k and v 128); 160
 // registers of s, p and o a thread. Limit: tensor cores at D = 128; exp2 as much as they at D = 64.
 #pragma once
 
@@ -49,23 +50,20 @@ struct Forward {
   using VTile = SharedTile<T, kBlockKv, kHeadDimV>;
   using OutTile = SharedTile<T, 64, kHeadDimV>;
   using Ring = Pipeline<Traits::kStages>;
-  using QRing = Pipeline<1>;
   using Scores = RegTile<float, 16, kBlockKv>;
   using Weights = RegTile<T, 16, kBlockKv>;
   using Output = RegTile<float, 16, kHeadDimV>;
-  static constexpr bool kOutReplacesQ = out_replaces_q(kHeadDim, kHeadDimV);
+  static constexpr int kQStages =
+      forward_q_stages(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages});
+  using QRing = Pipeline<kQStages>;
 
-  // A consumer's queries and its rows of out, apart or one after the other in the same memory.
-  struct Apart {
-    QTile q_smem;
-    OutTile out_smem;
-  };
-  union InTurn {
+  // A consumer's rows: of q, and at the end of a tile of out.
+  union Rows {
     QTile q_smem;
     OutTile out_smem;
   };
   struct Shared {
-    Select<kOutReplacesQ, InTurn, Apart> rows[kConsumers];
+    Rows rows[kQStages][kConsumers];
     KTile k_smem[Traits::kStages];
     VTile v_smem[Traits::kStages];
     QRing q_ring;
@@ -157,12 +155,10 @@ struct Forward {
     const int group = params.num_heads / params.num_kv_heads;
     for (Walk walk(params); walk.valid(); walk.next()) {
       const Tile tile = walk.tile();
-      // Where out leaves through q's memory, a tile without keys waits for it like any other.
-      if (!kOutReplacesQ && tile.empty()) continue;
       shared.q_ring.acquire(q_state, kConsumers * QTile::kBytes);
       for (int i = 0; i < kConsumers; ++i) {
-        tma::load(shared.rows[i].q_smem, params.q, shared.q_ring.full(q_state), tma::Keep::kBriefly,
-                  0, tile.first_query + 64 * i, tile.head, tile.batch);
+        tma::load(shared.rows[q_state.stage][i].q_smem, params.q, shared.q_ring.full(q_state),
+                  tma::Keep::kBriefly, 0, tile.first_query + 64 * i, tile.head, tile.batch);
       }
       q_state.advance();
       const int kv_head = tile.head / group;
@@ -188,101 +184,141 @@ struct Forward {
 
   __device__ __forceinline__ static void compute(const ForwardParams& params, Shared& shared,
                                                  int consumer) {
-    typename QRing::State q_state;
+    typename QRing::State q_state, q_done;  // the tile at hand; the first that holds its memory
     typename Ring::State k_state, v_state;
     const float scale_log2 = params.scale * kLog2E;
-    const QTile& q_smem = shared.rows[consumer].q_smem;
     if (consumer == kConsumers - 1) pass_turn(consumer);  // the first turn is the first consumer's
+    Scores s_acc;
+    Weights p;
+    Output o_acc;
 
-    for (Walk walk(params); walk.valid(); walk.next()) {
-      const Tile tile = walk.tile();
-      const int first_query = tile.first_query + 64 * consumer;
-      Output o_acc;
+    const auto issue_scores = [&](int q_stage) {
+      warpgroup::mm_ABt(s_acc, shared.rows[q_stage][consumer].q_smem, shared.k_smem[k_state.stage]);
+      warpgroup::mma_commit();
+    };
+    const auto release_keys = [&] {
+      shared.k_ring.release(k_state);
+      k_state.advance();
+    };
+    const auto issue_output = [&](bool accumulate) {
+      shared.v_ring.wait(v_state);
+      warpgroup::mma_AB(o_acc, p, shared.v_smem[v_state.stage], accumulate);
+      warpgroup::mma_commit();
+    };
+    const auto release_values = [&] {
+      shared.v_ring.release(v_state);
+      v_state.advance();
+    };
+    const auto mask = [&](const Tile& tile, int block) {
+      bool masked = block >= tile.unmasked_end;
+      if constexpr (Traits::kMask == Mask::kBand) {
+        masked = masked || block < tile.unmasked_first;
+      }
+      if (masked) {
+        mask_scores<Traits::kMask>(s_acc, tile.first_query + 64 * consumer, block * kBlockKv,
+                                   params.seqlen_kv, params.first_offset, params.last_offset);
+      }
+    };
+    // Gives back the memory of the last tile's rows, once they have left.
+    const auto release_rows = [&] {
+      if (q_done != q_state) {
+        if (warpgroup::leader()) tma::wait_read<0>();
+        shared.q_ring.release(q_done);
+        q_done.advance();
+      }
+    };
+
+    for (Walk walk(params); walk.valid();) {
+      Tile tile = walk.tile();
       OnlineSoftmax softmax(scale_log2);
+      shared.q_ring.wait(q_state);
       if (tile.empty()) {
-        if constexpr (kOutReplacesQ) shared.q_ring.wait(q_state);
         warp::zero(o_acc);
-      } else {
-        Scores s_acc;
-        Weights p;
-        const auto mask = [&](int block) {
-          bool masked = block >= tile.unmasked_end;
-          if constexpr (Traits::kMask == Mask::kBand) {
-            masked = masked || block < tile.unmasked_first;
-          }
-          if (masked) {
-            mask_scores<Traits::kMask>(s_acc, first_query, block * kBlockKv, params.seqlen_kv,
-                                       params.first_offset, params.last_offset);
-          }
-        };
-        int block = tile.end_block - 1;
-        shared.q_ring.wait(q_state);
-        shared.k_ring.wait(k_state);
-        warpgroup::mm_ABt(s_acc, q_smem, shared.k_smem[k_state.stage]);
-        warpgroup::mma_commit();
-        warpgroup::mma_wait<0>(s_acc);
-        shared.k_ring.release(k_state);
-        k_state.advance();
-        mask(block);
-        softmax.weigh(s_acc);
-        warp::convert(p, s_acc);
+        finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
+        q_state.advance();
+        release_rows();
+        walk.next();
+        continue;
+      }
+      shared.k_ring.wait(k_state);
+      issue_scores(q_state.stage);
+      warpgroup::mma_wait<0>(s_acc);
+      release_keys();
+      mask(tile, tile.end_block - 1);
+      softmax.weigh(s_acc);
+      warp::convert(p, s_acc);
 
+      // As long as tiles follow each other without a gap: p holds the weights of a tile's first
+      // visited block.
+      for (bool chained = true; chained;) {
         bool accumulate = false;
-        for (--block; block >= tile.first_block; --block) {
+        for (int block = tile.end_block - 2; block >= tile.first_block; --block) {
           shared.k_ring.wait(k_state);
           wait_turn(consumer);
-          warpgroup::mm_ABt(s_acc, q_smem, shared.k_smem[k_state.stage]);
-          warpgroup::mma_commit();
-          shared.v_ring.wait(v_state);
-          warpgroup::mma_AB(o_acc, p, shared.v_smem[v_state.stage], accumulate);
-          warpgroup::mma_commit();
+          issue_scores(q_state.stage);
+          issue_output(accumulate);
           pass_turn(consumer);
           accumulate = true;
           warpgroup::mma_wait<1>(s_acc);
-          shared.k_ring.release(k_state);
-          k_state.advance();
-          mask(block);
+          release_keys();
+          release_rows();
+          mask(tile, block);
           const bool corrects = softmax.weigh(s_acc);
           warpgroup::mma_wait<0>(o_acc, p);
-          shared.v_ring.release(v_state);
-          v_state.advance();
+          release_values();
           if (corrects) warp::mul_rows(o_acc, o_acc, softmax.correction);
           warp::convert(p, s_acc);
         }
-        if constexpr (!kOutReplacesQ) {
-          shared.q_ring.release(q_state);
-          q_state.advance();
-        }
-        shared.v_ring.wait(v_state);
-        warpgroup::mma_AB(o_acc, p, shared.v_smem[v_state.stage], accumulate);
-        warpgroup::mma_commit();
-        warpgroup::mma_wait<0>(o_acc, p);
-        shared.v_ring.release(v_state);
-        v_state.advance();
-      }
 
-      const PerRow<16> lse = softmax.finish(params.scale);
-      warp::mul_rows(o_acc, o_acc, softmax.inverse_sum());
-      store(params, shared.rows[consumer].out_smem, o_acc, first_query, tile);
-      if constexpr (kOutReplacesQ) {
-        if (warpgroup::leader()) tma::wait_read<0>();
-        shared.q_ring.release(q_state);
-        q_state.advance();
+        release_rows();
+        walk.next();
+        Tile next = tile;
+        chained = kQStages > 1 && walk.valid();
+        if (chained) {
+          next = walk.tile();
+          chained = !next.empty();
+        }
+        auto q_next = q_state;
+        q_next.advance();
+        if (chained) {
+          shared.q_ring.wait(q_next);
+          shared.k_ring.wait(k_state);
+          wait_turn(consumer);
+          issue_scores(q_next.stage);
+          issue_output(accumulate);
+          pass_turn(consumer);
+          warpgroup::mma_wait<1>(s_acc);
+          release_keys();
+          mask(next, next.end_block - 1);
+          OnlineSoftmax next_softmax(scale_log2);
+          next_softmax.weigh(s_acc);
+          warpgroup::mma_wait<0>(o_acc, p);
+          release_values();
+          finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
+          warp::convert(p, s_acc);
+          softmax = next_softmax;
+          tile = next;
+        } else {
+          issue_output(accumulate);
+          warpgroup::mma_wait<0>(o_acc, p);
+          release_values();
+          finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
+        }
+        q_state = q_next;
       }
-      const int64 row = static_cast<int64>(tile.batch) * params.seqlen_q * params.num_heads;
-      warpgroup::store(
-          GlobalVec<float>{params.lse + row + tile.head, params.seqlen_q, params.num_heads}, lse,
-          first_query);
+      release_rows();
     }
-    if (warpgroup::leader()) tma::wait_read<0>();
   }
 
-  // The copy engine writes the consumer's rows while it goes on to the next tile.
-  __device__ __forceinline__ static void store(const ForwardParams& params, OutTile& out_smem,
-                                               const Output& o_acc, int first_query,
-                                               const Tile& tile) {
-    if (warpgroup::leader()) tma::wait_read<0>();  // the last tile's rows have left
-    warpgroup::sync();
+  // Completes a tile: the copy engine writes the consumer's rows while it goes on.
+  __device__ __forceinline__ static void finish(const ForwardParams& params, Shared& shared,
+                                                int consumer, int q_stage, Output& o_acc,
+                                                OnlineSoftmax& softmax, const Tile& tile) {
+    const int first_query = tile.first_query + 64 * consumer;
+    const PerRow<16> lse = softmax.finish(params.scale);
+    warp::mul_rows(o_acc, o_acc, softmax.inverse_sum());
+    OutTile& out_smem = shared.rows[q_stage][consumer].out_smem;
+    warpgroup::sync();  // the products of all its warps have read q
     warpgroup::store(out_smem, o_acc);
     publish_shared();
     warpgroup::sync();
@@ -290,6 +326,10 @@ struct Forward {
       tma::store(params.out, out_smem, 0, first_query, tile.head, tile.batch);
       tma::commit();
     }
+    const int64 row = static_cast<int64>(tile.batch) * params.seqlen_q * params.num_heads;
+    warpgroup::store(
+        GlobalVec<float>{params.lse + row + tile.head, params.seqlen_q, params.num_heads}, lse,
+        first_query);
   }
 };
 

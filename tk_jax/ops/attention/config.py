@@ -145,8 +145,10 @@ _FORWARD_MANY_KEYS = {
     (128, 128): AttentionForwardConfig(block_q=128, block_kv=160, stages=2),
 }
 _MANY_KEYS = 8192
-# Between two diagonals, masks take more registers.
-_FORWARD_BAND = {(64, 64): _FORWARD_MIXED}
+# Masks take registers too.
+_FORWARD_MASKED = {
+    (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+}
 # By narrow_head_dim.
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
@@ -165,8 +167,8 @@ def forward_config(
 ) -> AttentionForwardConfig:
     """``mask`` is one of KERNEL_MASKS; the head dims are those of arrays."""
     tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
-    if mask == "band" and tile in _FORWARD_BAND:
-        return _FORWARD_BAND[tile]
+    if mask != "none" and tile in _FORWARD_MASKED:
+        return _FORWARD_MASKED[tile]
     if mask == "none" and seqlen_kv >= _MANY_KEYS and tile in _FORWARD_MANY_KEYS:
         return _FORWARD_MANY_KEYS[tile]
     if tile in _FORWARD:
