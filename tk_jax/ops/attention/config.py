@@ -112,8 +112,8 @@ class AttentionBackwardConfig:
     """How the backward kernel computes it."""
 
     block_q: int  # query rows of one step
-    # Keys of a tile: 64 for each consumer warpgroup; in the wide kernels, for each block
-    # of a cluster of one or two.
+    # Keys of a tile: 64 for each consumer warpgroup; in the wide kernels, for each
+    # block of a cluster of one or two.
     block_kv: int
     stages: int  # depth of the query/dout ring
     # Of the wide kernels, where dq has a kernel of its own.
@@ -157,7 +157,9 @@ _BACKWARD = {
 # Shared memory of a block, and how much of it attention.h keeps for other things.
 _SHARED_BYTES = 227 * 1024
 _SHARED_SLACK = 2048
-KERNEL_HEAD_DIMS = (64, 128)
+# Of q and k, and of v: those whose kernels are compiled ahead and gated, of all that
+# there are.
+KERNEL_HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
@@ -209,7 +211,7 @@ def backward_config(head_dim: int, head_dim_v: int) -> AttentionBackwardConfig:
     block_q = 64
     resident = 64 * row + 2 * 64 * block_q  # k, v and p
     stages = (room - resident) // (block_q * (row + 8))
-    # 64 keys a step, unless two stages of them do not fit beside 128 rows of q and dout.
+    # 64 keys a step, unless two stages do not fit beside 128 rows of q and dout.
     room -= 128 * row
     dq_block_kv = 64 if 2 * 64 * row <= room else 48
     return AttentionBackwardConfig(
@@ -235,11 +237,10 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
     if q.dtype not in KERNEL_DTYPES:
         return f"dtype {jnp.dtype(q.dtype).name} (it takes bfloat16 and float16)"
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    if head_dim not in KERNEL_HEAD_DIMS:
-        known = " and ".join(str(dim) for dim in KERNEL_HEAD_DIMS)
-        return f"head dim {head_dim} (it takes {known})"
-    if head_dim_v != head_dim:
-        return f"head dim {head_dim_v} of v beside {head_dim} of q and k"
+    for dim, owner in ((head_dim, ""), (head_dim_v, " of v")):
+        if dim % HEAD_DIM_STEP or dim > MAX_HEAD_DIM:
+            known = f"multiples of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
+            return f"head dim {dim}{owner} (it takes {known})"
     if options.soft_cap != NO_SOFT_CAP:
         return "logits_soft_cap"
     for name, value in extras._asdict().items():
