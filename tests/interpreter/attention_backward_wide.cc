@@ -68,7 +68,7 @@ std::string check_all(std::uint64_t seed) {
         {2, 70, 150, 1, 1, 256, kNoFirst, kNoLast}, seed);
   }
   if (wrong.empty()) {
-    wrong = check_wide<Mask::kBand, 192, 128, 128, 64, 2, 96, 2>(
+    wrong = check_wide<Mask::kBand, 192, 128, 128, 64, 2, 80, 2>(
         {1, 200, 190, 1, 1, 136, -90, -40, 72}, seed);
   }
   if (wrong.empty()) {
