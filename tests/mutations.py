@@ -363,12 +363,12 @@ MUTATIONS = [
     _wide("k and v overwritten while dk and dv leave", "tma::wait_read<0>();"),
     _wide(
         "the last block's keys beyond the end are seen",
-        "tile.first_key + 64 > params.seqlen_kv",
+        "tile.first_key + 64 > bounds.seqlen_kv",
         "false",
     ),
     _wide(
         "keys after the diagonal are seen",
-        "first_query + params.last_offset < tile.first_key + 63",
+        "first_query + bounds.last_offset < tile.first_key + 63",
         "false",
     ),
     _wide("dk is not scaled", "warp::mul(dk_acc, dk_acc, params.scale);"),

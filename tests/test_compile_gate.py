@@ -5,7 +5,9 @@ import dataclasses
 import compile_gate
 import pytest
 
+from tk_jax import _ffi
 from tk_jax.compile import specialisations
+from tk_jax.ops.attention import config
 
 # Of the tile library, without wgmma: compiled in milliseconds.
 _SOURCE = """
@@ -37,6 +39,43 @@ def test_kernel_is_fit_to_ship(item, record_property):
     )
     record_property("compile_gate", verdict.row())  # conftest.py prints the table
     assert not verdict.problems, "\n".join(verdict.problems)
+
+
+# What attention is compiled for beside its mask: pairs of masks and features.
+_FEATURES = [
+    ("none", ["lengths"]),
+    ("causal", ["lengths"]),
+    ("band", ["lengths"]),
+]
+
+
+def _attention_with(head_dim, mask, features):
+    settings = {
+        "dtype": "bfloat16",
+        "head_dim": head_dim,
+        "head_dim_v": head_dim,
+        "mask": mask,
+        "features": features,
+    }
+    for tiles in config.forward_configs(head_dim, head_dim, mask):
+        yield from _ffi.extension().attention_forward_specs(
+            **settings, config=dataclasses.asdict(tiles)
+        )
+    tiles = dataclasses.asdict(config.backward_config(head_dim))
+    for deterministic in (True, False):
+        yield from _ffi.extension().attention_backward_specs(
+            **settings, deterministic=deterministic, config=tiles
+        )[1:2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mask", "features"), _FEATURES, ids=str)
+@pytest.mark.parametrize("head_dim", config.KERNEL_HEAD_DIMS)
+def test_attention_with_features(head_dim, mask, features, record_property):
+    for spec in _attention_with(head_dim, mask, features):
+        verdict = compile_gate.judge(spec, compile_gate.Requirements())
+        record_property("compile_gate", verdict.row())
+        assert not verdict.problems, "\n".join([spec["function"], *verdict.problems])
 
 
 def test_every_op_is_gated():

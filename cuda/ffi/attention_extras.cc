@@ -14,6 +14,10 @@ constexpr Member kMembers[] = {&ExtraBuffers::query_lengths, &ExtraBuffers::kv_l
                                &ExtraBuffers::mask,          &ExtraBuffers::bias,
                                &ExtraBuffers::sinks};
 
+constexpr const char* kNames[] = {"query_lengths", "kv_lengths", "q_segments", "kv_segments",
+                                  "mask",          "bias",       "sinks"};
+static_assert(std::size(kNames) == std::size(kMembers));
+
 template <typename T>
 const T* data_of(const std::optional<AnyBuffer>& buffer) {
   return buffer ? static_cast<const T*>(buffer->untyped_data()) : nullptr;
@@ -62,6 +66,15 @@ attention::ScoreArray score_array(const std::optional<AnyBuffer>& buffer) {
 
 }  // namespace
 
+std::vector<CallArray> with_extras(std::initializer_list<CallArray> arrays,
+                                   const ExtraBuffers& extras) {
+  std::vector<CallArray> all = arrays;
+  for (std::size_t i = 0; i < std::size(kMembers); ++i) {
+    if (const auto& buffer = extras.*kMembers[i]) all.push_back({kNames[i], *buffer, false});
+  }
+  return all;
+}
+
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args) {
   ExtraBuffers extras;
   if (args.size() == 0) return extras;
@@ -104,10 +117,14 @@ unsigned features_of(const ExtraBuffers& extras, const attention::Options& optio
   return features;
 }
 
-attention::Extras kernel_extras(const ExtraBuffers& extras, const attention::Options& options) {
+attention::Extras kernel_extras(const ExtraBuffers& extras, const AttentionSizes& sizes,
+                                const attention::Options& options) {
   attention::Extras params = {};
   params.query_lengths = data_of<int>(extras.query_lengths);
   params.kv_lengths = data_of<int>(extras.kv_lengths);
+  params.window_first = static_cast<int>(sizes.window_first(options));
+  params.window_last = static_cast<int>(sizes.window_last(options));
+  params.bottom_right = options.bottom_right;
   params.q_segments = data_of<int>(extras.q_segments);
   params.kv_segments = data_of<int>(extras.kv_segments);
   params.mask = score_array(extras.mask);

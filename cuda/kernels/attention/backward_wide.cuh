@@ -44,6 +44,8 @@ struct BackwardWide {
   static constexpr int kHeadDim = Traits::kHeadDim, kHeadDimV = Traits::kHeadDimV;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
   static constexpr int kClusterSize = Traits::kClusterSize;
+  static constexpr unsigned kFeatures = Traits::kFeatures;
+  static_assert((kFeatures & ~kWideFeatures) == 0, "the wide kernels lack a feature");
   static constexpr int kConsumers = 2;
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
@@ -61,7 +63,7 @@ struct BackwardWide {
   using KvRing = Pipeline<1>;
   using Scores = RegTile<float, 16, kBlockQ>;
   using Weights = RegTile<T, 16, kBlockQ>;
-  using Steps = Turns<Traits::kMask, kBlockQ, kBlockKv>;
+  using Steps = Turns<Traits::kMask, kFeatures, kBlockQ, kBlockKv>;
 
   struct Shared {
     KTile k_smem;  // at a tile's end, dk and dv on their way out
@@ -103,12 +105,19 @@ struct BackwardWide {
     grid::Rounds rounds;
 
     __device__ __forceinline__ explicit Walk(const BackwardParams& p) : params(p) {
-      steps = {p.q_blocks, p.kv_blocks, p.turn_group, p.seqlen_kv, p.first_offset, p.last_offset};
+      steps = {p.q_blocks,
+               p.kv_blocks,
+               p.turn_group,
+               {p.seqlen_q, p.seqlen_kv, p.first_offset, p.last_offset}};
       rounds = {grid::block_x() / kClusterSize, grid::blocks_x() / kClusterSize, p.tiles};
     }
-    __device__ __forceinline__ Tile tile() const {
+    // From here on, steps are those of the tile.
+    __device__ __forceinline__ Tile tile() {
       const grid::HeadTile place =
           grid::sequential_tile(rounds.index(), params.kv_blocks, params.num_kv_heads);
+      if constexpr ((kFeatures & kLengths) != 0) {
+        steps.set_bounds(bounds_of<kFeatures>(params, place.batch));
+      }
       return {place.block, place.block * kBlockKv + 64 * rank(), place.head, place.batch};
     }
   };
@@ -226,17 +235,20 @@ struct BackwardWide {
         // Scores become weights.
         const auto weigh = [&] {
           const int first_query = queries.take();
-          bool masked = tile.first_key + 64 > params.seqlen_kv;
+          const Bounds& bounds = walk.steps.bounds;
+          bool masked = tile.first_key + 64 > bounds.seqlen_kv;
           if constexpr (Traits::kMask != Mask::kNone) {
-            masked = masked || first_query + params.last_offset < tile.first_key + 63;
+            masked = masked || first_query + bounds.last_offset < tile.first_key + 63;
           }
           if constexpr (Traits::kMask == Mask::kBand) {
-            masked = masked || first_query + kBlockQ - 1 + params.first_offset > tile.first_key;
+            masked = masked || first_query + kBlockQ - 1 + bounds.first_offset > tile.first_key;
+          }
+          if constexpr ((kFeatures & kLengths) != 0) {
+            masked = masked || first_query + kBlockQ > bounds.seqlen_q;
           }
           if (masked) {
-            mask_transposed_scores<Traits::kMask>(s_acc, first_query, tile.first_key,
-                                                  params.seqlen_kv, params.first_offset,
-                                                  params.last_offset);
+            mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, tile.first_key,
+                                                             bounds);
           }
           warp::map_cols(s_acc, s_acc, shared.lse_smem[q_state.stage],
                          [=](float s, float lse) { return math::exp2(s * scale_log2 - lse); });

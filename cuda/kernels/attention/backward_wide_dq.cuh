@@ -39,6 +39,8 @@ struct BackwardWideDq {
   using T = typename Traits::T;
   static constexpr int kHeadDim = Traits::kHeadDim, kHeadDimV = Traits::kHeadDimV;
   static constexpr int kBlockKv = Traits::kBlockKv;
+  static constexpr unsigned kFeatures = Traits::kFeatures;
+  static_assert((kFeatures & ~kWideFeatures) == 0, "the wide kernels lack a feature");
   static constexpr int kConsumers = kWideDqBlockQ / 64;
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
@@ -52,7 +54,7 @@ struct BackwardWideDq {
   using Scores = RegTile<float, 16, kBlockKv>;
   using Weights = RegTile<T, 16, kBlockKv>;
   using DqTile = RegTile<float, 16, kHeadDim>;
-  using Walk = QueryWalk<BackwardWideDqParams, Traits::kMask, kWideDqBlockQ, kBlockKv,
+  using Walk = QueryWalk<BackwardWideDqParams, Traits::kMask, kFeatures, kWideDqBlockQ, kBlockKv,
                          (kHeadDim + kHeadDimV) * static_cast<int>(sizeof(T))>;
 
   struct Shared {
@@ -131,8 +133,8 @@ struct BackwardWideDq {
         // Scores become weights.
         const auto weigh = [&](int block) {
           if (tile.template masked<Traits::kMask>(block)) {
-            mask_scores<Traits::kMask>(s_acc, first_query, block * kBlockKv, params.seqlen_kv,
-                                       params.first_offset, params.last_offset);
+            mask_scores<Traits::kMask>(s_acc, first_query, block * kBlockKv,
+                                       bounds_of<kFeatures>(params, tile.batch));
           }
           warp::map_rows(s_acc, s_acc, lse,
                          [=](float s, float l) { return math::exp2(s * scale_log2 - l); });

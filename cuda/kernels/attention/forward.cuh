@@ -41,6 +41,7 @@ struct Forward {
   using T = typename Traits::T;
   static constexpr int kHeadDim = Traits::kHeadDim, kHeadDimV = Traits::kHeadDimV;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
+  static constexpr unsigned kFeatures = Traits::kFeatures;
   static constexpr int kConsumers = Traits::kConsumers;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kConsumers == 2 ? 24 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
@@ -125,9 +126,11 @@ struct Forward {
       } else {
         place = grid::sequential_tile(full.index(), blocks, params.num_heads);
       }
-      const VisibleKeys keys =
-          visible_keys<Traits::kMask>(place.block * kBlockQ, kBlockQ, params.seqlen_q,
-                                      params.seqlen_kv, params.first_offset, params.last_offset);
+      const Bounds bounds = bounds_of<kFeatures>(params, place.batch);
+      VisibleKeys keys = visible_keys<Traits::kMask>(place.block * kBlockQ, kBlockQ, bounds);
+      if constexpr ((kFeatures & kLengths) != 0) {
+        if (place.block * kBlockQ >= bounds.seqlen_q) keys = {};
+      }
       const int end_block = ceil_div(keys.end, kBlockKv);
       const int first_block = keys.begin < keys.end ? keys.begin / kBlockKv : end_block;
       return {place.block * kBlockQ,
@@ -216,7 +219,7 @@ struct Forward {
       }
       if (masked) {
         mask_scores<Traits::kMask>(s_acc, tile.first_query + 64 * consumer, block * kBlockKv,
-                                   params.seqlen_kv, params.first_offset, params.last_offset);
+                                   bounds_of<kFeatures>(params, tile.batch));
       }
     };
     // Gives back the memory of the last tile's rows, once they have left.
@@ -264,6 +267,7 @@ struct Forward {
           release_rows();
           mask(tile, block);
           const bool corrects = softmax.weigh(s_acc);
+          if constexpr (kConsumers <= 2) warp::pin(softmax.row_sum);
           warpgroup::mma_wait<0>(o_acc, p);
           release_values();
           if (corrects) warp::mul_rows(o_acc, o_acc, softmax.correction);
@@ -292,6 +296,7 @@ struct Forward {
           mask(next, next.end_block - 1);
           OnlineSoftmax next_softmax(scale_log2);
           next_softmax.weigh(s_acc);
+          if constexpr (kConsumers <= 2) warp::pin(next_softmax.row_sum);
           warpgroup::mma_wait<0>(o_acc, p);
           release_values();
           finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
@@ -315,6 +320,9 @@ struct Forward {
                                                 int consumer, int q_stage, Output& o_acc,
                                                 OnlineSoftmax& softmax, const Tile& tile) {
     const int first_query = tile.first_query + 64 * consumer;
+    if constexpr ((kFeatures & kLengths) != 0) {
+      hide_queries(o_acc, softmax, bounds_of<kFeatures>(params, tile.batch).seqlen_q - first_query);
+    }
     const PerRow<16> lse = softmax.finish(params.scale);
     warp::mul_rows(o_acc, o_acc, softmax.inverse_sum());
     OutTile& out_smem = shared.rows[q_stage][consumer].out_smem;

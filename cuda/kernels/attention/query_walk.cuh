@@ -27,7 +27,7 @@ struct QueryTile {
 };
 
 // The same for every role. kKeyBytes is what k and v hold of a key and head.
-template <typename Params, Mask kMask, int kBlockQ, int kBlockKv, int kKeyBytes>
+template <typename Params, Mask kMask, unsigned kFeatures, int kBlockQ, int kBlockKv, int kKeyBytes>
 struct QueryWalk {
   static constexpr bool kMasked = kMask != Mask::kNone;
   const Params& params;
@@ -65,9 +65,11 @@ struct QueryWalk {
     } else {
       place = grid::sequential_tile(full.index(), blocks, params.num_heads);
     }
-    const VisibleKeys keys =
-        visible_keys<kMask>(place.block * kBlockQ, kBlockQ, params.seqlen_q, params.seqlen_kv,
-                            params.first_offset, params.last_offset);
+    const Bounds bounds = bounds_of<kFeatures>(params, place.batch);
+    VisibleKeys keys = visible_keys<kMask>(place.block * kBlockQ, kBlockQ, bounds);
+    if constexpr ((kFeatures & kLengths) != 0) {
+      if (place.block * kBlockQ >= bounds.seqlen_q) keys = {};
+    }
     const int end_block = ceil_div(keys.end, kBlockKv);
     const int first_block = keys.begin < keys.end ? keys.begin / kBlockKv : end_block;
     return {place.block * kBlockQ,

@@ -145,6 +145,11 @@ _FORWARD_MANY_KEYS = {
     (128, 128): AttentionForwardConfig(block_q=128, block_kv=160, stages=2),
 }
 _MANY_KEYS = 8192
+# With few keys up to a diagonal, more of a tile of 192 queries lies beyond it.
+_FORWARD_FEW_CAUSAL_KEYS = {
+    (64, 64): AttentionForwardConfig(block_q=128, block_kv=128, stages=3),
+}
+_FEW_CAUSAL_KEYS = 1024
 # Masks take registers too.
 _FORWARD_MASKED = {
     (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
@@ -160,6 +165,8 @@ _SHARED_SLACK = 2048
 # Of q and k, and of v: those whose kernels are compiled ahead and gated, of all that
 # there are.
 KERNEL_HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
+# The extras that they take.
+KERNEL_EXTRAS = ("query_seq_lengths", "key_value_seq_lengths")
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
@@ -169,6 +176,9 @@ def forward_config(
 ) -> AttentionForwardConfig:
     """``mask`` is one of KERNEL_MASKS; the head dims are those of arrays."""
     tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
+    if mask == "causal" and seqlen_kv <= _FEW_CAUSAL_KEYS:
+        if tile in _FORWARD_FEW_CAUSAL_KEYS:
+            return _FORWARD_FEW_CAUSAL_KEYS[tile]
     if mask != "none" and tile in _FORWARD_MASKED:
         return _FORWARD_MASKED[tile]
     if mask == "none" and seqlen_kv >= _MANY_KEYS and tile in _FORWARD_MANY_KEYS:
@@ -185,7 +195,8 @@ def forward_configs(
     """All that forward_config can choose."""
     return tuple(
         dict.fromkeys(
-            forward_config(head_dim, head_dim_v, keys, mask) for keys in (1, _MANY_KEYS)
+            forward_config(head_dim, head_dim_v, keys, mask)
+            for keys in (1, _FEW_CAUSAL_KEYS + 1, _MANY_KEYS)
         )
     )
 
@@ -244,7 +255,7 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
     if options.soft_cap != NO_SOFT_CAP:
         return "logits_soft_cap"
     for name, value in extras._asdict().items():
-        if value is not None:
+        if value is not None and name not in KERNEL_EXTRAS:
             return name
     return exceeded_limit(q.shape, k.shape)
 
