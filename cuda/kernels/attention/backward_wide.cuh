@@ -53,6 +53,9 @@ struct BackwardWide {
   // beside dk.
   static constexpr bool kDkFirst = Traits::kStages == 2;
 
+  // Whether the exponentials have to run beside dv's product: the compiler puts them after it.
+  static constexpr bool kPinWeights = true;
+
   using QTile = SharedTile<T, kBlockQ, kHeadDim>;
   using DoutTile = SharedTile<T, kBlockQ, kHeadDimV>;
   using KTile = SharedTile<T, 64, kHeadDim>;
@@ -281,6 +284,7 @@ struct BackwardWide {
           issue_sum();
           warpgroup::mma_wait<1>(s_acc);
           weigh();
+          if constexpr (kPinWeights) warp::pin(s_acc);
           finish_sum();
           warp::convert(p, s_acc);
         }

@@ -45,6 +45,10 @@ struct BackwardWideDq {
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
 
+  // Whether the exponentials have to run beside dq's and dp's products: the compiler puts them
+  // after both.
+  static constexpr bool kPinWeights = true;
+
   using QTile = SharedTile<T, 64, kHeadDim>;
   using DoutTile = SharedTile<T, 64, kHeadDimV>;
   using KTile = SharedTile<T, kBlockKv, kHeadDim>;
@@ -172,6 +176,7 @@ struct BackwardWideDq {
           warpgroup::mma_commit();
           warpgroup::mma_wait<2>(s_acc);
           weigh(block);
+          if constexpr (kPinWeights) warp::pin(s_acc);
           warpgroup::mma_wait<1>(dq_acc, ds);
           shared.k_ring.release(k_state);
           k_state = next;
