@@ -362,11 +362,6 @@ MUTATIONS = [
     ),
     _wide("k and v overwritten while dk and dv leave", "tma::wait_read<0>();"),
     _wide(
-        "the last block's keys beyond the end are seen",
-        "tile.first_key + 64 > bounds.seqlen_kv",
-        "false",
-    ),
-    _wide(
         "keys after the diagonal are seen",
         "first_query + bounds.last_offset < tile.first_key + 63",
         "false",

@@ -159,12 +159,12 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
 
-  declare_arrays(with_extras({{"q", b.q, false},
-                              {"k", b.k, false},
-                              {"v", b.v, false},
-                              {"out", b.out, true},
-                              {"lse", b.lse, true}},
-                             call->extras));
+  declare_arrays({{"q", b.q, false},
+                  {"k", b.k, false},
+                  {"v", b.v, false},
+                  {"out", b.out, true},
+                  {"lse", b.lse, true}},
+                 call->extras);
 
   const Sizes& s = call->sizes;
   attention::ForwardParams params = {};
@@ -302,18 +302,19 @@ Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream strea
 
 // The grid that attention.h asks for at BackwardParams.
 std::int64_t backward_blocks(const Sizes& s, const attention::Options& options,
-                             std::int64_t key_blocks, std::int64_t multiprocessors) {
+                             std::int64_t key_blocks, std::int64_t resident) {
   const std::int64_t tiles = key_blocks * s.num_kv_heads * s.batch;
   if (mask_of(options) != attention::Mask::kNone) return tiles;
-  if (!options.deterministic) return std::min(tiles, multiprocessors);
-  const std::int64_t whole_heads = multiprocessors / key_blocks * key_blocks;
-  return std::min({tiles, multiprocessors, std::max(key_blocks, whole_heads)});
+  if (!options.deterministic) return std::min(tiles, resident);
+  const std::int64_t whole_heads = resident / key_blocks * key_blocks;
+  return std::min({tiles, resident, std::max(key_blocks, whole_heads)});
 }
 
 Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
-                   const BackwardBuffers& b, const Sizes& s, const ExtraBuffers& extras,
+                   const BackwardBuffers& b, const BackwardCall& call,
                    const attention::Options& options, const attention::BackwardConfig& config,
                    int multiprocessors) {
+  const Sizes& s = call.sizes;
   attention::BackwardParams params = {};
   if (Status status =
           first_error({encode_rows(&params.q, b.q, s, config.block_q),
@@ -328,14 +329,17 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.lse_log2 = static_cast<const float*>(b.lse_log2.untyped_data());
   params.dq_acc = static_cast<float*>(b.dq_acc.untyped_data());
   params.dq_order = static_cast<int*>(b.dq_order.untyped_data());
-  set_problem(&params, s, extras, options);
+  set_problem(&params, s, call.extras, options);
   const std::int64_t key_blocks = ceil_div(s.seqlen_kv, config.block_kv);
+  const std::int64_t resident =
+      multiprocessors *
+      attention::backward_resident_blocks(call.kernels.narrow_head_dim(), config.block_kv);
   params.padded_q = static_cast<int>(s.padded_q());
   params.q_blocks = static_cast<int>(ceil_div(s.seqlen_q, config.block_q));
   params.kv_blocks = static_cast<int>(key_blocks);
   params.tiles = static_cast<int>(key_blocks * s.num_kv_heads * s.batch);
-  params.turn_group = static_cast<int>(std::min<std::int64_t>(key_blocks, multiprocessors));
-  return runtime::launch(kernel, stream, {backward_blocks(s, options, key_blocks, multiprocessors)},
+  params.turn_group = static_cast<int>(std::min(key_blocks, resident));
+  return runtime::launch(kernel, stream, {backward_blocks(s, options, key_blocks, resident)},
                          &params);
 }
 
@@ -422,21 +426,21 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
   if (!last.ok()) return last.error();
   const runtime::ScopedContext context(**device);
 
-  declare_arrays(with_extras({{"q", b.q, false},
-                              {"k", b.k, false},
-                              {"v", b.v, false},
-                              {"out", b.out, false},
-                              {"lse", b.lse, false},
-                              {"dout", b.dout, false},
-                              {"dlse", b.dlse, false},
-                              {"dq", b.dq, true},
-                              {"dk", b.dk, true},
-                              {"dv", b.dv, true},
-                              {"delta", b.delta, true},
-                              {"lse_log2", b.lse_log2, true},
-                              {"dq_acc", b.dq_acc, true},
-                              {"dq_order", b.dq_order, true}},
-                             call->extras));
+  declare_arrays({{"q", b.q, false},
+                  {"k", b.k, false},
+                  {"v", b.v, false},
+                  {"out", b.out, false},
+                  {"lse", b.lse, false},
+                  {"dout", b.dout, false},
+                  {"dlse", b.dlse, false},
+                  {"dq", b.dq, true},
+                  {"dk", b.dk, true},
+                  {"dv", b.dv, true},
+                  {"delta", b.delta, true},
+                  {"lse_log2", b.lse_log2, true},
+                  {"dq_acc", b.dq_acc, true},
+                  {"dq_order", b.dq_order, true}},
+                 call->extras);
 
   if (Status status = launch_prepare(**prepare, stream, b, *call, options); !status.ok()) {
     return status;
@@ -450,8 +454,7 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
     return launch_wide_dq(**last, stream, b, *call, options, config, multiprocessors);
   }
   const Sizes& s = call->sizes;
-  if (Status status =
-          launch_main(**main, stream, b, s, call->extras, options, config, multiprocessors);
+  if (Status status = launch_main(**main, stream, b, *call, options, config, multiprocessors);
       !status.ok()) {
     return status;
   }

@@ -2,21 +2,27 @@
 
 #include <array>
 #include <iterator>
+#include <vector>
 
 namespace tk::ffi {
 namespace {
 
 using Member = std::optional<AnyBuffer> ExtraBuffers::*;
 
+struct Argument {
+  const char* name;
+  Member member;
+};
 // In the order of the arguments.
-constexpr Member kMembers[] = {&ExtraBuffers::query_lengths, &ExtraBuffers::kv_lengths,
-                               &ExtraBuffers::q_segments,    &ExtraBuffers::kv_segments,
-                               &ExtraBuffers::mask,          &ExtraBuffers::bias,
-                               &ExtraBuffers::sinks};
-
-constexpr const char* kNames[] = {"query_lengths", "kv_lengths", "q_segments", "kv_segments",
-                                  "mask",          "bias",       "sinks"};
-static_assert(std::size(kNames) == std::size(kMembers));
+constexpr Argument kArguments[] = {
+    {"query_lengths", &ExtraBuffers::query_lengths},
+    {"kv_lengths", &ExtraBuffers::kv_lengths},
+    {"q_segments", &ExtraBuffers::q_segments},
+    {"kv_segments", &ExtraBuffers::kv_segments},
+    {"mask", &ExtraBuffers::mask},
+    {"bias", &ExtraBuffers::bias},
+    {"sinks", &ExtraBuffers::sinks},
+};
 
 template <typename T>
 const T* data_of(const std::optional<AnyBuffer>& buffer) {
@@ -66,26 +72,17 @@ attention::ScoreArray score_array(const std::optional<AnyBuffer>& buffer) {
 
 }  // namespace
 
-std::vector<CallArray> with_extras(std::initializer_list<CallArray> arrays,
-                                   const ExtraBuffers& extras) {
-  std::vector<CallArray> all = arrays;
-  for (std::size_t i = 0; i < std::size(kMembers); ++i) {
-    if (const auto& buffer = extras.*kMembers[i]) all.push_back({kNames[i], *buffer, false});
-  }
-  return all;
-}
-
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args) {
   ExtraBuffers extras;
   if (args.size() == 0) return extras;
-  if (args.size() != std::size(kMembers)) {
+  if (args.size() != std::size(kArguments)) {
     return invalid("there are " + std::to_string(args.size()) + " arrays beside q, k and v; " +
-                   "expected 0 or " + std::to_string(std::size(kMembers)));
+                   "expected 0 or " + std::to_string(std::size(kArguments)));
   }
-  for (std::size_t i = 0; i < std::size(kMembers); ++i) {
+  for (std::size_t i = 0; i < std::size(kArguments); ++i) {
     const auto buffer = args.get<AnyBuffer>(i);
     if (buffer.has_error()) return invalid(buffer.error().message());
-    if (buffer->element_count() != 0) extras.*kMembers[i] = *buffer;
+    if (buffer->element_count() != 0) extras.*kArguments[i].member = *buffer;
   }
   return extras;
 }
@@ -105,6 +102,14 @@ Status check_extras(const ExtraBuffers& extras, const AttentionSizes& s) {
                     {s.batch, s.num_heads, s.seqlen_q, s.seqlen_kv}),
        check_shared("bias", extras.bias, dtype, {s.batch, s.num_heads, s.seqlen_q, s.seqlen_kv}),
        check_shared("sinks", extras.sinks, xffi::DataType::F32, {s.batch, s.num_heads})});
+}
+
+void declare_arrays(std::initializer_list<CallArray> arrays, const ExtraBuffers& extras) {
+  std::vector<CallArray> all(arrays);
+  for (const auto& [name, member] : kArguments) {
+    if (extras.*member) all.push_back({name, *(extras.*member), false});
+  }
+  declare_call_arrays(all);
 }
 
 unsigned features_of(const ExtraBuffers& extras, const attention::Options& options) {

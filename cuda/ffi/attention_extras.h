@@ -51,11 +51,11 @@ struct ExtraBuffers {
   std::optional<AnyBuffer> sinks;                      // float32 [B or 1, H]
 };
 
-// What the interpreter is told of: the call's other arrays, and these.
-std::vector<CallArray> with_extras(std::initializer_list<CallArray> arrays,
-                                   const ExtraBuffers& extras);
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args);
 Status check_extras(const ExtraBuffers& extras, const AttentionSizes& sizes);
+
+// What a call's kernels may touch: its other arrays, and these.
+void declare_arrays(std::initializer_list<CallArray> arrays, const ExtraBuffers& extras);
 
 // Bits of attention::Feature.
 unsigned features_of(const ExtraBuffers& extras, const attention::Options& options);

@@ -158,6 +158,7 @@ Result<KernelSpec> AttentionBackwardKernels::main_spec() const {
                   std::to_string(config.stages) + ">>";
   spec.params_type = "tk::attention::BackwardParams";
   spec.threads = attention::backward_threads(config.block_kv);
+  spec.min_blocks = attention::backward_resident_blocks(tile, config.block_kv);
   spec.shared_bytes = attention::backward_shared_bytes(tile, config);
   return checked(std::move(spec));
 }

@@ -6,6 +6,7 @@
 //   kConsumers                    consumer warpgroups
 //   kProducerRegisters, kConsumerRegisters   budgets of a thread, by role
 //   kClusterSize                  optional; blocks of a cluster
+//   kResidentBlocks               optional; blocks that share a multiprocessor
 //   init(params, shared)          one thread: barriers
 //   load(params, shared)          one thread of the producer warpgroup: global -> shared
 //   kStorers                      optional; storing warps: 1 by default, at most 3
@@ -19,8 +20,7 @@
 namespace tk::block {
 
 namespace detail_roles {
-// Registers of each thread of a block that has a multiprocessor to itself, as the compiler sets
-// them.
+// Registers of each thread where so many threads share a multiprocessor, as the compiler sets them.
 constexpr int launch_registers(int threads) { return min(65536 / threads / 8 * 8, 240); }
 
 template <typename Kernel, typename Params>
@@ -31,6 +31,14 @@ template <typename Kernel>
 constexpr int cluster_size() {
   if constexpr (requires { Kernel::kClusterSize; }) {
     return Kernel::kClusterSize;
+  } else {
+    return 1;
+  }
+}
+template <typename Kernel>
+constexpr int resident_blocks() {
+  if constexpr (requires { Kernel::kResidentBlocks; }) {
+    return Kernel::kResidentBlocks;
   } else {
     return 1;
   }
@@ -51,7 +59,8 @@ __device__ __forceinline__ void run(const Params& params) {
   constexpr int kThreads = 128 * (1 + Kernel::kConsumers);
   static_assert(
       128 * (Kernel::kProducerRegisters + Kernel::kConsumers * Kernel::kConsumerRegisters) <=
-          kThreads * detail_roles::launch_registers(kThreads),
+          kThreads *
+              detail_roles::launch_registers(kThreads * detail_roles::resident_blocks<Kernel>()),
       "the roles' registers exceed what the block starts with: increase would wait for "
       "ever");
   Shared& shared = shared_memory<Shared>();

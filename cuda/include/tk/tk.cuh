@@ -1,6 +1,7 @@
 // The tile library: everything a kernel includes.
 #pragma once
 
+#include "tk/accurate_tanh.cuh"
 #include "tk/backend.cuh"
 #include "tk/base.cuh"
 #include "tk/block.cuh"

@@ -18,6 +18,7 @@ namespace {
 struct LoadedKernel {
   std::string symbol;
   void (*run)(const void* params);
+  int min_blocks;  // of a multiprocessor
 };
 
 std::mutex options_mutex;
@@ -93,7 +94,8 @@ Result<Kernel> load_kernel(const KernelSpec& spec, const Device&) {
     }
   }
   // Lives as long as the table of loaded kernels does: for ever.
-  auto* loaded = new LoadedKernel{spec.symbol, interpreter::find_specialisation(name)};
+  auto* loaded =
+      new LoadedKernel{spec.symbol, interpreter::find_specialisation(name), spec.min_blocks};
   return Kernel{reinterpret_cast<cuda::Function>(loaded), spec.threads, spec.shared_bytes,
                 spec.cluster_size};
 }
@@ -118,7 +120,7 @@ Status launch(const Kernel& kernel, cuda::Stream, const Grid& grid, const void* 
   launch.cluster_size = kernel.cluster_size;
   launch.seed = seed;
   const interpreter::ScheduleOptions chosen = interpreter::schedule_options();
-  launch.resident_blocks = chosen.multiprocessors;
+  launch.resident_blocks = chosen.multiprocessors * loaded->min_blocks;
   launch.threads_of_host = chosen.threads;
   const auto report = interpreter::run(launch, memory);
   if (!report) return {};

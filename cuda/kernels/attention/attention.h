@@ -51,9 +51,9 @@ struct Extras {
   // With lengths, what the offsets of Params are at position 0, and whether lengths move positions.
   int window_first, window_last;
   bool bottom_right;
-  const int* q_segments;     // [B, T]
-  const int* kv_segments;    // [B, S]
-  ScoreArray mask;           // of bytes, 0 or 1
+  const int* q_segments;   // [B, T]
+  const int* kv_segments;  // [B, S]
+  ScoreArray mask;         // of bytes, 0 or 1
   ScoreArray bias;
   const float* sinks;       // [B, H] or [H]
   long sinks_batch_stride;  // H or 0
@@ -181,6 +181,7 @@ constexpr int backward_prepare_shared_bytes(long head_dim_v) {
 //                                                         kDeterministic, kBlockQ, kBlockKv,
 //                                                         kStages>>
 // Grid: with key_blocks = ceil(S / block_kv), tiles = key_blocks * K * B and SMs multiprocessors,
+//   or twice as many where two blocks share one (backward_resident_blocks),
 //   a mask                        tiles: blocks start in index order as multiprocessors become free
 //   otherwise, not deterministic  min(tiles, SMs)
 //   otherwise                     min(tiles, max(key_blocks, SMs / key_blocks * key_blocks)), at
@@ -213,6 +214,10 @@ constexpr int backward_dq_stages(long head_dim) { return head_dim == 128 ? 2 : 1
 constexpr int backward_threads(long block_kv) {
   return static_cast<int>((block_kv / 64 + 1) * kWarpgroupThreads);
 }
+// Blocks with one consumer share a multiprocessor, where there is room for two.
+constexpr int backward_resident_blocks(long head_dim, long block_kv) {
+  return head_dim == 64 && block_kv == 64 ? 2 : 1;
+}
 // k and v, stages of q and dout with their lse and delta, two of ds, and of dq in fp32.
 constexpr int backward_shared_bytes(long head_dim, const BackwardConfig& config) {
   return static_cast<int>(2 * head_dim * 2 * config.block_kv +
@@ -236,7 +241,7 @@ constexpr int backward_finish_shared_bytes(long head_dim) {
 }
 
 // What the wide kernels are compiled for.
-constexpr unsigned kWideFeatures = kLengths;
+constexpr unsigned kWideFeatures = kLengths | kSoftCap;
 
 // Kernel: "kernels/attention/backward_wide.cuh"
 //   tk::attention::backward_wide<tk::attention::BackwardWideTraits<

@@ -20,6 +20,7 @@
 
 #include "kernels/attention/attention.h"
 #include "kernels/attention/mask.cuh"
+#include "kernels/attention/scores.cuh"
 #include "kernels/attention/turns.cuh"
 #include "tk/tk.cuh"
 
@@ -51,11 +52,14 @@ struct Backward {
   static constexpr unsigned kFeatures = Traits::kFeatures;
   static constexpr int kConsumers = Traits::kConsumers;
   // Whether registers are left for ds while dk's product reads it beside the next step's scores. A
-  // band, lengths and maps take too many in the producer, of which the consumers have the rest.
-  static constexpr bool kOverlapSteps =
-      kBlockQ == 64 && Traits::kMask != Mask::kBand && (kFeatures & kHidingFeatures) == 0;
+  // band, lengths and maps take too many in the producer, of which the consumers have the rest, and
+  // a cap too many in the consumers.
+  static constexpr bool kOverlapSteps = kBlockQ == 64 && Traits::kMask != Mask::kBand &&
+                                        (kFeatures & kHidingFeatures) == 0 &&
+                                        !ScoreMap<kFeatures>::kCaps;
+  static constexpr int kResidentBlocks = backward_resident_blocks(kHeadDim, kBlockKv);
   static constexpr int kProducerRegisters = kOverlapSteps ? 24 : 40;
-  static constexpr int kConsumerRegisters = kOverlapSteps ? 240 : 232;
+  static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 216 : kOverlapSteps ? 240 : 232;
   static_assert(kConsumers <= 2, "three consumers would leave each too few registers");
 
   using QTile = SharedTile<T, kBlockQ, kHeadDim>;
@@ -232,7 +236,7 @@ struct Backward {
     typename KvRing::State kv_state;
     typename Ring::State state, q_read;  // the step at hand; the first that still reads its q
     typename DqRing::State dq_state;
-    const float scale_log2 = params.scale * kLog2E;
+    const ScoreMap<Traits::kFeatures> score_map(params.scale, params.extras);
     const auto k_rows = shared.k_smem.template rows<64>(consumer);
     const auto v_rows = shared.v_smem.template rows<64>(consumer);
     const auto k_cols = shared.k_smem.template cols<64>(consumer % Traits::kDqCols);
@@ -277,6 +281,7 @@ struct Backward {
           release_q();
         }
         warpgroup::mma_wait<1>(s_acc);
+        score_map.apply(s_acc);
         bool masked = ragged;
         if constexpr (Traits::kMask != Mask::kNone) {
           masked = masked || first_query + bounds.last_offset < first_key + 63;
@@ -290,9 +295,7 @@ struct Backward {
         if (masked) {
           mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, first_key, bounds);
         }
-        warp::map_cols(s_acc, s_acc, shared.lse_smem[state.stage],
-                       [=](float s, float lse) { return math::exp2(s * scale_log2 - lse); });
-        warp::convert(p, s_acc);
+        score_map.weigh(p, s_acc, shared.lse_smem[state.stage]);
 
         warpgroup::mma_wait<0>(dp_acc);
         warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],

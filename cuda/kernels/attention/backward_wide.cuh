@@ -19,6 +19,7 @@
 
 #include "kernels/attention/attention.h"
 #include "kernels/attention/mask.cuh"
+#include "kernels/attention/scores.cuh"
 #include "kernels/attention/turns.cuh"
 #include "tk/tk.cuh"
 
@@ -220,7 +221,7 @@ struct BackwardWide {
   __device__ __forceinline__ static void sum_dv(const BackwardParams& params, Shared& shared) {
     typename KvRing::State kv_state;
     typename Ring::State q_state, dout_state;
-    const float scale_log2 = params.scale * kLog2E;
+    const ScoreMap<kFeatures> score_map(params.scale, params.extras);
     for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
       const Tile tile = walk.tile();
       RegTile<float, 16, kHeadDimV> dv_acc;
@@ -229,17 +230,19 @@ struct BackwardWide {
       Queries queries(walk, tile);
       if (queries.left > 0) {
         Scores s_acc;
-        Weights p;
+        Weights p, next_p;
         const auto issue_scores = [&] {
           shared.q_ring.wait(q_state);
           warpgroup::mm_ABt(s_acc, shared.k_smem, shared.q_smem[q_state.stage]);
           warpgroup::mma_commit();
         };
-        // Scores become weights.
+        // Scores become weights, which also go to next_p, rounded.
         const auto weigh = [&] {
           const int first_query = queries.take();
           const Bounds& bounds = walk.steps.bounds;
-          bool masked = tile.first_key + 64 > bounds.seqlen_kv;
+          score_map.apply(s_acc);
+          // Keys beyond the arrays are rows that nobody stores; those beyond a length are not.
+          bool masked = (kFeatures & kLengths) != 0 && tile.first_key + 64 > bounds.seqlen_kv;
           if constexpr (Traits::kMask != Mask::kNone) {
             masked = masked || first_query + bounds.last_offset < tile.first_key + 63;
           }
@@ -253,15 +256,18 @@ struct BackwardWide {
             mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, tile.first_key,
                                                              bounds);
           }
-          warp::map_cols(s_acc, s_acc, shared.lse_smem[q_state.stage],
-                         [=](float s, float lse) { return math::exp2(s * scale_log2 - lse); });
+          score_map.weigh(next_p, s_acc, shared.lse_smem[q_state.stage]);
           release(shared.q_ring, q_state);
           q_state.advance();
         };
-        // Whatever else turns dp into ds, by score, belongs in what is shared here.
+        // What turns dp into ds: p, times whatever slope a map of scores has.
         const auto share_weights = [&] {
           named_sync(kWeightsTaken, 128 * kConsumers);
-          warpgroup::store(shared.p_smem, p);
+          if constexpr (ScoreMap<kFeatures>::kCaps) {
+            warpgroup::store(shared.p_smem, s_acc);
+          } else {
+            warpgroup::store(shared.p_smem, p);
+          }
           named_arrive(kWeightsShared, 128 * kConsumers);
         };
         const auto issue_sum = [&] {
@@ -277,7 +283,7 @@ struct BackwardWide {
         issue_scores();
         warpgroup::mma_wait<0>(s_acc);
         weigh();
-        warp::convert(p, s_acc);
+        p = next_p;
         while (queries.left > 0) {
           share_weights();
           issue_scores();
@@ -286,7 +292,7 @@ struct BackwardWide {
           weigh();
           if constexpr (kPinWeights) warp::pin(s_acc);
           finish_sum();
-          warp::convert(p, s_acc);
+          p = next_p;
         }
         share_weights();
         issue_sum();

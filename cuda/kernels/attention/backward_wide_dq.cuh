@@ -18,6 +18,7 @@
 #include "kernels/attention/attention.h"
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/query_walk.cuh"
+#include "kernels/attention/scores.cuh"
 #include "tk/tk.cuh"
 
 namespace tk::attention {
@@ -115,7 +116,7 @@ struct BackwardWideDq {
                                                  int consumer) {
     typename RowsRing::State rows_state;
     typename Ring::State k_state, v_state;  // k_state: the first block that still reads its k
-    const float scale_log2 = params.scale * kLog2E;
+    const ScoreMap<kFeatures> score_map(params.scale, params.extras);
     const QTile& q_smem = shared.q_smem[consumer];
     const DoutTile& dout_smem = shared.dout_smem[consumer];
     for (Walk walk(params); walk.valid(); walk.next()) {
@@ -136,12 +137,12 @@ struct BackwardWideDq {
         Weights ds;
         // Scores become weights.
         const auto weigh = [&](int block) {
+          score_map.apply(s_acc);
           if (tile.template masked<Traits::kMask>(block)) {
             mask_scores<Traits::kMask>(s_acc, first_query, block * kBlockKv,
                                        bounds_of<kFeatures>(params, tile.batch));
           }
-          warp::map_rows(s_acc, s_acc, lse,
-                         [=](float s, float l) { return math::exp2(s * scale_log2 - l); });
+          score_map.weigh(s_acc, lse);
         };
         // dp becomes the gradient of the scores.
         const auto differentiate = [&] {

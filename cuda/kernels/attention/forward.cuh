@@ -16,6 +16,7 @@
 #include "kernels/attention/attention.h"
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/online_softmax.cuh"
+#include "kernels/attention/scores.cuh"
 #include "tk/tk.cuh"
 
 namespace tk::attention {
@@ -189,7 +190,8 @@ struct Forward {
                                                  int consumer) {
     typename QRing::State q_state, q_done;  // the tile at hand; the first that holds its memory
     typename Ring::State k_state, v_state;
-    const float scale_log2 = params.scale * kLog2E;
+    const ScoreMap<Traits::kFeatures> score_map(params.scale, params.extras);
+    const float unit_log2 = score_map.unit * kLog2E;
     if (consumer == kConsumers - 1) pass_turn(consumer);  // the first turn is the first consumer's
     Scores s_acc;
     Weights p;
@@ -212,7 +214,8 @@ struct Forward {
       shared.v_ring.release(v_state);
       v_state.advance();
     };
-    const auto mask = [&](const Tile& tile, int block) {
+    const auto complete_scores = [&](const Tile& tile, int block) {
+      score_map.apply(s_acc);
       bool masked = block >= tile.unmasked_end;
       if constexpr (Traits::kMask == Mask::kBand) {
         masked = masked || block < tile.unmasked_first;
@@ -233,7 +236,7 @@ struct Forward {
 
     for (Walk walk(params); walk.valid();) {
       Tile tile = walk.tile();
-      OnlineSoftmax softmax(scale_log2);
+      OnlineSoftmax softmax(unit_log2);
       shared.q_ring.wait(q_state);
       if (tile.empty()) {
         warp::zero(o_acc);
@@ -247,7 +250,7 @@ struct Forward {
       issue_scores(q_state.stage);
       warpgroup::mma_wait<0>(s_acc);
       release_keys();
-      mask(tile, tile.end_block - 1);
+      complete_scores(tile, tile.end_block - 1);
       softmax.weigh(s_acc);
       warp::convert(p, s_acc);
 
@@ -265,7 +268,7 @@ struct Forward {
           warpgroup::mma_wait<1>(s_acc);
           release_keys();
           release_rows();
-          mask(tile, block);
+          complete_scores(tile, block);
           const bool corrects = softmax.weigh(s_acc);
           if constexpr (kConsumers <= 2) warp::pin(softmax.row_sum);
           warpgroup::mma_wait<0>(o_acc, p);
@@ -293,8 +296,8 @@ struct Forward {
           pass_turn(consumer);
           warpgroup::mma_wait<1>(s_acc);
           release_keys();
-          mask(next, next.end_block - 1);
-          OnlineSoftmax next_softmax(scale_log2);
+          complete_scores(next, next.end_block - 1);
+          OnlineSoftmax next_softmax(unit_log2);
           next_softmax.weigh(s_acc);
           if constexpr (kConsumers <= 2) warp::pin(next_softmax.row_sum);
           warpgroup::mma_wait<0>(o_acc, p);
@@ -323,8 +326,10 @@ struct Forward {
     if constexpr ((kFeatures & kLengths) != 0) {
       hide_queries(o_acc, softmax, bounds_of<kFeatures>(params, tile.batch).seqlen_q - first_query);
     }
-    const PerRow<16> lse = softmax.finish(params.scale);
-    warp::mul_rows(o_acc, o_acc, softmax.inverse_sum());
+    PerRow<16> lse = softmax.finish(ScoreMap<kFeatures>(params.scale, params.extras).unit);
+    PerRow<16> inverse_sum = softmax.inverse_sum();
+    join_sink(lse, inverse_sum, params.extras, tile.batch, tile.head);
+    warp::mul_rows(o_acc, o_acc, inverse_sum);
     OutTile& out_smem = shared.rows[q_stage][consumer].out_smem;
     warpgroup::sync();  // the products of all its warps have read q
     warpgroup::store(out_smem, o_acc);

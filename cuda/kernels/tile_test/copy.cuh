@@ -138,6 +138,15 @@ __device__ __forceinline__ void shared_vectors(const KernelParams& params) {
   warp::load(x, matrix<T>(params, 2), 0, 0);
   warp::map_cols(tile, x, shared.cols, [](float u, float c) { return c - 2.0f * u; });
   out.put(tile);
+  RegTile<T, 32, 64> doubled;
+  warp::map(doubled, x, twice);
+  warp::zip_cols_twice(tile, doubled, x, doubled, shared.cols,
+                       [](float u, float d, float c, float& first, float& second) {
+                         first = c - u;
+                         second = d + u;
+                       });
+  out.put(tile);
+  warp::convert(tile, doubled), out.put(tile);
 }
 
 // A warpgroup's 64 x 48 tile at (scalar 0, scalar 1) of an array. Buffers: x; a vector of pairs;

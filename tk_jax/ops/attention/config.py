@@ -98,6 +98,14 @@ class Extras(NamedTuple):
     sinks: jax.Array | None = None  # floating [*b, H]
 
 
+def features(options: AttentionOptions, extras: Extras) -> frozenset[str]:
+    """What a call's kernels are compiled for beyond its mask (Feature in C++)."""
+    names = {
+        "softcap": options.soft_cap != NO_SOFT_CAP,
+    }
+    return frozenset(name for name, wanted in names.items() if wanted)
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionForwardConfig:
     """How the forward kernel computes it."""
@@ -154,10 +162,21 @@ _FEW_CAUSAL_KEYS = 1024
 _FORWARD_MASKED = {
     (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
 }
+# And so do features, whatever the mask.
+_FORWARD_FEATURES = {
+    "softcap": {
+        (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+    },
+}
 # By narrow_head_dim.
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
     128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2),
+}
+# A cap takes more registers than two consumers at 128 queries have: one at 64, and two
+# such blocks on a multiprocessor.
+_BACKWARD_FEATURES = {
+    "softcap": {64: AttentionBackwardConfig(block_q=64, block_kv=64, stages=2)},
 }
 # Shared memory of a block, and how much of it attention.h keeps for other things.
 _SHARED_BYTES = 227 * 1024
@@ -166,19 +185,26 @@ _SHARED_SLACK = 2048
 # there are.
 KERNEL_HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
 # The extras that they take.
-KERNEL_EXTRAS = ("query_seq_lengths", "key_value_seq_lengths")
+KERNEL_EXTRAS = ("query_seq_lengths", "key_value_seq_lengths", "sinks")
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
 
 def forward_config(
-    head_dim: int, head_dim_v: int, seqlen_kv: int, mask: str = "none"
+    head_dim: int,
+    head_dim_v: int,
+    seqlen_kv: int,
+    mask: str = "none",
+    features: frozenset[str] = frozenset(),
 ) -> AttentionForwardConfig:
     """``mask`` is one of KERNEL_MASKS; the head dims are those of arrays."""
     tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
-    if mask == "causal" and seqlen_kv <= _FEW_CAUSAL_KEYS:
-        if tile in _FORWARD_FEW_CAUSAL_KEYS:
-            return _FORWARD_FEW_CAUSAL_KEYS[tile]
+    for feature, tiles in _FORWARD_FEATURES.items():
+        if feature in features and tile in tiles:
+            return tiles[tile]
+    few = mask == "causal" and seqlen_kv <= _FEW_CAUSAL_KEYS
+    if few and tile in _FORWARD_FEW_CAUSAL_KEYS:
+        return _FORWARD_FEW_CAUSAL_KEYS[tile]
     if mask != "none" and tile in _FORWARD_MASKED:
         return _FORWARD_MASKED[tile]
     if mask == "none" and seqlen_kv >= _MANY_KEYS and tile in _FORWARD_MANY_KEYS:
@@ -211,13 +237,22 @@ def narrow_head_dim(head_dim: int, head_dim_v: int) -> int | None:
     return larger if larger <= 128 else None
 
 
-def backward_config(head_dim: int, head_dim_v: int) -> AttentionBackwardConfig:
+def backward_config(
+    head_dim: int, head_dim_v: int, features: frozenset[str] = frozenset()
+) -> AttentionBackwardConfig:
     """The head dims are those of arrays."""
     narrow = narrow_head_dim(head_dim, head_dim_v)
-    if narrow is not None:
-        return _BACKWARD[narrow]
-    # Rings as deep as fits, up to three stages.
-    row = 2 * (tile_head_dim(head_dim) + tile_head_dim(head_dim_v))
+    if narrow is None:
+        return _wide_backward_config(tile_head_dim(head_dim), tile_head_dim(head_dim_v))
+    for feature, tiles in _BACKWARD_FEATURES.items():
+        if feature in features and narrow in tiles:
+            return tiles[narrow]
+    return _BACKWARD[narrow]
+
+
+def _wide_backward_config(head_dim: int, head_dim_v: int) -> AttentionBackwardConfig:
+    """Rings as deep as fits, up to three stages."""
+    row = 2 * (head_dim + head_dim_v)
     room = _SHARED_BYTES - _SHARED_SLACK
     block_q = 64
     resident = 64 * row + 2 * 64 * block_q  # k, v and p
@@ -252,8 +287,6 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
         if dim % HEAD_DIM_STEP or dim > MAX_HEAD_DIM:
             known = f"multiples of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
             return f"head dim {dim}{owner} (it takes {known})"
-    if options.soft_cap != NO_SOFT_CAP:
-        return "logits_soft_cap"
     for name, value in extras._asdict().items():
         if value is not None and name not in KERNEL_EXTRAS:
             return name

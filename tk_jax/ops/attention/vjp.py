@@ -138,7 +138,13 @@ def kernel_forward(
         *_extra_arrays(extras, batch, q.dtype),
         options=options.for_kernel(),
         config=tiles
-        or config.forward_config(q.shape[-1], v.shape[-1], k.shape[1], options.mask),
+        or config.forward_config(
+            q.shape[-1],
+            v.shape[-1],
+            k.shape[1],
+            options.mask,
+            config.features(options, extras),
+        ),
     )
     return _unfold(out, batch), _unfold(lse, batch)
 
@@ -192,10 +198,33 @@ def kernel_backward(
         dlse,
         *_extra_arrays(extras, leading, q.dtype),
         options=options.for_kernel(),
-        config=tiles or config.backward_config(head_dim, v.shape[-1]),
+        config=tiles
+        or config.backward_config(
+            head_dim, v.shape[-1], config.features(options, extras)
+        ),
     )
     dq, dk, dv = (_unfold(x, leading) for x in gradients[:3])
-    return dq, dk, dv, None, None
+    delta = gradients[3][:, :, :seqlen_q]
+    dsinks = _gradient_of_sinks(extras.sinks, leading, lse, delta)
+    return dq, dk, dv, None, dsinks
+
+
+def _gradient_of_sinks(sinks, batch, lse, delta):
+    """lse [B, T, H] and delta [B, H, T] -> what ``sinks`` are.
+
+    A sink is a score s with the probability p = exp(s - lse) and no value: its ds is
+    p * (0 - delta).
+    """
+    if sinks is None:
+        return None
+    whole = jnp.broadcast_to(sinks, (*batch, sinks.shape[-1])).astype(jnp.float32)
+    score = _fold(whole, 1)[:, None, :]
+    # A query without a key whose sink is -inf has neither: lse is -inf.
+    p = jnp.where(lse == -jnp.inf, 0, jnp.exp(score - lse))
+    ds = -jnp.sum(p * jnp.swapaxes(delta, 1, 2), axis=1)
+    ds = _unfold(ds, batch)
+    shared = tuple(i for i, size in enumerate(sinks.shape) if size != ds.shape[i])
+    return jnp.sum(ds, axis=shared, keepdims=True).astype(sinks.dtype)
 
 
 def _extra_arrays(extras: config.Extras, batch, dtype):

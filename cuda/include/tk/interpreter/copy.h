@@ -162,6 +162,28 @@ void map_cols(Dst& dst, const Src& src, const SharedVec<float, kN>& cols, F&& f,
   load(values, cols, at);
   map_cols(dst, src, values, f, at);
 }
+template <typename X, typename Y, typename A, typename B, int kN, typename F>
+void zip_cols_twice(X& x, Y& y, const A& a, const B& b, const SharedVec<float, kN>& cols, F&& f,
+                    Location at = {}) {
+  static_assert(detail::kSameShape<X, A> && detail::kSameShape<X, B> && detail::kSameShape<X, Y> &&
+                    X::kCols == kN,
+                "zip_cols_twice needs tiles of one shape and a value for each column");
+  PerCol<kN> values;
+  load(values, cols, at);
+  detail::reading(a, at);
+  detail::reading(b, at);
+  detail::writing(x, at);
+  detail::writing(y, at);
+  for (int r = 0; r < X::kRows; ++r) {
+    for (int c = 0; c < X::kCols; ++c) {
+      float x_value, y_value;
+      f(detail_map::value(a, r, c), detail_map::value(b, r, c),
+        values.data[c][detail::part_of_row(r)], x_value, y_value);
+      x.data[r][c] = interpreter::from_float<typename X::T>(x_value);
+      y.data[r][c] = interpreter::from_float<typename Y::T>(y_value);
+    }
+  }
+}
 template <int kN>
 void store(SharedVec<float, kN>& dst, const PerRow<kN>& src, Location at = {}) {
   detail::leaving(src, at);

@@ -37,6 +37,27 @@ void map(Dst& dst, const Src& src, F&& f, Location at = {}) {
   detail_map::assign(dst, [&](int r, int c) { return f(detail_map::value(src, r, c)); });
 }
 
+template <typename Dst, typename Src, typename Test, typename F, typename G>
+void map_either(Dst& dst, const Src& src, Test&& test, F&& f, G&& g, Location at = {}) {
+  static_assert(detail::kSameShape<Dst, Src>, "map_either needs tiles of one shape");
+  using T = typename Dst::T;
+  detail::reading(src, at);
+  detail::writing(dst, at);
+  for (int first_row = 0; first_row < Dst::kRows; first_row += 16) {
+    for (int first_col = 0; first_col < Dst::kCols; first_col += 16) {
+      bool all = true;
+      for (int i = 0; i < 256; ++i) {
+        all = all && test(detail_map::value(src, first_row + i / 16, first_col + i % 16));
+      }
+      for (int i = 0; i < 256; ++i) {
+        const int row = first_row + i / 16, col = first_col + i % 16;
+        const float x = detail_map::value(src, row, col);
+        dst.data[row][col] = interpreter::from_float<T>(all ? f(x) : g(x));
+      }
+    }
+  }
+}
+
 template <typename Dst, typename A, typename B, typename F>
 void zip(Dst& dst, const A& a, const B& b, F&& f, Location at = {}) {
   static_assert(detail::kSameShape<Dst, A> && detail::kSameShape<Dst, B>,

@@ -229,6 +229,36 @@ __device__ __forceinline__ void map_cols(Dst& dst, const Src& src, const SharedV
     }
   }
 }
+// Two results of two operands: x and y become what f(a, b, cols, x, y) makes of them, value by
+// value, so that neither waits in registers for the other. x and y may be a and b.
+template <typename X, typename Y, typename A, typename B, int kN, typename F>
+__device__ __forceinline__ void zip_cols_twice(X& x, Y& y, const A& a, const B& b,
+                                               const SharedVec<float, kN>& cols, F&& f,
+                                               Location = {}) {
+  static_assert(detail::kSameShape<X, A> && detail::kSameShape<X, B> && detail::kSameShape<X, Y> &&
+                    X::kCols == kN,
+                "zip_cols_twice needs tiles of one shape and a value for each column");
+  const uint32 base = ptx::shared_address(cols.data);
+#pragma unroll
+  for (int g = 0; g < kN / 8; ++g) {
+    float col[2];
+    ptx::load_shared_f32x2(col[0], col[1], base + 4 * detail::col_of(g, 0));
+#pragma unroll
+    for (int s = 0; s < X::kRowSquares; ++s) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float x_pair[2], y_pair[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          f(detail::get(a, s, g, 2 * h + i), detail::get(b, s, g, 2 * h + i), col[i], x_pair[i],
+            y_pair[i]);
+        }
+        detail::set_pair(x, s, g, h, x_pair[0], x_pair[1]);
+        detail::set_pair(y, s, g, h, y_pair[0], y_pair[1]);
+      }
+    }
+  }
+}
 template <int kN>
 __device__ __forceinline__ void store(SharedVec<float, kN>& dst, const PerRow<kN>& src,
                                       Location = {}) {

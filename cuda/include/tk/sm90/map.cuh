@@ -25,6 +25,42 @@ __device__ __forceinline__ void map(Dst& dst, const Src& src, F&& f, Location = 
   });
 }
 
+// Of every 16 x 16 square, dst = f(src) if test(src) holds for all of its values, otherwise
+// dst = g(src). Lanes decide together, so the two should differ in nothing but their cost.
+template <typename Dst, typename Src, typename Test, typename F, typename G>
+__device__ __forceinline__ void map_either(Dst& dst, const Src& src, Test&& test, F&& f, G&& g,
+                                           Location = {}) {
+  static_assert(detail::kSameShape<Dst, Src>, "map_either needs tiles of one shape");
+  const auto square = [&](int s, int c, auto&& function) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      function(s, 2 * c + (i >> 1), i & 1);
+    }
+  };
+#pragma unroll
+  for (int s = 0; s < Src::kRowSquares; ++s) {
+#pragma unroll
+    for (int c = 0; c < Src::kCols / 16; ++c) {
+      bool fails = false;
+      square(s, c, [&](int s, int group, int h) {
+        fails = fails || !test(detail::get(src, s, group, 2 * h)) ||
+                !test(detail::get(src, s, group, 2 * h + 1));
+      });
+      const auto assign = [&](auto&& function) {
+        square(s, c, [&](int s, int group, int h) {
+          detail::set_pair(dst, s, group, h, function(detail::get(src, s, group, 2 * h)),
+                           function(detail::get(src, s, group, 2 * h + 1)));
+        });
+      };
+      if (ptx::any(fails)) {
+        assign(g);
+      } else {
+        assign(f);
+      }
+    }
+  }
+}
+
 // dst = f(a, b), value by value.
 template <typename Dst, typename A, typename B, typename F>
 __device__ __forceinline__ void zip(Dst& dst, const A& a, const B& b, F&& f, Location = {}) {

@@ -1,0 +1,93 @@
+// What happens to scores between the product q k^T and the exponential, and the way back.
+//
+//   t = tanh(scale q k^T / cap), and scores are cap t
+//
+// The exponential multiplies by a factor anyway. So without a cap the accumulators keep what the
+// product gave, and with one they hold t: the factor is scale or cap. Going back, ds is p (dp -
+// delta) times the slope 1 - t^2.
+// A sink is one more score of every row, without a key and a value.
+// Source: the cap is Gemma 2's (Gemma Team 2024, section 2); sinks after Xiao et al. 2023, section
+// 3, in the form of gpt-oss.
+#pragma once
+
+#include "kernels/attention/attention.h"
+#include "tk/tk.cuh"
+
+namespace tk::attention {
+
+template <unsigned kFeatures>
+struct ScoreMap {
+  static constexpr bool kCaps = (kFeatures & kSoftCap) != 0;
+
+  float gain;  // of the product, before tanh
+  float unit;  // what the accumulators count in, once scores are in them
+
+  __device__ __forceinline__ ScoreMap(float scale, const Extras& extras) {
+    unit = kCaps ? extras.soft_cap : scale;
+    gain = kCaps ? scale / extras.soft_cap : 1.0f;
+  }
+
+  // The product becomes scores, in units of `unit`.
+  template <typename Tile>
+  __device__ __forceinline__ void apply(Tile& scores) const {
+    if constexpr (kCaps) {
+      warp::accurate_tanh(scores, scores, gain);
+    }
+  }
+
+  // Scores whose hidden ones are -inf become what ds is a multiple of: p, times the cap's slope.
+  // p itself goes to `weights`, rounded. A column is a query, with its lse in base 2.
+  template <typename Weights, typename Tile, int kN>
+  __device__ __forceinline__ void weigh(Weights& weights, Tile& scores,
+                                        const SharedVec<float, kN>& lse) const {
+    const float factor = unit * kLog2E;
+    if constexpr (kCaps) {
+      warp::zip_cols_twice(weights, scores, scores, scores, lse,
+                           [=](float t, float, float l, float& p, float& p_slope) {
+                             const float bounded = math::max(t, -1.0f);  // hidden: no slope
+                             p = math::exp2(t * factor - l);
+                             p_slope = p * math::fma(-bounded, bounded, 1.0f);
+                           });
+    } else {
+      warp::map_cols(scores, scores, lse,
+                     [=](float s, float l) { return math::exp2(s * factor - l); });
+      warp::convert(weights, scores);
+    }
+  }
+
+  // The same where a row is a query, and p itself is not wanted.
+  template <typename Tile>
+  __device__ __forceinline__ void weigh(Tile& scores, const PerRow<16>& lse) const {
+    const float factor = unit * kLog2E;
+    warp::map_rows(scores, scores, lse, [=](float t, float l) {
+      const float p = math::exp2(t * factor - l);
+      if constexpr (!kCaps) return p;
+      const float bounded = math::max(t, -1.0f);
+      return p * math::fma(-bounded, bounded, 1.0f);
+    });
+  }
+};
+
+// The sink of a head joins softmaxes that are complete without it: lse, and 1 / row_sum.
+__device__ __forceinline__ void join_sink(PerRow<16>& lse, PerRow<16>& inverse_sum,
+                                          const Extras& extras, int batch, int head) {
+  if (extras.sinks == nullptr) return;
+  const float* sink_gmem = extras.sinks + batch * extras.sinks_batch_stride + head;
+  PerRow<16> sink, share;
+  warpgroup::load(sink, GlobalVec<const float>{sink_gmem, 64, 0}, 0, 0.0f);
+  // Relative to the larger of both, 0 where neither is a number.
+  const auto power = [](float x, float other) {
+    const float top = math::max(x, other);
+    return math::exp2((x - (top == -kInfinity ? 0.0f : top)) * kLog2E);
+  };
+  warp::zip(share, lse, sink, [=](float keys, float s) {
+    const float part = power(keys, s), total = part + power(s, keys);
+    return total == 0.0f ? 0.0f : part / total;
+  });
+  warp::zip(inverse_sum, inverse_sum, share, [](float x, float y) { return x * y; });
+  warp::zip(lse, lse, sink, [=](float keys, float s) {
+    return math::max(keys, s) + math::log(power(keys, s) + power(s, keys));
+  });
+}
+
+}  // namespace tk::attention

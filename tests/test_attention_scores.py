@@ -1,0 +1,81 @@
+"""Soft cap, sinks and bias in attention's kernels, run and checked on the CPU."""
+
+import functools
+
+import attention_score_cases as score_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tk_jax
+
+pytestmark = [
+    pytest.mark.skipif(
+        jax.default_backend() != "cpu", reason="the interpreter runs on the CPU alone"
+    ),
+    pytest.mark.slow,  # kernels are compiled when they are asked for
+]
+
+
+@pytest.mark.parametrize("case", score_cases.CASES, ids=str)
+def test_results_and_gradients(case):
+    inputs = case.inputs()
+    got = score_cases.run(case, inputs, implementation="interpret")
+    score_cases.assert_all_close(case, inputs, got)
+
+
+def test_every_schedule_gives_the_same_bits():
+    case = score_cases.CASES[0]
+    inputs = case.inputs()
+
+    def bits():
+        results = score_cases.run(case, inputs, implementation="interpret")
+        return [np.asarray(x).tobytes() for x in results if x is not None]
+
+    first = bits()
+    for seed in (1, 2):
+        with tk_jax.interpret_options(seed=seed):
+            assert bits() == first
+
+
+def test_vmap_over_sinks():
+    """Each element has its sinks and, where they are shared, a gradient of its own."""
+    case = score_cases.CASES[5]
+    q, k, v, *_, sinks = case.inputs()
+
+    def loss(implementation, q, sinks):
+        out = tk_jax.attention(q, k, v, sinks=sinks, implementation=implementation)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    def gradients(implementation, axes):
+        gradient = jax.grad(functools.partial(loss, implementation), argnums=(0, 1))
+        arrays = [
+            x if axis is None else jnp.stack([x, x[..., ::-1]])
+            for x, axis in zip((q, sinks), axes, strict=True)
+        ]
+        return jax.jit(jax.vmap(gradient, axes))(*arrays)
+
+    for axes in ((0, None), (None, 0)):
+        got, expected = (gradients(name, axes) for name in ("interpret", "xla"))
+        for x, y in zip(got, expected, strict=True):
+            x, y = (np.asarray(array, np.float32) for array in (x, y))
+            np.testing.assert_allclose(x, y, atol=0.02 * np.abs(y).max())
+
+
+def test_values_that_are_no_numbers():
+    """A bad sink spoils its head alone; one of minus infinity is none."""
+    case = score_cases.CASES[5]
+    q, k, v, *_ = case.inputs()
+    run = functools.partial(tk_jax.attention, q, k, v, return_lse=True)
+    run = functools.partial(run, implementation="interpret", is_causal=True)
+    sinks = np.array([0.5, np.nan, np.inf, -np.inf], np.float32)
+    out, lse = run(sinks=sinks)
+    plain_out, plain_lse = run()
+    bad = np.array([False, True, True, False])
+    for x in (out, lse):
+        by_head = np.moveaxis(np.isnan(np.asarray(x, np.float32)), 2, 0)
+        np.testing.assert_array_equal(by_head.all(tuple(range(1, by_head.ndim))), bad)
+        np.testing.assert_array_equal(by_head.any(tuple(range(1, by_head.ndim))), bad)
+    np.testing.assert_array_equal(out[:, :, 3], plain_out[:, :, 3])
+    np.testing.assert_allclose(lse[:, :, 3], plain_lse[:, :, 3], rtol=1e-6, atol=1e-6)
