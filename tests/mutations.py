@@ -380,15 +380,9 @@ MUTATIONS = [
         file=_WIDE_DQ,
     ),
     _wide(
-        "dq: v released beside dp",
-        "warpgroup::mma_wait<0>(dp_acc);\n          shared.v_ring.release(v_state);",
-        "shared.v_ring.release(v_state);\n          warpgroup::mma_wait<0>(dp_acc);",
-        file=_WIDE_DQ,
-    ),
-    _wide(
-        "dq overwrites q while another warp's product reads it",
-        "warpgroup::sync();  // all four",
-        "// all four",
+        "dq: dp used before its wait",
+        "warpgroup::mma_wait<0>(dp_acc);",
+        after="typename Ring::State next",
         file=_WIDE_DQ,
     ),
     _wide("dq is not published", "publish_shared();", file=_WIDE_DQ),

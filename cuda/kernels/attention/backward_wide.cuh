@@ -54,6 +54,7 @@ struct BackwardWide {
   // beside dk.
   static constexpr bool kDkFirst = Traits::kStages == 2;
 
+  static constexpr bool kCaps = ScoreMap<kFeatures>::kCaps;
   // Whether the exponentials have to run beside dv's product: the compiler puts them after it.
   static constexpr bool kPinWeights = true;
 
@@ -230,13 +231,14 @@ struct BackwardWide {
       Queries queries(walk, tile);
       if (queries.left > 0) {
         Scores s_acc;
-        Weights p, next_p;
+        Weights p;
+        Weights slopes;  // with a cap: p times its slope
         const auto issue_scores = [&] {
           shared.q_ring.wait(q_state);
           warpgroup::mm_ABt(s_acc, shared.k_smem, shared.q_smem[q_state.stage]);
           warpgroup::mma_commit();
         };
-        // Scores become weights, which also go to next_p, rounded.
+        // Scores become weights.
         const auto weigh = [&] {
           const int first_query = queries.take();
           const Bounds& bounds = walk.steps.bounds;
@@ -256,15 +258,15 @@ struct BackwardWide {
             mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, tile.first_key,
                                                              bounds);
           }
-          score_map.weigh(next_p, s_acc, shared.lse_smem[q_state.stage]);
+          score_map.weigh_apart(slopes, s_acc, shared.lse_smem[q_state.stage]);
           release(shared.q_ring, q_state);
           q_state.advance();
         };
         // What turns dp into ds: p, times whatever slope a map of scores has.
         const auto share_weights = [&] {
           named_sync(kWeightsTaken, 128 * kConsumers);
-          if constexpr (ScoreMap<kFeatures>::kCaps) {
-            warpgroup::store(shared.p_smem, s_acc);
+          if constexpr (kCaps) {
+            warpgroup::store(shared.p_smem, slopes);
           } else {
             warpgroup::store(shared.p_smem, p);
           }
@@ -283,7 +285,7 @@ struct BackwardWide {
         issue_scores();
         warpgroup::mma_wait<0>(s_acc);
         weigh();
-        p = next_p;
+        warp::convert(p, s_acc);
         while (queries.left > 0) {
           share_weights();
           issue_scores();
@@ -292,7 +294,7 @@ struct BackwardWide {
           weigh();
           if constexpr (kPinWeights) warp::pin(s_acc);
           finish_sum();
-          p = next_p;
+          warp::convert(p, s_acc);
         }
         share_weights();
         issue_sum();
