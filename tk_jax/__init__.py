@@ -17,11 +17,18 @@ if TYPE_CHECKING:
     from tk_jax.interpret import interpret_options
     from tk_jax.kernel import call_kernel
     from tk_jax.ops.attention import attention
+    from tk_jax.ops.linear_attention import (
+        NormalizedState,
+        linear_attention,
+        linear_attention_step,
+    )
     from tk_jax.ops.matmul import matmul
+    from tk_jax.ops.ssd import ssd, ssd_step
 
 # Where each name comes from: an attribute of a module, or the module itself.
 _HOMES = {
     "FallbackWarning": "tk_jax._dispatch",
+    "NormalizedState": "tk_jax.ops.linear_attention",
     "attention": "tk_jax.ops.attention",
     "call_kernel": "tk_jax.kernel",
     "checkpoint_policies": "tk_jax.checkpoint_policies",
@@ -29,12 +36,17 @@ _HOMES = {
     "explain": "tk_jax._dispatch",
     "export_checks": "tk_jax._ffi",
     "interpret_options": "tk_jax.interpret",
+    "linear_attention": "tk_jax.ops.linear_attention",
+    "linear_attention_step": "tk_jax.ops.linear_attention",
     "matmul": "tk_jax.ops.matmul",
     "nn": "tk_jax.nn",
+    "ssd": "tk_jax.ops.ssd",
+    "ssd_step": "tk_jax.ops.ssd",
 }
 
 __all__ = [
     "FallbackWarning",
+    "NormalizedState",
     "__version__",
     "attention",
     "call_kernel",
@@ -43,8 +55,12 @@ __all__ = [
     "explain",
     "export_checks",
     "interpret_options",
+    "linear_attention",
+    "linear_attention_step",
     "matmul",
     "nn",
+    "ssd",
+    "ssd_step",
 ]
 
 
