@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Compiling is most of the time of these tests.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 # Relative RMS errors: of outputs and states, of gradients, of gradients of gates.
 BARS = {
     "bfloat16": (5e-3, 1e-2, 2e-2),
@@ -69,7 +72,7 @@ def values_and_gradients(fn, arrays: dict, cotangents=None):
         given = jax.tree.map(lambda w, x: jnp.asarray(w, x.dtype), given, results)
         return results, pull_back(given)[0]
 
-    return jax.jit(run)(floating)
+    return jax.jit(run, compiler_options=QUICK)(floating)
 
 
 def compare(fn, reference, arrays: dict, dtype, exact=(), gates=()) -> None:
@@ -114,10 +117,11 @@ def segments(rng, batch: int, seqlen: int) -> np.ndarray:
     return np.asarray((starts.cumsum(1) * 3) % 21, np.int32)
 
 
-def split_at(arrays: dict, time_axes: dict, at: int):
-    """The arrays of the first ``at`` tokens, and those of the others."""
-    first, second = dict(arrays), dict(arrays)
+def split_at(arrays: dict, time_axes: dict, at: list[int]) -> list[dict]:
+    """The arrays of each piece of a sequence."""
+    pieces = [dict(arrays) for _ in range(len(at) + 1)]
     for name, axis in time_axes.items():
         if arrays.get(name) is not None:
-            first[name], second[name] = jnp.split(arrays[name], [at], axis)
-    return first, second
+            for piece, x in zip(pieces, jnp.split(arrays[name], at, axis), strict=True):
+                piece[name] = x
+    return pieces

@@ -65,14 +65,9 @@ def _folded(options, features, config, q, k, v, log_decay, state, segment_ids):
         else:
             arrays["log_decay"] = split_heads(fold(log_decay), 2)
     if segment_ids is not None:
-        arrays["starts"] = fold(
-            _chunks.segment_starts(segment_ids, (*batch, seqlen))
-        )
+        arrays["starts"] = fold(_chunks.segment_starts(segment_ids, (*batch, seqlen)))
     carry = chunks.State(
-        *(
-            split_heads(fold(x), 1)
-            for x in (state if options.normalize else (state,))
-        )
+        *(split_heads(fold(x), 1) for x in (state if options.normalize else (state,)))
     )
 
     def step(carry, piece):
