@@ -36,7 +36,7 @@ def decays(rng, shape) -> np.ndarray:
 
 
 def rounded(tree, dtype, exact=()):
-    """Arrays of a dict in ``dtype``; states and gates, named in ``exact``, in float32."""
+    """Arrays of a dict in ``dtype``; states and gates, in ``exact``, in float32."""
 
     def cast(name, x):
         wide = jnp.promote_types(dtype, jnp.float32)

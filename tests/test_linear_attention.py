@@ -1,6 +1,7 @@
 """Linear attention in XLA operations against its recurrence in float64."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def test_packed_segments_are_separate_sequences():
     def separate(**arrays):
         ends = np.cumsum((0, *lengths))
         outs = []
-        for start, end in zip(ends[:-1], ends[1:], strict=True):
+        for start, end in itertools.pairwise(ends):
             part = {
                 name: x[:, start:end] for name, x in arrays.items() if x is not None
             }

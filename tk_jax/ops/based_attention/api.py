@@ -66,17 +66,17 @@ def based_attention(
       segment_ids: int32, broadcast to ``[..., T]``: the state is zeroed at each token
         whose id differs from the one before it. The initial state belongs to the first
         segment, the final one is that of the last.
-      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"`` raise,
-        as there is no kernel yet.
+      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"``
+        raise, as there is no kernel yet.
 
     Returns:
-      ``out [..., T, H, V]`` in the dtype of the inputs; with ``return_final_state`` also
-      the state.
+      ``out [..., T, H, V]`` in the dtype of the inputs; with ``return_final_state``
+      also the state.
 
     Raises:
       TypeError: an input is not an array, or a setting is not static.
-      ValueError: shapes or dtypes do not fit each other, D is another number, T, G, H or
-        V is zero (a batch may be), or a setting has an unknown value.
+      ValueError: shapes or dtypes do not fit each other, D is another number, T, G, H
+        or V is zero (a batch may be), or a setting has an unknown value.
       NotImplementedError: ``implementation="tk"`` or ``"interpret"``.
 
     Arora et al., "Simple linear attention language models balance the recall-throughput
@@ -164,7 +164,8 @@ def based_attention_step(
 
     >>> import jax, jax.numpy as jnp, tk_jax
     >>> q = k = v = jnp.ones((2, 4, 16), jnp.bfloat16)
-    >>> state = tk_jax.NormalizedState(jnp.zeros((2, 4, 153, 16)), jnp.zeros((2, 4, 153)))
+    >>> sums = jnp.zeros((2, 4, 153, 16))
+    >>> state = tk_jax.NormalizedState(sums, jnp.zeros((2, 4, 153)))
     >>> step = jax.jit(tk_jax.based_attention_step, donate_argnums=3)
     >>> out, state = step(q, k, v, state)
     >>> float(out[0, 0, 0]), state.sums.shape

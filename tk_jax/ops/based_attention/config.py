@@ -7,7 +7,7 @@ FEATURE_DIMS = (8, 16, 24, 32)
 
 
 def num_features(dim: int) -> int:
-    """Rows of the state: one, ``dim`` linear ones, and one for each pair of features."""
+    """Rows of the state: one, ``dim`` linear ones, one for each pair of features."""
     return 1 + dim + dim * (dim + 1) // 2
 
 

@@ -80,19 +80,19 @@ def hedgehog_attention(
         :class:`tk_jax.HedgehogState`, or a tuple of its arrays: of float32 (float64 for
         float64 inputs) the sums ``[..., K, 2 F, V]`` and ``[..., K, 2 F]`` of what is
         older than two windows, of the inputs' dtype the latest keys
-        ``[..., 2 window, K, D]`` and values ``[..., 2 window, K, V]``, and the length so
-        far, int32 ``[...]``. By default all are zeros.
+        ``[..., 2 window, K, D]`` and values ``[..., 2 window, K, V]``, and the length
+        so far, int32 ``[...]``. By default all are zeros.
       return_final_state: Returns ``(out, final_state)``, which continues the sequence
         as an ``initial_state``, wherever its blocks are.
       segment_ids: int32, broadcast to ``[..., T]``: at each token whose id differs from
         the one before it, a new sequence begins. The initial state belongs to the first
         segment, the final one is that of the last.
-      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"`` raise,
-        as there is no kernel yet.
+      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"``
+        raise, as there is no kernel yet.
 
     Returns:
-      ``out [..., T, H, V]`` in the dtype of the inputs; with ``return_final_state`` also
-      the state. All arrays but ``segment_ids`` and the length have gradients.
+      ``out [..., T, H, V]`` in the dtype of the inputs; with ``return_final_state``
+      also the state. All arrays but ``segment_ids`` and the length have gradients.
 
     Raises:
       TypeError: an input is not an array, or a setting is not static.

@@ -20,7 +20,7 @@ def hedgehog_attention_reference(
     segment_ids=None,
     dtype=jnp.float32,
 ):
-    """Returns out [..., T, H, V] and (sums, normalizer), computed and left in ``dtype``.
+    """Returns out [..., T, H, V] and (sums, normalizer), computed in ``dtype``.
 
     ``dtype`` is float32 or, where x64 is enabled, float64. Memory is quadratic.
     """

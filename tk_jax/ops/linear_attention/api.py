@@ -83,12 +83,12 @@ def linear_attention(
       segment_ids: int32, broadcast to ``[..., T]``: the state is zeroed at each token
         whose id differs from the one before it. The initial state belongs to the first
         segment, the final one is that of the last.
-      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"`` raise,
-        as there is no kernel yet.
+      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"``
+        raise, as there is no kernel yet.
 
     Returns:
-      ``out [..., T, H, V]`` in the dtype of the inputs; with ``return_final_state`` also
-      the state.
+      ``out [..., T, H, V]`` in the dtype of the inputs; with ``return_final_state``
+      also the state.
 
     Raises:
       TypeError: an input is not an array, or a setting is not static.

@@ -49,8 +49,8 @@ def ssd(
         h[t]  = exp(dt[t] * A) * h[t - 1] + dt[t] * x[t] B[t]^T
         y[t]  = (h[t] C[t] + D * x[t]) * silu(z[t])
 
-    where ``dt_bias``, ``D`` and ``z`` are there if they are given, and ``softplus`` with
-    ``dt_softplus``. Arguments mean what they mean in mamba-ssm's
+    where ``dt_bias``, ``D`` and ``z`` are there if they are given, and ``softplus``
+    with ``dt_softplus``. Arguments mean what they mean in mamba-ssm's
     ``mamba_chunk_scan_combined``. The clipping is always there, so that without
     ``dt_limit`` a negative dt is 0; at a limit its gradient passes, beyond it is zero.
 
@@ -85,8 +85,8 @@ def ssd(
       segment_ids: int32, broadcast to ``[..., T]``: the state is zeroed at each token
         whose id differs from the one before it. The initial state belongs to the first
         segment, the final one is that of the last.
-      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"`` raise,
-        as there is no kernel yet.
+      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"``
+        raise, as there is no kernel yet.
 
     Returns:
       ``y [..., T, H, P]`` in the dtype of ``x``; with ``return_final_state`` also the

@@ -60,7 +60,7 @@ def step_sizes(options: SsdOptions, dt, dt_bias, dtype):
 
 def _folded(options, config, inputs):
     x, B = inputs.x, inputs.B
-    *batch, seqlen, num_heads, head_dim = x.shape
+    *batch, seqlen, num_heads, _ = x.shape
     groups = B.shape[-2]
     heads = (groups, num_heads // groups)
     dtype = _chunks.sum_dtype(x.dtype)
