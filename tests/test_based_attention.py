@@ -10,7 +10,7 @@ from recurrent_cases import compare, relative_rms, segments, split_at
 
 import tk_jax
 from tk_jax.ops.based_attention import based_attention_reference
-from tk_jax.ops.based_attention.config import num_features
+from tk_jax.ops.based_attention.features import TAYLOR
 
 pytestmark = pytest.mark.filterwarnings("ignore::tk_jax.FallbackWarning")
 
@@ -69,7 +69,7 @@ def test_it_is_the_taylor_series(dim, normalize):
         if normalize:
             f = f / f.sum(-1, keepdims=True)
         assert relative_rms(out, jnp.einsum("bhij,bjhv->bihv", f, v)) < 1e-13
-    assert jax.tree.leaves(state)[0].shape == (2, 4, num_features(dim), 6)
+    assert jax.tree.leaves(state)[0].shape == (2, 4, TAYLOR.num_features(dim), 6)
 
 
 def test_split_sequence_is_the_whole_one_and_steps_are_too():

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
-from tk_jax import _check, _dispatch
-from tk_jax.ops import _chunks
+from tk_jax import _dispatch
 from tk_jax.ops import _sequence_checks as checks
 from tk_jax.ops._chunks import NormalizedState
 from tk_jax.ops.based_attention import config
 from tk_jax.ops.based_attention.features import TAYLOR
-from tk_jax.ops.linear_attention import xla
-from tk_jax.ops.linear_attention.api import Call
-from tk_jax.ops.linear_attention.config import LinearAttentionOptions
+from tk_jax.ops.linear_attention import family
+
+OP = family.Op("based_attention", TAYLOR)
 
 
 def based_attention(
@@ -112,23 +108,8 @@ def based_attention(
         implementation=implementation,
     )
     _dispatch.warn_of_fallback(call.choice)
-    out, state = _based_attention(call, q, k, v, initial_state, segment_ids)
+    out, state = family.run(call, q, k, v, None, initial_state, segment_ids)
     return (out, state) if return_final_state else out
-
-
-# One jit for eager callers too: they compile once, and for the device of their arrays.
-@functools.partial(jax.jit, static_argnums=0)
-def _based_attention(call, q, k, v, state, segment_ids):
-    with jax.named_scope("tk_jax.based_attention"):
-        if state is None:
-            state = _zero_state(q, v, call.options.normalize)
-        arrays = _dispatch.vary_together_in((q, k, v, None, state, segment_ids))
-        out, state = xla.linear_attention(call.options, *arrays, features=TAYLOR)
-        out = checkpoint_name(out, "tk_based_attention_out")
-        if not call.return_final_state:
-            return out, None
-        state = checkpoint_name(state, "tk_based_attention_state")
-        return out, NormalizedState(*state) if call.options.normalize else state
 
 
 def based_attention_step(
@@ -184,9 +165,7 @@ def based_attention_step(
         implementation=implementation,
     )
     _dispatch.warn_of_fallback(call.choice)
-    q, k, v = (x[..., None, :, :] for x in (q, k, v))
-    out, state = _based_attention(call, q, k, v, state, None)
-    return out[..., 0, :, :], state
+    return family.run_step(call, q, k, v, None, state)
 
 
 def _plan(
@@ -200,57 +179,46 @@ def _plan(
     return_final_state=False,
     segment_ids=None,
     implementation=None,
-) -> Call:
+) -> family.Call:
     """Checks everything but that arrays are arrays, for which shapes can stand."""
     op = "based_attention"
     checks.check_first(op, "q", q, "T, G, D")
-    final = _check.check_flag(op, "return_final_state", return_final_state)
-    call = _make_call(op, q, k, v, scale, normalize, implementation, final)
+    _check_feature_dim(op, q)
+    call = family.plan(
+        OP,
+        op,
+        config.unsupported(),
+        q,
+        k,
+        v,
+        scale=scale,
+        normalize=normalize,
+        implementation=implementation,
+        return_final_state=return_final_state,
+    )
     if initial_state is not None:
-        _check_state(op, "initial_state", initial_state, q, v, normalize, 3)
+        family.check_state(call, op, "initial_state", initial_state, q, v, 3)
     checks.check_segment_ids(op, segment_ids, q.shape[:-2])
     return call
 
 
-def _plan_step(
-    q, k, v, state, *, scale=None, normalize=True, implementation=None
-) -> Call:
+def _plan_step(q, k, v, state, **settings) -> family.Call:
     op = "based_attention_step"
     checks.check_first(op, "q", q, "G, D")
-    call = _make_call(op, q, k, v, scale, normalize, implementation, True)
-    _check_state(op, "state", state, q, v, normalize, 2)
+    _check_feature_dim(op, q)
+    settings = {"scale": None, "normalize": True, "implementation": None} | settings
+    call = family.plan(OP, op, config.unsupported(), q, k, v, **settings)
+    family.check_state(call, op, "state", state, q, v, 2)
     return call
 
 
-def _make_call(op, q, k, v, scale, normalize, implementation, final) -> Call:
+def _check_feature_dim(op, q) -> None:
     if q.shape[-1] not in config.FEATURE_DIMS:
         *dims, last = (str(dim) for dim in config.FEATURE_DIMS)
         raise ValueError(
             f"{op}: {checks.text_of_shape('q', q)}; "
             f"expected D to be {', '.join(dims)} or {last}"
         )
-    checks.check_keys_and_values(op, q, k, v)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    options = LinearAttentionOptions(
-        scale=_check.check_finite_number(op, "scale", scale),
-        normalize=_check.check_flag(op, "normalize", normalize),
-    )
-    choice = _dispatch.choose(op, implementation, config.unsupported())
-    return Call(options=options, choice=choice, return_final_state=final)
-
-
-def _check_state(op, name, state, q, v, normalize, num_axes) -> None:
-    batch = v.shape[: v.ndim - num_axes]
-    shape = (*batch, v.shape[-2], config.num_features(q.shape[-1]), v.shape[-1])
-    checks.check_sums(op, name, state, shape, normalize, q.dtype, checks.text("v", v))
-
-
-def _zero_state(q, v, normalize):
-    *batch, _, num_heads, dim_v = v.shape
-    shape = (*batch, num_heads, config.num_features(q.shape[-1]), dim_v)
-    sums = _chunks.zero_state(shape, q.dtype)
-    return NormalizedState(sums, sums[..., 0]) if normalize else sums
 
 
 _dispatch.explain_by_plan(based_attention, _plan)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-# The feature dims that it takes: kernels keep a state of num_features rows on chip.
+# The feature dims that it takes: their states are what a kernel can keep on chip.
 FEATURE_DIMS = (8, 16, 24, 32)
-
-
-def num_features(dim: int) -> int:
-    """Rows of the state: one, ``dim`` linear ones, one for each pair of features."""
-    return 1 + dim + dim * (dim + 1) // 2
 
 
 def unsupported() -> str:

@@ -17,6 +17,9 @@ import numpy as np
 class Taylor:
     """For ``linear_attention.chunk``: weights, and the features that make them."""
 
+    def num_features(self, dim):
+        return 1 + dim + dim * (dim + 1) // 2
+
     def weights(self, scores):
         return 1 + scores + 0.5 * scores * scores
 

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
-from tk_jax import _check, _dispatch
-from tk_jax.ops import _chunks
+from tk_jax import _dispatch
 from tk_jax.ops import _sequence_checks as checks
 from tk_jax.ops._chunks import NormalizedState
-from tk_jax.ops.linear_attention import config, xla
+from tk_jax.ops.linear_attention import config, family
+from tk_jax.ops.linear_attention.chunk import DOT
 
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """What is static about a call."""
-
-    options: config.LinearAttentionOptions
-    choice: _dispatch.Choice
-    return_final_state: bool
+OP = family.Op("linear_attention", DOT)
 
 
 def linear_attention(
@@ -133,25 +122,8 @@ def linear_attention(
         implementation=implementation,
     )
     _dispatch.warn_of_fallback(call.choice)
-    out, state = _linear_attention(call, q, k, v, log_decay, initial_state, segment_ids)
+    out, state = family.run(call, q, k, v, log_decay, initial_state, segment_ids)
     return (out, state) if return_final_state else out
-
-
-# One jit for eager callers too: they compile once, and for the device of their arrays.
-@functools.partial(jax.jit, static_argnums=0)
-def _linear_attention(call, q, k, v, log_decay, state, segment_ids):
-    with jax.named_scope("tk_jax.linear_attention"):
-        if state is None:
-            state = _zero_state(q, v, call.options.normalize)
-        arrays = (q, k, v, log_decay, state, segment_ids)
-        out, state = xla.linear_attention(
-            call.options, *_dispatch.vary_together_in(arrays)
-        )
-        out = checkpoint_name(out, "tk_linear_attention_out")
-        if not call.return_final_state:
-            return out, None
-        state = checkpoint_name(state, "tk_linear_attention_state")
-        return out, NormalizedState(*state) if call.options.normalize else state
 
 
 def linear_attention_step(
@@ -210,11 +182,9 @@ def linear_attention_step(
         implementation=implementation,
     )
     _dispatch.warn_of_fallback(call.choice)
-    q, k, v = (x[..., None, :, :] for x in (q, k, v))
     if log_decay is not None and log_decay.ndim > 1:
         log_decay = log_decay[..., None, :]
-    out, state = _linear_attention(call, q, k, v, log_decay, state, None)
-    return out[..., 0, :, :], state
+    return family.run_step(call, q, k, v, log_decay, state)
 
 
 def _plan(
@@ -229,61 +199,43 @@ def _plan(
     return_final_state=False,
     segment_ids=None,
     implementation=None,
-) -> Call:
+) -> family.Call:
     """Checks everything but that arrays are arrays, for which shapes can stand."""
     op = "linear_attention"
     checks.check_first(op, "q", q, "T, G, K")
-    call = _make_call(op, q, k, v, log_decay, scale, normalize, implementation)
+    call = family.plan(
+        OP,
+        op,
+        config.unsupported(),
+        q,
+        k,
+        v,
+        scale=scale,
+        normalize=normalize,
+        implementation=implementation,
+        return_final_state=return_final_state,
+    )
+    _check_log_decay(op, log_decay, v)
     if initial_state is not None:
-        _check_state(op, "initial_state", initial_state, q, v, normalize, 3)
+        family.check_state(call, op, "initial_state", initial_state, q, v, 3)
     checks.check_segment_ids(op, segment_ids, q.shape[:-2])
-    final = _check.check_flag(op, "return_final_state", return_final_state)
-    return dataclasses.replace(call, return_final_state=final)
-
-
-def _plan_step(
-    q,
-    k,
-    v,
-    state,
-    *,
-    log_decay=None,
-    scale=None,
-    normalize=False,
-    implementation=None,
-) -> Call:
-    op = "linear_attention_step"
-    checks.check_first(op, "q", q, "G, K")
-    call = _make_call(op, q, k, v, log_decay, scale, normalize, implementation)
-    _check_state(op, "state", state, q, v, normalize, 2)
     return call
 
 
-def _make_call(op, q, k, v, log_decay, scale, normalize, implementation) -> Call:
-    checks.check_keys_and_values(op, q, k, v)
+def _plan_step(q, k, v, state, *, log_decay=None, **settings) -> family.Call:
+    op = "linear_attention_step"
+    checks.check_first(op, "q", q, "G, K")
+    settings = {"scale": None, "normalize": False, "implementation": None} | settings
+    call = family.plan(OP, op, config.unsupported(), q, k, v, **settings)
+    _check_log_decay(op, log_decay, v)
+    family.check_state(call, op, "state", state, q, v, 2)
+    return call
+
+
+def _check_log_decay(op, log_decay, v) -> None:
     if log_decay is not None:
         shapes = (v.shape[:-1], v.shape[-2:-1])
         checks.check_gate(op, "log_decay", log_decay, shapes, checks.text("v", v))
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    options = config.LinearAttentionOptions(
-        scale=_check.check_finite_number(op, "scale", scale),
-        normalize=_check.check_flag(op, "normalize", normalize),
-    )
-    choice = _dispatch.choose(op, implementation, config.unsupported())
-    return Call(options=options, choice=choice, return_final_state=True)
-
-
-def _check_state(op, name, state, q, v, normalize, num_axes) -> None:
-    batch = v.shape[: v.ndim - num_axes]
-    shape = (*batch, v.shape[-2], q.shape[-1], v.shape[-1])
-    checks.check_sums(op, name, state, shape, normalize, q.dtype, checks.text("v", v))
-
-
-def _zero_state(q, v, normalize):
-    *batch, _, num_heads, dim_v = v.shape
-    sums = _chunks.zero_state((*batch, num_heads, q.shape[-1], dim_v), q.dtype)
-    return NormalizedState(sums, sums[..., 0]) if normalize else sums
 
 
 _dispatch.explain_by_plan(linear_attention, _plan)

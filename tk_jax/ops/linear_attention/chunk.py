@@ -43,7 +43,10 @@ class Decays(NamedTuple):
 
 
 class Dot:
-    """Features of dot-product attention: none."""
+    """Features of dot-product attention: queries and keys as they are."""
+
+    def num_features(self, dim):
+        return dim
 
     def weights(self, scores):
         return scores
