@@ -49,7 +49,7 @@ class Case:
         return self.seqlen_kv - self.seqlen_q if aligned else 0
 
     def hidden(self) -> np.ndarray:
-        """Which keys a query does not see, [T, S]."""
+        """Which keys a query does not see, [T, S] or [B, H, T, S]."""
         position = np.arange(self.seqlen_q)[:, None] + self.offset
         key = np.arange(self.seqlen_kv)[None, :]
         hidden = (key > position) & (self.mask != "full")
@@ -158,7 +158,9 @@ def reference_f64(case: Case, q, k, v, dout, dlse):
     """out, lse, dq, dk and dv in float64, head by head, by NumPy alone."""
     scale = case.head_dim**-0.5
     groups = case.num_heads // case.num_kv_heads
-    hidden = case.hidden()
+    hidden = np.broadcast_to(
+        case.hidden(), (case.batch, case.num_heads, case.seqlen_q, case.seqlen_kv)
+    )
     q, k, v, dout, dlse = (np.asarray(x, np.float64) for x in (q, k, v, dout, dlse))
     out, lse = np.zeros(q.shape), np.zeros(q.shape[:-1])
     dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
@@ -168,7 +170,7 @@ def reference_f64(case: Case, q, k, v, dout, dlse):
             q_h, dout_h = q[b, :, h], dout[b, :, h]
             k_h, v_h = k[b, :, h_kv], v[b, :, h_kv]
             with np.errstate(divide="ignore", invalid="ignore"):
-                s = np.where(hidden, -np.inf, scale * (q_h @ k_h.T))
+                s = np.where(hidden[b, h], -np.inf, scale * (q_h @ k_h.T))
                 top = s.max(1, keepdims=True)
                 top = np.where(np.isneginf(top), 0, top)
                 p = np.exp(s - top)
@@ -221,6 +223,8 @@ def _low_precision(hidden, q, k, v, dout, dlse):
 
     s = lax.optimization_barrier(dot("btkgd,bskd->bkgts", whole(q), whole(k)))
     s = s[..., :seqlen_q, :seqlen_kv] * head_dim**-0.5
+    if hidden.ndim == 4:
+        hidden = hidden.reshape(batch, num_kv_heads, -1, *hidden.shape[2:])
     s = jnp.where(hidden, -jnp.inf, s)
     lse = jax.nn.logsumexp(s, axis=-1, keepdims=True)
     p = jnp.exp(s - jnp.where(lse == -jnp.inf, 0, lse))

@@ -25,6 +25,7 @@ from attention_options import (
 
 import tk_jax
 from tk_jax import _dispatch, _ffi
+from tk_jax.ops.attention import config
 
 # On a machine with a GPU too, this is about the form that has no kernel.
 pytestmark = pytest.mark.filterwarnings("ignore::tk_jax.FallbackWarning")
@@ -178,7 +179,7 @@ def test_what_has_no_kernel_says_so(name, monkeypatch):
         ids = jax.ShapeDtypeStruct((BATCH, T), jnp.int32)
         settings = {"q_segment_ids": ids, "kv_segment_ids": ids}
     choice = tk_jax.explain(tk_jax.attention, x, x, x, **settings)
-    if name in ("causal_align", "local_window_size"):
+    if name in ("causal_align", "local_window_size", *config.KERNEL_EXTRAS):
         assert choice.cuda == "tk"
         return
     named = "q_segment_ids" if name == "kv_segment_ids" else name

@@ -35,6 +35,7 @@ GLOBAL = {
     name: kernel("copy", "global_copies", name, threads=128)
     for name in (FLOAT, BF16, FP16)
 }
+SCALARS = kernel("copy", "scalar_loads", "int")
 FRAGMENTS = {
     cols: kernel("copy", "fragments", cols, threads=128, shared=True)
     for cols in (16, 64)
@@ -132,6 +133,13 @@ def test_global_copies(rng, name, shape, at):
     expected = np.full((rows, 2), 7, f32)
     expected[row : row + 64, 0] = inside
     assert_same(numbers, expected)
+
+
+def test_scalar_loads():
+    x = np.array([-(2**31) + 5, 7, 2**31 - 9], np.int32)
+    (tile,) = SCALARS([((16, 16), np.float32)], x)
+    halves = [value for n in (x[-1], x[0]) for value in (n & 0xFFFF, n >> 16)]
+    assert_same(tile, np.tile(np.array(halves, np.float32), (16, 4)))
 
 
 def cut(x, row, col):

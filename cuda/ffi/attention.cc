@@ -18,25 +18,7 @@ constexpr int kMapColumns = 64;  // of every box: 128 bytes
 
 runtime::KernelTable<KernelKey> kernels;
 
-struct Sizes : AttentionSizes {
-  std::int64_t padded_q() const { return attention::padded_queries(seqlen_q); }
-  // Query i sees keys from i + first_offset to i + last_offset; beyond -T and S no offset matters.
-  int first_offset(const attention::Options& o) const {
-    return offset(o, o.window_left >= 0, -o.window_left, -seqlen_q);
-  }
-  int last_offset(const attention::Options& o) const {
-    const bool ends = o.is_causal || o.window_right >= 0;
-    return offset(o, ends, o.is_causal ? 0 : o.window_right, seqlen_kv);
-  }
-
- private:
-  int offset(const attention::Options& o, bool limited, std::int64_t by,
-             std::int64_t otherwise) const {
-    if (!limited) return static_cast<int>(otherwise);
-    const std::int64_t diagonal = o.bottom_right ? seqlen_kv - seqlen_q : 0;
-    return static_cast<int>(std::clamp(diagonal + by, -seqlen_q, seqlen_kv));
-  }
-};
+using Sizes = AttentionSizes;
 
 // q [B, T, H, D], k [B, S, K, D] and v [B, S, K, Dv].
 Result<Sizes> read_sizes(const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer& v,
@@ -55,8 +37,8 @@ Result<Sizes> read_sizes(const AnyBuffer& q, const AnyBuffer& k, const AnyBuffer
   }
   const auto dtype = data_type(q);
   if (!dtype.ok()) return dtype.error();
-  const Sizes s{
-      {*dtype, dim(q, 0), dim(q, 1), dim(k, 1), dim(q, 2), dim(k, 2), dim(q, 3), dim(v, 3)}};
+  const Sizes s{*dtype,    dim(q, 0), dim(q, 1), dim(k, 1),
+                dim(q, 2), dim(k, 2), dim(q, 3), dim(v, 3)};
   if (Status status =
           first_error({check_dims("k", k, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim}),
                        check_dims("v", v, {s.batch, s.seqlen_kv, s.num_kv_heads, s.head_dim_v}),
@@ -110,7 +92,7 @@ void set_problem(Params* params, const Sizes& s, const ExtraBuffers& extras,
   params->first_offset = s.first_offset(options);
   params->last_offset = s.last_offset(options);
   params->scale = options.scale;
-  params->extras = kernel_extras(extras, options);
+  params->extras = kernel_extras(extras, s, options);
 }
 
 // -- Forward --------------------------------------------------------------------------------------
@@ -177,12 +159,12 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
 
-  declare_arrays({{"q", b.q, false},
-                  {"k", b.k, false},
-                  {"v", b.v, false},
-                  {"out", b.out, true},
-                  {"lse", b.lse, true}},
-                 call->extras);
+  declare_arrays(with_extras({{"q", b.q, false},
+                              {"k", b.k, false},
+                              {"v", b.v, false},
+                              {"out", b.out, true},
+                              {"lse", b.lse, true}},
+                             call->extras));
 
   const Sizes& s = call->sizes;
   attention::ForwardParams params = {};
@@ -279,7 +261,8 @@ Status initialize_backward(int device_ordinal, const BackwardBuffers& buffers,
 }
 
 Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
-                      const BackwardBuffers& b, const Sizes& s, const attention::Options& options) {
+                      const BackwardBuffers& b, const Sizes& s, unsigned features,
+                      const attention::Options& options) {
   attention::BackwardPrepareParams params = {};
   if (Status status = first_error(
           {encode_rows(&params.out, b.out, s, 64), encode_rows(&params.dout, b.dout, s, 64)});
@@ -296,8 +279,9 @@ Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream strea
   params.batch = static_cast<int>(s.batch);
   params.seqlen_q = static_cast<int>(s.seqlen_q);
   params.num_heads = static_cast<int>(s.num_heads);
-  const bool blind_queries =
-      s.last_offset(options) < 0 || s.seqlen_q + s.first_offset(options) > s.seqlen_kv;
+  const bool blind_queries = s.last_offset(options) < 0 ||
+                             s.seqlen_q + s.first_offset(options) > s.seqlen_kv ||
+                             (features & attention::kHidingFeatures) != 0;
   params.zero_dq = !options.deterministic || blind_queries;
   return runtime::launch(kernel, stream,
                          {s.padded_q() / attention::kFragmentRows, s.num_heads, s.batch}, &params);
@@ -375,24 +359,24 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
   if (!finish.ok()) return finish.error();
   const runtime::ScopedContext context(**device);
 
-  declare_arrays({{"q", b.q, false},
-                  {"k", b.k, false},
-                  {"v", b.v, false},
-                  {"out", b.out, false},
-                  {"lse", b.lse, false},
-                  {"dout", b.dout, false},
-                  {"dlse", b.dlse, false},
-                  {"dq", b.dq, true},
-                  {"dk", b.dk, true},
-                  {"dv", b.dv, true},
-                  {"delta", b.delta, true},
-                  {"lse_log2", b.lse_log2, true},
-                  {"dq_acc", b.dq_acc, true},
-                  {"dq_order", b.dq_order, true}},
-                 call->extras);
+  declare_arrays(with_extras({{"q", b.q, false},
+                              {"k", b.k, false},
+                              {"v", b.v, false},
+                              {"out", b.out, false},
+                              {"lse", b.lse, false},
+                              {"dout", b.dout, false},
+                              {"dlse", b.dlse, false},
+                              {"dq", b.dq, true},
+                              {"dk", b.dk, true},
+                              {"dv", b.dv, true},
+                              {"delta", b.delta, true},
+                              {"lse_log2", b.lse_log2, true},
+                              {"dq_acc", b.dq_acc, true},
+                              {"dq_order", b.dq_order, true}},
+                             call->extras));
 
   const Sizes& s = call->sizes;
-  if (Status status = launch_prepare(**prepare, stream, b, s, options); !status.ok()) {
+  if (Status status = launch_prepare(**prepare, stream, b, s, k.features, options); !status.ok()) {
     return status;
   }
   if (Status status = launch_main(**main, stream, b, s, call->extras, options, config,

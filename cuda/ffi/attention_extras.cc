@@ -2,7 +2,6 @@
 
 #include <array>
 #include <iterator>
-#include <vector>
 
 namespace tk::ffi {
 namespace {
@@ -72,6 +71,15 @@ attention::ScoreArray score_array(const std::optional<AnyBuffer>& buffer) {
 
 }  // namespace
 
+std::vector<CallArray> with_extras(std::initializer_list<CallArray> arrays,
+                                   const ExtraBuffers& extras) {
+  std::vector<CallArray> all = arrays;
+  for (const auto& [name, member] : kArguments) {
+    if (extras.*member) all.push_back({name, *(extras.*member), false});
+  }
+  return all;
+}
+
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args) {
   ExtraBuffers extras;
   if (args.size() == 0) return extras;
@@ -104,14 +112,6 @@ Status check_extras(const ExtraBuffers& extras, const AttentionSizes& s) {
        check_shared("sinks", extras.sinks, xffi::DataType::F32, {s.batch, s.num_heads})});
 }
 
-void declare_arrays(std::initializer_list<CallArray> arrays, const ExtraBuffers& extras) {
-  std::vector<CallArray> all(arrays);
-  for (const auto& [name, member] : kArguments) {
-    if (extras.*member) all.push_back({name, *(extras.*member), false});
-  }
-  declare_call_arrays(all);
-}
-
 unsigned features_of(const ExtraBuffers& extras, const attention::Options& options) {
   unsigned features = 0;
   if (extras.query_lengths || extras.kv_lengths) features |= attention::kLengths;
@@ -122,10 +122,14 @@ unsigned features_of(const ExtraBuffers& extras, const attention::Options& optio
   return features;
 }
 
-attention::Extras kernel_extras(const ExtraBuffers& extras, const attention::Options& options) {
+attention::Extras kernel_extras(const ExtraBuffers& extras, const AttentionSizes& sizes,
+                                const attention::Options& options) {
   attention::Extras params = {};
   params.query_lengths = data_of<int>(extras.query_lengths);
   params.kv_lengths = data_of<int>(extras.kv_lengths);
+  params.window_first = static_cast<int>(sizes.window_first(options));
+  params.window_last = static_cast<int>(sizes.window_last(options));
+  params.bottom_right = options.bottom_right;
   params.q_segments = data_of<int>(extras.q_segments);
   params.kv_segments = data_of<int>(extras.kv_segments);
   params.mask = score_array(extras.mask);

@@ -1,18 +1,45 @@
 // The arrays of an attention call beside q, k and v, as the handlers' last arguments.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "ffi/ffi_util.h"
 #include "kernels/attention/attention.h"
 
 namespace tk::ffi {
 
-// Sizes that the arrays are checked against.
+// Sizes of a call, and where its diagonals are.
 struct AttentionSizes {
   runtime::DataType dtype;
   std::int64_t batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads, head_dim, head_dim_v;
+
+  std::int64_t padded_q() const { return attention::padded_queries(seqlen_q); }
+  // Query i sees keys from i + first_offset to i + last_offset; beyond -T and S no offset matters.
+  int first_offset(const attention::Options& o) const {
+    return static_cast<int>(std::clamp(diagonal(o) + window_first(o), -seqlen_q, seqlen_kv));
+  }
+  int last_offset(const attention::Options& o) const {
+    return static_cast<int>(std::clamp(diagonal(o) + window_last(o), -seqlen_q, seqlen_kv));
+  }
+  // The same from the diagonal on; what nothing limits is farther away than any diagonal.
+  std::int64_t window_first(const attention::Options& o) const {
+    return o.window_left >= 0 ? std::max(-o.window_left, -farthest()) : -farthest();
+  }
+  std::int64_t window_last(const attention::Options& o) const {
+    if (o.is_causal) return 0;
+    return o.window_right >= 0 ? std::min(o.window_right, farthest()) : farthest();
+  }
+
+ private:
+  std::int64_t farthest() const {
+    return std::min<std::int64_t>(seqlen_q + seqlen_kv, 1 << 30);  // more rows fit on no GPU
+  }
+  std::int64_t diagonal(const attention::Options& o) const {
+    return o.bottom_right ? seqlen_kv - seqlen_q : 0;
+  }
 };
 
 // Either none of the arguments are there, or all: those that a call does not have are of size 0.
@@ -24,14 +51,15 @@ struct ExtraBuffers {
   std::optional<AnyBuffer> sinks;                      // float32 [B or 1, H]
 };
 
+// What the interpreter is told of: the call's other arrays, and these.
+std::vector<CallArray> with_extras(std::initializer_list<CallArray> arrays,
+                                   const ExtraBuffers& extras);
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args);
 Status check_extras(const ExtraBuffers& extras, const AttentionSizes& sizes);
 
-// What a call's kernels may touch: its other arrays, and these.
-void declare_arrays(std::initializer_list<CallArray> arrays, const ExtraBuffers& extras);
-
 // Bits of attention::Feature.
 unsigned features_of(const ExtraBuffers& extras, const attention::Options& options);
-attention::Extras kernel_extras(const ExtraBuffers& extras, const attention::Options& options);
+attention::Extras kernel_extras(const ExtraBuffers& extras, const AttentionSizes& sizes,
+                                const attention::Options& options);
 
 }  // namespace tk::ffi

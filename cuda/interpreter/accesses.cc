@@ -69,8 +69,11 @@ void publish_shared(Location) {
 
 // -- Global memory --------------------------------------------------------------------------------
 void read_global(std::span<const GlobalSpan> spans, Location at) {
-  Machine& m = machine();
   act_as_warp();
+  read_global_alone(spans, at);
+}
+void read_global_alone(std::span<const GlobalSpan> spans, Location at) {
+  Machine& m = machine();
   m.yield();
   std::vector<GlobalSpan> shared;
   for (const GlobalSpan& span : spans) {

@@ -35,6 +35,8 @@ enum Feature : unsigned {
   kBias = 8,       // Extras::bias
   kSoftCap = 16,   // Extras::soft_cap
 };
+// Those that may leave a query without a key, wherever its diagonals are.
+constexpr unsigned kHidingFeatures = kLengths | kSegments | kMaskArray;
 
 // An array [B, H, T, S] of which any axis may be shared: its stride is 0 there.
 struct ScoreArray {
@@ -46,6 +48,9 @@ struct ScoreArray {
 struct Extras {
   const int* query_lengths;  // [B]
   const int* kv_lengths;     // [B]
+  // With lengths, what the offsets of Params are at position 0, and whether lengths move positions.
+  int window_first, window_last;
+  bool bottom_right;
   const int* q_segments;     // [B, T]
   const int* kv_segments;    // [B, S]
   ScoreArray mask;           // of bytes, 0 or 1

@@ -49,12 +49,14 @@ struct Backward {
   using T = typename Traits::T;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
+  static constexpr unsigned kFeatures = Traits::kFeatures;
   static constexpr int kConsumers = Traits::kConsumers;
   // Whether registers are left for ds while dk's product reads it beside the next step's scores. A
-  // band takes too many in the producer, of which the consumers have the rest, and a cap too many
-  // in the consumers.
-  static constexpr bool kOverlapSteps =
-      kBlockQ == 64 && Traits::kMask != Mask::kBand && !ScoreMap<Traits::kFeatures>::kCaps;
+  // band, lengths and maps take too many in the producer, of which the consumers have the rest, and
+  // a cap too many in the consumers.
+  static constexpr bool kOverlapSteps = kBlockQ == 64 && Traits::kMask != Mask::kBand &&
+                                        (kFeatures & kHidingFeatures) == 0 &&
+                                        !ScoreMap<kFeatures>::kCaps;
   static constexpr int kResidentBlocks = backward_resident_blocks(kHeadDim, kBlockKv);
   static constexpr int kProducerRegisters = kOverlapSteps ? 24 : 40;
   static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 216 : kOverlapSteps ? 240 : 232;
@@ -73,7 +75,7 @@ struct Backward {
   using Weights = RegTile<T, 16, kBlockQ>;
   using DkvTile = RegTile<float, 16, kHeadDim>;
   using DqPart = RegTile<float, 16, 64>;
-  using QTurns = Turns<Traits::kMask, kBlockQ, kBlockKv>;
+  using QTurns = Turns<Traits::kMask, kFeatures, kBlockQ, kBlockKv>;
 
   struct Shared {
     KvTile k_smem, v_smem;  // at a tile's end, dk and dv on their way out
@@ -108,15 +110,22 @@ struct Backward {
     grid::Rounds rounds;
 
     __device__ __forceinline__ explicit Walk(const BackwardParams& p) : params(p) {
-      turns = {p.q_blocks, p.kv_blocks, p.turn_group, p.seqlen_kv, p.first_offset, p.last_offset};
+      turns = {p.q_blocks,
+               p.kv_blocks,
+               p.turn_group,
+               {p.seqlen_q, p.seqlen_kv, p.first_offset, p.last_offset}};
       rounds = {grid::block_x(), grid::blocks_x(), p.tiles};
     }
-    __device__ __forceinline__ Tile tile() const {
+    // From here on, turns are those of the tile.
+    __device__ __forceinline__ Tile tile() {
       grid::HeadTile place =
-          grid::sequential_tile(rounds.index(), turns.kv_blocks, params.num_kv_heads);
+          grid::sequential_tile(rounds.index(), params.kv_blocks, params.num_kv_heads);
       // Turns go down the key blocks: whoever others wait for has started before them.
       if constexpr (Traits::kMask != Mask::kNone && Traits::kDeterministic) {
-        place.block = turns.kv_blocks - 1 - place.block;
+        place.block = params.kv_blocks - 1 - place.block;
+      }
+      if constexpr ((kFeatures & kLengths) != 0) {
+        turns.set_bounds(bounds_of<kFeatures>(params, place.batch));
       }
       return {place.block, place.head, place.batch};
     }
@@ -245,7 +254,8 @@ struct Backward {
       const int group = params.num_heads / params.num_kv_heads;
       const int first_q_block = walk.turns.first_q_block(tile.n);
       const int steps = walk.turns.steps(tile.n);
-      const bool ragged = first_key + 64 > params.seqlen_kv;
+      const Bounds& bounds = walk.turns.bounds;
+      const bool ragged = first_key + 64 > bounds.seqlen_kv;
       Scores s_acc, dp_acc;
       DkvTile dk_acc, dv_acc;
       DqPart dq_acc;
@@ -274,14 +284,16 @@ struct Backward {
         score_map.apply(s_acc);
         bool masked = ragged;
         if constexpr (Traits::kMask != Mask::kNone) {
-          masked = masked || first_query + params.last_offset < first_key + 63;
+          masked = masked || first_query + bounds.last_offset < first_key + 63;
         }
         if constexpr (Traits::kMask == Mask::kBand) {
-          masked = masked || first_query + kBlockQ - 1 + params.first_offset > first_key;
+          masked = masked || first_query + kBlockQ - 1 + bounds.first_offset > first_key;
+        }
+        if constexpr ((kFeatures & kLengths) != 0) {
+          masked = masked || first_query + kBlockQ > bounds.seqlen_q;
         }
         if (masked) {
-          mask_transposed_scores<Traits::kMask>(s_acc, first_query, first_key, params.seqlen_kv,
-                                                params.first_offset, params.last_offset);
+          mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, first_key, bounds);
         }
         score_map.weigh(p, s_acc, shared.lse_smem[state.stage]);
 

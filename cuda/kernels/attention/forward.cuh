@@ -42,6 +42,7 @@ struct Forward {
   using T = typename Traits::T;
   static constexpr int kHeadDim = Traits::kHeadDim, kHeadDimV = Traits::kHeadDimV;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
+  static constexpr unsigned kFeatures = Traits::kFeatures;
   static constexpr int kConsumers = Traits::kConsumers;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kConsumers == 2 ? 24 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
@@ -126,9 +127,11 @@ struct Forward {
       } else {
         place = grid::sequential_tile(full.index(), blocks, params.num_heads);
       }
-      const VisibleKeys keys =
-          visible_keys<Traits::kMask>(place.block * kBlockQ, kBlockQ, params.seqlen_q,
-                                      params.seqlen_kv, params.first_offset, params.last_offset);
+      const Bounds bounds = bounds_of<kFeatures>(params, place.batch);
+      VisibleKeys keys = visible_keys<Traits::kMask>(place.block * kBlockQ, kBlockQ, bounds);
+      if constexpr ((kFeatures & kLengths) != 0) {
+        if (place.block * kBlockQ >= bounds.seqlen_q) keys = {};
+      }
       const int end_block = ceil_div(keys.end, kBlockKv);
       const int first_block = keys.begin < keys.end ? keys.begin / kBlockKv : end_block;
       return {place.block * kBlockQ,
@@ -219,7 +222,7 @@ struct Forward {
       }
       if (masked) {
         mask_scores<Traits::kMask>(s_acc, tile.first_query + 64 * consumer, block * kBlockKv,
-                                   params.seqlen_kv, params.first_offset, params.last_offset);
+                                   bounds_of<kFeatures>(params, tile.batch));
       }
     };
     // Gives back the memory of the last tile's rows, once they have left.
@@ -267,6 +270,7 @@ struct Forward {
           release_rows();
           complete_scores(tile, block);
           const bool corrects = softmax.weigh(s_acc);
+          if constexpr (kConsumers <= 2) warp::pin(softmax.row_sum);
           warpgroup::mma_wait<0>(o_acc, p);
           release_values();
           if (corrects) warp::mul_rows(o_acc, o_acc, softmax.correction);
@@ -295,6 +299,7 @@ struct Forward {
           complete_scores(next, next.end_block - 1);
           OnlineSoftmax next_softmax(unit_log2);
           next_softmax.weigh(s_acc);
+          if constexpr (kConsumers <= 2) warp::pin(next_softmax.row_sum);
           warpgroup::mma_wait<0>(o_acc, p);
           release_values();
           finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
@@ -318,7 +323,10 @@ struct Forward {
                                                 int consumer, int q_stage, Output& o_acc,
                                                 OnlineSoftmax& softmax, const Tile& tile) {
     const int first_query = tile.first_query + 64 * consumer;
-    PerRow<16> lse = softmax.finish(ScoreMap<Traits::kFeatures>(params.scale, params.extras).unit);
+    if constexpr ((kFeatures & kLengths) != 0) {
+      hide_queries(o_acc, softmax, bounds_of<kFeatures>(params, tile.batch).seqlen_q - first_query);
+    }
+    PerRow<16> lse = softmax.finish(ScoreMap<kFeatures>(params.scale, params.extras).unit);
     PerRow<16> inverse_sum = softmax.inverse_sum();
     join_sink(lse, inverse_sum, params.extras, tile.batch, tile.head);
     warp::mul_rows(o_acc, o_acc, inverse_sum);

@@ -6,6 +6,30 @@
 
 namespace tk::attention {
 
+// A batch element's lengths, and where its diagonals are: query i sees keys from i + first_offset
+// to i + last_offset.
+struct Bounds {
+  int seqlen_q, seqlen_kv;
+  int first_offset, last_offset;
+};
+
+template <unsigned kFeatures, typename Params>
+__device__ __forceinline__ Bounds bounds_of(const Params& params, int batch) {
+  Bounds bounds = {params.seqlen_q, params.seqlen_kv, params.first_offset, params.last_offset};
+  if constexpr ((kFeatures & kLengths) != 0) {
+    const Extras& extras = params.extras;
+    const auto within = [=](const int* lengths, int size) {
+      return lengths == nullptr ? size : max(0, min(size, load_scalar(lengths + batch)));
+    };
+    bounds.seqlen_q = within(extras.query_lengths, params.seqlen_q);
+    bounds.seqlen_kv = within(extras.kv_lengths, params.seqlen_kv);
+    const int diagonal = extras.bottom_right ? bounds.seqlen_kv - bounds.seqlen_q : 0;
+    bounds.first_offset = diagonal + extras.window_first;
+    bounds.last_offset = diagonal + extras.window_last;
+  }
+  return bounds;
+}
+
 // The keys from begin to end that some query of a tile sees, and those that all of them see.
 struct VisibleKeys {
   int begin, end;
@@ -14,11 +38,11 @@ struct VisibleKeys {
 
 // The tile is queries first_query .. first_query + queries - 1, those beyond seqlen_q left out.
 template <Mask kMask>
-__device__ __forceinline__ VisibleKeys visible_keys(int first_query, int queries, int seqlen_q,
-                                                    int seqlen_kv, int first_offset,
-                                                    int last_offset) {
+__device__ __forceinline__ VisibleKeys visible_keys(int first_query, int queries,
+                                                    const Bounds& bounds) {
+  const auto [seqlen_q, seqlen_kv, first_offset, last_offset] = bounds;
   VisibleKeys keys = {0, seqlen_kv, 0, seqlen_kv};
-  const auto within = [=](int key) { return max(0, min(seqlen_kv, key)); };
+  const auto within = [seqlen_kv](int key) { return max(0, min(seqlen_kv, key)); };
   const int last_query = min(first_query + queries, seqlen_q) - 1;
   if constexpr (kMask != Mask::kNone) {
     keys.end = within(last_query + last_offset + 1);
@@ -34,32 +58,46 @@ __device__ __forceinline__ VisibleKeys visible_keys(int first_query, int queries
 // Scores of 64 queries against a block of keys: those a query does not see become -inf.
 template <Mask kMask, typename Tile>
 __device__ __forceinline__ void mask_scores(Tile& scores, int first_query, int first_key,
-                                            int seqlen_kv, int first_offset, int last_offset) {
-  const int end = seqlen_kv - first_key, apart = first_query - first_key;
+                                            const Bounds& bounds) {
+  const int end = bounds.seqlen_kv - first_key, apart = first_query - first_key;
   if constexpr (kMask == Mask::kNone) {
     warpgroup::keep_cols_before(scores, end, -kInfinity);
   } else {
-    warpgroup::keep_lower_before(scores, apart + last_offset, end, -kInfinity);
+    warpgroup::keep_lower_before(scores, apart + bounds.last_offset, end, -kInfinity);
   }
   if constexpr (kMask == Mask::kBand) {
-    warpgroup::keep_upper(scores, apart + first_offset, -kInfinity);
+    warpgroup::keep_upper(scores, apart + bounds.first_offset, -kInfinity);
   }
 }
 
-// The same for transposed scores: 64 keys, as rows, against a block of queries.
-template <Mask kMask, typename Tile>
+// The same for transposed scores: 64 keys, as rows, against a block of queries. With lengths, no
+// key is seen by queries beyond either.
+template <Mask kMask, unsigned kFeatures, typename Tile>
 __device__ __forceinline__ void mask_transposed_scores(Tile& scores, int first_query, int first_key,
-                                                       int seqlen_kv, int first_offset,
-                                                       int last_offset) {
-  const int end = seqlen_kv - first_key, apart = first_key - first_query;
+                                                       const Bounds& bounds) {
+  const int end = bounds.seqlen_kv - first_key, apart = first_key - first_query;
   if constexpr (kMask == Mask::kNone) {
     warpgroup::keep_rows_before(scores, end, -kInfinity);
   } else {
-    warpgroup::keep_upper_before(scores, apart - last_offset, end, -kInfinity);
+    warpgroup::keep_upper_before(scores, apart - bounds.last_offset, end, -kInfinity);
   }
   if constexpr (kMask == Mask::kBand) {
-    warpgroup::keep_lower(scores, apart - first_offset, -kInfinity);
+    warpgroup::keep_lower(scores, apart - bounds.first_offset, -kInfinity);
   }
+  if constexpr ((kFeatures & kLengths) != 0) {
+    warpgroup::keep_cols_before(scores, bounds.seqlen_q - first_query, -kInfinity);
+  }
+}
+
+// Queries beyond their length see no key, whatever has been computed for them: of 64, those from
+// `end` on.
+template <typename Output, typename Softmax>
+__device__ __forceinline__ void hide_queries(Output& out, Softmax& softmax, int end) {
+  if (end >= 64) return;
+  warpgroup::keep_rows_before(out, end, 0.0f);
+  const auto keep = [=](int row, float x, float hidden) { return row < end ? x : hidden; };
+  warpgroup::for_each(softmax.row_max, [=](int row, float x) { return keep(row, x, -kInfinity); });
+  warpgroup::for_each(softmax.row_sum, [=](int row, float x) { return keep(row, x, 0.0f); });
 }
 
 // Heads (of all batch entries) whose keys and values share L2 while their queries are walked: 32 MB

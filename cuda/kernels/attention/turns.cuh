@@ -15,27 +15,38 @@
 
 namespace tk::attention {
 
-template <Mask kMask, int kBlockQ, int kBlockKv>
+template <Mask kMask, unsigned kFeatures, int kBlockQ, int kBlockKv>
 struct Turns {
   int q_blocks;   // query blocks of the sequence
   int kv_blocks;  // key blocks
   int group;      // key blocks that take turns among themselves
-  int seqlen_kv, first_offset, last_offset;
+  Bounds bounds;
+
+  // Of a batch element whose lengths are its own. Key blocks beyond its keys meet no query.
+  __device__ __forceinline__ void set_bounds(const Bounds& of_element) {
+    bounds = of_element;
+    q_blocks = ceil_div(bounds.seqlen_q, kBlockQ);
+    kv_blocks = ceil_div(bounds.seqlen_kv, kBlockKv);
+  }
 
   // The query blocks that key block n meets, in order: step i of steps(n) is at q_block(n, i).
   __device__ __forceinline__ int first_q_block(int n) const {
     if constexpr (kMask != Mask::kNone) {
       // The first whose last query sees key n * kBlockKv.
-      return min(q_blocks, max(0, n * kBlockKv - last_offset) / kBlockQ);
+      return min(q_blocks, max(0, n * kBlockKv - bounds.last_offset) / kBlockQ);
     } else {
-      const int members = min(group, kv_blocks - n / group * group);
+      int members = min(group, kv_blocks - n / group * group);
+      if constexpr ((kFeatures & kLengths) != 0) members = max(1, members);
       return n % group * q_blocks / members;
     }
   }
   __device__ __forceinline__ int steps(int n) const {
+    if constexpr ((kFeatures & kLengths) != 0) {
+      if (n >= kv_blocks) return 0;
+    }
     if constexpr (kMask == Mask::kBand) {
       // Up to the last whose first query sees the block's last key.
-      const int last_query = min((n + 1) * kBlockKv, seqlen_kv) - 1 - first_offset;
+      const int last_query = min((n + 1) * kBlockKv, bounds.seqlen_kv) - 1 - bounds.first_offset;
       const int end = last_query < 0 ? 0 : last_query / kBlockQ + 1;
       return max(0, min(q_blocks, end) - first_q_block(n));
     } else if constexpr (kMask == Mask::kCausal) {
@@ -52,8 +63,9 @@ struct Turns {
   // How many key blocks add to query block m before key block n does.
   __device__ __forceinline__ int turn(int n, int m) const {
     if constexpr (kMask != Mask::kNone) {
-      const VisibleKeys keys = visible_keys<kMask>(m * kBlockQ, kBlockQ, (m + 1) * kBlockQ,
-                                                   seqlen_kv, first_offset, last_offset);
+      Bounds whole_block = bounds;
+      whole_block.seqlen_q = (m + 1) * kBlockQ;
+      const VisibleKeys keys = visible_keys<kMask>(m * kBlockQ, kBlockQ, whole_block);
       return ceil_div(keys.end, kBlockKv) - 1 - n;
     } else {
       const int first = n / group * group;

@@ -184,6 +184,20 @@ __device__ __forceinline__ void global_copies(const KernelParams& params) {
   warpgroup::store(GlobalVec<T>{data<T>(params, 7), size, 2}, values, row);
 }
 
+// Buffers: integers; the last of them and the first, low and high halves, in four columns.
+template <typename T>
+__device__ __forceinline__ void scalar_loads(const KernelParams& params) {
+  const T* x = data<const T>(params, 0);
+  const int last = load_scalar(x + params.buffers[0].shape[0] - 1), first = load_scalar(x);
+  RegTile<float, 16, 16> tile;
+  warp::zero(tile);
+  warp::for_each(tile, [=](int, int col, float) {
+    const int value = col / 2 % 2 == 0 ? last : first;
+    return static_cast<float>(col % 2 == 0 ? value & 0xffff : value >> 16);
+  });
+  warp::store(matrix<float>(params, 1), tile, 0, 0);
+}
+
 // Fragments of x and y (64 x kCols). Buffers: x, y; x's fragments with y's added; x + y; y's
 // fragments; y.
 template <int kCols>

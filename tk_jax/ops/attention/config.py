@@ -101,6 +101,8 @@ class Extras(NamedTuple):
 def features(options: AttentionOptions, extras: Extras) -> frozenset[str]:
     """What a call's kernels are compiled for beyond its mask (Feature in C++)."""
     names = {
+        "lengths": extras.query_seq_lengths is not None
+        or extras.key_value_seq_lengths is not None,
         "softcap": options.soft_cap != NO_SOFT_CAP,
     }
     return frozenset(name for name, wanted in names.items() if wanted)
@@ -148,6 +150,11 @@ _FORWARD_MANY_KEYS = {
     (128, 128): AttentionForwardConfig(block_q=128, block_kv=160, stages=2),
 }
 _MANY_KEYS = 8192
+# With few keys up to a diagonal, more of a tile of 192 queries lies beyond it.
+_FORWARD_FEW_CAUSAL_KEYS = {
+    (64, 64): AttentionForwardConfig(block_q=128, block_kv=128, stages=3),
+}
+_FEW_CAUSAL_KEYS = 1024
 # Masks take registers too.
 _FORWARD_MASKED = {
     (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
@@ -168,10 +175,10 @@ _BACKWARD_FEATURES = {
     "softcap": {64: AttentionBackwardConfig(block_q=64, block_kv=64, stages=2)},
 }
 KERNEL_HEAD_DIMS = (64, 128)
+# The extras that they take.
+KERNEL_EXTRAS = ("query_seq_lengths", "key_value_seq_lengths", "sinks")
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
-# The arrays beside q, k and v that they take.
-KERNEL_EXTRAS = ("sinks",)
 
 
 def forward_config(
@@ -186,6 +193,9 @@ def forward_config(
     for feature, tiles in _FORWARD_FEATURES.items():
         if feature in features and tile in tiles:
             return tiles[tile]
+    few_keys = mask == "causal" and seqlen_kv <= _FEW_CAUSAL_KEYS
+    if few_keys and tile in _FORWARD_FEW_CAUSAL_KEYS:
+        return _FORWARD_FEW_CAUSAL_KEYS[tile]
     if mask != "none" and tile in _FORWARD_MASKED:
         return _FORWARD_MASKED[tile]
     if mask == "none" and seqlen_kv >= _MANY_KEYS and tile in _FORWARD_MANY_KEYS:
@@ -202,7 +212,8 @@ def forward_configs(
     """All that forward_config can choose."""
     return tuple(
         dict.fromkeys(
-            forward_config(head_dim, head_dim_v, keys, mask) for keys in (1, _MANY_KEYS)
+            forward_config(head_dim, head_dim_v, keys, mask)
+            for keys in (1, _FEW_CAUSAL_KEYS + 1, _MANY_KEYS)
         )
     )
 

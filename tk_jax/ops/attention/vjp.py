@@ -258,7 +258,8 @@ def _extra_arrays(extras: config.Extras, batch, dtype):
 
 def _fold(x, rank):
     """[*batch, ...] -> [B, ...], where ... are ``rank`` axes"""
-    return x.reshape(math.prod(x.shape[:-rank]), *x.shape[-rank:])
+    split = x.ndim - rank
+    return x.reshape(math.prod(x.shape[:split]), *x.shape[split:])
 
 
 def _unfold(x, batch):

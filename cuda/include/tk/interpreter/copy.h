@@ -323,6 +323,13 @@ void store_fragments(float* dst, const RegTile<float, 16, kCols>& src, Location 
 
 }  // namespace warpgroup
 
+template <typename T>
+T load_scalar(const T* address, Location at = {}) {
+  const interpreter::GlobalSpan span = {address, sizeof(T)};
+  interpreter::read_global_alone({&span, 1}, at);
+  return *address;
+}
+
 inline void publish_shared(Location at = {}) { interpreter::publish_shared(at); }
 inline void publish_global(Location at = {}) { interpreter::publish_global(at); }
 

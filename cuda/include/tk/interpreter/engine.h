@@ -82,6 +82,8 @@ struct GlobalSpan {
 };
 // Ordinary accesses by the running warp. `store` writes, when no other block does anything.
 void read_global(std::span<const GlobalSpan> spans, Location at);
+// The same by one lane or by all, whoever acts.
+void read_global_alone(std::span<const GlobalSpan> spans, Location at);
 void write_global(std::span<const GlobalSpan> spans, const std::function<void()>& store,
                   Location at);
 void publish_global(Location at);

@@ -173,6 +173,10 @@ void for_each(PerCol<kN>& dst, F&& f, Location at = {}) {
   detail_map::assign_vector(dst, [&](int i, int part) { return f(i, dst.data[i][part]); });
 }
 
+// Only compilers for the GPU move waits.
+template <typename Values>
+void pin(const Values&) {}
+
 }  // namespace tk::warp
 
 namespace tk::warpgroup {

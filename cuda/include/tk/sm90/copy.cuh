@@ -394,6 +394,12 @@ __device__ __forceinline__ void store_fragments(float* dst, const RegTile<float,
 
 }  // namespace warpgroup
 
+// A number from global memory, the same for whoever asks.
+template <typename T>
+__device__ __forceinline__ T load_scalar(const T* address, Location = {}) {
+  return *address;
+}
+
 // After ordinary stores to shared memory, before the copy engine or the tensor cores read them:
 // every thread that stored calls this, then a barrier.
 __device__ __forceinline__ void publish_shared(Location = {}) { ptx::fence_async_shared(); }

@@ -10,33 +10,27 @@
 #pragma once
 
 #include "tk/shared_tile.cuh"
+#include "tk/sm90/ptx/thread.cuh"
 #include "tk/sm90/ptx/wgmma.cuh"
 #include "tk/sm90/register_tile.cuh"
 
 namespace tk::warpgroup {
 namespace detail_mma {
 
-// The descriptor of depth-step k (sixteen of K) of an operand stored with K along its columns.
-template <typename View>
-__device__ __forceinline__ uint64 depth_along_cols(const View& view, int k) {
+// The descriptor of an operand's first depth-step (sixteen of K), which is stored with K along its
+// rows or its columns.
+template <bool kDepthAlongRows, typename View>
+__device__ __forceinline__ uint64 first_descriptor(const View& view) {
+  return ptx::matrix_descriptor(view.base, kDepthAlongRows ? View::kPanelBytes : 16,
+                                8 * View::kSwizzle, View::kSwizzle);
+}
+// Of depth-step k: one addition each, where making it afresh takes four instructions.
+template <bool kDepthAlongRows, typename View>
+__device__ __forceinline__ uint64 descriptor(uint64 first, int k) {
+  if constexpr (kDepthAlongRows) return ptx::moved_descriptor(first, 16 * k * View::kSwizzle);
   const int panel = 16 * k / View::kPanelCols;
   const int within = 16 * k % View::kPanelCols * 2;
-  return ptx::matrix_descriptor(view.base + panel * View::kPanelBytes + within, 16,
-                                8 * View::kSwizzle, View::kSwizzle);
-}
-// The same for one stored with K along its rows.
-template <typename View>
-__device__ __forceinline__ uint64 depth_along_rows(const View& view, int k) {
-  return ptx::matrix_descriptor(view.base + 16 * k * View::kSwizzle, View::kPanelBytes,
-                                8 * View::kSwizzle, View::kSwizzle);
-}
-template <bool kDepthAlongRows, typename View>
-__device__ __forceinline__ uint64 descriptor(const View& view, int k) {
-  if constexpr (kDepthAlongRows) {
-    return depth_along_rows(view, k);
-  } else {
-    return depth_along_cols(view, k);
-  }
+  return ptx::moved_descriptor(first, panel * View::kPanelBytes + within);
 }
 
 template <typename Tile>
@@ -52,6 +46,8 @@ __device__ __forceinline__ void multiply(RegTile<float, 16, kN>& acc, const A& a
   constexpr int kDepth = kBt ? B::kCols : B::kRows;
   static_assert((kBt ? B::kRows : B::kCols) == kN, "B has as many columns as acc");
   const auto b_view = detail::as_view(b);
+  using BView = decltype(detail::as_view(b));
+  const uint64 b_first = first_descriptor<!kBt>(b_view);
   ptx::wgmma_fence();
   if constexpr (kInRegisters<A>) {
     static_assert(!kAt, "an operand in registers is not transposed");
@@ -60,17 +56,19 @@ __device__ __forceinline__ void multiply(RegTile<float, 16, kN>& acc, const A& a
     for (int k = 0; k < kDepth / 16; ++k) {
       const uint32 fragment[4] = {a.data[0][4 * k], a.data[0][4 * k + 1], a.data[0][4 * k + 2],
                                   a.data[0][4 * k + 3]};
-      ptx::Wgmma<kN>::template rs<T, !kBt>(acc.data[0], fragment, descriptor<!kBt>(b_view, k),
-                                           accumulate || k > 0);
+      ptx::Wgmma<kN>::template rs<T, !kBt>(
+          acc.data[0], fragment, descriptor<!kBt, BView>(b_first, k), accumulate || k > 0);
     }
   } else {
     static_assert((kAt ? A::kCols : A::kRows) == 64, "A has 64 rows");
     static_assert((kAt ? A::kRows : A::kCols) == kDepth, "A is as deep as B");
-    const auto a_view = detail::as_view(a);
+    using AView = decltype(detail::as_view(a));
+    const uint64 a_first = first_descriptor<kAt>(detail::as_view(a));
 #pragma unroll
     for (int k = 0; k < kDepth / 16; ++k) {
-      ptx::Wgmma<kN>::template ss<T, kAt, !kBt>(acc.data[0], descriptor<kAt>(a_view, k),
-                                                descriptor<!kBt>(b_view, k), accumulate || k > 0);
+      ptx::Wgmma<kN>::template ss<T, kAt, !kBt>(acc.data[0], descriptor<kAt, AView>(a_first, k),
+                                                descriptor<!kBt, BView>(b_first, k),
+                                                accumulate || k > 0);
     }
   }
 }
@@ -113,3 +111,29 @@ __device__ __forceinline__ void mma_wait(Tiles&... tiles) {
 }
 
 }  // namespace tk::warpgroup
+
+namespace tk::warp {
+
+// Computes these values, none of them negative, and all that they were made of, before whatever
+// follows. The compiler moves waits up as far as data allow, before the very arithmetic that was to
+// run beside what they wait for; it moves nothing across a branch, though, and this is one.
+template <int kN>
+__device__ __forceinline__ void pin(const PerRow<kN>& rows) {
+  uint32 signs = 0;
+#pragma unroll
+  for (int s = 0; s < kN / 16; ++s)
+    signs |= __float_as_uint(rows.data[s][0]) | __float_as_uint(rows.data[s][1]);
+  ptx::branch_on(signs & 0x80000000u);
+}
+template <int kRows, int kCols>
+__device__ __forceinline__ void pin(const RegTile<float, kRows, kCols>& tile) {
+  uint32 signs = 0;
+#pragma unroll
+  for (int s = 0; s < tile.kRowSquares; ++s) {
+#pragma unroll
+    for (int i = 0; i < tile.kRegisters; ++i) signs |= __float_as_uint(tile.data[s][i]);
+  }
+  ptx::branch_on(signs & 0x80000000u);
+}
+
+}  // namespace tk::warp

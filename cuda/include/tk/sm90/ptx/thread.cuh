@@ -53,4 +53,10 @@ __device__ __forceinline__ uint32 shared_address(const void* pointer) {
   return static_cast<uint32>(__cvta_generic_to_shared(pointer));
 }
 
+// A branch that depends on bits, none of which is ever set. (What it leads to is a loop, which no
+// predicate can replace.)
+__device__ __forceinline__ void branch_on(uint32 bits) {
+  for (; bits != 0; bits &= bits - 1) __nanosleep(20);
+}
+
 }  // namespace tk::ptx

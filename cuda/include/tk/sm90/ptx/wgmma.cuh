@@ -33,6 +33,13 @@ __device__ __forceinline__ uint64 matrix_descriptor(uint32 address, uint32 leadi
          static_cast<uint64>((stride_bytes & 0x3FFFF) >> 4) << 32 | mode << 62;
 }
 
+// The descriptor of an operand that lies so many bytes further on. Addresses of shared memory have
+// 18 bits, as the field has without its lowest four: nothing is carried out of it.
+__device__ __forceinline__ uint64 moved_descriptor(uint64 descriptor, uint32 bytes) {
+  return (descriptor & 0xFFFFFFFF00000000u) |
+         static_cast<uint64>(static_cast<uint32>(descriptor) + (bytes >> 4));
+}
+
 // Register lists of an accumulator, eight values at a time.
 // clang-format off
 #define TK_F8(i) \
