@@ -50,6 +50,9 @@ _FEATURES = [
     ("causal", ["softcap"]),
     ("band", ["softcap"]),
     ("band", ["lengths", "softcap"]),
+    ("causal", ["bias"]),
+    ("band", ["bias", "floatbias"]),
+    ("none", ["lengths", "bias"]),
 ]
 
 
@@ -83,6 +86,29 @@ def test_attention_with_features(head_dim, mask, features, record_property):
         verdict = compile_gate.judge(spec, compile_gate.Requirements())
         record_property("compile_gate", verdict.row())
         assert not verdict.problems, "\n".join([spec["function"], *verdict.problems])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mask", "features"),
+    [
+        ("none", ["bias"]),
+        ("causal", ["bias", "softcap"]),
+        ("band", ["lengths", "bias", "softcap", "floatbias"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_gradient_of_a_bias(head_dim, mask, features):
+    (spec,) = _ffi.extension().attention_bias_specs(
+        dtype="bfloat16",
+        head_dim=head_dim,
+        head_dim_v=head_dim,
+        mask=mask,
+        features=features,
+    )
+    verdict = compile_gate.judge(spec, compile_gate.Requirements())
+    assert not verdict.problems, "\n".join(verdict.problems)
 
 
 def test_every_op_is_gated():

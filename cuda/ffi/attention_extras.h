@@ -47,9 +47,11 @@ struct ExtraBuffers {
   std::optional<AnyBuffer> query_lengths, kv_lengths;  // int32 [B]
   std::optional<AnyBuffer> q_segments, kv_segments;    // int32 [B, T], [B, S]
   std::optional<AnyBuffer> mask;                       // bool [B or 1, H or 1, T or 1, S or 1]
-  std::optional<AnyBuffer> bias;                       // of q's dtype, the same
+  std::optional<AnyBuffer> bias;                       // of q's dtype or float32, the same
   std::optional<AnyBuffer> sinks;                      // float32 [B or 1, H]
 };
+
+bool has_float_bias(const ExtraBuffers& extras);
 
 // What the interpreter is told of: the call's other arrays, and these.
 std::vector<CallArray> with_extras(std::initializer_list<CallArray> arrays,

@@ -201,9 +201,52 @@ def kernel_backward(
         or config.backward_config(head_dim, config.features(options, extras)),
     )
     dq, dk, dv = (_unfold(x, leading) for x in gradients[:3])
-    delta = gradients[3][:, :, :seqlen_q]
+    delta, lse_log2 = gradients[3:5]
+    dbias = _gradient_of_bias(options, q, k, v, dout, delta, lse_log2, extras, leading)
+    delta = delta[:, :, :seqlen_q]
     dsinks = _gradient_of_sinks(extras.sinks, leading, lse, delta)
-    return dq, dk, dv, None, dsinks
+    return dq, dk, dv, dbias, dsinks
+
+
+def _gradient_of_bias(options, q, k, v, dout, delta, lse_log2, extras, batch):
+    """What ``extras.bias`` is, by a pass of its own: XLA drops it where nobody asks."""
+    bias = extras.bias
+    if bias is None:
+        return None
+    arrays = _extra_arrays(extras, batch, q.dtype)
+    given = arrays[config.Extras._fields.index("bias")]
+    batches, heads, seqlen_q, seqlen_kv = given.shape
+    # Where all queries or all keys share it, a block of sums: see BackwardBiasParams.
+    rows = config.BIAS_BLOCK_Q if seqlen_q == 1 else seqlen_q
+    columns = config.BIAS_BLOCK_KV if seqlen_kv == 1 else seqlen_kv
+    # The batch axes that it is shared along, if it is not shared along all.
+    repeated = []
+    if batches != math.prod(bias.shape[:-3]):
+        repeated = [i for i, size in enumerate(bias.shape[:-3]) if size != batch[i]]
+    summed_later = repeated or 1 in (seqlen_q, seqlen_kv)
+    types = jax.typeof(q).update(
+        shape=(batches, heads, rows, columns),
+        dtype=jnp.dtype(jnp.float32 if summed_later else given.dtype),
+    )
+    (dbias,) = _ffi.call(
+        "tk_attention_bwd_bias_v1",
+        (types,),
+        q,
+        k,
+        v,
+        dout,
+        delta,
+        lse_log2,
+        *arrays,
+        options=options.for_kernel(),
+    )
+    if seqlen_q == 1:
+        dbias = jnp.sum(dbias, axis=2, keepdims=True)
+    if seqlen_kv == 1:
+        dbias = jnp.sum(dbias, axis=3, keepdims=True)
+    if repeated:
+        dbias = jnp.sum(_unfold(dbias, batch), axis=repeated, keepdims=True)
+    return dbias.reshape(bias.shape).astype(bias.dtype)
 
 
 def _gradient_of_sinks(sinks, batch, lse, delta):
@@ -251,9 +294,14 @@ def _extra_arrays(extras: config.Extras, batch, dtype):
         whole(extras.q_segment_ids, jnp.int32, 1),
         whole(extras.kv_segment_ids, jnp.int32, 1),
         shared(extras.mask, jnp.bool_, 3),
-        shared(extras.bias, dtype, 3),
+        # One of q's dtype goes as it is, any other in float32.
+        shared(extras.bias, _bias_dtype(extras.bias, dtype), 3),
         shared(extras.sinks, jnp.float32, 1),
     )
+
+
+def _bias_dtype(bias, dtype):
+    return dtype if bias is None or bias.dtype == dtype else jnp.float32
 
 
 def _fold(x, rank):
