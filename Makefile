@@ -7,6 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TEST_JOBS ?= 2
 DEMO_FLAGS ?=
+WHEEL_FLAGS ?=
 
 # Editable, so that the sources here are what runs: only these files call for a new install.
 # Kernels are among them: they are compiled with the interpreter.
@@ -45,8 +46,12 @@ demo: $(VENV)/.installed-demo
 matrix:
 	bash scripts/matrix.sh
 
-wheel: $(BIN)/python
-	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+# With the kernels that ops choose by default. What `pip install .` builds has none, and needs no NVRTC.
+wheel: $(VENV)/.installed-test
+	rm -rf build/wheel && mkdir -p dist
+	$(BIN)/pip wheel --no-deps --wheel-dir build/wheel .
+	$(BIN)/python scripts/ship_kernels.py $(WHEEL_FLAGS) build/wheel/*.whl
+	mv build/wheel/*.whl dist
 
 $(VENV)/.installed-%: $(BUILT_FROM) | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[$*]'

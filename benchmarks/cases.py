@@ -1,21 +1,23 @@
-"""What is measured: the shapes of each op, their names, flops and bytes."""
+"""A case of each op: its shapes and mask, its name, its flops and bytes."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
+import math
 import re
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
-    """q, out [B, T, H, D]; k, v [B, S, K, D]."""
+    """q [B, T, H, D]; k [B, S, K, D]; v [B, S, K, Dv]; out [B, T, H, Dv]."""
 
     batch: int
     seqlen_q: int
@@ -25,49 +27,105 @@ class AttentionCase:
     head_dim: int
     is_causal: bool
     dtype: str = "bf16"
+    head_dim_v: int | None = None  # None: head_dim
+    window: int | None = None  # keys this far before a query and, not causal, after it
+    documents: int = 1  # of equal length, packed into every row
 
     pattern: ClassVar = re.compile(
         r"B(\d+)-T(\d+)-S(\d+)-H(\d+)-K(\d+)-D(\d+)-(causal|full)-(bf16|fp16)"
+        r"(?:-DV(\d+))?(?:-w(\d+))?(?:-docs(\d+))?"
     )
     directions: ClassVar = ("fwd", "bwd")
+
+    def __post_init__(self):
+        # One name a case.
+        if self.head_dim_v == self.head_dim:
+            object.__setattr__(self, "head_dim_v", None)
+        if self.documents > 1 and (
+            self.seqlen_q != self.seqlen_kv or self.seqlen_q % self.documents
+        ):
+            raise ValueError(
+                f"{self.documents} documents need T = S and a multiple of their "
+                f"number, got T = {self.seqlen_q} and S = {self.seqlen_kv}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> AttentionCase | None:
         match = cls.pattern.fullmatch(text)
         if match is None:
             return None
-        *sizes, mask, dtype = match.groups()
-        return cls(*map(int, sizes), is_causal=mask == "causal", dtype=dtype)
+        *sizes, mask, dtype, head_dim_v, window, documents = match.groups()
+        return cls(
+            *map(int, sizes),
+            is_causal=mask == "causal",
+            dtype=dtype,
+            head_dim_v=head_dim_v and int(head_dim_v),
+            window=window and int(window),
+            documents=int(documents or 1),
+        )
 
     def __str__(self) -> str:
         mask = "causal" if self.is_causal else "full"
-        return (
+        text = (
             f"B{self.batch}-T{self.seqlen_q}-S{self.seqlen_kv}-H{self.num_heads}"
             f"-K{self.num_kv_heads}-D{self.head_dim}-{mask}-{self.dtype}"
         )
+        if self.head_dim_v is not None:
+            text += f"-DV{self.head_dim_v}"
+        if self.window is not None:
+            text += f"-w{self.window}"
+        return text + (f"-docs{self.documents}" if self.documents > 1 else "")
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         q = (self.batch, self.seqlen_q, self.num_heads, self.head_dim)
         k = (self.batch, self.seqlen_kv, self.num_kv_heads, self.head_dim)
-        return q, k, k
+        return q, k, (*k[:-1], self.value_dim)
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        return self.shapes[0]
+        return (*self.shapes[0][:-1], self.value_dim)
+
+    @property
+    def local_window_size(self) -> tuple[int, int] | None:
+        if self.window is None:
+            return None
+        return self.window, 0 if self.is_causal else self.window
+
+    @property
+    def visible(self) -> float:
+        """Pairs of a query and a key that it sees, of one head and batch element.
+
+        Without a window, half of all with a causal mask, as everyone counts.
+        """
+        seqlen_q = self.seqlen_q // self.documents
+        seqlen_kv = self.seqlen_kv // self.documents
+        if self.window is None:
+            count = seqlen_q * seqlen_kv / (2 if self.is_causal else 1)
+        else:
+            position = np.arange(seqlen_q)
+            left, right = self.local_window_size
+            first = np.maximum(position - left, 0)
+            end = np.minimum(position + right + 1, seqlen_kv)
+            count = float(np.maximum(end - first, 0).sum())
+        return count * self.documents
 
     def flops(self, direction: str) -> float:
-        """4 B H T S D, half of it with a causal mask; 2.5 times that backward."""
-        scores = self.batch * self.num_heads * self.seqlen_q * self.seqlen_kv
-        forward = 4.0 * scores * self.head_dim / (2 if self.is_causal else 1)
-        return forward * (2.5 if direction == "bwd" else 1)
+        """Of the products: 2 a pair of query and key, and dimension."""
+        heads = self.batch * self.num_heads
+        dims = self.head_dim + self.value_dim
+        if direction == "bwd":  # s, dq and dk are of D; dp and dv are of Dv.
+            dims = 3 * self.head_dim + 2 * self.value_dim
+        return 2.0 * heads * self.visible * dims
 
     def bytes(self, direction: str) -> float:
         """Every array once: forward q, k, v, out; backward also dout, dq, dk, dv."""
-        rows_q = self.batch * self.seqlen_q * self.num_heads
-        rows_kv = self.batch * self.seqlen_kv * self.num_kv_heads
-        forward = 2.0 * (2 * rows_q + 2 * rows_kv) * self.head_dim
-        return forward * (2 if direction == "bwd" else 1)
+        sizes = sum(math.prod(shape) for shape in (*self.shapes, self.out_shape))
+        return 2.0 * sizes * (2 if direction == "bwd" else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,59 +184,29 @@ Case = AttentionCase | MatmulCase
 CASE_TYPES = {"attention": AttentionCase, "matmul": MatmulCase}
 
 
-def default_cases(op: str) -> list[Case]:
-    if op == "matmul":
-        sizes = (
-            (4096, 4096, 4096),
-            (8192, 8192, 8192),
-            (16384, 2048, 8192),
-            (4096, 14336, 4096),
-        )
-        return [MatmulCase(1, *size) for size in sizes]
-    # 16384 tokens and a width of 2048 throughout.
-    return [
-        AttentionCase(
-            16384 // seqlen,
-            seqlen,
-            seqlen,
-            2048 // head_dim,
-            2048 // head_dim,
-            head_dim,
-            is_causal,
-        )
-        for head_dim, seqlen, is_causal in itertools.product(
-            (64, 128), (1024, 4096, 16384), (False, True)
-        )
+def make_dtype(case: Case):
+    return _DTYPES[case.dtype]
+
+
+def input_structs(case: Case) -> tuple[list[jax.ShapeDtypeStruct], ...]:
+    """What :func:`make_inputs` returns, without values."""
+    dtype = make_dtype(case)
+    structs = [
+        jax.ShapeDtypeStruct(shape, dtype) for shape in (*case.shapes, case.out_shape)
     ]
-
-
-def quick_cases(op: str) -> list[Case]:
-    if op == "matmul":
-        return default_cases(op)[::2]
-    return [case for case in default_cases(op) if case.seqlen_q == 4096]
-
-
-def select_cases(op: str, patterns: list[str] | None, *, quick: bool) -> list[Case]:
-    """The cases whose names a pattern is found in; a full name adds its own case."""
-    cases = quick_cases(op) if quick else default_cases(op)
-    if not patterns:
-        return cases
-    selected = []
-    for pattern in patterns:
-        named = CASE_TYPES[op].parse(pattern)
-        found = [case for case in cases if re.search(pattern, str(case))]
-        if named is None and not found:
-            raise ValueError(f"no case of {op} matches {pattern!r}")
-        selected += [named] if named else found
-    return list(dict.fromkeys(selected))
+    return structs[:-1], structs[-1]
 
 
 def make_inputs(case: Case, seed: int) -> tuple[list[jax.Array], jax.Array]:
     """Standard-normal operands, and a cotangent of the result."""
-    keys = jax.random.split(jax.random.key(seed), len(case.shapes) + 1)
-    dtype = _DTYPES[case.dtype]
-    arrays = [
-        jax.random.normal(key, shape, dtype)
-        for key, shape in zip(keys, (*case.shapes, case.out_shape), strict=True)
+    *arrays, dout = _normal((*case.shapes, case.out_shape), case.dtype, seed)
+    return arrays, dout
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _normal(shapes, dtype, seed):
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return [
+        jax.random.normal(key, shape, _DTYPES[dtype])
+        for key, shape in zip(keys, shapes, strict=True)
     ]
-    return arrays[:-1], arrays[-1]

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 import tk_jax
+from benchmarks import torch_rivals
 from benchmarks.cases import AttentionCase, MatmulCase
+from benchmarks.programs import Programs
 
 # Beyond this, XLA's own attention would not fit beside its gradients.
 _MAX_XLA_SCORES_BYTES = 10 * 2**30
@@ -22,28 +24,61 @@ class UnsupportedCaseError(Exception):
     """An implementation does not compute a case; says why."""
 
 
-def _attention_tk(case: AttentionCase) -> Callable:
+def documents_of(case: AttentionCase) -> dict:
+    """The arguments of tk_jax.attention that pack a case's documents."""
+    if case.documents == 1:
+        return {}
+    ids = jnp.arange(case.seqlen_q, dtype=jnp.int32)
+    ids //= case.seqlen_q // case.documents
+    # As data: what is computed from them is part of every call.
+    return {"q_segment_ids": jax.lax.optimization_barrier(ids)}
+
+
+def _attention_tk(case: AttentionCase, **options) -> Callable:
+    def run(q, k, v):
+        return tk_jax.attention(
+            q,
+            k,
+            v,
+            is_causal=case.is_causal,
+            local_window_size=case.local_window_size,
+            **documents_of(case),
+            implementation="tk",
+            **options,
+        )
+
+    return run
+
+
+def _jax_attention(case: AttentionCase, implementation: str) -> Callable:
+    if case.documents > 1:
+        raise UnsupportedCaseError("jax.nn has no packed documents")
     return functools.partial(
-        tk_jax.attention, is_causal=case.is_causal, implementation="tk"
+        jax.nn.dot_product_attention,
+        is_causal=case.is_causal,
+        local_window_size=case.local_window_size,
+        implementation=implementation,
     )
 
 
 def _attention_cudnn(case: AttentionCase) -> Callable:
-    return functools.partial(
-        jax.nn.dot_product_attention, is_causal=case.is_causal, implementation="cudnn"
-    )
+    return _jax_attention(case, "cudnn")
 
 
 def _attention_xla(case: AttentionCase) -> Callable:
     scores = 4 * case.batch * case.num_heads * case.seqlen_q * case.seqlen_kv
     if scores > _MAX_XLA_SCORES_BYTES:
         raise UnsupportedCaseError(f"its scores take {scores / 2**30:.0f} GiB")
-    return functools.partial(
-        jax.nn.dot_product_attention, is_causal=case.is_causal, implementation="xla"
-    )
+    return _jax_attention(case, "xla")
+
+
+def _refuse_masks(case: AttentionCase) -> None:
+    if case.documents > 1 or case.window is not None:
+        raise UnsupportedCaseError("measured here without windows and documents")
 
 
 def _attention_tokamax(case: AttentionCase) -> Callable:
+    _refuse_masks(case)
     # It imports a profiling tool that running a kernel does not need.
     tool = "xprof.cli.tools.get_kernel_stats_tool"
     if "xprof" not in sys.modules and importlib.util.find_spec("xprof") is None:
@@ -61,7 +96,8 @@ def _attention_tokamax(case: AttentionCase) -> Callable:
 
 
 def _attention_fa3(case: AttentionCase) -> Callable:
-    if case.head_dim != 128:
+    _refuse_masks(case)
+    if (case.head_dim, case.value_dim) != (128, 128):
         raise UnsupportedCaseError("its wheel has head dim 128 only")
     from flash_attn3_jax import flash_mha
 
@@ -69,9 +105,10 @@ def _attention_fa3(case: AttentionCase) -> Callable:
 
 
 def _attention_jla(case: AttentionCase) -> Callable:
+    _refuse_masks(case)
     if not case.is_causal:
         raise UnsupportedCaseError("it is causal only")
-    if case.head_dim not in (64, 128):
+    if case.head_dim not in (64, 128) or case.value_dim != case.head_dim:
         raise UnsupportedCaseError("it has head dims 64 and 128 only")
     from jla.ops.mosaic_gpu.attention import flash_attention
 
@@ -97,14 +134,18 @@ def _matmul_cublas(case: MatmulCase) -> Callable:
     return run
 
 
+# Ours with gradients summed in any order; forward it is "tk".
+ANY_ORDER = "tk[any-order]"
 # Name: (what it needs installed, how it is built for a case).
 IMPLEMENTATIONS = {
     "attention": {
         "tk": (None, _attention_tk),
+        ANY_ORDER: (None, functools.partial(_attention_tk, deterministic=False)),
         "cudnn": (None, _attention_cudnn),
         "tokamax": ("tokamax", _attention_tokamax),
         "flash-attn3-jax": ("flash_attn3_jax", _attention_fa3),
         "jla": ("jla", _attention_jla),
+        "flash-attn-4": ("flash_attn.cute", torch_rivals.flash_attn_4),
         "xla": (None, _attention_xla),
     },
     "matmul": {
@@ -114,6 +155,8 @@ IMPLEMENTATIONS = {
 }
 # Slow, and compared with once: runs when it is asked for.
 _NOT_BY_DEFAULT = ("xla",)
+# These are functions of torch's tensors.
+_TORCH = ("flash-attn-4",)
 # These compile and first run one by one, after the others. XLA times candidates for
 # its matrix products while it compiles them: beside other work on the GPU it would
 # choose a worse one. flash-attn3-jax, first called while other threads work, has
@@ -126,17 +169,46 @@ def installed(op: str) -> list[str]:
     return [
         name
         for name, (package, _) in IMPLEMENTATIONS[op].items()
-        if name not in _NOT_BY_DEFAULT
-        and (package is None or importlib.util.find_spec(package) is not None)
+        if name not in _NOT_BY_DEFAULT and _is_installed(package)
     ]
 
 
-def build(op: str, name: str, case) -> Callable:
-    """The function of the case's arrays, or :class:`UnsupportedCaseError`."""
+def _is_installed(package: str | None) -> bool:
+    try:
+        return package is None or importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # Of a package above it.
+        return False
+
+
+def programs(op: str, name: str, case, directions, backward: str):
+    """What runs a case, or :class:`UnsupportedCaseError`."""
     package, builder = IMPLEMENTATIONS[op][name]
-    if package is not None and importlib.util.find_spec(package) is None:
+    if not _is_installed(package):
         raise UnsupportedCaseError(f"the package {package} is not installed")
-    return builder(case)
+    if name == ANY_ORDER:
+        directions = [direction for direction in directions if direction == "bwd"]
+        if not directions:
+            raise UnsupportedCaseError("forward it is tk")
+        backward = "direct"
+    if name in _TORCH:
+        return torch_rivals.TorchPrograms(builder(case), case, directions)
+    try:
+        return Programs(builder(case), case, directions, backward)
+    except NotImplementedError as reason:
+        raise UnsupportedCaseError(str(reason)) from reason
+
+
+def functions(op: str, names) -> dict[str, Callable]:
+    """The builders of those that are functions of jax's arrays."""
+    return {
+        name: IMPLEMENTATIONS[op][name][1]
+        for name in names
+        if name not in (*_TORCH, ANY_ORDER)
+    }
+
+
+def uses_torch(names) -> bool:
+    return any(name in _TORCH for name in names)
 
 
 def is_ours(name: str) -> bool:

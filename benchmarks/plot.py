@@ -32,7 +32,8 @@ def main(argv=None) -> int:
     matplotlib.rcParams["svg.hashsalt"] = "tk_jax"
     for path in args.files:
         document = results.read(path)
-        for direction in dict.fromkeys(row.direction for row in document["rows"]):
+        directions = dict.fromkeys(row.direction for row in document["rows"])
+        for direction in (x for x in directions if x != results.DISPATCH):
             target = path.with_name(f"{path.stem}-{direction}.{args.format}")
             figure = draw(document, path.stem, direction)
             metadata = {"Date": None} if args.format == "svg" else None

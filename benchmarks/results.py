@@ -27,7 +27,13 @@ _PACKAGES = (
     "tokamax",
     "flash-attn3-jax",
     "jax-linear-attention",
+    "torch",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
+    "quack-kernels",
 )
+# The direction of rows that hold the cost of a call over its kernel.
+DISPATCH = "dispatch"
 # Datasheet figures: dense 16-bit flops and bytes a second. Under load the clock settles
 # below the datasheet's, so that even a perfect kernel stays under a fraction of 1.
 _ROOFLINES = {
@@ -41,7 +47,7 @@ class Row:
     """One case, direction and implementation."""
 
     case: str
-    direction: str  # "fwd" or "bwd"
+    direction: str  # "fwd", "bwd" or "dispatch"
     implementation: str
     median_us: float
     samples_us: list[float]
@@ -52,6 +58,15 @@ class Row:
     method: str
     # Backward by difference, where the direct time is what median_us has.
     difference_us: float | None = None
+    # What a call takes beyond its kernel; of direction "dispatch".
+    overhead_us: float | None = None
+    # Where they are not those of the document: of a run that others were merged into.
+    commit: str | None = None
+    date: str | None = None
+
+
+class MergeError(Exception):
+    """Results that do not belong in one file."""
 
 
 def make_row(
@@ -64,6 +79,7 @@ def make_row(
     compile_s: float,
     method: str,
     difference: float | None = None,
+    overhead: float | None = None,
 ) -> Row:
     median = statistics.median(seconds)
     return Row(
@@ -77,6 +93,7 @@ def make_row(
         compile_s=round(compile_s, 2),
         method=method,
         difference_us=None if difference is None else round(difference * 1e6, 2),
+        overhead_us=None if overhead is None else round(overhead * 1e6, 2),
     )
 
 
@@ -118,24 +135,70 @@ def default_path(op: str, gpu: str) -> pathlib.Path:
 
 
 def write(
-    path: pathlib.Path, rows: list[Row], *, gpu: str, commit: str | None = None
+    path: pathlib.Path,
+    rows: list[Row],
+    *,
+    gpu: str,
+    commit: str | None = None,
+    before: dict | None = None,
 ) -> None:
+    """Writes ``rows``, with those of ``before`` (a document) that they do not replace.
+
+    All rows of a case and direction come from one run, so that they may be compared.
+    """
     document = {
         "commit": commit or find_commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "gpu": gpu,
         "versions": find_versions(),
-        "rows": [_row_dict(row) for row in rows],
     }
+    if before:
+        rows = _kept(before, document, rows) + rows
+        document["versions"] = before["versions"] | document["versions"]
+    document["rows"] = [_row_dict(row) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def _kept(before: dict, document: dict, rows: list[Row]) -> list[Row]:
+    measured = {(row.case, row.direction) for row in rows}
+    kept = []
+    for row in before["rows"]:
+        if (row.case, row.direction) in measured:
+            continue
+        origin = {
+            name: getattr(row, name) or before[name] for name in ("commit", "date")
+        }
+        if origin == {name: document[name] for name in origin}:
+            origin = dict.fromkeys(origin)
+        kept.append(dataclasses.replace(row, **origin))
+    return kept
+
+
+def read_for_merging(path: pathlib.Path, gpu: str) -> dict | None:
+    """The document to add to, or :class:`MergeError`; None where there is none."""
+    if not path.exists():
+        return None
+    document = read(path)
+    if document["gpu"] != gpu:
+        raise MergeError(f"{path} is of a {document['gpu']}, and this is a {gpu}")
+    for package, version in find_versions().items():
+        was = document["versions"].get(package, version)
+        if was != version and package not in ("python", "tk_jax"):
+            raise MergeError(
+                f"{path} was measured with {package} {was}, and {version} is here"
+            )
+    return document
+
+
 def _row_dict(row: Row) -> dict:
+    optional = ("difference_us", "overhead_us", "commit", "date")
     found = dataclasses.asdict(row)
-    if found["difference_us"] is None:
-        del found["difference_us"]
-    return found
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not None or name not in optional
+    }
 
 
 def read(path: pathlib.Path) -> dict:

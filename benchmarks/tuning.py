@@ -68,8 +68,13 @@ class Variant:
             bottom_right=False,
             deterministic=True,
         )
+        if case.documents > 1:
+            raise ValueError(f"{self}: tiles are tuned without documents")
+        if case.window is not None:
+            left, right = case.local_window_size
+            options = dataclasses.replace(options, window_left=left, window_right=right)
         forward = attention_config.forward_config(
-            case.head_dim, case.head_dim, case.seqlen_kv, options.mask
+            case.head_dim, case.value_dim, case.seqlen_kv, options.mask
         )
         backward = attention_config.backward_config(case.head_dim)
         if self.direction == "fwd":

@@ -1,10 +1,13 @@
 """The benchmarks: command line, gate and result file, on the CPU with a fake clock."""
 
+import contextlib
 import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,18 @@ import tk_jax
 ROOT = pathlib.Path(__file__).absolute().parent.parent
 sys.path.append(str(ROOT))
 
-from benchmarks import cases, implementations, plot, results, run, timing, tuning  # noqa: E402
+from benchmarks import (  # noqa: E402
+    case_sets,
+    cases,
+    dispatch,
+    implementations,
+    plot,
+    results,
+    run,
+    table,
+    timing,
+    tuning,
+)
 
 ATTENTION = "B2-T32-S48-H4-K2-D64-causal-bf16"
 MATMUL = "B1-M40-N24-K16-nt-bf16"
@@ -40,8 +54,19 @@ def benchmark(*argv, measure=fake_measure) -> int:
 def on_cpu(monkeypatch):
     """Stand-ins that run on the CPU under the names of the real implementations."""
 
-    def attention(case):
-        return functools.partial(tk_jax.attention, is_causal=case.is_causal)
+    def attention(case, **options):
+        def run(q, k, v):
+            return tk_jax.attention(
+                q,
+                k,
+                v,
+                is_causal=case.is_causal,
+                local_window_size=case.local_window_size,
+                **implementations.documents_of(case),
+                **options,
+            )
+
+        return run
 
     def wrong_gradient(case):
         exact = attention(case)
@@ -78,6 +103,7 @@ def on_cpu(monkeypatch):
             "tk": (None, attention),
             "xla": implementations.IMPLEMENTATIONS["attention"]["xla"],
             "tk[wrong]": (None, wrong_gradient),
+            "tk[any-order]": (None, functools.partial(attention, deterministic=False)),
         },
         "matmul": {
             "tk": (None, matmul),
@@ -137,6 +163,225 @@ def test_backward_by_difference_only(on_cpu, tmp_path):
     assert "difference_us" not in row
 
 
+class FakeTorch(types.ModuleType):
+    """As much of torch as TorchPrograms uses, on jax's arrays."""
+
+    class Tensor:
+        def __init__(self, array, origin=None):
+            self.array, self.origin = array, origin  # origin: function and operands
+            self.requires_grad = False
+
+        def requires_grad_(self, value):
+            self.requires_grad = value
+            return self
+
+        def detach(self):
+            return self
+
+        def contiguous(self):
+            return self.array
+
+    def __init__(self):
+        super().__init__("torch")
+        self.recording, self.waits = True, 0
+        self.cuda = self.autograd = self  # torch.cuda.synchronize, torch.autograd.grad
+
+    def from_dlpack(self, array):
+        assert array.is_ready()
+        return self.Tensor(array)
+
+    @contextlib.contextmanager
+    def no_grad(self):
+        self.recording = False
+        yield
+        self.recording = True
+
+    def synchronize(self):
+        self.waits += 1
+
+    def grad(self, out, operands, dout, retain_graph=False):
+        function, made_of = out.origin
+        assert all(a is b for a, b in zip(made_of, operands, strict=True))
+        _, pull_back = jax.vjp(function, *(x.array for x in operands))
+        return [self.Tensor(x) for x in pull_back(dout.array)]
+
+
+def test_rivals_of_torch(on_cpu, monkeypatch, tmp_path):
+    torch = FakeTorch()
+    monkeypatch.setitem(sys.modules, "torch", torch)
+
+    def build(case):
+        function = functools.partial(tk_jax.attention, is_causal=case.is_causal)
+
+        def run(*tensors):
+            recorded = torch.recording and all(x.requires_grad for x in tensors)
+            out = function(*(x.array for x in tensors))
+            return torch.Tensor(out, (function, tensors) if recorded else None)
+
+        return run
+
+    known = implementations.IMPLEMENTATIONS["attention"]
+    monkeypatch.setitem(known, "flash-attn-4", (None, build))
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    path = tmp_path / "attention.json"
+    arguments = ("attention", "--cases", ATTENTION, "--impls", "tk", "flash-attn-4")
+    assert benchmark(*arguments, "--out", path) == 0
+    assert os.environ.pop("XLA_PYTHON_CLIENT_PREALLOCATE") == "false"
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["direction"], row["implementation"]) for row in rows] == [
+        ("fwd", "tk"),
+        ("fwd", "flash-attn-4"),
+        ("bwd", "tk"),
+        ("bwd", "flash-attn-4"),
+    ]
+    assert [row.get("difference_us") for row in rows] == [None, None, 8.0, None]
+    # Twice at first, once for the graphs; then whoever times waits for each call.
+    assert torch.waits == 3 + 2 * 2
+
+
+def test_any_order_is_timed_backward_alone(on_cpu, tmp_path):
+    path = tmp_path / "attention.json"
+    names = ("tk", "tk[any-order]")
+    code = benchmark(
+        *("attention", "--cases", ATTENTION, "--impls", *names, "--out", path)
+    )
+    assert code == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["direction"], row["implementation"]) for row in rows] == [
+        ("fwd", "tk"),
+        ("bwd", "tk"),
+        ("bwd", "tk[any-order]"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "B1-T40-S40-H2-K1-D64-causal-bf16-w7",
+        "B2-T32-S32-H2-K2-D64-full-bf16-docs4",
+        "B1-T32-S32-H2-K2-D64-causal-bf16-DV32-w5-docs2",
+    ],
+)
+def test_gate_knows_masks_and_dims(on_cpu, monkeypatch, tmp_path, capsys, case):
+    path = tmp_path / "attention.json"
+
+    def unmasked(case):
+        return tk_jax.attention
+
+    known = implementations.IMPLEMENTATIONS["attention"]
+    monkeypatch.setitem(known, "unmasked", (None, unmasked))
+    arguments = ("attention", "--cases", case, "--impls", "tk", "unmasked")
+    assert benchmark(*arguments, "--out", path) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["implementation"] for row in rows} == {"tk"}
+    assert "unmasked: WRONG, not timed: out largest error" in capsys.readouterr().out
+
+
+def test_what_ours_does_not_compute_is_left_out(tmp_path, capsys):
+    case = "B1-T64-S64-H1-K1-D80-full-bf16"
+    assert benchmark("attention", "--cases", case, "--impls", "tk", "xla") == 0
+    printed = capsys.readouterr().out
+    assert f"{case}  tk: left out, attention: " in printed
+    assert f"{case}  fwd  xla" in printed
+
+
+def test_budget_ends_before_a_case(on_cpu, tmp_path, capsys):
+    path = tmp_path / "matmul.json"
+    more = "B1-M16-N16-K16-nn-bf16"
+    arguments = ("matmul", "--cases", MATMUL, more, "--impls", "tk", "--out", path)
+
+    assert benchmark(*arguments, "--budget", 60) == 0
+    assert len(json.loads(path.read_text())["rows"]) == 2
+    assert benchmark(*arguments, "--budget", 0) == 1
+    assert "2 cases not started" in capsys.readouterr().out
+
+
+def test_merged_rows_say_where_they_are_from(on_cpu, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "matmul.json"
+    other = "B1-M16-N16-K16-nn-bf16"
+
+    def merge(case, *names, commit):
+        return benchmark(
+            *("matmul", "--cases", case, "--impls", *names, "--out", path),
+            *("--merge", "--commit", commit),
+        )
+
+    assert merge(MATMUL, "tk", "cublas", commit="one") == 0
+    assert merge(other, "tk", commit="one") == 0
+    document = json.loads(path.read_text())
+    assert [row["case"] for row in document["rows"]] == [MATMUL, MATMUL, other]
+    assert not any("commit" in row for row in document["rows"])
+    # Of a case measured again nothing is kept: its rows come from one run.
+    assert merge(MATMUL, "tk", commit="two") == 0
+    document = json.loads(path.read_text())
+    assert document["commit"] == "two"
+    found = [
+        (r["case"], r["implementation"], r.get("commit")) for r in document["rows"]
+    ]
+    assert found == [(other, "tk", "one"), (MATMUL, "tk", None)]
+    assert "date" in document["rows"][0] and "date" not in document["rows"][1]
+    assert "commit one, two" in table.render(results.read(path), "matmul")
+    before = path.read_text()
+    monkeypatch.setattr(results, "find_versions", lambda: {"jax": "0.0.1"})
+    assert merge(MATMUL, "tk", commit="three") == 2
+    assert "and 0.0.1 is here" in capsys.readouterr().err
+    assert path.read_text() == before
+
+
+def test_dispatch_rows(on_cpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        dispatch, "CASE", cases.AttentionCase(1, 16, 16, 1, 1, 64, False)
+    )
+    path = tmp_path / "attention.json"
+
+    def measure(calls, **settings):
+        times = fake_measure(calls, **settings)
+        return {
+            key: [30e-6]
+            if key[1] == "one"
+            else [200e-6]
+            if key[1] == "chain"
+            else found
+            for key, found in times.items()
+        }
+
+    arguments = ("attention", "--cases", ATTENTION, "--impls", "tk", "--dispatch")
+    assert benchmark(*arguments, "--out", path, measure=measure) == 0
+    row = json.loads(path.read_text())["rows"][0]
+    assert (row["direction"], row["implementation"]) == ("dispatch", "tk")
+    assert (row["median_us"], row["overhead_us"]) == (30.0, 20.0)
+    text = table.render(results.read(path), "attention")
+    assert text.endswith("beyond its kernel: tk 20.0 us of 30.0.\n")
+
+
+def test_committed_results_are_the_readme_s(tmp_path):
+    """README's tables are those of ``python -m benchmarks.table``."""
+    page = (ROOT / "README.md").read_text()
+    for op in cases.CASE_TYPES:
+        path = results.default_path(op, GPU)
+        text = table.render(results.read(path), op)
+        assert table.replaced(page, text, op) == page, (
+            f"run python -m benchmarks.table {path.relative_to(ROOT)} --write README.md"
+        )
+
+
+def test_table_goes_where_the_page_says(tmp_path, capsys):
+    path = results.default_path("matmul", GPU)
+    assert table.main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "| 8192, 8192, 8192 | 727 | 693 cublas (1.05) |\n" in printed
+    page = tmp_path / "page.md"
+    page.write_text("before\n")
+    assert table.main([str(path), "--write", str(page)]) == 2
+    assert "expected one line '<!-- benchmarks.table matmul -->'" in (
+        capsys.readouterr().err
+    )
+    begin, end = table.marks("matmul")
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    assert table.main([str(path), "--write", str(page)]) == 0
+    assert page.read_text() == f"before\n{begin}\n{printed}{end}\nafter\n"
+
+
 @pytest.mark.parametrize(
     ("op", "case", "wrong", "code", "message"),
     [
@@ -161,7 +406,7 @@ def test_a_wrong_implementation_is_not_timed(
 def test_partial_runs_leave_the_committed_results(on_cpu, monkeypatch, tmp_path):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(
-        cases, "default_cases", lambda op: [cases.MatmulCase.parse(MATMUL)]
+        case_sets, "cases_of", lambda *_: [cases.MatmulCase.parse(MATMUL)]
     )
     del implementations.IMPLEMENTATIONS["matmul"]["tk[wrong]"]
     assert benchmark("matmul", "--cases", MATMUL) == 0
@@ -173,25 +418,63 @@ def test_partial_runs_leave_the_committed_results(on_cpu, monkeypatch, tmp_path)
 
 
 def test_default_cases():
-    names = [str(case) for case in cases.default_cases("attention")]
-    assert len(names) == len(set(names)) == 12
+    grid = case_sets.default_cases("attention")
+    names = [str(case) for case in grid]
+    assert len(names) == len(set(names)) == 48
     assert "B4-T4096-S4096-H16-K16-D128-causal-bf16" in names
-    for op in cases.CASE_TYPES:
-        for case in cases.default_cases(op):
-            assert cases.CASE_TYPES[op].parse(str(case)) == case
-    for case in cases.default_cases("attention"):
+    assert {case.seqlen_q for case in grid} == {2**n for n in range(9, 15)}
+    for case in grid:
         assert case.batch * case.seqlen_q == 16384
-        assert case.num_heads * case.head_dim == 2048
+        assert case.num_heads * case.head_dim in (2048, 4096)
+    # Whoever stops early has samples of every family.
+    assert len({(c.head_dim, c.num_kv_heads, c.is_causal) for c in grid[:8]}) == 8
+
+
+@pytest.mark.parametrize("op", cases.CASE_TYPES)
+def test_names_of_cases_parse(op):
+    everything = case_sets.cases_of(op, "all")
+    assert len({str(case) for case in everything}) == len(everything)
+    for case in everything:
+        assert cases.CASE_TYPES[op].parse(str(case)) == case
+
+
+def test_sets():
+    masks = [str(case) for case in case_sets.cases_of("attention", "masks")]
+    assert "B1-T16384-S16384-H16-K16-D128-causal-bf16-w1024" in masks
+    assert "B1-T16384-S16384-H16-K16-D128-full-bf16-docs16" in masks
+    assert "B1-T16384-S16384-H16-K16-D128-full-bf16" in masks
+    values = [str(case) for case in case_sets.cases_of("attention", "values")]
+    assert "B4-T4096-S4096-H16-K16-D192-causal-bf16-DV128" in values
+    with pytest.raises(ValueError, match="matmul has no set 'masks'"):
+        case_sets.cases_of("matmul", "masks")
+
+
+@pytest.mark.parametrize(
+    ("more", "visible"),
+    [
+        ("", 64.0),
+        ("-w3", 8 * 7 - 2 * (1 + 2 + 3)),
+        ("-docs2", 32.0),
+        ("-w1-docs2", 2 * (4 * 3 - 2)),
+    ],
+)
+def test_flops_count_what_is_visible(more, visible):
+    case = cases.AttentionCase.parse(f"B2-T8-S8-H6-K3-D64-full-bf16-DV32{more}")
+    assert str(case).endswith(more) and case.visible == visible
+    assert case.flops("fwd") == 2 * 12 * visible * (64 + 32)
+    assert case.flops("bwd") == 2 * 12 * visible * (3 * 64 + 2 * 32)
+    assert case.shapes == ((2, 8, 6, 64), (2, 8, 3, 64), (2, 8, 3, 32))
+    assert case.out_shape == (2, 8, 6, 32)
 
 
 def test_select_cases():
-    assert len(cases.select_cases("attention", ["D128-causal"], quick=False)) == 3
-    assert len(cases.select_cases("attention", ["D128", "causal"], quick=False)) == 9
-    (case,) = cases.select_cases("matmul", [MATMUL], quick=True)
+    assert len(case_sets.select_cases("attention", ["D128-causal"])) == 12
+    assert len(case_sets.select_cases("attention", ["D128", "causal"])) == 36
+    (case,) = case_sets.select_cases("matmul", [MATMUL], quick=True)
     assert (case.m, case.n, case.k, case.transposes) == (40, 24, 16, "nt")
     assert case.shapes == ((40, 16), (24, 16))
     with pytest.raises(ValueError, match="no case of matmul matches 'D128'"):
-        cases.select_cases("matmul", ["D128"], quick=False)
+        case_sets.select_cases("matmul", ["D128"])
 
 
 def test_roofline_is_by_flops_or_by_bytes():

@@ -137,15 +137,30 @@ def _compiler(nvrtc: dict) -> Finding:
 
 
 def _shipped() -> Iterator[Finding]:
-    """The folders of kernels compiled beforehand, if there are any."""
+    """The folders of kernels compiled beforehand, and how far they go."""
     *named, package = importlib.import_module("tk_jax._ffi").shipped_folders()
     for folder in map(pathlib.Path, [*named, package]):
-        count = len(list(folder.glob("*.tkcubin")))
+        files = {path.stem for path in folder.glob("*.tkcubin")}
         if folder.is_dir():
-            yield Finding("shipped", "ok", f"{count} kernels in {folder}")
+            detail = f"{len(files)} kernels in {folder}"
+            yield Finding("shipped", "ok", detail + _shipped_by_op(files))
         elif str(folder) in named:
             detail = f"{folder}, which TK_JAX_CUBINS names, is not a folder"
             yield Finding("shipped", "note", detail)
+
+
+def _shipped_by_op(files: set[str]) -> str:
+    """How many of the kernels that ops choose by default are among ``files``."""
+    extension = importlib.import_module("tk_jax._ffi").extension()
+    counts: dict[str, list[bool]] = {}
+    try:
+        for item in importlib.import_module("tk_jax.compile").specialisations():
+            key = extension.kernel_keys(item.spec)["shipped"]
+            counts.setdefault(item.op, []).append(key in files)
+    except RuntimeError:  # Keys are NVRTC's too, which another entry says is missing.
+        return ""
+    parts = [f"{sum(found)} of {len(found)} of {op}" for op, found in counts.items()]
+    return f"\nof those that ops choose by default: {', '.join(parts)}"
 
 
 def _cache(cache: dict) -> Finding:

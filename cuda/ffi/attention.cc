@@ -46,7 +46,8 @@ Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Optio
           first_error({check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim_v}),
                        check_dtype("out", b.out, b.q.element_type()),
                        check_dims("lse", b.lse, {s.batch, s.seqlen_q, s.num_heads}),
-                       check_dtype("lse", b.lse, xffi::DataType::F32)});
+                       check_dtype("lse", b.lse, xffi::DataType::F32),
+                       check_maps(*extras, s, config.block_q, config.block_kv, false)});
       !status.ok()) {
     return status.error();
   }
@@ -84,12 +85,12 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
 
-  declare_arrays(with_extras({{"q", b.q, false},
-                              {"k", b.k, false},
-                              {"v", b.v, false},
-                              {"out", b.out, true},
-                              {"lse", b.lse, true}},
-                             call->extras));
+  declare_arrays({{"q", b.q, false},
+                  {"k", b.k, false},
+                  {"v", b.v, false},
+                  {"out", b.out, true},
+                  {"lse", b.lse, true}},
+                 call->extras);
 
   const Sizes& s = call->sizes;
   attention::ForwardParams params = {};
@@ -159,7 +160,11 @@ Result<BackwardCall> read_backward(const BackwardBuffers& b, const attention::Op
   const auto sizes = read_sizes(b.q, b.k, b.v, *extras, options);
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
-  if (Status status = check_backward(b, s); !status.ok()) return status.error();
+  if (Status status = first_error(
+          {check_backward(b, s), check_maps(*extras, s, config.block_q, config.block_kv, true)});
+      !status.ok()) {
+    return status.error();
+  }
   const auto empty = is_empty(s, /*backward=*/true);
   if (!empty.ok()) return empty.error();
   return BackwardCall{s,
@@ -213,10 +218,12 @@ Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream strea
 }
 
 // The grid that attention.h asks for at BackwardParams.
-std::int64_t backward_blocks(const Sizes& s, const attention::Options& options,
+std::int64_t backward_blocks(const Sizes& s, unsigned features, const attention::Options& options,
                              std::int64_t key_blocks, std::int64_t resident) {
   const std::int64_t tiles = key_blocks * s.num_kv_heads * s.batch;
-  if (mask_of(options) != attention::Mask::kNone) return tiles;
+  if (mask_of(options) != attention::Mask::kNone || (features & attention::kMapFeatures) != 0) {
+    return tiles;
+  }
   if (!options.deterministic) return std::min(tiles, resident);
   const std::int64_t whole_heads = resident / key_blocks * key_blocks;
   return std::min({tiles, resident, std::max(key_blocks, whole_heads)});
@@ -249,8 +256,9 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.kv_blocks = static_cast<int>(key_blocks);
   params.tiles = static_cast<int>(key_blocks * s.num_kv_heads * s.batch);
   params.turn_group = static_cast<int>(std::min(key_blocks, resident));
-  return runtime::launch(kernel, stream, {backward_blocks(s, options, key_blocks, resident)},
-                         &params);
+  return runtime::launch(
+      kernel, stream,
+      {backward_blocks(s, features_of(extras, options), options, key_blocks, resident)}, &params);
 }
 
 Status launch_finish(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
@@ -284,21 +292,21 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
   if (!finish.ok()) return finish.error();
   const runtime::ScopedContext context(**device);
 
-  declare_arrays(with_extras({{"q", b.q, false},
-                              {"k", b.k, false},
-                              {"v", b.v, false},
-                              {"out", b.out, false},
-                              {"lse", b.lse, false},
-                              {"dout", b.dout, false},
-                              {"dlse", b.dlse, false},
-                              {"dq", b.dq, true},
-                              {"dk", b.dk, true},
-                              {"dv", b.dv, true},
-                              {"delta", b.delta, true},
-                              {"lse_log2", b.lse_log2, true},
-                              {"dq_acc", b.dq_acc, true},
-                              {"dq_order", b.dq_order, true}},
-                             call->extras));
+  declare_arrays({{"q", b.q, false},
+                  {"k", b.k, false},
+                  {"v", b.v, false},
+                  {"out", b.out, false},
+                  {"lse", b.lse, false},
+                  {"dout", b.dout, false},
+                  {"dlse", b.dlse, false},
+                  {"dq", b.dq, true},
+                  {"dk", b.dk, true},
+                  {"dv", b.dv, true},
+                  {"delta", b.delta, true},
+                  {"lse_log2", b.lse_log2, true},
+                  {"dq_acc", b.dq_acc, true},
+                  {"dq_order", b.dq_order, true}},
+                 call->extras);
 
   const Sizes& s = call->sizes;
   if (Status status = launch_prepare(**prepare, stream, b, s, k.features, options); !status.ok()) {

@@ -93,14 +93,14 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
 
-  declare_arrays(with_extras({{"q", b.q, false},
-                              {"k", b.k, false},
-                              {"v", b.v, false},
-                              {"dout", b.dout, false},
-                              {"delta", b.delta, false},
-                              {"lse_log2", b.lse_log2, false},
-                              {"dbias", b.dbias, true}},
-                             call->extras));
+  declare_arrays({{"q", b.q, false},
+                  {"k", b.k, false},
+                  {"v", b.v, false},
+                  {"dout", b.dout, false},
+                  {"delta", b.delta, false},
+                  {"lse_log2", b.lse_log2, false},
+                  {"dbias", b.dbias, true}},
+                 call->extras);
 
   const AttentionSizes& s = call->sizes;
   attention::BackwardBiasParams params = {};

@@ -98,7 +98,6 @@ Status explore(Call&& call) {
 inline void declare_arrays(std::initializer_list<CallArray> arrays) {
   declare_call_arrays({arrays.begin(), arrays.size()});
 }
-inline void declare_arrays(const std::vector<CallArray>& arrays) { declare_call_arrays(arrays); }
 
 // What a handler is told of where it runs: the GPU and XLA's stream; nothing in the interpreter.
 struct DeviceContext {};

@@ -192,6 +192,9 @@ struct BackwardBias {
                 warpgroup::keep_rows_before(s_acc, bounds.seqlen_q - first_query, -kInfinity);
               }
             }
+            if constexpr ((kFeatures & (kSegments | kMaskArray)) != 0) {
+              mask_by_arrays<kFeatures>(s_acc, params, batch, head, first_query, first_key);
+            }
             warp::map_rows(s_acc, s_acc, lse,
                            [=](float s, float l) { return math::exp2(s * unit_log2 - l); });
             warpgroup::mma_wait<0>(dp_acc);

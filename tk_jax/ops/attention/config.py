@@ -102,9 +102,11 @@ class Extras(NamedTuple):
 
 def features(options: AttentionOptions, extras: Extras) -> frozenset[str]:
     """What a call's kernels are compiled for beyond its mask (Feature in C++)."""
+    lengths = (extras.query_seq_lengths, extras.key_value_seq_lengths)
     names = {
-        "lengths": extras.query_seq_lengths is not None
-        or extras.key_value_seq_lengths is not None,
+        "lengths": any(x is not None for x in lengths),
+        "segments": extras.q_segment_ids is not None,
+        "mask": extras.mask is not None,
         "bias": extras.bias is not None,
         "softcap": options.soft_cap != NO_SOFT_CAP,
     }
@@ -170,6 +172,8 @@ _FORWARD_FEATURES = {
         192: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
         256: AttentionForwardConfig(block_q=128, block_kv=48, stages=2),
     },
+    "segments": {64: _FORWARD_MIXED, 128: _FORWARD_MIXED},
+    "mask": {64: _FORWARD_MIXED, 128: _FORWARD_MIXED},
     "softcap": {
         256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
     },
@@ -187,7 +191,15 @@ _BACKWARD_FEATURES = {
 }
 KERNEL_HEAD_DIMS = (64, 128)
 # The extras that they take.
-KERNEL_EXTRAS = ("query_seq_lengths", "key_value_seq_lengths", "bias", "sinks")
+KERNEL_EXTRAS = (
+    "query_seq_lengths",
+    "key_value_seq_lengths",
+    "q_segment_ids",
+    "kv_segment_ids",
+    "mask",
+    "bias",
+    "sinks",
+)
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 

@@ -1,0 +1,157 @@
+"""A wheel with kernels: what scripts/ship_kernels.py adds, and that it is found."""
+
+import base64
+import hashlib
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import tk_jax
+from tk_jax import _ffi, compile
+
+ROOT = pathlib.Path(__file__).absolute().parent.parent
+# The two that compile in least time.
+NAME = "attention_bwd_finish_d64"
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    """A wheel of this package, laid out as the build lays it out."""
+    package = pathlib.Path(tk_jax.__file__).parent
+    files = {
+        f"tk_jax/{path.relative_to(package)}": path
+        for path in package.rglob("*.py")
+        if "cuda" not in path.relative_to(package).parts
+    }
+    files[f"tk_jax/{pathlib.Path(_ffi._extension.__file__).name}"] = pathlib.Path(
+        _ffi._extension.__file__
+    )
+    sources = _ffi.source_root()
+    files |= {
+        f"tk_jax/cuda/{path.relative_to(sources)}": path
+        for folder in ("include", "kernels")
+        for path in (sources / folder).rglob("*")
+        if path.suffix in (".h", ".cuh") and "tile_test" not in path.parts
+    }
+    path = tmp_path / "tk_jax-0-cp312-abi3-linux_x86_64.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, file in files.items():
+            archive.write(file, name)
+        archive.writestr("tk_jax-0.dist-info/METADATA", "Name: tk_jax\nVersion: 0\n")
+        archive.writestr(
+            "tk_jax-0.dist-info/RECORD",
+            "".join(f"{name},,\n" for name in archive.namelist())
+            + "tk_jax-0.dist-info/RECORD,,\n",
+        )
+    return path
+
+
+def ship(wheel, *arguments):
+    script = ROOT / "scripts" / "ship_kernels.py"
+    return subprocess.run(
+        [sys.executable, str(script), str(wheel), *arguments],
+        cwd=wheel.parent,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def installed_compile(site, *arguments, **variables):
+    """python -m tk_jax.compile of the package in ``site``, and its cache."""
+    code = (
+        "import runpy, sys\n"
+        "sys.meta_path[:] = [x for x in sys.meta_path"
+        " if not type(x).__module__.startswith('_')]\n"
+        f"sys.path.insert(0, {str(site)!r})\n"
+        "runpy.run_module('tk_jax.compile', run_name='__main__', alter_sys=True)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment | variables,
+        cwd=site,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def check_installed(wheel, site, names, count):
+    """Every kernel named is there, with an empty cache and without NVRTC."""
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.testzip() is None
+        record = archive.read("tk_jax-0.dist-info/RECORD").decode().splitlines()
+        assert {line.split(",")[0] for line in record} >= set(archive.namelist())
+        archive.extractall(site)
+    for line in record:
+        name, digest, size = line.split(",")
+        if name.endswith(".tkcubin"):
+            data = (site / name).read_bytes()
+            found = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode()
+            assert (digest, int(size)) == (f"sha256={found.rstrip('=')}", len(data))
+    assert sum(line.startswith("tk_jax/cubins/") for line in record) == count
+    done = installed_compile(
+        site,
+        *(f"--only={name}" for name in names),
+        TK_JAX_CACHE_DIR=str(site / "empty"),
+        TK_JAX_NVRTC=str(site / "none.so"),
+    )
+    assert done.returncode == 0, done.stderr
+    origins = [line.split()[2] for line in done.stdout.splitlines()[:-1]]
+    assert origins == ["shipped"] * count
+    assert not list((site / "empty").glob("*"))
+
+
+def test_shipped_kernels_are_found_without_nvrtc(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        before = {name: archive.read(name) for name in archive.namelist()}
+    done = ship(wheel, f"--only={NAME}")
+    assert done.returncode == 0, done.stderr
+    assert f"{wheel}: 2 kernels, " in done.stdout
+    check_installed(wheel, tmp_path / "site", [NAME], 2)
+    # What was there is there as it was.
+    with zipfile.ZipFile(wheel) as archive:
+        for name, data in before.items():
+            assert archive.read(name).startswith(data)
+    # A checkout has the headers of tests too, and so other digests.
+    shipped = {path.stem for path in (tmp_path / "site/tk_jax/cubins").iterdir()}
+    here = {
+        _ffi.extension().kernel_keys(item.spec)["shipped"]
+        for item in compile.specialisations(NAME)
+    }
+    has_tests = (_ffi.source_root() / "kernels" / "tile_test").exists()
+    assert shipped.isdisjoint(here) if has_tests else shipped == here
+    # Kernels that are not shipped cannot be had without NVRTC: the proof can fail.
+    missing = installed_compile(
+        tmp_path / "site",
+        "--only=attention_bwd_prepare_d64",
+        TK_JAX_CACHE_DIR="off",
+        TK_JAX_NVRTC=str(tmp_path / "none.so"),
+    )
+    assert missing.returncode == 1
+    assert "NVRTC" in missing.stderr
+    again = ship(wheel, f"--only={NAME}")
+    assert again.returncode == 1
+    assert "has kernels already" in again.stderr
+
+
+def test_names_that_match_nothing_are_an_error(wheel):
+    done = ship(wheel, "--only=no_such_kernel")
+    assert done.returncode == 1
+    assert "no kernel's name contains any of ['no_such_kernel']" in done.stderr
+
+
+@pytest.mark.slow
+def test_everything_that_ops_choose_is_shipped(wheel, tmp_path):
+    size = wheel.stat().st_size
+    done = ship(wheel)
+    assert done.returncode == 0, done.stderr
+    count = len(list(compile.specialisations()))
+    check_installed(wheel, tmp_path / "site", [], count)
+    # A wheel on the package index may have 100 MB.
+    assert wheel.stat().st_size - size < 20e6
