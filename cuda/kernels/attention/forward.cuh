@@ -56,6 +56,7 @@ struct Forward {
   using Scores = RegTile<float, 16, kBlockKv>;
   using Weights = RegTile<T, 16, kBlockKv>;
   using Output = RegTile<float, 16, kHeadDimV>;
+  using Map = ScoreMap<T, Traits::kFeatures>;
   static constexpr int kQStages =
       forward_q_stages(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages});
   using QRing = Pipeline<kQStages>;
@@ -196,16 +197,21 @@ struct Forward {
                                                  int consumer) {
     typename QRing::State q_state, q_done;  // the tile at hand; the first that holds its memory
     typename Ring::State k_state, v_state;
-    const ScoreMap<Traits::kFeatures> score_map(params.scale, params.extras);
+    const Map score_map(params.scale, params.extras);
     const float unit_log2 = score_map.unit * kLog2E;
     if (consumer == kConsumers - 1) pass_turn(consumer);  // the first turn is the first consumer's
     Scores s_acc;
     Weights p;
     Output o_acc;
+    typename Map::template BiasTile<kBlockKv> bias;
 
     const auto issue_scores = [&](int q_stage) {
       warpgroup::mm_ABt(s_acc, shared.rows[q_stage][consumer].q_smem, shared.k_smem[k_state.stage]);
       warpgroup::mma_commit();
+    };
+    const auto load_bias = [&](const Tile& tile) {
+      Map::load_bias(bias, params, tile.batch, tile.head, tile.first_query + 64 * consumer,
+                     tile.keys.block * kBlockKv);
     };
     const auto release_keys = [&] {
       shared.k_ring.release(k_state);
@@ -222,7 +228,7 @@ struct Forward {
     };
     const auto complete_scores = [&](const Tile& tile) {
       const int block = tile.keys.block, first_query = tile.first_query + 64 * consumer;
-      score_map.apply(s_acc);
+      score_map.apply(s_acc, bias);
       bool masked = block >= tile.unmasked_end;
       if constexpr (Traits::kMask == Mask::kBand) {
         masked = masked || block < tile.unmasked_first;
@@ -261,6 +267,7 @@ struct Forward {
       }
       shared.k_ring.wait(k_state);
       issue_scores(q_state.stage);
+      load_bias(tile);
       warpgroup::mma_wait<0>(s_acc);
       release_keys();
       complete_scores(tile);
@@ -279,6 +286,7 @@ struct Forward {
           issue_output(accumulate);
           pass_turn(consumer);
           accumulate = true;
+          load_bias(tile);
           warpgroup::mma_wait<1>(s_acc);
           release_keys();
           release_rows();
@@ -308,6 +316,7 @@ struct Forward {
           issue_scores(q_next.stage);
           issue_output(accumulate);
           pass_turn(consumer);
+          load_bias(next);
           warpgroup::mma_wait<1>(s_acc);
           release_keys();
           complete_scores(next);
@@ -340,7 +349,7 @@ struct Forward {
     if constexpr ((kFeatures & kLengths) != 0) {
       hide_queries(o_acc, softmax, bounds_of<kFeatures>(params, tile.batch).seqlen_q - first_query);
     }
-    PerRow<16> lse = softmax.finish(ScoreMap<kFeatures>(params.scale, params.extras).unit);
+    PerRow<16> lse = softmax.finish(Map(params.scale, params.extras).unit);
     PerRow<16> inverse_sum = softmax.inverse_sum();
     join_sink(lse, inverse_sum, params.extras, tile.batch, tile.head);
     warp::mul_rows(o_acc, o_acc, inverse_sum);
