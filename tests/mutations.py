@@ -55,7 +55,7 @@ def _matmul(what, old, new="", after="", file=_MATMUL):
     return Mutation(what, "matmul", file, old, new, after)
 
 
-_LOOP = "for (--block; block >= tile.first_block; --block) {"
+_LOOP = "block = tile.end_block - 2"
 _DK_WAIT = "warpgroup::mma_wait<0>(dk_acc, ds);"
 _Q_RELEASE = "release_q();"
 
@@ -63,7 +63,7 @@ MUTATIONS = [
     # -- Attention, forward --
     _forward("no wait for q", "shared.q_ring.wait(q_state);"),
     _forward("no wait for the first k", "shared.k_ring.wait(k_state);"),
-    _forward("no wait for v", "shared.v_ring.wait(v_state);", after=_LOOP),
+    _forward("no wait for v", "shared.v_ring.wait(v_state);"),
     _forward("scores used before their wait", "warpgroup::mma_wait<0>(s_acc);"),
     _forward(
         "one product too many may be open",
@@ -77,21 +77,22 @@ MUTATIONS = [
     ),
     _forward(
         "k released before its product is done",
-        "warpgroup::mma_wait<0>(s_acc);\n        shared.k_ring.release(k_state);",
-        "shared.k_ring.release(k_state);\n        warpgroup::mma_wait<0>(s_acc);",
+        "warpgroup::mma_wait<0>(s_acc);\n      release_keys();",
+        "release_keys();\n      warpgroup::mma_wait<0>(s_acc);",
     ),
-    _forward("v never released", "shared.v_ring.release(v_state);", after=_LOOP),
-    _forward("q never released", "shared.q_ring.release(q_state);"),
+    _forward("v never released", "shared.v_ring.release(v_state);"),
+    _forward("q never released", "shared.q_ring.release(q_done);"),
+    _forward("consumers never turn to the next q", "q_state = q_next;"),
+    _forward("the next tile's q not waited for", "shared.q_ring.wait(q_next);"),
     _forward(
-        "consumers never turn to the next q",
-        "q_state.advance();",
-        after="shared.q_ring.release(q_state);",
+        "the next tile's scores from this tile's q",
+        "issue_scores(q_next.stage);",
+        "issue_scores(q_state.stage);",
     ),
     _forward(
         "consumers skip a stage of v",
         "v_state.advance();",
-        "v_state.advance();\n          v_state.advance();",
-        after=_LOOP,
+        "v_state.advance();\n      v_state.advance();",
     ),
     _forward(
         "too few bytes expected of q",
@@ -100,8 +101,8 @@ MUTATIONS = [
     ),
     _forward(
         "too many bytes expected of k",
-        "acquire(kv_state, KvTile::kBytes)",
-        "acquire(kv_state, 2 * KvTile::kBytes)",
+        "acquire(kv_state, KTile::kBytes)",
+        "acquire(kv_state, 2 * KTile::kBytes)",
     ),
     _forward(
         "the last block of keys is not loaded",
@@ -118,7 +119,13 @@ MUTATIONS = [
         "tile.first_query + 64 * i, tile.head,",
         "tile.first_query + 64 * i, tile.head ^ 1,",
     ),
-    _forward("the first block is not masked", "mask(block);", after="release(k_state)"),
+    _forward(
+        "the first block is not masked", "complete_scores(tile, tile.end_block - 1);"
+    ),
+    _forward(
+        "the next tile's first block is not masked",
+        "complete_scores(next, next.end_block - 1);",
+    ),
     _forward(
         "one block too many goes unmasked",
         "keys.all_end / kBlockKv}",
@@ -141,18 +148,13 @@ MUTATIONS = [
     ),
     _forward("out is not published to the copy engine", "publish_shared();"),
     _forward(
-        "out overwritten while the copy engine reads it",
+        "q loaded over out while the copy engine reads it",
         "if (warpgroup::leader()) tma::wait_read<0>();",
-        after="const Tile& tile) {",
     ),
     _forward(
         "out copied before all warps have written it",
         "warpgroup::sync();",
         after="publish_shared();",
-    ),
-    _forward(
-        "exit while the copy engine reads out",
-        "if (warpgroup::leader()) tma::wait_read<0>();",
     ),
     _forward("copies of out are not committed", "tma::commit();"),
     _forward(
@@ -267,7 +269,7 @@ MUTATIONS = [
     _backward("no mask", "if (masked) {", "if (false) {"),
     _backward(
         "keys before the window are seen",
-        "first_query + kBlockQ - 1 + params.first_offset > first_key",
+        "first_query + kBlockQ - 1 + bounds.first_offset > first_key",
         "false",
     ),
     _backward(

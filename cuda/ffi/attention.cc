@@ -121,7 +121,8 @@ Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Optio
           first_error({check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim_v}),
                        check_dtype("out", b.out, b.q.element_type()),
                        check_dims("lse", b.lse, {s.batch, s.seqlen_q, s.num_heads}),
-                       check_dtype("lse", b.lse, xffi::DataType::F32)});
+                       check_dtype("lse", b.lse, xffi::DataType::F32),
+                       check_maps(*extras, s, config.block_q, config.block_kv, false)});
       !status.ok()) {
     return status.error();
   }
@@ -246,7 +247,9 @@ Result<BackwardCall> read_backward(const BackwardBuffers& b, const attention::Op
                                             features_of(*extras, options),
                                             options.deterministic,
                                             config};
-  if (Status status = check_backward(b, s, sum_columns(kernels)); !status.ok()) {
+  if (Status status = first_error({check_backward(b, s, sum_columns(kernels)),
+                                   check_maps(*extras, s, config.block_q, config.block_kv, true)});
+      !status.ok()) {
     return status.error();
   }
   const auto empty = is_empty(s, /*backward=*/true);
@@ -301,10 +304,12 @@ Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream strea
 }
 
 // The grid that attention.h asks for at BackwardParams.
-std::int64_t backward_blocks(const Sizes& s, const attention::Options& options,
+std::int64_t backward_blocks(const Sizes& s, unsigned features, const attention::Options& options,
                              std::int64_t key_blocks, std::int64_t resident) {
   const std::int64_t tiles = key_blocks * s.num_kv_heads * s.batch;
-  if (mask_of(options) != attention::Mask::kNone) return tiles;
+  if (mask_of(options) != attention::Mask::kNone || (features & attention::kMapFeatures) != 0) {
+    return tiles;
+  }
   if (!options.deterministic) return std::min(tiles, resident);
   const std::int64_t whole_heads = resident / key_blocks * key_blocks;
   return std::min({tiles, resident, std::max(key_blocks, whole_heads)});
@@ -339,7 +344,8 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.kv_blocks = static_cast<int>(key_blocks);
   params.tiles = static_cast<int>(key_blocks * s.num_kv_heads * s.batch);
   params.turn_group = static_cast<int>(std::min(key_blocks, resident));
-  return runtime::launch(kernel, stream, {backward_blocks(s, options, key_blocks, resident)},
+  return runtime::launch(kernel, stream,
+                         {backward_blocks(s, call.kernels.features, options, key_blocks, resident)},
                          &params);
 }
 

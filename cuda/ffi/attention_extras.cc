@@ -22,6 +22,8 @@ constexpr Argument kArguments[] = {
     {"mask", &ExtraBuffers::mask},
     {"bias", &ExtraBuffers::bias},
     {"sinks", &ExtraBuffers::sinks},
+    {"key_map", &ExtraBuffers::key_map},
+    {"query_map", &ExtraBuffers::query_map},
 };
 
 template <typename T>
@@ -70,6 +72,27 @@ attention::ScoreArray score_array(const std::optional<AnyBuffer>& buffer) {
   return array;
 }
 
+Status check_map(const char* name, const std::optional<AnyBuffer>& buffer, bool needed,
+                 const AttentionSizes& s, std::int64_t rows, std::int64_t columns) {
+  if (buffer.has_value() != needed) {
+    return invalid(std::string(name) + (needed ? " is missing" : " is there") +
+                   ": segment ids and masks come with block maps, and these with them");
+  }
+  return check_shared(name, buffer, xffi::DataType::S32,
+                      {s.batch, s.num_heads, rows, ceil_div(columns, 32), 2});
+}
+
+attention::BlockMap block_map(const std::optional<AnyBuffer>& buffer) {
+  attention::BlockMap map = {};
+  if (!buffer) return map;
+  map.words = static_cast<const attention::MapWord*>(buffer->untyped_data());
+  map.row_stride = dim(*buffer, 3);
+  const long head_size = dim(*buffer, 2) * map.row_stride;
+  if (dim(*buffer, 1) != 1) map.head_stride = head_size;
+  if (dim(*buffer, 0) != 1) map.batch_stride = dim(*buffer, 1) * head_size;
+  return map;
+}
+
 }  // namespace
 
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args) {
@@ -104,6 +127,18 @@ Status check_extras(const ExtraBuffers& extras, const AttentionSizes& s) {
        check_shared("sinks", extras.sinks, xffi::DataType::F32, {s.batch, s.num_heads})});
 }
 
+Status check_maps(const ExtraBuffers& extras, const AttentionSizes& s, std::int64_t block_q,
+                  std::int64_t block_kv, bool backward) {
+  const bool mapped = extras.q_segments || extras.mask;
+  if (!mapped && !extras.key_map && !extras.query_map) return {};
+  if (block_q < 1 || block_kv < 1) return {};  // the spec is refused
+  const std::int64_t q_blocks = ceil_div(s.seqlen_q, block_q);
+  const std::int64_t kv_blocks = ceil_div(s.seqlen_kv, block_kv);
+  return first_error(
+      {check_map("key_map", extras.key_map, mapped, s, q_blocks, kv_blocks),
+       check_map("query_map", extras.query_map, mapped && backward, s, kv_blocks, q_blocks)});
+}
+
 void declare_arrays(std::initializer_list<CallArray> arrays, const ExtraBuffers& extras) {
   std::vector<CallArray> all(arrays);
   for (const auto& [name, member] : kArguments) {
@@ -134,6 +169,8 @@ attention::Extras kernel_extras(const ExtraBuffers& extras, const AttentionSizes
   params.kv_segments = data_of<int>(extras.kv_segments);
   params.mask = score_array(extras.mask);
   params.bias = score_array(extras.bias);
+  params.key_map = block_map(extras.key_map);
+  params.query_map = block_map(extras.query_map);
   params.sinks = data_of<float>(extras.sinks);
   if (extras.sinks && dim(*extras.sinks, 0) != 1) params.sinks_batch_stride = dim(*extras.sinks, 1);
   params.soft_cap = options.soft_cap;

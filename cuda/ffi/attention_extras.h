@@ -49,10 +49,15 @@ struct ExtraBuffers {
   std::optional<AnyBuffer> mask;                       // bool [B or 1, H or 1, T or 1, S or 1]
   std::optional<AnyBuffer> bias;                       // of q's dtype, the same
   std::optional<AnyBuffer> sinks;                      // float32 [B or 1, H]
+  // int32 [B or 1, H or 1, blocks, ceil(blocks / 32), 2], of pairs MapWord: attention::BlockMap.
+  std::optional<AnyBuffer> key_map, query_map;
 };
 
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args);
 Status check_extras(const ExtraBuffers& extras, const AttentionSizes& sizes);
+// Maps are of a pass's own tiles: there where they are needed, and of their size.
+Status check_maps(const ExtraBuffers& extras, const AttentionSizes& sizes, std::int64_t block_q,
+                  std::int64_t block_kv, bool backward);
 
 // What a call's kernels may touch: its other arrays, and these.
 void declare_arrays(std::initializer_list<CallArray> arrays, const ExtraBuffers& extras);

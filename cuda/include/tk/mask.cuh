@@ -62,4 +62,36 @@ __device__ __forceinline__ void keep_upper_before(Tile& tile, int diagonal, int 
       at);
 }
 
+// Keeps where an integer of the row, from element `first_row` of rows on, equals one of the column.
+// What is outside of either array equals nothing.
+template <typename Tile>
+__device__ __forceinline__ void keep_equal(Tile& tile, const GlobalVec<const int>& rows,
+                                           int first_row, const GlobalVec<const int>& cols,
+                                           int first_col, float value, Location at = {}) {
+  detail::before_group_reads<Tile::kRows>(rows, first_row, at);
+  detail::before_reads(cols, first_col, Tile::kCols, at);
+  for_each(
+      tile,
+      [&](int row, int col, float x) {
+        const bool inside = first_row + row < rows.size && first_col + col < cols.size;
+        return inside && *rows.at(first_row + row) == *cols.at(first_col + col) ? x : value;
+      },
+      at);
+}
+// Keeps where the element at (first_row + row, first_col + col) of an array of bytes is not zero;
+// what is outside of the array is.
+template <typename Tile>
+__device__ __forceinline__ void keep_where(Tile& tile, const GlobalView<const uint8>& kept,
+                                           int first_row, int first_col, float value,
+                                           Location at = {}) {
+  detail::before_group_reads<Tile::kRows, Tile::kCols>(kept, first_row, first_col, at);
+  for_each(
+      tile,
+      [&](int row, int col, float x) {
+        const bool inside = first_row + row < kept.rows && first_col + col < kept.cols;
+        return inside && *kept.at(first_row + row, first_col + col) != 0 ? x : value;
+      },
+      at);
+}
+
 }  // namespace tk::warpgroup

@@ -37,11 +37,25 @@ enum Feature : unsigned {
 };
 // Those that may leave a query without a key, wherever its diagonals are.
 constexpr unsigned kHidingFeatures = kLengths | kSegments | kMaskArray;
+// Those with block maps.
+constexpr unsigned kMapFeatures = kSegments | kMaskArray;
 
 // An array [B, H, T, S] of which any axis may be shared: its stride is 0 there.
 struct ScoreArray {
   const void* data;
   long batch_stride, head_stride, query_stride, key_stride;  // in elements
+};
+
+// Which blocks of queries and keys meet, for segments and a mask. A word is 32 blocks of a row, the
+// lowest bit first: those in which some query may see some key, and those in which all see all, as
+// far as segments and mask are concerned.
+struct alignas(8) MapWord {
+  unsigned visited, whole;
+};
+// An array [B, H, rows, ceil(columns / 32)], shared along an axis whose stride is 0.
+struct BlockMap {
+  const MapWord* words;
+  long batch_stride, head_stride, row_stride;  // in words
 };
 
 // What a call has beside q, k and v; null, or 0, where there is none.
@@ -54,6 +68,8 @@ struct Extras {
   const int* q_segments;   // [B, T]
   const int* kv_segments;  // [B, S]
   ScoreArray mask;         // of bytes, 0 or 1
+  BlockMap key_map;        // of query blocks over key blocks, with segments or a mask
+  BlockMap query_map;      // of key blocks over query blocks, the same in the backward pass
   ScoreArray bias;
   const float* sinks;       // [B, H] or [H]
   long sinks_batch_stride;  // H or 0
@@ -182,7 +198,7 @@ constexpr int backward_prepare_shared_bytes(long head_dim_v) {
 //                                                         kStages>>
 // Grid: with key_blocks = ceil(S / block_kv), tiles = key_blocks * K * B and SMs multiprocessors,
 //   or twice as many where two blocks share one (backward_resident_blocks),
-//   a mask                        tiles: blocks start in index order as multiprocessors become free
+//   a mask or a block map         tiles: blocks start in index order as multiprocessors become free
 //   otherwise, not deterministic  min(tiles, SMs)
 //   otherwise                     min(tiles, max(key_blocks, SMs / key_blocks * key_blocks)), at
 //                                 most SMs: all key blocks of a head run at once, since each waits

@@ -20,6 +20,7 @@
 
 #include "kernels/attention/attention.h"
 #include "kernels/attention/mask.cuh"
+#include "kernels/attention/query_steps.cuh"
 #include "kernels/attention/scores.cuh"
 #include "kernels/attention/turns.cuh"
 #include "tk/tk.cuh"
@@ -121,7 +122,7 @@ struct Backward {
       grid::HeadTile place =
           grid::sequential_tile(rounds.index(), params.kv_blocks, params.num_kv_heads);
       // Turns go down the key blocks: whoever others wait for has started before them.
-      if constexpr (Traits::kMask != Mask::kNone && Traits::kDeterministic) {
+      if constexpr (QTurns::kDescending && Traits::kDeterministic) {
         place.block = params.kv_blocks - 1 - place.block;
       }
       if constexpr ((kFeatures & kLengths) != 0) {
@@ -134,6 +135,13 @@ struct Backward {
   // The steps of a tile: every query head of the group, and for each its query blocks.
   template <typename F>
   __device__ __forceinline__ static void for_each_step(const Walk& walk, const Tile& tile, F&& f) {
+    if constexpr (QTurns::kMapped) {
+      for (MappedSteps s(walk.turns, walk.params, tile.n, tile.kv_head, tile.batch); s.valid();
+           s.next()) {
+        f(s.head, s.q_block());
+      }
+      return;
+    }
     const int group = walk.params.num_heads / walk.params.num_kv_heads;
     const int first = walk.turns.first_q_block(tile.n);
     const int steps = walk.turns.steps(tile.n);
@@ -210,7 +218,8 @@ struct Backward {
     const int row = (tile.batch * params.num_heads + head) * params.padded_q + m * kBlockQ;
     float* dq = params.dq_acc + static_cast<int64>(row) * kHeadDim;
     auto& dq_smem = shared.dq_smem[state.stage];
-    const int turn = Traits::kDeterministic ? turns.turn(tile.n, m) : 1;
+    const MapRow map_row = {params.extras.key_map, tile.batch, head, m};
+    const int turn = Traits::kDeterministic ? turns.turn(tile.n, m, map_row) : 1;
     int* counter = params.dq_order + row / 64;
     shared.dq_ring.wait(state);
     if constexpr (Traits::kDeterministic) take_turn(counter, turn);
@@ -251,9 +260,6 @@ struct Backward {
     for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
       const Tile tile = walk.tile();
       const int first_key = tile.n * kBlockKv + 64 * consumer;
-      const int group = params.num_heads / params.num_kv_heads;
-      const int first_q_block = walk.turns.first_q_block(tile.n);
-      const int steps = walk.turns.steps(tile.n);
       const Bounds& bounds = walk.turns.bounds;
       const bool ragged = first_key + 64 > bounds.seqlen_kv;
       Scores s_acc, dp_acc;
@@ -264,10 +270,9 @@ struct Backward {
       warp::zero(dv_acc);
       shared.kv_ring.wait(kv_state);
 
-      int step = 0;
-      for (int left = group * steps; left > 0; --left) {
-        const int first_query = walk.turns.q_block(first_q_block, step) * kBlockQ;
-        if (++step == steps) step = 0;
+      QuerySteps<QTurns> steps(walk.turns, params, tile.n, tile.kv_head, tile.batch);
+      for (; steps.valid(); steps.next()) {
+        const int first_query = steps.q_block() * kBlockQ;
 
         shared.q_ring.wait(state);
         warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[state.stage]);
@@ -294,6 +299,12 @@ struct Backward {
         }
         if (masked) {
           mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, first_key, bounds);
+        }
+        if constexpr (QTurns::kMapped) {
+          if (!steps.blocks.is_whole()) {
+            mask_transposed_by_arrays<kFeatures>(s_acc, params, tile.batch, steps.head, first_query,
+                                                 first_key);
+          }
         }
         score_map.weigh(p, s_acc, shared.lse_smem[state.stage]);
 

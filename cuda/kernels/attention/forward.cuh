@@ -14,6 +14,7 @@
 #pragma once
 
 #include "kernels/attention/attention.h"
+#include "kernels/attention/block_map.cuh"
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/online_softmax.cuh"
 #include "kernels/attention/scores.cuh"
@@ -77,17 +78,23 @@ struct Forward {
 
   // Whether tiles differ in how many keys they see.
   static constexpr bool kMasked = Traits::kMask != Mask::kNone;
+  static constexpr bool kMapped = (kFeatures & kMapFeatures) != 0;
 
   enum Turn : int { kTurn = kFirstKernelBarrier };  // one for each consumer
 
   // One tile of queries and the key blocks it sees.
   struct Tile {
     int first_query, head, batch;
-    int first_block, end_block;        // equal where no query sees a key
-    int unmasked_first, unmasked_end;  // of those, the ones that every query sees whole
+    BlocksDown<kMapped> keys;          // those that it has still to visit
+    int unmasked_first, unmasked_end;  // key blocks that every query sees whole
 
-    __device__ __forceinline__ bool empty() const { return first_block == end_block; }
+    __device__ __forceinline__ bool empty() const { return !keys.valid(); }
   };
+
+  // A tile's row of the block map.
+  __device__ __forceinline__ static MapRow map_row(const ForwardParams& params, const Tile& tile) {
+    return {params.extras.key_map, tile.batch, tile.head, tile.first_query / kBlockQ};
+  }
 
   // The walk over tiles, the same for every role.
   struct Walk {
@@ -134,13 +141,11 @@ struct Forward {
       }
       const int end_block = ceil_div(keys.end, kBlockKv);
       const int first_block = keys.begin < keys.end ? keys.begin / kBlockKv : end_block;
-      return {place.block * kBlockQ,
-              place.head,
-              place.batch,
-              first_block,
-              end_block,
-              ceil_div(keys.all_begin, kBlockKv),
-              keys.all_end / kBlockKv};
+      Tile tile = {
+          place.block * kBlockQ,  place.head, place.batch, {}, ceil_div(keys.all_begin, kBlockKv),
+          keys.all_end / kBlockKv};
+      tile.keys.start(first_block, end_block, map_row(params, tile));
+      return tile;
     }
   };
 
@@ -158,7 +163,7 @@ struct Forward {
     typename Ring::State kv_state;
     const int group = params.num_heads / params.num_kv_heads;
     for (Walk walk(params); walk.valid(); walk.next()) {
-      const Tile tile = walk.tile();
+      Tile tile = walk.tile();
       shared.q_ring.acquire(q_state, kConsumers * QTile::kBytes);
       for (int i = 0; i < kConsumers; ++i) {
         tma::load(shared.rows[q_state.stage][i].q_smem, params.q, shared.q_ring.full(q_state),
@@ -166,13 +171,14 @@ struct Forward {
       }
       q_state.advance();
       const int kv_head = tile.head / group;
-      for (int block = tile.end_block - 1; block >= tile.first_block; --block, kv_state.advance()) {
+      for (; tile.keys.valid(); tile.keys.next(map_row(params, tile)), kv_state.advance()) {
+        const int first_key = tile.keys.block * kBlockKv;
         shared.k_ring.acquire(kv_state, KTile::kBytes);
         tma::load(shared.k_smem[kv_state.stage], params.k, shared.k_ring.full(kv_state),
-                  tma::Keep::kLong, 0, block * kBlockKv, kv_head, tile.batch);
+                  tma::Keep::kLong, 0, first_key, kv_head, tile.batch);
         shared.v_ring.acquire(kv_state, VTile::kBytes);
         tma::load(shared.v_smem[kv_state.stage], params.v, shared.v_ring.full(kv_state),
-                  tma::Keep::kLong, 0, block * kBlockKv, kv_head, tile.batch);
+                  tma::Keep::kLong, 0, first_key, kv_head, tile.batch);
       }
     }
   }
@@ -214,15 +220,22 @@ struct Forward {
       shared.v_ring.release(v_state);
       v_state.advance();
     };
-    const auto complete_scores = [&](const Tile& tile, int block) {
+    const auto complete_scores = [&](const Tile& tile) {
+      const int block = tile.keys.block, first_query = tile.first_query + 64 * consumer;
       score_map.apply(s_acc);
       bool masked = block >= tile.unmasked_end;
       if constexpr (Traits::kMask == Mask::kBand) {
         masked = masked || block < tile.unmasked_first;
       }
       if (masked) {
-        mask_scores<Traits::kMask>(s_acc, tile.first_query + 64 * consumer, block * kBlockKv,
+        mask_scores<Traits::kMask>(s_acc, first_query, block * kBlockKv,
                                    bounds_of<kFeatures>(params, tile.batch));
+      }
+      if constexpr (kMapped) {
+        if (!tile.keys.is_whole()) {
+          mask_by_arrays<kFeatures>(s_acc, params, tile.batch, tile.head, first_query,
+                                    block * kBlockKv);
+        }
       }
     };
     // Gives back the memory of the last tile's rows, once they have left.
@@ -250,7 +263,7 @@ struct Forward {
       issue_scores(q_state.stage);
       warpgroup::mma_wait<0>(s_acc);
       release_keys();
-      complete_scores(tile, tile.end_block - 1);
+      complete_scores(tile);
       softmax.weigh(s_acc);
       warp::convert(p, s_acc);
 
@@ -258,7 +271,8 @@ struct Forward {
       // visited block.
       for (bool chained = true; chained;) {
         bool accumulate = false;
-        for (int block = tile.end_block - 2; block >= tile.first_block; --block) {
+        for (tile.keys.next(map_row(params, tile)); tile.keys.valid();
+             tile.keys.next(map_row(params, tile))) {
           shared.k_ring.wait(k_state);
           wait_turn(consumer);
           issue_scores(q_state.stage);
@@ -268,7 +282,7 @@ struct Forward {
           warpgroup::mma_wait<1>(s_acc);
           release_keys();
           release_rows();
-          complete_scores(tile, block);
+          complete_scores(tile);
           const bool corrects = softmax.weigh(s_acc);
           if constexpr (kConsumers <= 2) warp::pin(softmax.row_sum);
           warpgroup::mma_wait<0>(o_acc, p);
@@ -296,7 +310,7 @@ struct Forward {
           pass_turn(consumer);
           warpgroup::mma_wait<1>(s_acc);
           release_keys();
-          complete_scores(next, next.end_block - 1);
+          complete_scores(next);
           OnlineSoftmax next_softmax(unit_log2);
           next_softmax.weigh(s_acc);
           if constexpr (kConsumers <= 2) warp::pin(next_softmax.row_sum);

@@ -30,6 +30,21 @@ __device__ __forceinline__ Bounds bounds_of(const Params& params, int batch) {
   return bounds;
 }
 
+// A batch element's segment ids, and a head's part of a mask.
+template <typename Params>
+__device__ __forceinline__ GlobalVec<const int> query_segments(const Params& params, int batch) {
+  const int64 first = static_cast<int64>(batch) * params.seqlen_q;
+  return {params.extras.q_segments + first, params.seqlen_q};
+}
+template <typename Params>
+__device__ __forceinline__ GlobalVec<const int> key_segments(const Params& params, int batch) {
+  const int64 first = static_cast<int64>(batch) * params.seqlen_kv;
+  return {params.extras.kv_segments + first, params.seqlen_kv};
+}
+__device__ __forceinline__ const uint8* mask_of_head(const ScoreArray& mask, int batch, int head) {
+  return static_cast<const uint8*>(mask.data) + batch * mask.batch_stride + head * mask.head_stride;
+}
+
 // The keys from begin to end that some query of a tile sees, and those that all of them see.
 struct VisibleKeys {
   int begin, end;
@@ -86,6 +101,41 @@ __device__ __forceinline__ void mask_transposed_scores(Tile& scores, int first_q
   }
   if constexpr ((kFeatures & kLengths) != 0) {
     warpgroup::keep_cols_before(scores, bounds.seqlen_q - first_query, -kInfinity);
+  }
+}
+
+// What segments and a mask hide, in a block that is not visible as a whole.
+template <unsigned kFeatures, typename Tile, typename Params>
+__device__ __forceinline__ void mask_by_arrays(Tile& scores, const Params& params, int batch,
+                                               int head, int first_query, int first_key) {
+  if constexpr ((kFeatures & kSegments) != 0) {
+    warpgroup::keep_equal(scores, query_segments(params, batch), first_query,
+                          key_segments(params, batch), first_key, -kInfinity);
+  }
+  if constexpr ((kFeatures & kMaskArray) != 0) {
+    const ScoreArray& mask = params.extras.mask;
+    warpgroup::keep_where(
+        scores,
+        GlobalView<const uint8>{mask_of_head(mask, batch, head), params.seqlen_q, params.seqlen_kv,
+                                mask.query_stride, mask.key_stride},
+        first_query, first_key, -kInfinity);
+  }
+}
+template <unsigned kFeatures, typename Tile, typename Params>
+__device__ __forceinline__ void mask_transposed_by_arrays(Tile& scores, const Params& params,
+                                                          int batch, int head, int first_query,
+                                                          int first_key) {
+  if constexpr ((kFeatures & kSegments) != 0) {
+    warpgroup::keep_equal(scores, key_segments(params, batch), first_key,
+                          query_segments(params, batch), first_query, -kInfinity);
+  }
+  if constexpr ((kFeatures & kMaskArray) != 0) {
+    const ScoreArray& mask = params.extras.mask;
+    warpgroup::keep_where(
+        scores,
+        GlobalView<const uint8>{mask_of_head(mask, batch, head), params.seqlen_kv, params.seqlen_q,
+                                mask.key_stride, mask.query_stride},
+        first_key, first_query, -kInfinity);
   }
 }
 

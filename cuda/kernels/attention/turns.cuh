@@ -4,19 +4,24 @@
 // where blocks that run together are never at the same query block at the same time, each a step
 // behind the one before it, and add in just that order.
 //
-// A mask: key block n starts at the first query block that sees it and goes up; a higher n starts
-// further on, or later. All started together, the higher n is always ahead: turns go from the
-// highest n down. Otherwise: of a group of blocks that run together, each starts at a different
-// query block, evenly spread, goes up and wraps round: turns go by arrival. Groups follow one
-// another.
+// A mask, or a block map: key block n starts at the first query block that sees it and goes up; a
+// higher n starts further on, or later. All started together, the higher n is always ahead: turns
+// go from the highest n down. Otherwise: of a group of blocks that run together, each starts at a
+// different query block, evenly spread, goes up and wraps round: turns go by arrival. Groups follow
+// one another.
 #pragma once
 
+#include "kernels/attention/block_map.cuh"
 #include "kernels/attention/mask.cuh"
 
 namespace tk::attention {
 
 template <Mask kMask, unsigned kFeatures, int kBlockQ, int kBlockKv>
 struct Turns {
+  static constexpr bool kMapped = (kFeatures & kMapFeatures) != 0;
+  // Whether turns go from the last key block down, rather than by arrival.
+  static constexpr bool kDescending = kMask != Mask::kNone || kMapped;
+
   int q_blocks;   // query blocks of the sequence
   int kv_blocks;  // key blocks
   int group;      // key blocks that take turns among themselves
@@ -34,6 +39,8 @@ struct Turns {
     if constexpr (kMask != Mask::kNone) {
       // The first whose last query sees key n * kBlockKv.
       return min(q_blocks, max(0, n * kBlockKv - bounds.last_offset) / kBlockQ);
+    } else if constexpr (kMapped) {
+      return 0;
     } else {
       int members = min(group, kv_blocks - n / group * group);
       if constexpr ((kFeatures & kLengths) != 0) members = max(1, members);
@@ -60,13 +67,15 @@ struct Turns {
     return block < q_blocks ? block : block - q_blocks;
   }
 
-  // How many key blocks add to query block m before key block n does.
-  __device__ __forceinline__ int turn(int n, int m) const {
-    if constexpr (kMask != Mask::kNone) {
+  // How many key blocks add to query block m before key block n does. `row` is m's, of a map.
+  __device__ __forceinline__ int turn(int n, int m, const MapRow& row) const {
+    if constexpr (kDescending) {
       Bounds whole_block = bounds;
       whole_block.seqlen_q = (m + 1) * kBlockQ;
       const VisibleKeys keys = visible_keys<kMask>(m * kBlockQ, kBlockQ, whole_block);
-      return ceil_div(keys.end, kBlockKv) - 1 - n;
+      const int end = ceil_div(keys.end, kBlockKv);
+      if constexpr (kMapped) return row.count(n + 1, end);
+      return end - 1 - n;
     } else {
       const int first = n / group * group;
       const int members = min(group, kv_blocks - first);

@@ -100,7 +100,11 @@ class Extras(NamedTuple):
 
 def features(options: AttentionOptions, extras: Extras) -> frozenset[str]:
     """What a call's kernels are compiled for beyond its mask (Feature in C++)."""
+    lengths = (extras.query_seq_lengths, extras.key_value_seq_lengths)
     names = {
+        "lengths": any(x is not None for x in lengths),
+        "segments": extras.q_segment_ids is not None,
+        "mask": extras.mask is not None,
         "softcap": options.soft_cap != NO_SOFT_CAP,
     }
     return frozenset(name for name, wanted in names.items() if wanted)
@@ -164,6 +168,8 @@ _FORWARD_MASKED = {
 }
 # And so do features, whatever the mask.
 _FORWARD_FEATURES = {
+    "segments": {(64, 64): _FORWARD_MIXED, (128, 128): _FORWARD_MIXED},
+    "mask": {(64, 64): _FORWARD_MIXED, (128, 128): _FORWARD_MIXED},
     "softcap": {
         (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
     },
@@ -185,7 +191,16 @@ _SHARED_SLACK = 2048
 # there are.
 KERNEL_HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
 # The extras that they take.
-KERNEL_EXTRAS = ("query_seq_lengths", "key_value_seq_lengths", "sinks")
+KERNEL_EXTRAS = (
+    "query_seq_lengths",
+    "key_value_seq_lengths",
+    "q_segment_ids",
+    "kv_segment_ids",
+    "mask",
+    "sinks",
+)
+# Those that need a block map (tk_jax.ops.attention.blocks).
+_MAPPED_EXTRAS = ("q_segment_ids", "kv_segment_ids", "mask")
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
@@ -290,6 +305,10 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
     for name, value in extras._asdict().items():
         if value is not None and name not in KERNEL_EXTRAS:
             return name
+        # The wide backward kernels walk blocks without a map.
+        wide = narrow_head_dim(head_dim, head_dim_v) is None
+        if value is not None and wide and name in _MAPPED_EXTRAS:
+            return f"{name} with head dims beyond 128"
     return exceeded_limit(q.shape, k.shape)
 
 

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
 from tk_jax import _dispatch, _ffi
-from tk_jax.ops.attention import config, xla
+from tk_jax.ops.attention import blocks, config, xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +126,13 @@ def kernel_forward(
     q, k, v = (_fold(x, 3) for x in (q, k, v))
     types = jax.typeof(q)
     rows = q.shape[:-1]
+    tiles = tiles or config.forward_config(
+        q.shape[-1],
+        v.shape[-1],
+        k.shape[1],
+        options.mask,
+        config.features(options, extras),
+    )
     out, lse = _ffi.call(
         "tk_attention_fwd_v1",
         (
@@ -135,16 +142,9 @@ def kernel_forward(
         q,
         k,
         v,
-        *_extra_arrays(extras, batch, q.dtype),
+        *_extra_arrays(extras, batch, q, k, tiles, backward=False),
         options=options.for_kernel(),
-        config=tiles
-        or config.forward_config(
-            q.shape[-1],
-            v.shape[-1],
-            k.shape[1],
-            options.mask,
-            config.features(options, extras),
-        ),
+        config=tiles,
     )
     return _unfold(out, batch), _unfold(lse, batch)
 
@@ -186,6 +186,9 @@ def kernel_backward(
         types[0].update(shape=shape, dtype=jnp.dtype(dtype))
         for _, shape, dtype in workspaces
     ]
+    tiles = tiles or config.backward_config(
+        head_dim, v.shape[-1], config.features(options, extras)
+    )
     gradients = _ffi.call(
         "tk_attention_bwd_v1",
         tuple(types),
@@ -196,12 +199,9 @@ def kernel_backward(
         lse,
         dout,
         dlse,
-        *_extra_arrays(extras, leading, q.dtype),
+        *_extra_arrays(extras, leading, q, k, tiles, backward=True),
         options=options.for_kernel(),
-        config=tiles
-        or config.backward_config(
-            head_dim, v.shape[-1], config.features(options, extras)
-        ),
+        config=tiles,
     )
     dq, dk, dv = (_unfold(x, leading) for x in gradients[:3])
     delta = gradients[3][:, :, :seqlen_q]
@@ -227,10 +227,12 @@ def _gradient_of_sinks(sinks, batch, lse, delta):
     return jnp.sum(ds, axis=shared, keepdims=True).astype(sinks.dtype)
 
 
-def _extra_arrays(extras: config.Extras, batch, dtype):
-    """What the kernels take after their other arguments: nothing, or all extras.
+def _extra_arrays(extras: config.Extras, batch, q, k, tiles, *, backward):
+    """What the kernels take after their other arguments: nothing, or all of these.
 
-    In the order of Extras, with one batch axis; of size 0 where there is none.
+    The extras in their order, with one batch axis, and maps of the blocks of ``tiles``:
+    of query blocks over key blocks, and in the backward pass the other way round. Of
+    size 0 where there is none.
     """
     if all(x is None for x in extras):
         return ()
@@ -248,14 +250,33 @@ def _extra_arrays(extras: config.Extras, batch, dtype):
             return x.reshape(1, *x.shape[x.ndim - rank :]).astype(dtype)
         return whole(x, dtype, rank)
 
+    segment_ids = (
+        whole(extras.q_segment_ids, jnp.int32, 1),
+        whole(extras.kv_segment_ids, jnp.int32, 1),
+    )
+    mask = shared(extras.mask, jnp.bool_, 3)
+
+    def block_map(transposed):
+        has_segments, has_mask = extras.q_segment_ids is not None, mask.size != 0
+        if not (has_segments or has_mask) or (transposed and not backward):
+            return jnp.zeros((0,) * 5, jnp.int32)
+        return blocks.block_map(
+            (q.shape[1], k.shape[1]),
+            (tiles.block_q, tiles.block_kv),
+            segment_ids if has_segments else None,
+            mask if has_mask else None,
+            transposed=transposed,
+        )
+
     return (
         whole(extras.query_seq_lengths, jnp.int32, 0),
         whole(extras.key_value_seq_lengths, jnp.int32, 0),
-        whole(extras.q_segment_ids, jnp.int32, 1),
-        whole(extras.kv_segment_ids, jnp.int32, 1),
-        shared(extras.mask, jnp.bool_, 3),
-        shared(extras.bias, dtype, 3),
+        *segment_ids,
+        mask,
+        shared(extras.bias, q.dtype, 3),
         shared(extras.sinks, jnp.float32, 1),
+        block_map(transposed=False),
+        block_map(transposed=True),
     )
 
 

@@ -90,4 +90,8 @@ inline float max_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? __builtin_nanf("") : std::fmax(a, b);
 }
 
+inline int highest_bit(uint32 x) { return 31 - __builtin_clz(x); }
+inline int lowest_bit(uint32 x) { return __builtin_ctz(x); }
+inline int count_bits(uint32 x) { return __builtin_popcount(x); }
+
 }  // namespace tk::math

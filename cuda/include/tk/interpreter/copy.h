@@ -106,6 +106,21 @@ interpreter::Chunks chunks_of_vector(const SharedVec<T, kN>& vector) {
 
 inline int warp_of_group() { return interpreter::warp_index() & 3; }
 
+// Of elements from `first` on; of a warp's share of a warpgroup's rows from there on.
+template <typename T>
+void before_reads(const GlobalVec<T>& view, int first, int count, Location at) {
+  interpreter::read_global(spans_of(view, first, count), at);
+}
+template <int kRows, typename T>
+void before_group_reads(const GlobalVec<T>& view, int first_row, Location at) {
+  before_reads(view, first_row + kRows * warp_of_group(), kRows, at);
+}
+template <int kRows, int kCols, typename T>
+void before_group_reads(const GlobalView<T>& view, int first_row, int first_col, Location at) {
+  const int first = first_row + kRows * warp_of_group();
+  interpreter::read_global(spans_of(view, first, kRows, first_col, kCols), at);
+}
+
 }  // namespace detail
 
 namespace warp {

@@ -146,6 +146,14 @@ __device__ __forceinline__ void store_global(const GlobalView<T>& dst, const Src
   });
 }
 
+// Where an operation reads an array element by element, the interpreter is told of all of them.
+template <typename T>
+__device__ __forceinline__ void before_reads(const GlobalVec<T>&, int, int, Location) {}
+template <int kRows, typename T>
+__device__ __forceinline__ void before_group_reads(const GlobalVec<T>&, int, Location) {}
+template <int kRows, int kCols, typename T>
+__device__ __forceinline__ void before_group_reads(const GlobalView<T>&, int, int, Location) {}
+
 }  // namespace detail
 
 namespace warp {

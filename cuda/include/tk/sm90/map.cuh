@@ -11,6 +11,7 @@
 namespace tk::math {
 using ptx::abs, ptx::exp2, ptx::fma, ptx::log, ptx::log2, ptx::max, ptx::max_nan, ptx::min,
     ptx::mul, ptx::reciprocal, ptx::rsqrt, ptx::tanh;
+using ptx::count_bits, ptx::highest_bit, ptx::lowest_bit;
 }  // namespace tk::math
 
 namespace tk::warp {

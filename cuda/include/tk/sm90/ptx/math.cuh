@@ -36,6 +36,10 @@ __device__ __forceinline__ float log(float x) { return logf(x); }
 // One rounding, and never taken apart or put together otherwise.
 __device__ __forceinline__ float fma(float x, float y, float z) { return __fmaf_rn(x, y, z); }
 __device__ __forceinline__ float mul(float x, float y) { return __fmul_rn(x, y); }
+// Of the bits of x: the number of the highest and of the lowest, where there is one; how many.
+__device__ __forceinline__ int highest_bit(uint32 x) { return 31 - __clz(static_cast<int>(x)); }
+__device__ __forceinline__ int lowest_bit(uint32 x) { return __ffs(static_cast<int>(x)) - 1; }
+__device__ __forceinline__ int count_bits(uint32 x) { return __popc(x); }
 // A number if either is one.
 __device__ __forceinline__ float max(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ float min(float a, float b) { return fminf(a, b); }

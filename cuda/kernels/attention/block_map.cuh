@@ -1,0 +1,122 @@
+// Walks over the blocks that a block map (attention.h) marks: up or down a row of it, 32 a word.
+//
+// Without a map, every block of a range is visited; the walks are then plain counters.
+#pragma once
+
+#include "kernels/attention/attention.h"
+#include "tk/tk.cuh"
+
+namespace tk::attention {
+
+// A row of a map: of a query block, over key blocks, or the other way round.
+struct MapRow {
+  const BlockMap& map;
+  int batch, head, row;
+
+  __device__ __forceinline__ MapWord word(int index) const {
+    return load_scalar(map.words + batch * map.batch_stride + head * map.head_stride +
+                       row * map.row_stride + index);
+  }
+  // How many blocks from begin to end - 1 are visited.
+  __device__ __forceinline__ int count(int begin, int end) const {
+    int count = 0;
+    for (int index = begin >> 5; 32 * index < end; ++index) {
+      uint32 visited = word(index).visited;
+      if (32 * index < begin) visited &= ~0u << (begin & 31);
+      if (32 * index + 32 > end) visited &= ~0u >> (32 * index + 32 - end);
+      count += math::count_bits(visited);
+    }
+    return count;
+  }
+};
+
+// Down from the last block to visit before `end` to the first from `first` on.
+template <bool kMapped>
+struct BlocksDown {
+  int block, first;
+
+  __device__ __forceinline__ void start(int from, int end, const MapRow&) {
+    block = end - 1;
+    first = from;
+  }
+  __device__ __forceinline__ bool valid() const { return block >= first; }
+  __device__ __forceinline__ void next(const MapRow&) { --block; }
+};
+template <>
+struct BlocksDown<true> {
+  int block, first;
+  uint32 left, whole;  // of the word at hand: the blocks that are still to visit, those that are
+                       // visible as a whole
+
+  __device__ __forceinline__ void start(int from, int end, const MapRow& row) {
+    first = from;
+    block = from - 1;
+    if (end <= from) return;
+    const int index = (end - 1) >> 5;
+    take(row, index);
+    left &= ~0u >> (32 * index + 32 - end);
+    seek(row, index);
+  }
+  __device__ __forceinline__ bool valid() const { return block >= first; }
+  __device__ __forceinline__ bool is_whole() const { return (whole >> (block & 31) & 1) != 0; }
+  __device__ __forceinline__ void next(const MapRow& row) { seek(row, block >> 5); }
+
+ private:
+  __device__ __forceinline__ void take(const MapRow& row, int index) {
+    const MapWord word = row.word(index);
+    left = word.visited;
+    whole = word.whole;
+  }
+  __device__ __forceinline__ void seek(const MapRow& row, int index) {
+    while (left == 0) {
+      if (--index < first >> 5) {
+        block = first - 1;
+        return;
+      }
+      take(row, index);
+    }
+    const int bit = math::highest_bit(left);
+    left ^= 1u << bit;
+    block = 32 * index + bit;
+  }
+};
+
+// Up from the first block to visit from `begin` on to the last before `end`.
+struct MappedBlocksUp {
+  int block, end;
+  uint32 left, whole;
+
+  __device__ __forceinline__ void start(int begin, int to, const MapRow& row) {
+    end = to;
+    block = to;
+    if (begin >= to) return;
+    const int index = begin >> 5;
+    take(row, index);
+    left &= ~0u << (begin & 31);
+    seek(row, index);
+  }
+  __device__ __forceinline__ bool valid() const { return block < end; }
+  __device__ __forceinline__ bool is_whole() const { return (whole >> (block & 31) & 1) != 0; }
+  __device__ __forceinline__ void next(const MapRow& row) { seek(row, block >> 5); }
+
+ private:
+  __device__ __forceinline__ void take(const MapRow& row, int index) {
+    const MapWord word = row.word(index);
+    left = word.visited;
+    whole = word.whole;
+  }
+  __device__ __forceinline__ void seek(const MapRow& row, int index) {
+    while (left == 0) {
+      if (32 * ++index >= end) {
+        block = end;
+        return;
+      }
+      take(row, index);
+    }
+    const int bit = math::lowest_bit(left);
+    left ^= 1u << bit;
+    block = 32 * index + bit;
+  }
+};
+
+}  // namespace tk::attention

@@ -1,0 +1,71 @@
+// The steps of a key block in the backward pass: every query head of its group, and for each the
+// query blocks that turns.cuh, and a block map if there is one, let it meet.
+#pragma once
+
+#include "kernels/attention/block_map.cuh"
+#include "kernels/attention/turns.cuh"
+
+namespace tk::attention {
+
+// Without a map: a counter.
+template <typename QTurns>
+struct CountedSteps {
+  const QTurns& turns;
+  int first, steps, left;
+  int step = 0;
+
+  template <typename Params>
+  __device__ __forceinline__ CountedSteps(const QTurns& turns, const Params& params, int n, int,
+                                          int)
+      : turns(turns),
+        first(turns.first_q_block(n)),
+        steps(turns.steps(n)),
+        left(params.num_heads / params.num_kv_heads * steps) {}
+  __device__ __forceinline__ bool valid() const { return left > 0; }
+  __device__ __forceinline__ int q_block() const { return turns.q_block(first, step); }
+  __device__ __forceinline__ void next() {
+    --left;
+    if (++step == steps) step = 0;
+  }
+};
+
+// With a map, which may differ by head: the marked blocks of its row n.
+struct MappedSteps {
+  const BlockMap& map;
+  int n, batch;
+  int first, end;  // the query blocks that diagonals and lengths leave
+  int head, end_head;
+  MappedBlocksUp blocks;
+
+  template <typename QTurns, typename Params>
+  __device__ __forceinline__ MappedSteps(const QTurns& turns, const Params& params, int n,
+                                         int kv_head, int batch)
+      : map(params.extras.query_map),
+        n(n),
+        batch(batch),
+        first(turns.first_q_block(n)),
+        end(first + turns.steps(n)) {
+    const int group = params.num_heads / params.num_kv_heads;
+    head = kv_head * group;
+    end_head = head + group;
+    blocks.start(first, end, row());
+    find_head();
+  }
+  __device__ __forceinline__ bool valid() const { return head < end_head; }
+  __device__ __forceinline__ int q_block() const { return blocks.block; }
+  __device__ __forceinline__ void next() {
+    blocks.next(row());
+    find_head();
+  }
+
+ private:
+  __device__ __forceinline__ MapRow row() const { return {map, batch, head, n}; }
+  __device__ __forceinline__ void find_head() {
+    while (!blocks.valid() && ++head < end_head) blocks.start(first, end, row());
+  }
+};
+
+template <typename QTurns>
+using QuerySteps = Select<QTurns::kMapped, MappedSteps, CountedSteps<QTurns>>;
+
+}  // namespace tk::attention
