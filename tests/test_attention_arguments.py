@@ -194,6 +194,10 @@ def test_a_value_head_dim_of_its_own(monkeypatch):
     q = jax.ShapeDtypeStruct((BATCH, T, HEADS, 192), jnp.bfloat16)
     v = jax.ShapeDtypeStruct((BATCH, T, HEADS, 128), jnp.bfloat16)
     assert tk_jax.explain(tk_jax.attention, q, q, v).cuda == "tk"
+    ids = jax.ShapeDtypeStruct((BATCH, T), jnp.int32)
+    assert tk_jax.explain(tk_jax.attention, q, q, v, q_segment_ids=ids).reason == (
+        "the TK kernel does not support q_segment_ids with head dims beyond 128"
+    )
     odd = jax.ShapeDtypeStruct((BATCH, T, HEADS, 68), jnp.bfloat16)
     assert tk_jax.explain(tk_jax.attention, q, q, odd).reason == (
         "the TK kernel does not support head dim 68 of v "
