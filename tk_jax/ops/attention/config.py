@@ -199,8 +199,8 @@ KERNEL_EXTRAS = (
     "mask",
     "sinks",
 )
-# Those that need a block map (tk_jax.ops.attention.blocks).
-_MAPPED_EXTRAS = ("q_segment_ids", "kv_segment_ids", "mask")
+# Of those, the ones that they do not take with head dims beyond 128.
+NARROW_EXTRAS = ("q_segment_ids", "kv_segment_ids", "mask")
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
@@ -302,12 +302,11 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
         if dim % HEAD_DIM_STEP or dim > MAX_HEAD_DIM:
             known = f"multiples of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
             return f"head dim {dim}{owner} (it takes {known})"
+    wide = narrow_head_dim(head_dim, head_dim_v) is None
     for name, value in extras._asdict().items():
         if value is not None and name not in KERNEL_EXTRAS:
             return name
-        # The wide backward kernels walk blocks without a map.
-        wide = narrow_head_dim(head_dim, head_dim_v) is None
-        if value is not None and wide and name in _MAPPED_EXTRAS:
+        if value is not None and wide and name in NARROW_EXTRAS:
             return f"{name} with head dims beyond 128"
     return exceeded_limit(q.shape, k.shape)
 
