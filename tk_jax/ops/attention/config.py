@@ -164,7 +164,10 @@ _FORWARD_MASKED = {
 # And so do features, whatever the mask.
 _FORWARD_FEATURES = {
     "segments": {(64, 64): _FORWARD_MIXED, (128, 128): _FORWARD_MIXED},
-    "mask": {(64, 64): _FORWARD_MIXED, (128, 128): _FORWARD_MIXED},
+    "mask": {
+        (64, 64): _FORWARD_MIXED,
+        (128, 128): AttentionForwardConfig(block_q=128, block_kv=112, stages=2),
+    },
     "softcap": {
         (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
     },
@@ -177,6 +180,7 @@ _BACKWARD = {
 # such blocks on a multiprocessor.
 _BACKWARD_FEATURES = {
     "softcap": {64: AttentionBackwardConfig(block_q=64, block_kv=64, stages=2)},
+    "mask": {64: AttentionBackwardConfig(block_q=64, block_kv=64, stages=2)},
 }
 KERNEL_HEAD_DIMS = (64, 128)
 # The extras that they take.
