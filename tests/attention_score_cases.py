@@ -229,4 +229,6 @@ CASES = [
     # Queries without keys: lse is the sink.
     ScoreCase(Case(1, 150, 60, 2, 2, 64, "bottom_right"), sinks="H", spread=8.0),
     ScoreCase(Case(1, 1, 1, 2, 2, 64, "full"), soft_cap=3.0, sinks="H"),
+    ScoreCase(Case(1, 130, 150, 2, 1, 256, "causal"), soft_cap=3.0, sinks="H"),
+    ScoreCase(Case(1, 70, 130, 2, 2, 192, head_dim_v=128), soft_cap=2.0),
 ]
