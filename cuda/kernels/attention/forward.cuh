@@ -83,10 +83,11 @@ struct Forward {
 
   enum Turn : int { kTurn = kFirstKernelBarrier };  // one for each consumer
 
+  using Blocks = BlocksDown<kMapped>;
   // One tile of queries and the key blocks it sees.
   struct Tile {
     int first_query, head, batch;
-    BlocksDown<kMapped> keys;          // those that it has still to visit
+    Blocks keys;                       // from the first that it visits
     int unmasked_first, unmasked_end;  // key blocks that every query sees whole
 
     __device__ __forceinline__ bool empty() const { return !keys.valid(); }
@@ -209,9 +210,9 @@ struct Forward {
       warpgroup::mm_ABt(s_acc, shared.rows[q_stage][consumer].q_smem, shared.k_smem[k_state.stage]);
       warpgroup::mma_commit();
     };
-    const auto load_bias = [&](const Tile& tile) {
+    const auto load_bias = [&](const Tile& tile, const Blocks& keys) {
       Map::load_bias(bias, params, tile.batch, tile.head, tile.first_query + 64 * consumer,
-                     tile.keys.block * kBlockKv);
+                     keys.block * kBlockKv);
     };
     const auto release_keys = [&] {
       shared.k_ring.release(k_state);
@@ -226,8 +227,8 @@ struct Forward {
       shared.v_ring.release(v_state);
       v_state.advance();
     };
-    const auto complete_scores = [&](const Tile& tile) {
-      const int block = tile.keys.block, first_query = tile.first_query + 64 * consumer;
+    const auto complete_scores = [&](const Tile& tile, const Blocks& keys) {
+      const int block = keys.block, first_query = tile.first_query + 64 * consumer;
       score_map.apply(s_acc, bias);
       bool masked = block >= tile.unmasked_end;
       if constexpr (Traits::kMask == Mask::kBand) {
@@ -238,7 +239,7 @@ struct Forward {
                                    bounds_of<kFeatures>(params, tile.batch));
       }
       if constexpr (kMapped) {
-        if (!tile.keys.is_whole()) {
+        if (!keys.is_whole()) {
           mask_by_arrays<kFeatures>(s_acc, params, tile.batch, tile.head, first_query,
                                     block * kBlockKv);
         }
@@ -267,10 +268,10 @@ struct Forward {
       }
       shared.k_ring.wait(k_state);
       issue_scores(q_state.stage);
-      load_bias(tile);
+      load_bias(tile, tile.keys);
       warpgroup::mma_wait<0>(s_acc);
       release_keys();
-      complete_scores(tile);
+      complete_scores(tile, tile.keys);
       softmax.weigh(s_acc);
       warp::convert(p, s_acc);
 
@@ -278,19 +279,19 @@ struct Forward {
       // visited block.
       for (bool chained = true; chained;) {
         bool accumulate = false;
-        for (tile.keys.next(map_row(params, tile)); tile.keys.valid();
-             tile.keys.next(map_row(params, tile))) {
+        Blocks keys = tile.keys;
+        for (keys.next(map_row(params, tile)); keys.valid(); keys.next(map_row(params, tile))) {
           shared.k_ring.wait(k_state);
           wait_turn(consumer);
           issue_scores(q_state.stage);
           issue_output(accumulate);
           pass_turn(consumer);
           accumulate = true;
-          load_bias(tile);
+          load_bias(tile, keys);
           warpgroup::mma_wait<1>(s_acc);
           release_keys();
           release_rows();
-          complete_scores(tile);
+          complete_scores(tile, keys);
           const bool corrects = softmax.weigh(s_acc);
           if constexpr (kConsumers <= 2) warp::pin(softmax.row_sum);
           warpgroup::mma_wait<0>(o_acc, p);
@@ -316,10 +317,10 @@ struct Forward {
           issue_scores(q_next.stage);
           issue_output(accumulate);
           pass_turn(consumer);
-          load_bias(next);
+          load_bias(next, next.keys);
           warpgroup::mma_wait<1>(s_acc);
           release_keys();
-          complete_scores(next);
+          complete_scores(next, next.keys);
           OnlineSoftmax next_softmax(unit_log2);
           next_softmax.weigh(s_acc);
           if constexpr (kConsumers <= 2) warp::pin(next_softmax.row_sum);
