@@ -76,7 +76,7 @@ class Variant:
         forward = attention_config.forward_config(
             case.head_dim, case.value_dim, case.seqlen_kv, options.mask
         )
-        backward = attention_config.backward_config(case.head_dim)
+        backward = attention_config.backward_config(case.head_dim, case.value_dim)
         if self.direction == "fwd":
             forward = self._apply(forward)
         else:

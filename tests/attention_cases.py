@@ -23,14 +23,21 @@ class Case:
     gain: float = 1.0  # multiplies q, k and v
     window: tuple[int, int] | None = None  # keys seen before and after a query's own
     bottom_right: bool = False  # with mask "full" and a window
+    head_dim_v: int = 0  # 0: head_dim
+
+    def __post_init__(self):
+        if self.head_dim_v == 0:
+            object.__setattr__(self, "head_dim_v", self.head_dim)
 
     def __str__(self) -> str:
         gain = "" if self.gain == 1 else f"-x{self.gain:g}"
         gain += "" if self.window is None else "-{}-{}".format(*self.window)
         gain += "-bottom_right" if self.bottom_right else ""
+        same = self.head_dim_v == self.head_dim
+        head_dim = f"D{self.head_dim}" + ("" if same else f"x{self.head_dim_v}")
         return (
             f"B{self.batch}-T{self.seqlen_q}-S{self.seqlen_kv}-H{self.num_heads}"
-            f"-K{self.num_kv_heads}-D{self.head_dim}-{self.dtype}-{self.mask}{gain}"
+            f"-K{self.num_kv_heads}-{head_dim}-{self.dtype}-{self.mask}{gain}"
         )
 
     @property
@@ -67,15 +74,15 @@ class Case:
         rng = np.random.default_rng(seed)
         rows = (self.batch, self.seqlen_q, self.num_heads)
         q_shape = (*rows, self.head_dim)
-        kv_shape = (self.batch, self.seqlen_kv, self.num_kv_heads, self.head_dim)
+        keys = (self.batch, self.seqlen_kv, self.num_kv_heads)
         dtype = _DTYPES[self.dtype]
         q, k, v, dout = (
             (rng.standard_normal(shape, np.float32) * gain).astype(dtype)
             for shape, gain in (
                 (q_shape, self.gain),
-                (kv_shape, self.gain),
-                (kv_shape, self.gain),
-                (q_shape, 1),
+                ((*keys, self.head_dim), self.gain),
+                ((*keys, self.head_dim_v), self.gain),
+                ((*rows, self.head_dim_v), 1),
             )
         )
         return q, k, v, dout, rng.standard_normal(rows, np.float32)
@@ -148,6 +155,34 @@ def _make_cases() -> list[Case]:
         Case(2, 97, 300, 4, 1, 128, "full", "fp16"),
         Case(1, 1025, 1025, 2, 1, 64, "bottom_right", "fp16"),
         Case(1, 300, 97, 2, 1, 128, "bottom_right", "fp16"),
+        *_other_head_dims(),
+    ]
+
+
+def _other_head_dims() -> list[Case]:
+    """Head dims that do not fill their tiles, that are beyond 128, or not v's."""
+    return [
+        Case(1, 130, 130, 2, 1, 8, "causal"),
+        Case(1, 70, 200, 2, 2, 72, "full"),
+        Case(2, 129, 65, 2, 1, 96, "bottom_right", "fp16"),
+        Case(1, 65, 130, 2, 1, 128, "causal", head_dim_v=64),
+        Case(1, 130, 65, 2, 2, 40, "full", head_dim_v=120),
+        Case(1, 1025, 1025, 2, 1, 192, "causal", head_dim_v=128),
+        Case(1, 300, 300, 4, 2, 192, "full", "fp16", head_dim_v=128),
+        Case(2, 97, 130, 4, 1, 192, "causal", head_dim_v=128),
+        Case(1, 191, 320, 2, 2, 192, "bottom_right"),
+        Case(1, 1000, 1000, 2, 1, 256, "causal"),
+        Case(2, 193, 257, 2, 1, 256, "full"),
+        Case(1, 130, 70, 4, 2, 256, "causal", "fp16"),
+        Case(1, 257, 130, 2, 1, 256, "bottom_right"),
+        Case(1, 129, 129, 2, 1, 136, "causal", head_dim_v=200),
+        Case(1, 65, 129, 2, 2, 64, "full", head_dim_v=256),
+        Case(1, 129, 65, 2, 1, 248, "causal", head_dim_v=8),
+        Case(1, 1, 1, 1, 1, 256, "full"),
+        Case(1, 193, 193, 2, 1, 256, "causal", gain=30),
+        Case(1, 321, 321, 4, 2, 256, "causal", window=(100, 7)),
+        Case(2, 129, 300, 2, 2, 192, window=(40, 200), bottom_right=True),
+        Case(1, 300, 129, 2, 1, 192, window=(40, 30), head_dim_v=128),
     ]
 
 
@@ -162,7 +197,7 @@ def reference_f64(case: Case, q, k, v, dout, dlse):
         case.hidden(), (case.batch, case.num_heads, case.seqlen_q, case.seqlen_kv)
     )
     q, k, v, dout, dlse = (np.asarray(x, np.float64) for x in (q, k, v, dout, dlse))
-    out, lse = np.zeros(q.shape), np.zeros(q.shape[:-1])
+    out, lse = np.zeros(dout.shape), np.zeros(q.shape[:-1])
     dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
     for b in range(case.batch):
         for h in range(case.num_heads):
@@ -238,7 +273,7 @@ def _low_precision(hidden, q, k, v, dout, dlse):
     dv = dot("bkgts,btkgd->bskd", p, dout)
     rows = (batch, seqlen_q, num_heads)
     return (
-        out.reshape(*rows, head_dim),
+        out.reshape(*rows, -1),
         jnp.einsum("bkgt->btkg", lse[..., 0]).reshape(rows),
         dq.reshape(*rows, head_dim).astype(dtype),
         dk.astype(dtype),
@@ -250,13 +285,13 @@ def floors(case: Case, q, k, v, dout) -> tuple[float, ...]:
     """Allowances for out, lse, dq, dk and dv where the exact gradient cancels.
 
     dq and dk are sums of p * (dp - delta) * scale * (k or q), in which a row with one
-    key has dp = delta: what remains is the rounding of two float32 sums over D.
+    key has dp = delta: what remains is the rounding of two float32 sums over Dv.
     """
     largest = {
         name: float(np.abs(np.asarray(x, np.float32)).max())
         for name, x in (("q", q), ("k", k), ("v", v), ("dout", dout))
     }
     head_dim = case.head_dim
-    ds = 2.0**-23 * head_dim**0.5 * largest["dout"] * largest["v"]
+    ds = 2.0**-23 * case.head_dim_v * head_dim**-0.5 * largest["dout"] * largest["v"]
     rows = case.seqlen_q * case.num_heads // case.num_kv_heads
     return 0.0, 0.0, ds * largest["k"], ds * largest["q"] * rows**0.5, 0.0

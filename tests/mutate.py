@@ -19,7 +19,12 @@ import tempfile
 from tests.mutations import MUTATIONS, Mutation
 
 ROOT = pathlib.Path(__file__).parents[1]
-PROGRAMS = ("matmul", "attention_forward", "attention_backward")
+PROGRAMS = (
+    "matmul",
+    "attention_forward",
+    "attention_backward",
+    "attention_backward_wide",
+)
 SCHEDULES = 50
 CLEAN_SCHEDULES = 200
 DEMANDED = 0.95

@@ -189,12 +189,15 @@ def test_what_has_no_kernel_says_so(name, monkeypatch):
         tk_jax.explain(tk_jax.attention, x, x, x, **settings, implementation="tk")
 
 
-def test_a_value_head_dim_of_its_own_has_no_kernel(monkeypatch):
+def test_a_value_head_dim_of_its_own(monkeypatch):
     monkeypatch.setattr(_ffi, "unavailable", lambda: None)
-    q = jax.ShapeDtypeStruct((BATCH, T, HEADS, 128), jnp.bfloat16)
-    v = jax.ShapeDtypeStruct((BATCH, T, HEADS, 64), jnp.bfloat16)
-    assert tk_jax.explain(tk_jax.attention, q, q, v).reason == (
-        "the TK kernel does not support head dim 64 of v beside 128 of q and k"
+    q = jax.ShapeDtypeStruct((BATCH, T, HEADS, 192), jnp.bfloat16)
+    v = jax.ShapeDtypeStruct((BATCH, T, HEADS, 128), jnp.bfloat16)
+    assert tk_jax.explain(tk_jax.attention, q, q, v).cuda == "tk"
+    odd = jax.ShapeDtypeStruct((BATCH, T, HEADS, 68), jnp.bfloat16)
+    assert tk_jax.explain(tk_jax.attention, q, q, odd).reason == (
+        "the TK kernel does not support head dim 68 of v "
+        "(it takes multiples of 8 up to 256)"
     )
 
 

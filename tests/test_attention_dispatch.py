@@ -39,9 +39,14 @@ Q, K = _shape(2, 128, 8, 64), _shape(2, 96, 2, 64)
             "dtype float32 (it takes bfloat16 and float16)",
         ),
         (
-            _shape(2, 8, 2, 96),
-            _shape(2, 8, 2, 96),
-            "head dim 96 (it takes 64 and 128)",
+            _shape(2, 8, 2, 100),
+            _shape(2, 8, 2, 100),
+            "head dim 100 (it takes multiples of 8 up to 256)",
+        ),
+        (
+            _shape(2, 8, 2, 264),
+            _shape(2, 8, 2, 264),
+            "head dim 264 (it takes multiples of 8 up to 256)",
         ),
         (
             _shape(70_000, 8, 1, 64),
@@ -136,7 +141,7 @@ def test_a_gpu_that_is_not_hopper(pretend_gpu):
 def test_a_fallback_on_a_gpu_warns_once_per_reason(pretend_gpu, monkeypatch):
     monkeypatch.setattr(_Gpu, "compute_capability", "9.0")
     float32 = _shape(1, 8, 2, 64, dtype=jnp.float32)
-    odd = _shape(1, 8, 2, 48)
+    odd = _shape(1, 8, 2, 50)
     with pytest.warns(tk_jax.FallbackWarning) as caught:
         for _ in range(3):
             _call(float32, float32)
@@ -145,7 +150,7 @@ def test_a_fallback_on_a_gpu_warns_once_per_reason(pretend_gpu, monkeypatch):
         "attention runs its XLA implementation: the TK kernel does not support "
         "dtype float32 (it takes bfloat16 and float16)",
         "attention runs its XLA implementation: the TK kernel does not support "
-        "head dim 48 (it takes 64 and 128)",
+        "head dim 50 (it takes multiples of 8 up to 256)",
     ]
     # It points at the line that called attention, here in _call.
     assert all(w.filename == __file__ for w in caught)

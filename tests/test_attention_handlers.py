@@ -27,6 +27,7 @@ class Shape:
     num_heads: int = 8
     num_kv_heads: int = 2
     head_dim: int = 64
+    head_dim_v: int = 64
     dtype: str = "bfloat16"
 
     @property
@@ -40,6 +41,14 @@ class Shape:
         return self.dtype, shape
 
     @property
+    def v(self):
+        return self.dtype, [*self.k[1][:3], self.head_dim_v]
+
+    @property
+    def out(self):
+        return self.dtype, [*self.q[1][:3], self.head_dim_v]
+
+    @property
     def lse(self):
         return "float32", self.q[1][:3]
 
@@ -47,10 +56,11 @@ class Shape:
     def workspaces(self):
         padded = attention.padded_queries(self.seqlen_q)
         rows = [self.batch, self.num_heads, padded]
+        narrow = attention.narrow_head_dim(self.head_dim, self.head_dim_v)
         return [
             ("float32", rows),
             ("float32", rows),
-            ("float32", [*rows, self.head_dim]),
+            ("float32", [*rows, narrow or 0]),
             ("int32", [*rows[:2], padded // 64]),
         ]
 
@@ -64,11 +74,11 @@ def options(is_causal=False, bottom_right=False, deterministic=True, scale=0.125
 
 
 def forward(shape=Shape(), args=None, rets=None, config=None, **which):
-    default = attention.forward_config(shape.head_dim, shape.head_dim, 1)
+    default = attention.forward_config(shape.head_dim, shape.head_dim_v, 1)
     return Call(
         "tk_attention_fwd_v1",
-        args or [shape.q, shape.k, shape.k],
-        rets or [shape.q, shape.lse],
+        args or [shape.q, shape.k, shape.v],
+        rets or [shape.out, shape.lse],
         {
             "options": options(**which),
             "config": dataclasses.asdict(default) | (config or {}),
@@ -77,13 +87,13 @@ def forward(shape=Shape(), args=None, rets=None, config=None, **which):
 
 
 def backward(shape=Shape(), args=None, rets=None, config=None, **which):
-    default = attention.backward_config(shape.head_dim)
+    default = attention.backward_config(shape.head_dim, shape.head_dim_v)
     nothing = ("float32", [0])
-    q, k, lse = shape.q, shape.k, shape.lse
+    q, k, v, out, lse = shape.q, shape.k, shape.v, shape.out, shape.lse
     return Call(
         "tk_attention_bwd_v1",
-        args or [q, k, k, q, lse, q, nothing],
-        rets or [q, k, k, *shape.workspaces],
+        args or [q, k, v, out, lse, out, nothing],
+        rets or [q, k, v, *shape.workspaces],
         {
             "options": options(**which),
             "config": dataclasses.asdict(default) | (config or {}),
@@ -116,7 +126,7 @@ def test_forward_of_few_tiles_has_few_blocks():
 def test_backward_launches():
     """The grids that attention.h asks for, in each of its cases."""
     shape = Shape(seqlen_q=1000, seqlen_kv=1100)
-    block = attention.backward_config(64).block_kv
+    block = attention.backward_config(64, 64).block_kv
     key_blocks = -(-1100 // block)
     many = Shape(batch=16)
     answers = launched(
@@ -141,6 +151,40 @@ def test_backward_launches():
     assert first[2]["grid"] == [-(-1000 // 64), 8, 2]
     assert first[1]["symbol"] == "tk_attention_bwd_d64_causal_bf16"
     assert mains == [key_blocks * 2 * 2, _SMS // key_blocks * key_blocks, _SMS, _SMS]
+
+
+def test_backward_launches_of_wide_heads():
+    shape = Shape(head_dim=192, head_dim_v=120)
+    config = attention.backward_config(192, 120)
+    clusters = -(-1100 // config.block_kv) * 2 * 2
+    answers = launched(
+        Gpu(),
+        backward(shape, is_causal=True),
+        backward(Shape(batch=9, head_dim=256, head_dim_v=256), deterministic=False),
+        backward(shape, config={"block_kv": 64}),
+    )
+    first, second, third = (ran.of("launch") for _, ran in answers)
+    assert [launch["symbol"] for launch in first] == [
+        "tk_attention_bwd_prepare_d128_bf16",
+        "tk_attention_bwd_d192x128_causal_bf16",
+        "tk_attention_bwd_dq_d192x128_causal_bf16",
+    ]
+    assert [launch["grid"] for launch in first] == [
+        [1024 // 64, 8, 2],
+        [2 * clusters, 1, 1],
+        [8 * 8 * 2, 1, 1],
+    ]
+    assert [launch["grid"][0] for launch in second[1:]] == [_SMS, _SMS]
+    assert second[1]["symbol"] == "tk_attention_bwd_d256_bf16"
+    assert third[1]["grid"][0] == -(-1100 // 64) * 2 * 2
+    # out and dout; q, dout, k, v, dk and dv; q, dout, dq, k and v.
+    maps = answers[0][1].of("map")
+    of_v = (0, 1, 3, 5, 7, 9, 12)
+    assert [entry["dims"][0] for entry in maps] == [
+        120 if index in of_v else 192 for index in range(13)
+    ]
+    rows = [64] * 2 + [config.block_q] * 2 + [64] * 7 + [config.dq_block_kv] * 2
+    assert [entry["box"] for entry in maps] == [[64, count, 1, 1] for count in rows]
 
 
 _Q = Shape()
@@ -221,12 +265,15 @@ def test_attention_refusals(call, code, message):
 
 def test_head_dim_is_refused():
     call = forward(
-        args=[("bfloat16", [2, 9, 8, 32]), *[("bfloat16", [2, 9, 2, 32])] * 2],
-        rets=[("bfloat16", [2, 9, 8, 32]), ("float32", [2, 9, 8])],
+        args=[("bfloat16", [2, 9, 8, 264]), *[("bfloat16", [2, 9, 2, 264])] * 2],
+        rets=[("bfloat16", [2, 9, 8, 264]), ("float32", [2, 9, 8])],
     )
-    (answer,) = Gpu().run(call)
-    assert answer.code == _UNIMPLEMENTED
-    assert "head_dim 32; the kernels take 64 and 128" in answer.message
+    for each in (call, backward(Shape(head_dim=264))):
+        (answer,) = Gpu().run(each)
+        assert answer.code == _UNIMPLEMENTED
+        assert "tiles of head_dim 320; the kernels take multiples of 64" in (
+            answer.message
+        )
 
 
 def test_every_wrong_size_of_backward_is_refused():

@@ -27,6 +27,13 @@ SMALL = [
         kv_lengths=(150, 77),
     ),
     MaskedCase(2, 70, 140, 1, 1, 128, window=(20, 30), q_lengths=(65, 12)),
+    MaskedCase(*(3, 70, 150, 2, 1, 256), q_lengths=(33, 0, 70), kv_lengths=(65, 77, 0)),
+    MaskedCase(
+        *(2, 140, 200, 1, 1, 192, "bottom_right"),
+        head_dim_v=128,
+        q_lengths=(100, 3),
+        kv_lengths=(190, 77),
+    ),
 ]
 LARGE = [
     MaskedCase(

@@ -97,7 +97,7 @@ def test_settings_reach_the_call():
     )
     for call, tiles in (
         (forward, config.forward_config(64, 64, 97)),
-        (backward, config.backward_config(64)),
+        (backward, config.backward_config(64, 64)),
     ):
         assert "scale = 2.500000e-01 : f32" in call
         assert "is_causal = false" in call and "bottom_right = false" in call

@@ -262,10 +262,13 @@ def test_trains_with_8192_tokens(rng):
 
 
 def test_settings_are_chosen_for_every_head_dim_of_the_kernels():
-    for head_dim in config.KERNEL_HEAD_DIMS:
+    for head_dim, head_dim_v in config.KERNEL_HEAD_DIMS:
         for mask, seqlen_kv in itertools.product(config.KERNEL_MASKS, (1, 128, 8192)):
-            chosen = config.forward_config(head_dim, head_dim, seqlen_kv, mask)
-            assert chosen in config.forward_configs(head_dim, head_dim, mask)
+            chosen = config.forward_config(head_dim, head_dim_v, seqlen_kv, mask)
+            assert chosen in config.forward_configs(head_dim, head_dim_v, mask)
             assert chosen.block_q % 64 == 0
-        assert config.backward_config(head_dim).block_kv % 64 == 0
-        assert config.backward_config(head_dim).block_q in (64, 128)
+        chosen = config.backward_config(head_dim, head_dim_v)
+        assert chosen.block_kv % 64 == 0
+        assert chosen.block_q in (64, 128)
+        wide = max(head_dim, head_dim_v) > 128
+        assert (chosen.dq_stages >= 2, chosen.dq_block_kv >= 48) == (wide, wide)

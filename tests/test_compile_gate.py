@@ -63,9 +63,7 @@ def _with_features(names, head_dims, masks=attention_config.KERNEL_MASKS):
             yield from extension.attention_forward_specs(
                 **settings, config=dataclasses.asdict(config)
             )
-        if head_dim not in attention_config.KERNEL_HEAD_DIMS:
-            continue
-        config = attention_config.backward_config(head_dim, features)
+        config = attention_config.backward_config(head_dim, head_dim, features)
         for deterministic in (True, False):
             yield from extension.attention_backward_specs(
                 **settings,
@@ -78,7 +76,7 @@ _FEATURES = {
     spec["function"]: spec
     for names, head_dims in (
         (["softcap"], (64, 128, 192, 256)),
-        (["lengths"], (64, 128)),
+        (["lengths"], (64, 128, 192, 256)),
         (["bias"], (64, 128, 192, 256)),
         (["bias", "floatbias"], (64, 128)),
     )

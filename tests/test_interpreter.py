@@ -138,10 +138,10 @@ def test_values_beyond_the_arrays_are_not_read():
 
 
 def test_what_the_kernel_lacks():
-    q = jnp.ones((1, 4, 2, 32), jnp.bfloat16)
+    q = jnp.ones((1, 4, 2, 36), jnp.bfloat16)
     with pytest.raises(
         NotImplementedError,
-        match="implementation='interpret' does not support head dim 32",
+        match="implementation='interpret' does not support head dim 36",
     ):
         tk_jax.attention(q, q, q, implementation="interpret")
 

@@ -102,6 +102,12 @@ def test_readme_code_runs(tmp_path):
     assert printed.endswith("[64 64 64]\n")
 
 
+def test_code_on_state_spaces_runs(tmp_path):
+    (block,) = python_blocks("docs/ssm.md")
+    check = "assert y.shape == packed.shape == out.shape == (2, 500, 8, 64)"
+    run_python(block + check, tmp_path, JAX_PLATFORMS="cpu")
+
+
 def test_code_on_adding_a_kernel_lowers_and_compiles(tmp_path):
     (block,) = python_blocks("docs/add_a_kernel.md")
     compile_it = """
@@ -117,7 +123,22 @@ def test_code_on_adding_a_kernel_lowers_and_compiles(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["attention", "compile_kernels", "explain", "export_checks", "matmul"]
+    "name",
+    [
+        "attention",
+        "based_attention",
+        "based_attention_step",
+        "compile_kernels",
+        "explain",
+        "export_checks",
+        "hedgehog_attention",
+        "hedgehog_attention_step",
+        "linear_attention",
+        "linear_attention_step",
+        "matmul",
+        "ssd",
+        "ssd_step",
+    ],
 )
 def test_docstring_examples_run(name):
     function = getattr(tk_jax, name)

@@ -20,6 +20,7 @@ from gpt_cases import EXAMPLES, MODEL, TRAIN, shared_trainer, write_source
 
 import train_gpt
 from gpt import checkpoint, comparison, run_flags
+from gpt import run as run_module
 from gpt.settings import PRESETS, RunSettings
 from gpt.training import Trainer
 
@@ -167,7 +168,7 @@ class TestTraining:
         # A shell starts background jobs with SIGINT ignored, which is then the usual.
         usual = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            with train_gpt.StopOnInterrupt() as interrupt:
+            with run_module.StopOnInterrupt() as interrupt:
                 signal.raise_signal(signal.SIGINT)
                 assert interrupt.requested
                 with pytest.raises(KeyboardInterrupt):

@@ -16,6 +16,7 @@ one for the platform at hand is lowered (``jax.lax.platform_dependent``).
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Callable
 
@@ -176,6 +177,12 @@ def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
+def vary_together_in(tree):
+    """:func:`vary_together` for all arrays of a tree."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(vary_together(*leaves))
+
+
 def explains(op: Callable) -> Callable:
     """Registers the decorated function as what answers ``explain(op, ...)``."""
 
@@ -184,6 +191,18 @@ def explains(op: Callable) -> Callable:
         return explainer
 
     return register
+
+
+def explain_by_plan(op: Callable, plan: Callable) -> None:
+    """Answers ``explain(op, ...)`` with ``plan(...).choice``.
+
+    ``plan`` takes the arguments of ``op`` with shapes for arrays, and checks them.
+    """
+
+    @explains(op)
+    def explainer(*args, **kwargs) -> Choice:
+        bound = inspect.signature(op).bind(*args, **kwargs)
+        return plan(*bound.args, **bound.kwargs).choice
 
 
 def explain(op: Callable, *args, **kwargs) -> Choice:

@@ -24,3 +24,13 @@ save_attention = jax.checkpoint_policies.save_only_these_names(*ATTENTION_NAMES)
 save_attention_and_dots = jax.checkpoint_policies.save_from_both_policies(
     save_attention, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 )
+
+RECURRENT_NAMES = tuple(
+    f"tk_{op}_{result}"
+    for op in ("based_attention", "hedgehog_attention", "linear_attention", "ssd")
+    for result in ("out", "state")
+)
+
+# Saves the results of ssd, linear_attention and their kin. Their backward passes need
+# the arguments alone; but a layer that is computed again needs what it did with them.
+save_recurrent = jax.checkpoint_policies.save_only_these_names(*RECURRENT_NAMES)

@@ -118,16 +118,16 @@ def _all_specialisations(tiles: Mapping[str, int]) -> Iterator[Specialisation]:
 def _attention_forward(
     dtype: str, tiles: Mapping[str, int]
 ) -> Iterator[Specialisation]:
-    for head_dim, mask in itertools.product(
+    for (head_dim, head_dim_v), mask in itertools.product(
         attention_config.KERNEL_HEAD_DIMS, attention_config.KERNEL_MASKS
     ):
-        chosen = attention_config.forward_configs(head_dim, head_dim, mask)
+        chosen = attention_config.forward_configs(head_dim, head_dim_v, mask)
         # Tiles that are given replace those of every choice: one of them is enough.
         for config in (_fields(x, tiles) for x in (chosen[:1] if tiles else chosen)):
             for spec in _ffi.extension().attention_forward_specs(
                 dtype=dtype,
                 head_dim=head_dim,
-                head_dim_v=head_dim,
+                head_dim_v=head_dim_v,
                 mask=mask,
                 features=[],
                 config=config,
@@ -138,15 +138,15 @@ def _attention_forward(
 def _attention_backward(
     dtype: str, tiles: Mapping[str, int]
 ) -> Iterator[Specialisation]:
-    for head_dim, mask, deterministic in itertools.product(
+    for (head_dim, head_dim_v), mask, deterministic in itertools.product(
         attention_config.KERNEL_HEAD_DIMS, attention_config.KERNEL_MASKS, (True, False)
     ):
-        config = _fields(attention_config.backward_config(head_dim), tiles)
+        config = _fields(attention_config.backward_config(head_dim, head_dim_v), tiles)
         words = _words(config) + ("" if deterministic else " any-order")
         for spec in _ffi.extension().attention_backward_specs(
             dtype=dtype,
             head_dim=head_dim,
-            head_dim_v=head_dim,
+            head_dim_v=head_dim_v,
             mask=mask,
             features=[],
             deterministic=deterministic,

@@ -123,7 +123,12 @@ struct BackwardCall {
   bool empty;
 };
 
-Status check_backward(const BackwardBuffers& b, const Sizes& s) {
+// Columns of the workspace in which dq is summed.
+std::int64_t sum_columns(const AttentionBackwardKernels& kernels) {
+  return kernels.wide() ? 0 : kernels.narrow_head_dim();
+}
+
+Status check_backward(const BackwardBuffers& b, const Sizes& s, std::int64_t dq_columns) {
   const auto dtype = b.q.element_type();
   const std::int64_t padded = s.padded_q();
   const bool has_dlse = b.dlse.element_count() != 0;
@@ -146,7 +151,7 @@ Status check_backward(const BackwardBuffers& b, const Sizes& s) {
        check_dtype("delta", b.delta, xffi::DataType::F32),
        check_dims("lse_log2", b.lse_log2, {s.batch, s.num_heads, padded}),
        check_dtype("lse_log2", b.lse_log2, xffi::DataType::F32),
-       check_dims("dq_acc", b.dq_acc, {s.batch, s.num_heads, padded, s.head_dim}),
+       check_dims("dq_acc", b.dq_acc, {s.batch, s.num_heads, padded, dq_columns}),
        check_dtype("dq_acc", b.dq_acc, xffi::DataType::F32),
        check_dims("dq_order", b.dq_order,
                   {s.batch, s.num_heads, padded / attention::kFragmentRows}),
@@ -160,18 +165,21 @@ Result<BackwardCall> read_backward(const BackwardBuffers& b, const attention::Op
   const auto sizes = read_sizes(b.q, b.k, b.v, *extras, options);
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
-  if (Status status = first_error(
-          {check_backward(b, s), check_maps(*extras, s, config.block_q, config.block_kv, true)});
+  const AttentionBackwardKernels kernels = {s.dtype,
+                                            attention::tile_head_dim(s.head_dim),
+                                            attention::tile_head_dim(s.head_dim_v),
+                                            mask_of(options),
+                                            features_of(*extras, options),
+                                            options.deterministic,
+                                            config};
+  if (Status status = first_error({check_backward(b, s, sum_columns(kernels)),
+                                   check_maps(*extras, s, config.block_q, config.block_kv, true)});
       !status.ok()) {
     return status.error();
   }
   const auto empty = is_empty(s, /*backward=*/true);
   if (!empty.ok()) return empty.error();
-  return BackwardCall{s,
-                      *extras,
-                      {s.dtype, s.head_dim, s.head_dim_v, mask_of(options),
-                       features_of(*extras, options), options.deterministic, config},
-                      *empty};
+  return BackwardCall{s, *extras, kernels, *empty};
 }
 
 Status initialize_backward(int device_ordinal, const BackwardBuffers& buffers,
@@ -186,13 +194,14 @@ Status initialize_backward(int device_ordinal, const BackwardBuffers& buffers,
   if (!prepare.ok()) return prepare.error();
   const auto main = kernels.load(k.main_key(), **device, [&] { return k.main_spec(); });
   if (!main.ok()) return main.error();
-  const auto finish = kernels.load(k.finish_key(), **device, [&] { return k.finish_spec(); });
-  return finish.ok() ? Status() : finish.error();
+  const auto last = kernels.load(k.last_key(), **device, [&] { return k.last_spec(); });
+  return last.ok() ? Status() : last.error();
 }
 
 Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
-                      const BackwardBuffers& b, const Sizes& s, unsigned features,
+                      const BackwardBuffers& b, const BackwardCall& call,
                       const attention::Options& options) {
+  const Sizes& s = call.sizes;
   attention::BackwardPrepareParams params = {};
   if (Status status = first_error(
           {encode_rows(&params.out, b.out, s, 64), encode_rows(&params.dout, b.dout, s, 64)});
@@ -211,8 +220,10 @@ Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream strea
   params.num_heads = static_cast<int>(s.num_heads);
   const bool blind_queries = s.last_offset(options) < 0 ||
                              s.seqlen_q + s.first_offset(options) > s.seqlen_kv ||
-                             (features & attention::kHidingFeatures) != 0;
-  params.zero_dq = !options.deterministic || blind_queries;
+                             (call.kernels.features & attention::kHidingFeatures) != 0;
+  if (!options.deterministic || blind_queries) {
+    params.zeroed_columns = static_cast<int>(sum_columns(call.kernels));
+  }
   return runtime::launch(kernel, stream,
                          {s.padded_q() / attention::kFragmentRows, s.num_heads, s.batch}, &params);
 }
@@ -230,9 +241,10 @@ std::int64_t backward_blocks(const Sizes& s, unsigned features, const attention:
 }
 
 Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
-                   const BackwardBuffers& b, const Sizes& s, const ExtraBuffers& extras,
+                   const BackwardBuffers& b, const BackwardCall& call,
                    const attention::Options& options, const attention::BackwardConfig& config,
                    int multiprocessors) {
+  const Sizes& s = call.sizes;
   attention::BackwardParams params = {};
   if (Status status =
           first_error({encode_rows(&params.q, b.q, s, config.block_q),
@@ -247,18 +259,72 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.lse_log2 = static_cast<const float*>(b.lse_log2.untyped_data());
   params.dq_acc = static_cast<float*>(b.dq_acc.untyped_data());
   params.dq_order = static_cast<int*>(b.dq_order.untyped_data());
-  set_problem(&params, s, extras, options);
+  set_problem(&params, s, call.extras, options);
   const std::int64_t key_blocks = ceil_div(s.seqlen_kv, config.block_kv);
   const std::int64_t resident =
-      multiprocessors * attention::backward_resident_blocks(s.head_dim, config.block_kv);
+      multiprocessors *
+      attention::backward_resident_blocks(call.kernels.narrow_head_dim(), config.block_kv);
   params.padded_q = static_cast<int>(s.padded_q());
   params.q_blocks = static_cast<int>(ceil_div(s.seqlen_q, config.block_q));
   params.kv_blocks = static_cast<int>(key_blocks);
   params.tiles = static_cast<int>(key_blocks * s.num_kv_heads * s.batch);
   params.turn_group = static_cast<int>(std::min(key_blocks, resident));
-  return runtime::launch(
-      kernel, stream,
-      {backward_blocks(s, features_of(extras, options), options, key_blocks, resident)}, &params);
+  return runtime::launch(kernel, stream,
+                         {backward_blocks(s, call.kernels.features, options, key_blocks, resident)},
+                         &params);
+}
+
+// As attention.h describes BackwardParams for backward_wide.cuh.
+Status launch_wide(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
+                   const BackwardBuffers& b, const BackwardCall& call,
+                   const attention::Options& options, const attention::BackwardConfig& config,
+                   int multiprocessors) {
+  const Sizes& s = call.sizes;
+  attention::BackwardParams params = {};
+  if (Status status =
+          first_error({encode_rows(&params.q, b.q, s, config.block_q),
+                       encode_rows(&params.dout, b.dout, s, config.block_q),
+                       encode_rows(&params.k, b.k, s, 64), encode_rows(&params.v, b.v, s, 64),
+                       encode_rows(&params.dk, b.dk, s, 64), encode_rows(&params.dv, b.dv, s, 64)});
+      !status.ok()) {
+    return status;
+  }
+  params.delta = static_cast<const float*>(b.delta.untyped_data());
+  params.lse_log2 = static_cast<const float*>(b.lse_log2.untyped_data());
+  set_problem(&params, s, call.extras, options);
+  const std::int64_t key_blocks = ceil_div(s.seqlen_kv, config.block_kv);
+  const std::int64_t tiles = key_blocks * s.num_kv_heads * s.batch;
+  params.padded_q = static_cast<int>(s.padded_q());
+  params.q_blocks = static_cast<int>(ceil_div(s.seqlen_q, config.block_q));
+  params.kv_blocks = static_cast<int>(key_blocks);
+  params.tiles = static_cast<int>(tiles);
+  params.turn_group = 1;
+  const std::int64_t cluster = attention::backward_wide_cluster(config);
+  const std::int64_t resident = std::max<std::int64_t>(1, multiprocessors / cluster);
+  const bool masked = mask_of(options) != attention::Mask::kNone;
+  return runtime::launch(kernel, stream, {(masked ? tiles : std::min(tiles, resident)) * cluster},
+                         &params);
+}
+
+Status launch_wide_dq(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
+                      const BackwardBuffers& b, const BackwardCall& call,
+                      const attention::Options& options, const attention::BackwardConfig& config,
+                      int multiprocessors) {
+  const Sizes& s = call.sizes;
+  attention::BackwardWideDqParams params = {};
+  if (Status status = first_error(
+          {encode_rows(&params.q, b.q, s, 64), encode_rows(&params.dout, b.dout, s, 64),
+           encode_rows(&params.dq, b.dq, s, 64), encode_rows(&params.k, b.k, s, config.dq_block_kv),
+           encode_rows(&params.v, b.v, s, config.dq_block_kv)});
+      !status.ok()) {
+    return status;
+  }
+  params.delta = static_cast<const float*>(b.delta.untyped_data());
+  params.lse_log2 = static_cast<const float*>(b.lse_log2.untyped_data());
+  set_problem(&params, s, call.extras, options);
+  params.padded_q = static_cast<int>(s.padded_q());
+  const std::int64_t tiles = ceil_div(s.seqlen_q, attention::kWideDqBlockQ) * s.num_heads * s.batch;
+  return runtime::launch(kernel, stream, {std::min<std::int64_t>(multiprocessors, tiles)}, &params);
 }
 
 Status launch_finish(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
@@ -287,9 +353,8 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
   if (!prepare.ok()) return prepare.error();
   const auto main = find_loaded(kernels, k.main_key(), **device, [&] { return k.main_spec(); });
   if (!main.ok()) return main.error();
-  const auto finish =
-      find_loaded(kernels, k.finish_key(), **device, [&] { return k.finish_spec(); });
-  if (!finish.ok()) return finish.error();
+  const auto last = find_loaded(kernels, k.last_key(), **device, [&] { return k.last_spec(); });
+  if (!last.ok()) return last.error();
   const runtime::ScopedContext context(**device);
 
   declare_arrays({{"q", b.q, false},
@@ -308,16 +373,23 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
                   {"dq_order", b.dq_order, true}},
                  call->extras);
 
-  const Sizes& s = call->sizes;
-  if (Status status = launch_prepare(**prepare, stream, b, s, k.features, options); !status.ok()) {
+  if (Status status = launch_prepare(**prepare, stream, b, *call, options); !status.ok()) {
     return status;
   }
-  if (Status status = launch_main(**main, stream, b, s, call->extras, options, config,
-                                  (*device)->multiprocessors);
+  const int multiprocessors = (*device)->multiprocessors;
+  if (k.wide()) {
+    if (Status status = launch_wide(**main, stream, b, *call, options, config, multiprocessors);
+        !status.ok()) {
+      return status;
+    }
+    return launch_wide_dq(**last, stream, b, *call, options, config, multiprocessors);
+  }
+  const Sizes& s = call->sizes;
+  if (Status status = launch_main(**main, stream, b, *call, options, config, multiprocessors);
       !status.ok()) {
     return status;
   }
-  return launch_finish(**finish, stream, b, s, options.scale);
+  return launch_finish(**last, stream, b, s, options.scale);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------

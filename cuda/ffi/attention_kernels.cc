@@ -29,13 +29,9 @@ Status check_tile_head_dim(const char* name, std::int64_t head_dim) {
 }
 
 // Of the backward pass.
-Status check_common(runtime::DataType dtype, std::int64_t head_dim, std::int64_t head_dim_v) {
-  if (Status status = check_kernel_dtype(dtype); !status.ok()) return status;
-  if ((head_dim != 64 && head_dim != 128) || head_dim_v != head_dim) {
-    return unsupported("head_dim " + std::to_string(head_dim) + " with " +
-                       std::to_string(head_dim_v) + " of v; the kernels take 64 and 128");
-  }
-  return {};
+Status check_common(const AttentionBackwardKernels& k) {
+  return first_error({check_kernel_dtype(k.dtype), check_tile_head_dim("head_dim", k.head_dim),
+                      check_tile_head_dim("head_dim_v", k.head_dim_v)});
 }
 
 Status check_multiple(const char* name, std::int64_t value, std::int64_t multiple,
@@ -113,64 +109,125 @@ Result<KernelSpec> AttentionForwardKernel::spec() const {
 }
 
 KernelKey AttentionBackwardKernels::prepare_key() const {
-  return {{1, static_cast<int>(dtype), head_dim, head_dim_v}};
+  return {{1, static_cast<int>(dtype), head_dim_v}};
 }
 
 KernelKey AttentionBackwardKernels::main_key() const {
-  return {{2, static_cast<int>(dtype), head_dim, head_dim_v, static_cast<int>(mask), features,
-           deterministic, config.block_q, config.block_kv, config.stages}};
+  const std::int64_t rows = wide() ? head_dim : narrow_head_dim();
+  const std::int64_t rows_v = wide() ? head_dim_v : narrow_head_dim();
+  return {{2, static_cast<int>(dtype), rows, rows_v, static_cast<int>(mask), features,
+           !wide() && deterministic, config.block_q, config.block_kv, config.stages}};
 }
 
-KernelKey AttentionBackwardKernels::finish_key() const {
-  return {{3, static_cast<int>(dtype), head_dim, head_dim_v}};
+KernelKey AttentionBackwardKernels::last_key() const {
+  if (wide()) {
+    return {{4, static_cast<int>(dtype), head_dim, head_dim_v, static_cast<int>(mask), features,
+             config.dq_block_kv, config.dq_stages}};
+  }
+  return {{3, static_cast<int>(dtype), narrow_head_dim()}};
 }
 
 Result<KernelSpec> AttentionBackwardKernels::prepare_spec() const {
-  if (Status status = check_common(dtype, head_dim, head_dim_v); !status.ok())
-    return status.error();
+  if (Status status = check_common(*this); !status.ok()) return status.error();
   KernelSpec spec;
-  spec.symbol = "tk_attention_bwd_prepare_" + suffix(dtype, head_dim, head_dim_v);
+  spec.symbol = "tk_attention_bwd_prepare_" + suffix(dtype, head_dim_v, head_dim_v);
   spec.header = "kernels/attention/backward_prepare.cuh";
-  spec.function = "tk::attention::backward_prepare" + fragment_arguments(dtype, head_dim);
+  spec.function = "tk::attention::backward_prepare" + fragment_arguments(dtype, head_dim_v);
   spec.params_type = "tk::attention::BackwardPrepareParams";
   spec.threads = kFragmentThreads;
-  spec.shared_bytes = attention::backward_prepare_shared_bytes(head_dim);
+  spec.shared_bytes = attention::backward_prepare_shared_bytes(head_dim_v);
   return checked(std::move(spec));
 }
 
 Result<KernelSpec> AttentionBackwardKernels::main_spec() const {
-  if (Status status = first_error({check_common(dtype, head_dim, head_dim_v),
-                                   check_multiple("block_q", config.block_q, 64, 128),
-                                   check_multiple("block_kv", config.block_kv, 64, 256),
+  if (wide()) return wide_spec();
+  if (Status status =
+          first_error({check_common(*this), check_multiple("block_q", config.block_q, 64, 128),
+                       check_multiple("block_kv", config.block_kv, 64, 256),
+                       check_multiple("stages", config.stages, 1, 8)});
+      !status.ok()) {
+    return status.error();
+  }
+  const std::int64_t tile = narrow_head_dim();
+  KernelSpec spec;
+  spec.symbol = "tk_attention_bwd_" + suffix(dtype, tile, tile, mask, features);
+  spec.header = "kernels/attention/backward.cuh";
+  spec.function = std::string("tk::attention::backward<tk::attention::BackwardTraits<") +
+                  type_name(dtype) + ", " + std::to_string(tile) + ", " + mask_name(mask) + ", " +
+                  std::to_string(features) + ", " + bool_name(deterministic) + ", " +
+                  std::to_string(config.block_q) + ", " + std::to_string(config.block_kv) + ", " +
+                  std::to_string(config.stages) + ">>";
+  spec.params_type = "tk::attention::BackwardParams";
+  spec.threads = attention::backward_threads(config.block_kv);
+  spec.min_blocks = attention::backward_resident_blocks(tile, config.block_kv);
+  spec.shared_bytes = attention::backward_shared_bytes(tile, config);
+  return checked(std::move(spec));
+}
+
+Status AttentionBackwardKernels::check_wide() const {
+  for (const char* name : kFeatureNames) {
+    if (features & ~attention::kWideFeatures & feature_of(name)) {
+      return unsupported(std::string(name) + " with head dims beyond 128");
+    }
+  }
+  return check_common(*this);
+}
+
+Result<KernelSpec> AttentionBackwardKernels::wide_spec() const {
+  if (Status status = first_error({check_wide(), check_multiple("block_q", config.block_q, 64, 128),
+                                   check_multiple("block_kv", config.block_kv, 64, 128),
                                    check_multiple("stages", config.stages, 1, 8)});
       !status.ok()) {
     return status.error();
   }
   KernelSpec spec;
   spec.symbol = "tk_attention_bwd_" + suffix(dtype, head_dim, head_dim_v, mask, features);
-  spec.header = "kernels/attention/backward.cuh";
-  spec.function = std::string("tk::attention::backward<tk::attention::BackwardTraits<") +
-                  type_name(dtype) + ", " + std::to_string(head_dim) + ", " + mask_name(mask) +
-                  ", " + std::to_string(features) + ", " + bool_name(deterministic) + ", " +
-                  std::to_string(config.block_q) + ", " + std::to_string(config.block_kv) + ", " +
-                  std::to_string(config.stages) + ">>";
+  spec.header = "kernels/attention/backward_wide.cuh";
+  spec.function = std::string("tk::attention::backward_wide<tk::attention::BackwardWideTraits<") +
+                  type_name(dtype) + ", " + std::to_string(head_dim) + ", " +
+                  std::to_string(head_dim_v) + ", " + mask_name(mask) + ", " +
+                  std::to_string(features) + ", " + std::to_string(config.block_q) + ", " +
+                  std::to_string(config.block_kv) + ", " + std::to_string(config.stages) + ">>";
   spec.params_type = "tk::attention::BackwardParams";
-  spec.threads = attention::backward_threads(config.block_kv);
-  spec.min_blocks = attention::backward_resident_blocks(head_dim, config.block_kv);
-  spec.shared_bytes = attention::backward_shared_bytes(head_dim, config);
+  spec.threads = attention::backward_wide_threads();
+  spec.shared_bytes = attention::backward_wide_shared_bytes(head_dim, head_dim_v, config);
+  spec.cluster_size = attention::backward_wide_cluster(config);
   return checked(std::move(spec));
 }
 
-Result<KernelSpec> AttentionBackwardKernels::finish_spec() const {
-  if (Status status = check_common(dtype, head_dim, head_dim_v); !status.ok())
+Result<KernelSpec> AttentionBackwardKernels::wide_dq_spec() const {
+  if (Status status =
+          first_error({check_wide(), check_multiple("dq_block_kv", config.dq_block_kv, 16, 256),
+                       check_multiple("dq_stages", config.dq_stages, 1, 8)});
+      !status.ok()) {
     return status.error();
+  }
+  if (config.dq_stages < 2) return invalid("config.dq_stages is 1; expected at least 2");
   KernelSpec spec;
-  spec.symbol = "tk_attention_bwd_finish_" + suffix(dtype, head_dim, head_dim_v);
+  spec.symbol = "tk_attention_bwd_dq_" + suffix(dtype, head_dim, head_dim_v, mask, features);
+  spec.header = "kernels/attention/backward_wide_dq.cuh";
+  spec.function =
+      std::string("tk::attention::backward_wide_dq<tk::attention::BackwardWideDqTraits<") +
+      type_name(dtype) + ", " + std::to_string(head_dim) + ", " + std::to_string(head_dim_v) +
+      ", " + mask_name(mask) + ", " + std::to_string(features) + ", " +
+      std::to_string(config.dq_block_kv) + ", " + std::to_string(config.dq_stages) + ">>";
+  spec.params_type = "tk::attention::BackwardWideDqParams";
+  spec.threads = attention::backward_wide_dq_threads();
+  spec.shared_bytes = attention::backward_wide_dq_shared_bytes(head_dim, head_dim_v, config);
+  return checked(std::move(spec));
+}
+
+Result<KernelSpec> AttentionBackwardKernels::last_spec() const {
+  if (wide()) return wide_dq_spec();
+  if (Status status = check_common(*this); !status.ok()) return status.error();
+  const std::int64_t tile = narrow_head_dim();
+  KernelSpec spec;
+  spec.symbol = "tk_attention_bwd_finish_" + suffix(dtype, tile, tile);
   spec.header = "kernels/attention/backward_finish.cuh";
-  spec.function = "tk::attention::backward_finish" + fragment_arguments(dtype, head_dim);
+  spec.function = "tk::attention::backward_finish" + fragment_arguments(dtype, tile);
   spec.params_type = "tk::attention::BackwardFinishParams";
   spec.threads = kFragmentThreads;
-  spec.shared_bytes = attention::backward_finish_shared_bytes(head_dim);
+  spec.shared_bytes = attention::backward_finish_shared_bytes(tile);
   return checked(std::move(spec));
 }
 

@@ -22,20 +22,30 @@ struct AttentionForwardKernel {
   Result<KernelSpec> spec() const;
 };
 
+// Three kernels, or, where is_wide, three others: attention.h lists both.
 struct AttentionBackwardKernels {
   runtime::DataType dtype;
-  std::int64_t head_dim, head_dim_v;
+  std::int64_t head_dim, head_dim_v;  // of tiles
   attention::Mask mask;
   unsigned features;  // bits of attention::Feature
   bool deterministic;
   attention::BackwardConfig config;
 
+  bool wide() const { return attention::is_wide(head_dim, head_dim_v); }
+  std::int64_t narrow_head_dim() const { return attention::narrow_head_dim(head_dim, head_dim_v); }
+
+  // The last is finish or the wide dq.
   KernelKey prepare_key() const;
   KernelKey main_key() const;
-  KernelKey finish_key() const;
+  KernelKey last_key() const;
   Result<KernelSpec> prepare_spec() const;
   Result<KernelSpec> main_spec() const;
-  Result<KernelSpec> finish_spec() const;
+  Result<KernelSpec> last_spec() const;
+
+ private:
+  Status check_wide() const;
+  Result<KernelSpec> wide_spec() const;
+  Result<KernelSpec> wide_dq_spec() const;
 };
 
 // Of the gradient of a bias.
@@ -58,4 +68,6 @@ TK_REGISTER_SETTINGS(tk::attention::Options, StructMember<float>("scale"),
 TK_REGISTER_SETTINGS(tk::attention::ForwardConfig, StructMember<std::int64_t>("block_q"),
                      StructMember<std::int64_t>("block_kv"), StructMember<std::int64_t>("stages"));
 TK_REGISTER_SETTINGS(tk::attention::BackwardConfig, StructMember<std::int64_t>("block_q"),
-                     StructMember<std::int64_t>("block_kv"), StructMember<std::int64_t>("stages"));
+                     StructMember<std::int64_t>("block_kv"), StructMember<std::int64_t>("stages"),
+                     StructMember<std::int64_t>("dq_block_kv"),
+                     StructMember<std::int64_t>("dq_stages"));

@@ -134,16 +134,17 @@ nb::list attention_backward_specs(const std::string& dtype, long head_dim, long 
                                   bool deterministic, const nb::dict& config) {
   const AttentionBackwardKernels kernels{
       to_dtype(dtype),
-      head_dim,
-      head_dim_v,
+      attention::tile_head_dim(head_dim),
+      attention::tile_head_dim(head_dim_v),
       to_mask(mask),
       to_features(features),
       deterministic,
-      {field(config, "block_q"), field(config, "block_kv"), field(config, "stages")}};
+      {field(config, "block_q"), field(config, "block_kv"), field(config, "stages"),
+       field(config, "dq_block_kv"), field(config, "dq_stages")}};
   nb::list specs;
   specs.append(to_dict(kernels.prepare_spec()));
   specs.append(to_dict(kernels.main_spec()));
-  specs.append(to_dict(kernels.finish_spec()));
+  specs.append(to_dict(kernels.last_spec()));
   return specs;
 }
 

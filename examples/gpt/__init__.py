@@ -1,1 +1,1 @@
-"""The parts of the GPT example: settings, data, model, training, checkpoints, plots."""
+"""The parts of the training examples: settings, data, models, runs, plots."""

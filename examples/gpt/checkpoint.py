@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from gpt.settings import ModelSettings, TrainSettings
+from gpt.settings import OptimizerSettings
 from gpt.training import TrainState
 
 _FOLDER = "checkpoints"
@@ -28,9 +28,7 @@ def set_aside(out_dir: pathlib.Path) -> pathlib.Path | None:
 class Checkpoints:
     """The newest two checkpoints of a run, under `out_dir`."""
 
-    def __init__(
-        self, out_dir: pathlib.Path, settings: ModelSettings, train: TrainSettings
-    ):
+    def __init__(self, out_dir: pathlib.Path, settings, train: OptimizerSettings):
         self.folder = out_dir.absolute() / _FOLDER
         self.settings, self.train = settings, train
         self._manager = ocp.CheckpointManager(

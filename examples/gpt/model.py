@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import tk_jax
-from gpt.settings import ModelSettings, TrainSettings
+from gpt.settings import ModelSettings, OptimizerSettings, TrainSettings
 
 AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -30,7 +30,7 @@ def attention_function(name: str) -> AttentionFunction:
     )
 
 
-def _initial_scale(model_dim: int) -> float:
+def initial_scale(model_dim: int) -> float:
     """0.02 at GPT-2 small's width, and the same variance of a product at another."""
     return 0.02 * (768 / model_dim) ** 0.5
 
@@ -64,9 +64,9 @@ class Block(nnx.Module):
         dim = settings.model_dim
         # Smaller where a layer adds to the residual stream, so that its variance does
         # not grow with depth [Radford et al. 2019, section 2.3].
-        normal = nnx.initializers.normal(_initial_scale(dim))
+        normal = nnx.initializers.normal(initial_scale(dim))
         into_stream = nnx.initializers.normal(
-            _initial_scale(dim) / (2 * settings.num_layers) ** 0.5
+            initial_scale(dim) / (2 * settings.num_layers) ** 0.5
         )
         self.num_heads = settings.num_heads
         self.attention = attention
@@ -94,26 +94,33 @@ class Block(nnx.Module):
         return x + self.mlp_out(nnx.gelu(self.mlp_in(self.norm_mlp(x))))
 
 
-class GPT(nnx.Module):
-    """Tokens to logits. float32 parameters; the arithmetic is in `compute_dtype`."""
+class LanguageModel(nnx.Module):
+    """Tokens to logits through a stack of equal blocks.
+
+    float32 parameters; the arithmetic is in `compute_dtype`.
+    """
 
     def __init__(
-        self, settings: ModelSettings, train: TrainSettings, *, rngs: nnx.Rngs
+        self,
+        settings,
+        train: OptimizerSettings,
+        make_block: Callable[[nnx.Rngs], nnx.Module],
+        make_norm: Callable[..., nnx.Module],
+        *,
+        rngs: nnx.Rngs,
     ):
-        dtype = jnp.dtype(train.compute_dtype)
-        attention = attention_function(train.attention)
         dim = settings.model_dim
-        normal = nnx.initializers.normal(_initial_scale(dim))
+        normal = nnx.initializers.normal(initial_scale(dim))
 
         @nnx.split_rngs(splits=settings.num_layers)
         @nnx.vmap
-        def stacked_blocks(rngs: nnx.Rngs) -> Block:
-            return Block(settings, attention, dtype, rngs=rngs)
+        def stacked_blocks(rngs: nnx.Rngs) -> nnx.Module:
+            return make_block(rngs)
 
-        self.dtype = dtype
+        self.dtype = jnp.dtype(train.compute_dtype)
         self.embedding = nnx.Param(normal(rngs.params(), (settings.vocab_size, dim)))
         self.blocks = stacked_blocks(rngs)  # every parameter has a leading layer axis
-        self.norm = nnx.LayerNorm(dim, dtype=dtype, rngs=rngs)
+        self.norm = make_norm(dim, dtype=self.dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:  # [B, T] -> [B, T, V]
         embedding = self.embedding[...].astype(self.dtype)
@@ -129,7 +136,22 @@ class GPT(nnx.Module):
         return self.norm(x) @ embedding.T
 
 
-def mean_loss(model: GPT, batch: jax.Array) -> jax.Array:
+class GPT(LanguageModel):
+    """Blocks of attention and an MLP."""
+
+    def __init__(
+        self, settings: ModelSettings, train: TrainSettings, *, rngs: nnx.Rngs
+    ):
+        attention = attention_function(train.attention)
+        dtype = jnp.dtype(train.compute_dtype)
+
+        def block(rngs: nnx.Rngs) -> Block:
+            return Block(settings, attention, dtype, rngs=rngs)
+
+        super().__init__(settings, train, block, nnx.LayerNorm, rngs=rngs)
+
+
+def mean_loss(model: LanguageModel, batch: jax.Array) -> jax.Array:
     """Mean cross-entropy in nats per byte; batch [B, T + 1]."""
     logits = model(batch[:, :-1]).astype(jnp.float32)
     labels = jax.nn.one_hot(batch[:, 1:], 256, dtype=jnp.float32)

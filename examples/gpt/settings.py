@@ -7,9 +7,20 @@ ATTENTIONS = ("auto", "tk", "cudnn", "xla")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
-def _check(condition: bool, message: str) -> None:
+def check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def check_sizes(settings) -> None:
+    """Of a model, all fields of which are sizes."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        check(value >= 1, f"{field.name} is {value}; expected at least 1")
+    check(
+        settings.vocab_size >= 256,
+        f"vocab_size is {settings.vocab_size}; expected at least 256, one per byte",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +34,11 @@ class ModelSettings:
     vocab_size: int
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            _check(value >= 1, f"{field.name} is {value}; expected at least 1")
-        _check(
+        check_sizes(self)
+        check(
             self.head_dim % 2 == 0,
             f"head_dim is {self.head_dim}; expected an even number, as positions turn "
             "pairs",
-        )
-        _check(
-            self.vocab_size >= 256,
-            f"vocab_size is {self.vocab_size}; expected at least 256, one per byte",
         )
 
     @property
@@ -42,7 +47,7 @@ class ModelSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSettings:
+class OptimizerSettings:
     """What decides a loss curve besides the model: data order, optimizer, schedule."""
 
     batch_size: int
@@ -54,32 +59,45 @@ class TrainSettings:
     seed: int = 0
     data_seed: int = 0
     compute_dtype: str = "float32"
-    attention: str = "auto"
 
     def __post_init__(self):
         for name in ("batch_size", "steps"):
             value = getattr(self, name)
-            _check(value >= 1, f"{name} is {value}; expected at least 1")
+            check(value >= 1, f"{name} is {value}; expected at least 1")
         for name in ("learning_rate", "grad_clip"):
             value = getattr(self, name)
-            _check(value > 0, f"{name} is {value}; expected more than 0")
+            check(value > 0, f"{name} is {value}; expected more than 0")
         for name in ("warmup_steps", "weight_decay", "seed", "data_seed"):
             value = getattr(self, name)
-            _check(value >= 0, f"{name} is {value}; expected at least 0")
-        _check(
-            self.attention in ATTENTIONS,
-            f"attention is {self.attention!r}; expected one of {ATTENTIONS}",
-        )
-        _check(
+            check(value >= 0, f"{name} is {value}; expected at least 0")
+        check(
             self.compute_dtype in COMPUTE_DTYPES,
             f"compute_dtype is {self.compute_dtype!r}; "
             f"expected one of {COMPUTE_DTYPES}",
         )
-        _check(
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings(OptimizerSettings):
+    """The same of a GPT, and what computes its attention."""
+
+    attention: str = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self.attention in ATTENTIONS,
+            f"attention is {self.attention!r}; expected one of {ATTENTIONS}",
+        )
+        check(
             not (self.attention in ("tk", "cudnn") and self.compute_dtype == "float32"),
             f"attention={self.attention} computes in 16 bits; "
             "set compute_dtype=bfloat16, or attention=auto or xla",
         )
+
+    @property
+    def what_runs(self) -> str:
+        return f"attention: {self.attention}"
 
 
 @dataclasses.dataclass(frozen=True)

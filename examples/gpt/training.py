@@ -11,8 +11,8 @@ import optax
 from flax import nnx
 
 from gpt import data
-from gpt.model import GPT, mean_loss
-from gpt.settings import ModelSettings, TrainSettings
+from gpt.model import GPT, LanguageModel, mean_loss
+from gpt.settings import OptimizerSettings
 
 
 class TrainState(NamedTuple):
@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def make_optimizer(train: TrainSettings) -> optax.GradientTransformation:
+def make_optimizer(train: OptimizerSettings) -> optax.GradientTransformation:
     """AdamW on a warm-up and cosine schedule, after clipping by the global norm."""
     warmup = min(train.warmup_steps, train.steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(
@@ -50,10 +50,15 @@ def make_optimizer(train: TrainSettings) -> optax.GradientTransformation:
 class Trainer:
     """Compiled functions of one model and one optimizer; no training state."""
 
-    def __init__(self, settings: ModelSettings, train: TrainSettings):
-        self.settings, self.train = settings, train
+    def __init__(
+        self,
+        settings,
+        train: OptimizerSettings,
+        make_model: Callable[..., LanguageModel] = GPT,
+    ):
+        self.settings, self.train, self.make_model = settings, train, make_model
         self.optimizer = make_optimizer(train)
-        abstract = nnx.eval_shape(lambda: GPT(settings, train, rngs=nnx.Rngs(0)))
+        abstract = nnx.eval_shape(lambda: make_model(settings, train, rngs=nnx.Rngs(0)))
         self.graph = nnx.graphdef(abstract)
         self._initial_state = jax.jit(self._build_state)
         self.train_step = jax.jit(self._train_step, donate_argnums=0)
@@ -61,7 +66,7 @@ class Trainer:
         self._sample = jax.jit(self._sample_loop)
         self._compiled_step = None
 
-    def _model(self, params: Any) -> GPT:
+    def _model(self, params: Any) -> LanguageModel:
         return nnx.merge(self.graph, params)
 
     def initial_state(self, seed: int | None = None) -> TrainState:
@@ -69,7 +74,7 @@ class Trainer:
         return self._initial_state(jax.random.key(seed))
 
     def _build_state(self, key: jax.Array) -> TrainState:
-        model = GPT(self.settings, self.train, rngs=nnx.Rngs(params=key))
+        model = self.make_model(self.settings, self.train, rngs=nnx.Rngs(params=key))
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         step = jnp.zeros((), jnp.int32)
         return TrainState(step, params, self.optimizer.init(params))

@@ -35,7 +35,7 @@ bool register_head_dim() {
   const auto kernels = register_main<T, kHeadDim, Mask::kCausal, true, kBlockQ>();
   Registration(*kernels.prepare_spec(),
                run_kernel<backward_prepare<T, kHeadDim>, BackwardPrepareParams>);
-  Registration(*kernels.finish_spec(),
+  Registration(*kernels.last_spec(),
                run_kernel<backward_finish<T, kHeadDim>, BackwardFinishParams>);
   return true;
 }

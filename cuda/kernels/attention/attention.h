@@ -86,9 +86,14 @@ struct ForwardConfig {
 
 // How the backward pass is computed. Fields match AttentionBackwardConfig.
 struct BackwardConfig {
-  long block_q;   // query rows of one step: 64 or 128
-  long block_kv;  // keys of a tile: 64 for each consumer warpgroup
-  long stages;    // depth of the query/dout ring
+  long block_q;  // query rows of one step: 64 or 128
+  // Keys of a tile: 64 for each consumer warpgroup, or, in the wide kernels, for each block of a
+  // cluster of one or two.
+  long block_kv;
+  long stages;  // depth of the query/dout ring
+  // Of the wide kernels, where dq has a kernel of its own; elsewhere 0.
+  long dq_block_kv = 0;  // keys of one step, a multiple of 16
+  long dq_stages = 0;    // depth of its key/value ring
 };
 
 constexpr int kWarpgroupThreads = 128;
@@ -152,14 +157,23 @@ constexpr int forward_shared_bytes(long head_dim, long head_dim_v, const Forward
                               forward_q_stages(head_dim, head_dim_v, config));
 }
 
-// -- Backward: prepare, main, finish, in that order on one stream
-// ---------------------------------- Workspaces, all written before they are read:
+// -- Backward -------------------------------------------------------------------------------------
+// On one stream, in this order, with the head dims of tiles:
+//   prepare, main, finish   up to 128, with D and Dv rounded up alike (narrow_head_dim)
+//   prepare, wide, wide dq  where either is beyond
+// Workspaces, all written before they are read:
 //   delta, lse_log2  fp32 [B, H, padded_queries(T)]
-//   dq_acc           fp32 [B, H, padded_queries(T), D], as 64x64 fragments
+//   dq_acc           fp32 [B, H, padded_queries(T), D], as 64x64 fragments; wide: D is 0
 //   dq_order         int32 [B, H, padded_queries(T) / 64]
+constexpr bool is_wide(long head_dim, long head_dim_v) {
+  return head_dim > 128 || head_dim_v > 128;
+}
+constexpr long narrow_head_dim(long head_dim, long head_dim_v) {
+  return head_dim > head_dim_v ? head_dim : head_dim_v;
+}
 
 // Kernel: "kernels/attention/backward_prepare.cuh"
-//   tk::attention::backward_prepare<T, D>
+//   tk::attention::backward_prepare<T, kHeadDimV>
 // Grid: (padded_queries(T) / 64, H, B) blocks of 128 threads.
 struct BackwardPrepareParams {
   TensorMap out, dout;  // as ForwardParams::out
@@ -167,15 +181,16 @@ struct BackwardPrepareParams {
   const float* dlse;    // [B, T, H], or null where nothing flows into lse
   float* delta;         // rowsum(out * dout) - dlse; 0 beyond T
   float* lse_log2;      // lse / ln 2; +inf beyond T and for rows without a key
-  float* dq_acc;        // zeroed here where zero_dq
+  float* dq_acc;        // zeroed here, or not
   int* dq_order;        // zeroed here
   int batch, seqlen_q, num_heads;
-  // Set where no block is the first to write a query's dq: not deterministic, so that every block
-  // adds, in any order; or because some queries may see no key.
-  bool zero_dq;
+  // Columns of dq_acc that are zeroed here, all or none of them: where no block is the first to
+  // write a query's dq, as there is no order and every block adds, or as some queries may see no
+  // key.
+  int zeroed_columns;
 };
-constexpr int backward_prepare_shared_bytes(long head_dim) {
-  return static_cast<int>(2 * 64 * head_dim * 2) + kSharedSlack;
+constexpr int backward_prepare_shared_bytes(long head_dim_v) {
+  return static_cast<int>(2 * 64 * head_dim_v * 2) + kSharedSlack;
 }
 
 // Kernel: "kernels/attention/backward.cuh"
@@ -274,6 +289,56 @@ struct BackwardFinishParams {
 };
 constexpr int backward_finish_shared_bytes(long head_dim) {
   return static_cast<int>(64 * head_dim * 2) + kSharedSlack;
+}
+
+// What the wide kernels are compiled for.
+constexpr unsigned kWideFeatures = kLengths | kSoftCap;
+
+// Kernel: "kernels/attention/backward_wide.cuh"
+//   tk::attention::backward_wide<tk::attention::BackwardWideTraits<
+//       T, kHeadDim, kHeadDimV, kMask, kFeatures, kBlockQ, kBlockKv, kStages>>
+// Grid: clusters of block_kv / 64 blocks; with tiles as in BackwardParams,
+//   a mask     tiles clusters: they start in index order as multiprocessors become free
+//   otherwise  min(tiles, as many clusters as multiprocessors hold)
+// Params: BackwardParams, with k and v in boxes of 64 rows, without dq_acc and dq_order, and with a
+// turn_group of 1: all key blocks start at the same queries, which they then find in L2.
+constexpr int backward_wide_cluster(const BackwardConfig& config) {
+  return static_cast<int>(config.block_kv / 64);
+}
+constexpr int backward_wide_threads() { return 3 * kWarpgroupThreads; }
+// k and v, stages of q and dout with their lse and delta, and p.
+constexpr int backward_wide_shared_bytes(long head_dim, long head_dim_v,
+                                         const BackwardConfig& config) {
+  const long row = 2 * (head_dim + head_dim_v);
+  return static_cast<int>(64 * row + config.stages * config.block_q * (row + 2 * 4) +
+                          2 * 64 * config.block_q) +
+         kSharedSlack;
+}
+
+// Kernel: "kernels/attention/backward_wide_dq.cuh"
+//   tk::attention::backward_wide_dq<tk::attention::BackwardWideDqTraits<
+//       T, kHeadDim, kHeadDimV, kMask, kFeatures, kBlockKv, kStages>>
+// Grid: min(multiprocessors, tiles) blocks, where tiles = ceil(T / kWideDqBlockQ) * H * B.
+struct BackwardWideDqParams {
+  // As in BackwardParams.
+  TensorMap q, dout, dq;  // rows = 64
+  TensorMap k, v;         // rows = dq_block_kv
+  const float* delta;
+  const float* lse_log2;
+  int batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads;
+  int first_offset, last_offset;
+  int padded_q;
+  float scale;
+  Extras extras;
+};
+constexpr int kWideDqBlockQ = 128;
+constexpr int backward_wide_dq_threads() { return 3 * kWarpgroupThreads; }
+// q and dout, and stages of k and v.
+constexpr int backward_wide_dq_shared_bytes(long head_dim, long head_dim_v,
+                                            const BackwardConfig& config) {
+  return static_cast<int>(2 * (head_dim + head_dim_v) *
+                          (kWideDqBlockQ + config.dq_stages * config.dq_block_kv)) +
+         kSharedSlack;
 }
 
 }  // namespace tk::attention

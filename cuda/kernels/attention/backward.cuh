@@ -59,9 +59,11 @@ struct Backward {
   static constexpr bool kOverlapSteps = kBlockQ == 64 && Traits::kMask != Mask::kBand &&
                                         (kFeatures & kHidingFeatures) == 0 && !Map::kCaps &&
                                         !Map::kAdds;
-  // Whether dp's product waits until there are registers: a bias beside a cap, or of fp32.
+  // Whether dp's product waits until there are registers: a bias beside a cap, segments or a mask,
+  // or of fp32.
   static constexpr bool kLateDp =
-      Map::kAdds && kHeadDim == 128 && (Map::kCaps || (kFeatures & kFloatBias) != 0);
+      Map::kAdds && kHeadDim == 128 &&
+      (Map::kCaps || (kFeatures & (kFloatBias | kSegments | kMaskArray)) != 0);
   static constexpr int kResidentBlocks = backward_resident_blocks(kHeadDim, kBlockKv);
   static constexpr int kProducerRegisters = kOverlapSteps ? 24 : 40;
   static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 216 : kOverlapSteps ? 240 : 232;

@@ -9,14 +9,14 @@
 
 namespace tk::attention {
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDimV>
 __device__ __forceinline__ void backward_prepare(const BackwardPrepareParams& params) {
-  using Tile = SharedTile<T, 64, kHeadDim>;
+  using Tile = SharedTile<T, 64, kHeadDimV>;
   struct Shared {
     Tile out_smem, dout_smem;
     Barrier full;
   };
-  static_assert(sizeof(Shared) + 1024 <= backward_prepare_shared_bytes(kHeadDim),
+  static_assert(sizeof(Shared) + 1024 <= backward_prepare_shared_bytes(kHeadDimV),
                 "attention.h's backward_prepare_shared_bytes covers the kernel's shared memory");
   Shared& shared = block::shared_memory<Shared>();
   const int block = grid::block_x(), head = grid::block_y(), batch = grid::block_z();
@@ -34,13 +34,12 @@ __device__ __forceinline__ void backward_prepare(const BackwardPrepareParams& pa
 
   const int64 padded = padded_queries(params.seqlen_q);
   const int64 head_row = static_cast<int64>(batch) * params.num_heads + head;
-  if (params.zero_dq) {
+  if (params.zeroed_columns > 0) {
     RegTile<float, 16, 64> nothing;
     warp::zero(nothing);
-    for (int part = 0; part < kHeadDim / 64; ++part) {
-      warpgroup::store_fragments(params.dq_acc + (head_row * padded + first_query) * kHeadDim +
-                                     part * Fragments<64>::kValues,
-                                 nothing);
+    float* sums = params.dq_acc + (head_row * padded + first_query) * params.zeroed_columns;
+    for (int part = 0; part < params.zeroed_columns / 64; ++part) {
+      warpgroup::store_fragments(sums + part * Fragments<64>::kValues, nothing);
     }
   }
   if (warpgroup::leader()) reset_turns(params.dq_order + head_row * (padded / 64) + block);
@@ -57,13 +56,18 @@ __device__ __forceinline__ void backward_prepare(const BackwardPrepareParams& pa
                     first_query, 0.0f);
   }
 
-  RegTile<float, 16, kHeadDim> out, dout;
-  shared.full.wait(0);
-  warpgroup::load(out, shared.out_smem);
-  warpgroup::load(dout, shared.dout_smem);
-  warp::mul(out, out, dout);
   PerRow<16> delta, lse_log2;
-  warp::row_sum(delta, out);
+  warp::fill(delta, 0.0f);
+  shared.full.wait(0);
+#pragma unroll 1  // few registers, many blocks: it is loads that take the time
+  for (int part = 0; part < kHeadDimV / 64; ++part) {
+    RegTile<float, 16, 64> out, dout;
+    warpgroup::load(out, shared.out_smem.template cols<64>(part));
+    warpgroup::load(dout, shared.dout_smem.template cols<64>(part));
+    warp::mul(out, out, dout);
+    warp::fold_row_sum(delta, out);
+  }
+  warp::finish_row_sum(delta);
   warp::zip(delta, delta, dlse, [](float sum, float d) { return sum - d; });
   warp::zip(delta, delta, lse, [](float x, float l) { return l == -kInfinity ? 0.0f : x; });
   warp::map(lse_log2, lse, [](float l) { return l == -kInfinity ? kInfinity : l * kLog2E; });

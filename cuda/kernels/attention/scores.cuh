@@ -74,6 +74,12 @@ struct ScoreMap {
     }
   }
 
+  template <typename Tile>
+  __device__ __forceinline__ void apply(Tile& scores) const {
+    static_assert(!kAdds, "a bias is missing");
+    apply(scores, Nothing{});
+  }
+
   // On the way back, in two steps: to what tells hidden scores, which become -inf before the
   // second.
   template <typename Tile, typename Bias>
@@ -110,6 +116,38 @@ struct ScoreMap {
                      [=](float s, float l) { return math::exp2(s * factor - l); });
       warp::convert(weights, scores);
     }
+  }
+
+  // The same, but the scores become p itself; where there is a cap, what ds is a multiple of goes
+  // to `slopes`, rounded.
+  template <typename Slopes, typename Tile, int kN>
+  __device__ __forceinline__ void weigh_apart(Slopes& slopes, Tile& scores,
+                                              const SharedVec<float, kN>& lse) const {
+    const float factor = unit * kLog2E;
+    if constexpr (kCaps) {
+      warp::zip_cols_twice(slopes, scores, scores, scores, lse,
+                           [=](float t, float, float l, float& p_slope, float& p) {
+                             const float bounded = math::max(t, -1.0f);
+                             p = math::exp2(t * factor - l);
+                             p_slope = p * math::fma(-bounded, bounded, 1.0f);
+                           });
+    } else {
+      warp::map_cols(scores, scores, lse,
+                     [=](float s, float l) { return math::exp2(s * factor - l); });
+    }
+  }
+
+  // What ds is a multiple of alone, where a row is a query.
+  template <typename Tile>
+  __device__ __forceinline__ void weigh(Tile& scores, const PerRow<16>& lse) const {
+    static_assert(!kAdds, "the kernels of wide heads take no bias");
+    const float factor = unit * kLog2E;
+    warp::map_rows(scores, scores, lse, [=](float t, float l) {
+      const float p = math::exp2(t * factor - l);
+      if constexpr (!kCaps) return p;
+      const float bounded = math::max(t, -1.0f);
+      return p * math::fma(-bounded, bounded, 1.0f);
+    });
   }
 
  private:

@@ -127,8 +127,13 @@ class AttentionBackwardConfig:
     """How the backward kernel computes it."""
 
     block_q: int  # query rows of one step
-    block_kv: int  # keys of a tile: 64 for each consumer warpgroup
+    # Keys of a tile: 64 for each consumer warpgroup; in the wide kernels, for each
+    # block of a cluster of one or two.
+    block_kv: int
     stages: int  # depth of the query/dout ring
+    # Of the wide kernels, where dq has a kernel of its own.
+    dq_block_kv: int = 0  # keys of one step
+    dq_stages: int = 0  # depth of its key/value ring
 
 
 # Tiles have head dims that are multiples of this (kHeadDimStep in attention.h) up to
@@ -178,6 +183,7 @@ _FORWARD_FEATURES = {
         256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
     },
 }
+# By narrow_head_dim.
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
     128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2),
@@ -189,7 +195,12 @@ _BACKWARD_FEATURES = {
     "bias": {64: _BACKWARD_ONE_CONSUMER},
     "softcap": {64: _BACKWARD_ONE_CONSUMER},
 }
-KERNEL_HEAD_DIMS = (64, 128)
+# Shared memory of a block, and how much of it attention.h keeps for other things.
+_SHARED_BYTES = 227 * 1024
+_SHARED_SLACK = 2048
+# Of q and k, and of v: those whose kernels are compiled ahead and gated, of all that
+# there are.
+KERNEL_HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256))
 # The extras that they take.
 KERNEL_EXTRAS = (
     "query_seq_lengths",
@@ -200,6 +211,8 @@ KERNEL_EXTRAS = (
     "bias",
     "sinks",
 )
+# Of those, the ones that they do not take with head dims beyond 128.
+NARROW_EXTRAS = ("q_segment_ids", "kv_segment_ids", "mask", "bias")
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
@@ -245,13 +258,42 @@ def tile_head_dim(head_dim: int) -> int:
     return -(-head_dim // TILE_HEAD_DIM_STEP) * TILE_HEAD_DIM_STEP
 
 
+def narrow_head_dim(head_dim: int, head_dim_v: int) -> int | None:
+    """The head dim of the tiles, of q as of v; None where the wide kernels run."""
+    larger = max(tile_head_dim(head_dim), tile_head_dim(head_dim_v))
+    return larger if larger <= 128 else None
+
+
 def backward_config(
-    head_dim: int, features: frozenset[str] = frozenset()
+    head_dim: int, head_dim_v: int, features: frozenset[str] = frozenset()
 ) -> AttentionBackwardConfig:
+    """The head dims are those of arrays."""
+    narrow = narrow_head_dim(head_dim, head_dim_v)
+    if narrow is None:
+        return _wide_backward_config(tile_head_dim(head_dim), tile_head_dim(head_dim_v))
     for feature, tiles in _BACKWARD_FEATURES.items():
-        if feature in features and head_dim in tiles:
-            return tiles[head_dim]
-    return _BACKWARD[head_dim]
+        if feature in features and narrow in tiles:
+            return tiles[narrow]
+    return _BACKWARD[narrow]
+
+
+def _wide_backward_config(head_dim: int, head_dim_v: int) -> AttentionBackwardConfig:
+    """Rings as deep as fits, up to three stages."""
+    row = 2 * (head_dim + head_dim_v)
+    room = _SHARED_BYTES - _SHARED_SLACK
+    block_q = 64
+    resident = 64 * row + 2 * 64 * block_q  # k, v and p
+    stages = (room - resident) // (block_q * (row + 8))
+    # 64 keys a step, unless two stages do not fit beside 128 rows of q and dout.
+    room -= 128 * row
+    dq_block_kv = 64 if 2 * 64 * row <= room else 48
+    return AttentionBackwardConfig(
+        block_q=block_q,
+        block_kv=128,
+        stages=min(3, stages),
+        dq_block_kv=dq_block_kv,
+        dq_stages=min(3, room // (dq_block_kv * row)),
+    )
 
 
 def padded_queries(seqlen_q: int) -> int:
@@ -268,14 +310,16 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
     if q.dtype not in KERNEL_DTYPES:
         return f"dtype {jnp.dtype(q.dtype).name} (it takes bfloat16 and float16)"
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    if head_dim not in KERNEL_HEAD_DIMS:
-        known = " and ".join(str(dim) for dim in KERNEL_HEAD_DIMS)
-        return f"head dim {head_dim} (it takes {known})"
-    if head_dim_v != head_dim:
-        return f"head dim {head_dim_v} of v beside {head_dim} of q and k"
+    for dim, owner in ((head_dim, ""), (head_dim_v, " of v")):
+        if dim % HEAD_DIM_STEP or dim > MAX_HEAD_DIM:
+            known = f"multiples of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
+            return f"head dim {dim}{owner} (it takes {known})"
+    wide = narrow_head_dim(head_dim, head_dim_v) is None
     for name, value in extras._asdict().items():
         if value is not None and name not in KERNEL_EXTRAS:
             return name
+        if value is not None and wide and name in NARROW_EXTRAS:
+            return f"{name} with head dims beyond 128"
     return exceeded_limit(q.shape, k.shape)
 
 

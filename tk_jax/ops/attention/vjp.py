@@ -172,12 +172,13 @@ def kernel_backward(
     lse = _fold(lse, 2)
     dlse = _fold(dlse, 2) if dlse.size else dlse
     batch, seqlen_q, num_heads, head_dim = q.shape
+    narrow = config.narrow_head_dim(head_dim, v.shape[-1])
     rows = (batch, num_heads, config.padded_queries(seqlen_q))
     fragments = (*rows[:2], rows[2] // config.FRAGMENT_ROWS)
     workspaces = (
         ("delta", rows, jnp.float32),
         ("lse_log2", rows, jnp.float32),
-        ("dq_acc", (*rows, head_dim), jnp.float32),
+        ("dq_acc", (*rows, narrow or 0), jnp.float32),
         ("dq_order", fragments, jnp.int32),
     )
     types = [jax.typeof(x) for x in (q, k, v)]
@@ -185,7 +186,9 @@ def kernel_backward(
         types[0].update(shape=shape, dtype=jnp.dtype(dtype))
         for _, shape, dtype in workspaces
     ]
-    tiles = tiles or config.backward_config(head_dim, config.features(options, extras))
+    tiles = tiles or config.backward_config(
+        head_dim, v.shape[-1], config.features(options, extras)
+    )
     gradients = _ffi.call(
         "tk_attention_bwd_v1",
         tuple(types),

@@ -65,8 +65,14 @@ void load(const Shared& dst, const TensorMap& map, Barrier& barrier, Keep, int c
 }
 template <typename Shared>
 void load_multicast(const Shared& dst, const TensorMap& map, Barrier& barrier, Keep, uint16 blocks,
-                    int col, int row, int batch, Location at = {}) {
-  detail_tma::load(dst, map, barrier, blocks, std::array{col, row, batch}, at);
+                    int col, int row, int z, Location at = {}) {
+  detail_tma::load(dst, map, barrier, blocks, std::array{col, row, z}, at);
+}
+
+template <typename Shared>
+void load_multicast(const Shared& dst, const TensorMap& map, Barrier& barrier, Keep, uint16 blocks,
+                    int col, int row, int z, int w, Location at = {}) {
+  detail_tma::load(dst, map, barrier, blocks, std::array{col, row, z, w}, at);
 }
 
 template <typename Shared>

@@ -36,16 +36,16 @@ __device__ __forceinline__ void load(const Shared& dst, const TensorMap& map, Ba
 
 // To the same place in every block of the cluster whose bit is set; completes on each one's
 // barrier.
-template <typename Shared>
+template <typename Shared, typename... Outer>
 __device__ __forceinline__ void load_multicast(const Shared& dst, const TensorMap& map,
                                                Barrier& barrier, Keep keep, uint16 blocks, int col,
-                                               int row, int batch) {
+                                               int row, Outer... outer) {
   const auto view = detail::as_view(dst);
 #pragma unroll
   for (int panel = 0; panel < view.kPanels; ++panel) {
     ptx::tma_load_multicast(view.base + panel * view.kPanelBytes, &map, barrier.address(),
                             static_cast<uint64>(keep), blocks, col + panel * view.kPanelCols, row,
-                            batch);
+                            outer...);
   }
 }
 

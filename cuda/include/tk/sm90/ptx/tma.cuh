@@ -44,6 +44,15 @@ __device__ __forceinline__ void tma_load(uint32 to, const TensorMap* map, uint32
 // barrier.
 __device__ __forceinline__ void tma_load_multicast(uint32 to, const TensorMap* map, uint32 barrier,
                                                    uint64 policy, uint16 blocks, int x, int y,
+                                                   int z, int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%5, %6, %7, %8}], [%2], %3, %4;" ::"r"(to),
+      "l"(map), "r"(barrier), "h"(blocks), "l"(policy), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+__device__ __forceinline__ void tma_load_multicast(uint32 to, const TensorMap* map, uint32 barrier,
+                                                   uint64 policy, uint16 blocks, int x, int y,
                                                    int z) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"

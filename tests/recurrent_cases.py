@@ -1,0 +1,127 @@
+"""What the tests of recurrent ops share: inputs, losses, and the measure of errors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Compiling is most of the time of these tests.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+# Relative RMS errors: of outputs and states, of gradients, of gradients of gates.
+BARS = {
+    "bfloat16": (5e-3, 1e-2, 2e-2),
+    "float16": (2e-3, 5e-3, 5e-3),
+    "float32": (3e-6, 1e-5, 3e-5),
+    "float64": (1e-13, 1e-12, 1e-12),
+}
+
+
+def relative_rms(got, exact) -> float:
+    got, exact = (np.asarray(x, np.float64) for x in (got, exact))
+    assert got.shape == exact.shape
+    error, size = (np.sqrt(np.mean(np.square(x))) for x in (got - exact, exact))
+    return 0.0 if error == 0 else float(error / size)
+
+
+def decays(rng, shape) -> np.ndarray:
+    """Logarithms from 0 to -80, with some exactly 0, some -80 and some -inf."""
+    log_decay = -np.exp(2 * rng.standard_normal(shape) - 2)
+    kind = rng.random(shape)
+    log_decay[kind < 0.15] = 0
+    log_decay[kind > 0.92] = -80
+    log_decay[kind > 0.98] = -np.inf
+    return log_decay
+
+
+def rounded(tree, dtype, exact=()):
+    """Arrays of a dict in ``dtype``; states and gates, in ``exact``, in float32."""
+
+    def cast(name, x):
+        wide = jnp.promote_types(dtype, jnp.float32)
+        if x is None or not jnp.issubdtype(np.asarray(x).dtype, jnp.floating):
+            return x
+        return jnp.asarray(x, wide if name in exact else dtype)
+
+    return {
+        name: jax.tree.map(functools.partial(cast, name), value)
+        for name, value in tree.items()
+    }
+
+
+def weights_like(tree, seed=7):
+    """Cotangents: unrelated numbers for each array of a result."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape), tree)
+
+
+def values_and_gradients(fn, arrays: dict, cotangents=None):
+    """fn(**arrays), and the gradients of its floating arrays by name."""
+    floating = {
+        name: value
+        for name, value in arrays.items()
+        if value is not None
+        and jnp.issubdtype(jax.tree.leaves(value)[0].dtype, jnp.floating)
+    }
+    others = {name: arrays[name] for name in arrays if name not in floating}
+
+    def run(floating):
+        results, pull_back = jax.vjp(lambda x: fn(**x, **others), floating)
+        given = weights_like(results) if cotangents is None else cotangents
+        given = jax.tree.map(lambda w, x: jnp.asarray(w, x.dtype), given, results)
+        return results, pull_back(given)[0]
+
+    return jax.jit(run, compiler_options=QUICK)(floating)
+
+
+def compare(fn, reference, arrays: dict, dtype, exact=(), gates=()) -> None:
+    """``fn`` against ``reference`` in float64, from the same rounded inputs.
+
+    Both return (out, state). Names in ``gates`` have the wider bar.
+    """
+    value_bar, gradient_bar, gate_bar = BARS[jnp.dtype(dtype).name]
+    with jax.enable_x64(True):
+        given = rounded(arrays, dtype, exact)
+        got, gradients = values_and_gradients(fn, given)
+        wide = jax.tree.map(
+            lambda x: (
+                jnp.asarray(x, jnp.float64)
+                if jnp.issubdtype(x.dtype, jnp.floating)
+                else x
+            ),
+            given,
+        )
+        expected, exact_gradients = values_and_gradients(reference, wide)
+        for index, (x, y) in enumerate(
+            zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+        ):
+            error = relative_rms(x, y)
+            assert error <= value_bar, f"result {index}: {error:.1e}"
+        for name, gradient in gradients.items():
+            bar = gate_bar if name in gates else gradient_bar
+            for x, y in zip(
+                jax.tree.leaves(gradient),
+                jax.tree.leaves(exact_gradients[name]),
+                strict=True,
+            ):
+                assert x.dtype == jax.tree.leaves(given[name])[0].dtype
+                error = relative_rms(x, y)
+                assert error <= bar, f"gradient of {name}: {error:.1e}"
+
+
+def segments(rng, batch: int, seqlen: int) -> np.ndarray:
+    """Ids of segments of one token and more; some ids do not occur, some come twice."""
+    starts = rng.random((batch, seqlen)) < 0.1
+    starts[:, seqlen // 3 : seqlen // 3 + 2] = True  # a segment of one token
+    return np.asarray((starts.cumsum(1) * 3) % 21, np.int32)
+
+
+def split_at(arrays: dict, time_axes: dict, at: list[int]) -> list[dict]:
+    """The arrays of each piece of a sequence."""
+    pieces = [dict(arrays) for _ in range(len(at) + 1)]
+    for name, axis in time_axes.items():
+        if arrays.get(name) is not None:
+            for piece, x in zip(pieces, jnp.split(arrays[name], at, axis), strict=True):
+                piece[name] = x
+    return pieces

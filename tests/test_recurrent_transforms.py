@@ -1,0 +1,177 @@
+"""The recurrent ops under jax's transformations, on CPU devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from recurrent_cases import QUICK
+from recurrent_ops import OPS, PER_TOKEN, call, inputs, loss
+
+import tk_jax
+from tk_jax import checkpoint_policies
+
+pytestmark = pytest.mark.filterwarnings("ignore::tk_jax.FallbackWarning")
+
+jit = functools.partial(jax.jit, compiler_options=QUICK)
+
+
+def _assert_close(got, expected, tolerance=2e-4):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance),
+        got,
+        expected,
+    )
+
+
+def _gradient(op):
+    return jax.value_and_grad(lambda arrays: loss(op, **arrays))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_of_values_and_gradients_over_all_arguments(op):
+    arrays = inputs(op)
+    scales = jnp.array([1.0, 0.9])
+    mapped = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x], 1), arrays)
+    got = jit(jax.vmap(_gradient(op), in_axes=1))(mapped)
+    gradient = jit(_gradient(op))
+    for i, scale in enumerate(scales):
+        expected = gradient(jax.tree.map(lambda x, s=scale: s * x, arrays))
+        _assert_close(jax.tree.map(lambda x, i=i: x[i], got), expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_over_each_argument(op):
+    arrays = inputs(op, batch=())
+
+    @jit
+    def both(arrays):
+        results = []
+        for name, x in arrays.items():
+            others = {k: y for k, y in arrays.items() if k != name}
+
+            def run(x, name=name, others=others):
+                return call(op, **others, **{name: x})
+
+            mapped = jax.vmap(run)(jnp.stack([x, 0.5 * x]))
+            results.append((mapped[1], run(0.5 * x)))
+        return results
+
+    for got, expected in both(arrays):
+        _assert_close(got, expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_shard_map_over_batch_and_heads(op, cpu_devices):
+    mesh = jax.make_mesh(
+        (2, 2), ("batch", "heads"), (AxisType.Auto,) * 2, devices=cpu_devices[:4]
+    )
+    # So many tokens that there is a scan, whose carry must vary over the mesh.
+    arrays = inputs(op, seqlen=5 if op == "hedgehog_attention" else 129)
+
+    def spec(name):
+        if name in PER_TOKEN[op]:
+            return P("batch", None, "heads")
+        return P("batch", "heads") if name == "initial_state" else P("heads")
+
+    sharded = jax.shard_map(
+        lambda arrays: call(op, **arrays),
+        mesh=mesh,
+        in_specs=({name: spec(name) for name in arrays},),
+        out_specs=P("batch", None, "heads"),
+    )
+
+    def total(fn, arrays):
+        return jnp.sum(jnp.sin(fn(arrays)))
+
+    got, expected = (
+        jit(jax.value_and_grad(functools.partial(total, fn)))(arrays)
+        for fn in (
+            sharded,
+            lambda arrays: call(op, **arrays),
+        )
+    )
+    _assert_close(got, expected)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_export_round_trip(op):
+    arrays = inputs(op)
+    gradient = jit(_gradient(op))
+    exported = jax.export.export(gradient)(arrays)
+    restored = jax.export.deserialize(exported.serialize())
+    _assert_close(restored.call(arrays), gradient(arrays), 1e-5)
+
+
+def test_layers_in_a_scan_with_remat():
+    arrays = inputs("ssd")
+    x = arrays.pop("x")
+
+    def model(policy, x, arrays):
+        def layer(x, weight):
+            return x + call("ssd", x=x @ weight, **arrays), None
+
+        if policy != "no remat":
+            layer = jax.checkpoint(layer, policy=policy)
+        weights = jnp.stack([jnp.eye(6), 0.5 * jnp.eye(6)[::-1]])
+        return jnp.sum(jnp.sin(jax.lax.scan(layer, x, weights)[0]))
+
+    results = [
+        jit(jax.value_and_grad(functools.partial(model, policy)))(x, arrays)
+        for policy in ("no remat", None, checkpoint_policies.save_recurrent)
+    ]
+    _assert_close(results[1], results[0])
+    _assert_close(results[2], results[0])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_only_arguments_and_named_results_are_saved(op):
+    arrays = inputs(op)
+
+    def layer(arrays):
+        arrays = jax.tree.map(jnp.sin, arrays)  # not saved by a policy for names
+        return jnp.sin(call(op, **arrays))  # which needs what it is the sine of
+
+    def saved_shapes(fn):
+        pull_back = jax.eval_shape(lambda x: jax.vjp(fn, x)[1], arrays)
+        return sorted(x.shape for x in jax.tree.leaves(pull_back))
+
+    given = sorted(x.shape for x in arrays.values())
+    assert saved_shapes(jax.checkpoint(layer)) == given
+    remat = jax.checkpoint(layer, policy=checkpoint_policies.save_recurrent)
+    out = jax.eval_shape(layer, arrays).shape
+    assert saved_shapes(remat) == sorted([*given, out])
+
+
+def test_forward_mode_and_second_order():
+    """Along a direction, as differences of values say."""
+    with jax.enable_x64(True):
+        arrays = jax.tree.map(jnp.float64, inputs("linear_attention", seqlen=4))
+        rng = np.random.default_rng(0)
+        direction = jax.tree.map(
+            lambda x: jnp.asarray(rng.standard_normal(x.shape)), arrays
+        )
+
+        def along(t):
+            moved = jax.tree.map(lambda x, d: x + t * d, arrays, direction)
+            return call("linear_attention", **moved).sum()
+
+        step = 1e-4
+        differences = [jit(along)(i * step) for i in (-1.0, 0.0, 1.0)]
+        before, here, after = map(float, differences)
+        first = jit(jax.jacfwd(along))(0.0)
+        second = jit(jax.grad(jax.grad(along)))(0.0)
+        np.testing.assert_allclose(first, (after - before) / (2 * step), rtol=1e-5)
+        np.testing.assert_allclose(
+            second, (after - 2 * here + before) / step**2, rtol=1e-3
+        )
+
+
+def test_eager_calls_and_jitted_ones_are_the_same():
+    arrays = inputs("ssd", dtype=jnp.bfloat16)
+    y = tk_jax.ssd(**arrays)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, jax.jit(tk_jax.ssd)(**arrays))

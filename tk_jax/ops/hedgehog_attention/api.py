@@ -1,0 +1,363 @@
+"""``tk_jax.hedgehog_attention`` and its step: checks, defaults, choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from tk_jax import _check, _dispatch
+from tk_jax.ops import _chunks
+from tk_jax.ops import _sequence_checks as checks
+from tk_jax.ops.hedgehog_attention import config, xla
+from tk_jax.ops.hedgehog_attention.config import HedgehogState
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is static about a call."""
+
+    options: config.HedgehogOptions
+    choice: _dispatch.Choice
+    return_final_state: bool
+
+
+def hedgehog_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_map: jax.Array,
+    k_map: jax.Array,
+    *,
+    alpha: jax.Array | float,
+    beta: jax.Array | float,
+    window: int = 64,
+    scale: float | None = None,
+    initial_state: HedgehogState | None = None,
+    return_final_state: bool = False,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, HedgehogState]:
+    """Hedgehog's learned linear attention with a softmax over a terraced window.
+
+    Tokens of a segment are in blocks of ``window`` from its start. A query sees the
+    keys up to its own in its block and in the one before through a softmax (near), and
+    all keys before them through learned features (far)::
+
+        phi(x, W) = [softmax(x W), softmax(-x W)]
+        s[i, j]   = scale * q[i] k[j]
+        m[i]      = max over near j of s[i, j]
+        p[i, j]   = beta * exp(s[i, j] - m[i])                         for near j
+        p[i, j]   = alpha * phi(q[i], q_map) phi(k[j], k_map)          for far j
+        out[i]    = sum_j p[i, j] * v[j] / sum_j p[i, j]   (0 where the divisor is 0)
+
+    The far weights are not rescaled by ``exp(m)``: the largest score is part of the
+    function, and gradients flow through it, as in LoLCATs.
+
+    Runs in XLA operations on every platform, in chunks, as
+    :func:`tk_jax.linear_attention` does, whose words on memory, dtypes and transforms
+    hold here too. There is no TK kernel yet. The results are named
+    ``tk_hedgehog_attention_out`` and ``tk_hedgehog_attention_state``.
+
+    Args:
+      q: Queries ``[..., T, H, D]``, with any number of leading batch dimensions; in
+        bfloat16, float16, float32 or float64.
+      k: Keys ``[..., T, K, D]``, where K divides H: query head h reads key head
+        ``h // (H // K)``.
+      v: Values ``[..., T, K, V]``.
+      q_map: ``[H, D, F]``, in any floating dtype.
+      k_map: ``[K, D, F]``, in any floating dtype.
+      alpha: Weight of the far keys, ``[H]`` or one number; at least 0.
+      beta: Weight of the near keys, ``[H]`` or one number; at least 0.
+      window: Tokens of a block. A static number.
+      scale: Multiplies the scores of near keys; ``1 / sqrt(D)`` by default. A static
+        number.
+      initial_state: What an earlier call returned for the tokens before these, a
+        :class:`tk_jax.HedgehogState`, or a tuple of its arrays: of float32 (float64 for
+        float64 inputs) the sums ``[..., K, 2 F, V]`` and ``[..., K, 2 F]`` of what is
+        older than two windows, of the inputs' dtype the latest keys
+        ``[..., 2 window, K, D]`` and values ``[..., 2 window, K, V]``, and the length
+        so far, int32 ``[...]``. By default all are zeros.
+      return_final_state: Returns ``(out, final_state)``, which continues the sequence
+        as an ``initial_state``, wherever its blocks are.
+      segment_ids: int32, broadcast to ``[..., T]``: at each token whose id differs from
+        the one before it, a new sequence begins. The initial state belongs to the first
+        segment, the final one is that of the last.
+      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"``
+        raise, as there is no kernel yet.
+
+    Returns:
+      ``out [..., T, H, V]`` in the dtype of the inputs; with ``return_final_state``
+      also the state. All arrays but ``segment_ids`` and the length have gradients.
+
+    Raises:
+      TypeError: an input is not an array, or a setting is not static.
+      ValueError: shapes or dtypes do not fit each other, T, H, K, D, V or F is zero (a
+        batch may be), or a setting has an unknown value.
+      NotImplementedError: ``implementation="tk"`` or ``"interpret"``.
+
+    Zhang et al., "The Hedgehog & the Porcupine" (2024), section 4; Zhang et al.,
+    "LoLCATs" (2024), section 3.2, with the window that ThunderKittens has (Spector et
+    al., 2024).
+
+    >>> import jax, jax.numpy as jnp, tk_jax
+    >>> q = jax.random.normal(jax.random.key(0), (2, 300, 8, 32), jnp.bfloat16)
+    >>> k = v = jax.random.normal(jax.random.key(1), (2, 300, 2, 32), jnp.bfloat16)
+    >>> q_map = jax.random.normal(jax.random.key(2), (8, 32, 16))
+    >>> k_map = jax.random.normal(jax.random.key(3), (2, 32, 16))
+    >>> out, state = tk_jax.hedgehog_attention(
+    ...     q, k, v, q_map, k_map, alpha=0.5, beta=0.5, return_final_state=True
+    ... )
+    >>> out.shape, state.sums.shape, state.keys.shape, state.length
+    ((2, 300, 8, 32), (2, 2, 32, 32), (2, 128, 2, 32), Array([300, 300], dtype=int32))
+    """
+    op = "hedgehog_attention"
+    arrays = checks.as_arrays(
+        op,
+        q=q,
+        k=k,
+        v=v,
+        q_map=q_map,
+        k_map=k_map,
+        alpha=_as_weight(alpha),
+        beta=_as_weight(beta),
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+    )
+    inputs = xla.Inputs(*arrays)
+    call = _plan(
+        *inputs[:5],
+        alpha=inputs.alpha,
+        beta=inputs.beta,
+        window=window,
+        scale=scale,
+        initial_state=inputs.state,
+        return_final_state=return_final_state,
+        segment_ids=inputs.segment_ids,
+        implementation=implementation,
+    )
+    _dispatch.warn_of_fallback(call.choice)
+    out, state = _hedgehog_attention(call, inputs)
+    return (out, state) if return_final_state else out
+
+
+# One jit for eager callers too: they compile once, and for the device of their arrays.
+@functools.partial(jax.jit, static_argnums=0)
+def _hedgehog_attention(call, inputs):
+    with jax.named_scope("tk_jax.hedgehog_attention"):
+        options = call.options
+        state = inputs.state
+        state = _zero_state(options, inputs) if state is None else HedgehogState(*state)
+        inputs = inputs._replace(state=state)
+        inputs = _dispatch.vary_together_in(inputs)
+        settings = config.xla_config(options)
+        out, state = xla.hedgehog_attention(options, settings, inputs)
+        out = checkpoint_name(out, "tk_hedgehog_attention_out")
+        if not call.return_final_state:
+            return out, None
+        return out, checkpoint_name(state, "tk_hedgehog_attention_state")
+
+
+def hedgehog_attention_step(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_map: jax.Array,
+    k_map: jax.Array,
+    state: HedgehogState,
+    *,
+    alpha: jax.Array | float,
+    beta: jax.Array | float,
+    window: int = 64,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, HedgehogState]:
+    """One token of :func:`tk_jax.hedgehog_attention`, for decoding.
+
+    The arguments are those of that function without the axis T, and its ``final_state``
+    is the first ``state``; zeros start a sequence. The state that is returned has the
+    shapes and dtypes of the one taken, so that its buffers can be donated.
+
+    Args:
+      q: Queries ``[..., H, D]``.
+      k: Keys ``[..., K, D]``.
+      v: Values ``[..., K, V]``.
+      q_map: ``[H, D, F]``.
+      k_map: ``[K, D, F]``.
+      state: A :class:`tk_jax.HedgehogState`, or a tuple of its arrays.
+      alpha: As there.
+      beta: As there.
+      window: As there.
+      scale: As there.
+      implementation: As there.
+
+    Returns:
+      ``out [..., H, V]`` in the dtype of the inputs, and the next state.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as
+        :func:`tk_jax.hedgehog_attention`.
+
+    >>> import functools, jax, jax.numpy as jnp, tk_jax
+    >>> q = k = v = jnp.ones((2, 9, 4, 8))
+    >>> maps = jnp.ones((4, 8, 8))
+    >>> settings = {"alpha": 0.5, "beta": 0.5, "window": 4}
+    >>> _, state = tk_jax.hedgehog_attention(
+    ...     q, k, v, maps, maps, return_final_state=True, **settings
+    ... )
+    >>> step = functools.partial(tk_jax.hedgehog_attention_step, **settings)
+    >>> out, state = step(q[:, 0], k[:, 0], v[:, 0], maps, maps, state)
+    >>> out.shape, state.length
+    ((2, 4, 8), Array([10, 10], dtype=int32))
+    """
+    op = "hedgehog_attention_step"
+    arrays = checks.as_arrays(
+        op,
+        q=q,
+        k=k,
+        v=v,
+        q_map=q_map,
+        k_map=k_map,
+        alpha=_as_weight(alpha),
+        beta=_as_weight(beta),
+        state=state,
+    )
+    inputs = xla.Inputs(*arrays, segment_ids=None)
+    call = _plan_step(
+        *inputs[:5],
+        inputs.state,
+        alpha=inputs.alpha,
+        beta=inputs.beta,
+        window=window,
+        scale=scale,
+        implementation=implementation,
+    )
+    _dispatch.warn_of_fallback(call.choice)
+    q, k, v = (x[..., None, :, :] for x in inputs[:3])
+    out, state = _hedgehog_attention(call, inputs._replace(q=q, k=k, v=v))
+    return out[..., 0, :, :], state
+
+
+def _as_weight(value):
+    """A Python number as an array; the rest as it is, to be checked."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return jnp.float32(value) if is_number else value
+
+
+def _plan(
+    q,
+    k,
+    v,
+    q_map,
+    k_map,
+    *,
+    alpha,
+    beta,
+    window=64,
+    scale=None,
+    initial_state=None,
+    return_final_state=False,
+    segment_ids=None,
+    implementation=None,
+) -> Call:
+    """Checks everything but that arrays are arrays, for which shapes can stand."""
+    op = "hedgehog_attention"
+    checks.check_first(op, "q", q, "T, H, D")
+    arrays = (q, k, v, q_map, k_map, _as_weight(alpha), _as_weight(beta))
+    final = _check.check_flag(op, "return_final_state", return_final_state)
+    call = _make_call(op, arrays, window, scale, implementation, final)
+    if initial_state is not None:
+        _check_state(op, "initial_state", initial_state, k, v, q_map, window, 3)
+    checks.check_segment_ids(op, segment_ids, q.shape[:-2])
+    return call
+
+
+def _plan_step(
+    q,
+    k,
+    v,
+    q_map,
+    k_map,
+    state,
+    *,
+    alpha,
+    beta,
+    window=64,
+    scale=None,
+    implementation=None,
+) -> Call:
+    op = "hedgehog_attention_step"
+    checks.check_first(op, "q", q, "H, D")
+    arrays = (q, k, v, q_map, k_map, _as_weight(alpha), _as_weight(beta))
+    call = _make_call(op, arrays, window, scale, implementation, True)
+    _check_state(op, "state", state, k, v, q_map, window, 2)
+    return call
+
+
+def _make_call(op, arrays, window, scale, implementation, final) -> Call:
+    q = arrays[0]
+    _check_arrays(op, *arrays)
+    if not isinstance(window, int | np.integer) or isinstance(window, bool):
+        raise TypeError(
+            f"{op}: window is of type {type(window).__name__}; expected a Python int"
+        )
+    if window < 1:
+        raise ValueError(f"{op}: window is {window}; expected at least 1")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = config.HedgehogOptions(
+        scale=_check.check_finite_number(op, "scale", scale), window=int(window)
+    )
+    choice = _dispatch.choose(op, implementation, config.unsupported())
+    return Call(options=options, choice=choice, return_final_state=final)
+
+
+def _check_arrays(op, q, k, v, q_map, k_map, alpha, beta) -> None:
+    *leading, num_heads, head_dim = q.shape
+    q_text = checks.text("q", q)
+    _check.check_shape(op, "k", k.shape, (*leading, "K", head_dim), q_text)
+    checks.check_not_empty(op, "k", k, "K")
+    k_text = checks.text("k", k)
+    _check.check_shape(op, "v", v.shape, (*k.shape[:-1], "V"), k_text)
+    checks.check_not_empty(op, "v", v, "V")
+    checks.check_divides(op, "k", k.shape[-2], "heads (K)", "heads (H) of q", num_heads)
+    _check.check_same_dtype(op, "k", k.dtype, "q", q.dtype)
+    _check.check_same_dtype(op, "v", v.dtype, "q", q.dtype)
+    _check.check_shape(op, "q_map", q_map.shape, (num_heads, head_dim, "F"), q_text)
+    checks.check_not_empty(op, "q_map", q_map, "F")
+    expected = (k.shape[-2], *q_map.shape[1:])
+    to_match = f"{k_text} and {checks.text('q_map', q_map)}"
+    _check.check_shape(op, "k_map", k_map.shape, expected, to_match)
+    _check.check_floating(op, "q_map", q_map.dtype)
+    _check.check_floating(op, "k_map", k_map.dtype)
+    checks.check_gate(op, "alpha", alpha, [(num_heads,), ()], q_text)
+    checks.check_gate(op, "beta", beta, [(num_heads,), ()], q_text)
+
+
+def _check_state(op, name, state, k, v, q_map, window, num_axes) -> None:
+    checks.check_state_tuple(op, name, state, HedgehogState)
+    shapes = config.state_shapes(q_map.shape, k.shape, v.shape, window, num_axes)
+    sums = _chunks.sum_dtype(k.dtype)
+    dtypes = HedgehogState(sums, sums, k.dtype, k.dtype, jnp.dtype(jnp.int32))
+    to_match = f"{checks.text('k', k)}, {checks.text('v', v)} and window {window}"
+    for field, x, shape, dtype in zip(
+        HedgehogState._fields, state, shapes, dtypes, strict=True
+    ):
+        _check.check_shape(op, f"{name}.{field}", x.shape, shape, to_match)
+        _check.check_dtype(op, f"{name}.{field}", x.dtype, dtype)
+
+
+def _zero_state(options, inputs) -> HedgehogState:
+    shapes = config.state_shapes(
+        inputs.q_map.shape, inputs.k.shape, inputs.v.shape, options.window, 3
+    )
+    sums, dtype = _chunks.sum_dtype(inputs.k.dtype), inputs.k.dtype
+    dtypes = (sums, sums, dtype, dtype, jnp.int32)
+    return HedgehogState(*map(jnp.zeros, shapes, dtypes))
+
+
+_dispatch.explain_by_plan(hedgehog_attention, _plan)
+_dispatch.explain_by_plan(hedgehog_attention_step, _plan_step)
