@@ -272,7 +272,8 @@ struct Backward {
       DkvTile dk_acc, dv_acc;
       DqPart dq_acc;
       Weights p, ds;
-      typename Map::template BiasTile<kBlockQ> bias;
+      // Widened where registers are few: values take one each anyway until all have arrived.
+      Select<kLateDp, RegTile<float, 16, kBlockQ>, typename Map::template BiasTile<kBlockQ>> bias;
       warp::zero(dk_acc);
       warp::zero(dv_acc);
       shared.kv_ring.wait(kv_state);
@@ -295,7 +296,10 @@ struct Backward {
           warpgroup::mma_wait<2>(ds);
           release_q();
         }
-        Map::load_transposed_bias(bias, params, tile.batch, steps.head, first_query, first_key);
+        const auto load_bias = [&] {
+          Map::load_transposed_bias(bias, params, tile.batch, steps.head, first_query, first_key);
+        };
+        if constexpr (!Map::kCaps) load_bias();
         warpgroup::mma_wait<kLateDp ? 0 : 1>(s_acc);
         score_map.begin(s_acc, bias);
         bool masked = ragged;
@@ -317,6 +321,7 @@ struct Backward {
                                                  first_key);
           }
         }
+        if constexpr (Map::kCaps) load_bias();  // beside tanh there are no registers for it
         score_map.weigh(p, s_acc, bias, shared.lse_smem[state.stage]);
         if constexpr (kLateDp) issue_dp();
 
