@@ -22,9 +22,19 @@ _POISON_BYTES = 2**28
 class MaskedCase(Case):
     q_lengths: tuple[int, ...] | None = None
     kv_lengths: tuple[int, ...] | None = None
+    documents: int = 0  # in each row, of random lengths; 0: no segment ids
+    shuffled: bool = False  # tokens of documents are anywhere in the row
+    # Sizes of a mask [B, H, T, S] of which this share is seen; some blocks are seen as
+    # a whole, some not at all.
+    mask_shape: tuple[int, ...] | None = None
+    share: float = 0.5
 
     def __str__(self) -> str:
         words = [super().__str__()]
+        if self.documents:
+            words.append(f"{self.documents}-documents" + "-shuffled" * self.shuffled)
+        if self.mask_shape is not None:
+            words.append("mask-" + "x".join(map(str, self.mask_shape)))
         for name in ("q_lengths", "kv_lengths"):
             if (lengths := getattr(self, name)) is not None:
                 words.append(f"{name}-" + "-".join(map(str, lengths)))
@@ -43,9 +53,46 @@ class MaskedCase(Case):
             "query_seq_lengths": self.q_lengths,
             "key_value_seq_lengths": self.kv_lengths,
         }
-        return {
+        arrays = {
             name: np.array(x, np.int32) for name, x in lengths.items() if x is not None
         }
+        if self.documents:
+            q_ids, kv_ids = self.ids()
+            arrays |= {"q_segment_ids": q_ids, "kv_segment_ids": kv_ids}
+        if self.mask_shape is not None:
+            arrays["mask"] = self.seen()
+        return arrays
+
+    def ids(self):
+        rng = np.random.default_rng(17)
+        # Far apart, with signs, and neighbours that float32 does not tell apart.
+        known = rng.integers(-(2**31), 2**31 - 1, self.documents)
+        known[1:] = np.where(
+            rng.random(self.documents - 1) < 0.5, known[0] + 1, known[1:]
+        )
+        known = known.astype(np.int32)
+
+        def row(length):
+            cuts = np.sort(rng.integers(0, length + 1, self.documents - 1))
+            ids = known[np.searchsorted(cuts, np.arange(length), "right")]
+            return rng.permutation(ids) if self.shuffled else ids
+
+        lengths = (self.seqlen_q, self.seqlen_kv)
+        q_ids, kv_ids = (
+            np.stack([row(length) for _ in range(self.batch)]) for length in lengths
+        )
+        # Packed rows: the same documents for queries and keys.
+        same = self.seqlen_q == self.seqlen_kv and not self.shuffled
+        return q_ids, (q_ids if same else kv_ids)
+
+    def seen(self):
+        rng = np.random.default_rng(18)
+        mask = rng.random(self.mask_shape) < self.share
+        rows, keys = (-(-n // 64) for n in self.mask_shape[2:])
+        kinds = rng.integers(0, 3, (*self.mask_shape[:2], rows, keys))
+        kinds = kinds.repeat(64, 2).repeat(64, 3)
+        kinds = kinds[:, :, : self.mask_shape[2], : self.mask_shape[3]]
+        return np.where(kinds == 0, False, mask | (kinds == 1))
 
     def hidden(self) -> np.ndarray:
         """[B, H, T, S]"""
@@ -62,7 +109,13 @@ class MaskedCase(Case):
         if self.window is not None:
             left, right = self.window
             hidden |= (key < position - left) | (key > position + right)
-        return np.broadcast_to(hidden, (self.num_heads, *hidden.shape))
+        if self.documents:
+            q_ids, kv_ids = self.ids()
+            hidden |= q_ids[b][:, None] != kv_ids[b][None, :]
+        hidden = np.broadcast_to(hidden, (self.num_heads, *hidden.shape))
+        if self.mask_shape is not None:
+            hidden = hidden | ~self.seen()[b % self.mask_shape[0]]
+        return hidden
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -230,6 +230,8 @@ CASES = [
     ScoreCase(Case(1, 150, 60, 2, 2, 64, "bottom_right"), sinks="H", spread=8.0),
     ScoreCase(Case(1, 1, 1, 2, 2, 64, "full"), soft_cap=3.0, sinks="H"),
     ScoreCase(Case(1, 70, 90, 2, 1, 40, head_dim_v=72), bias="HTS", sinks="H"),
+    ScoreCase(Case(1, 130, 150, 2, 1, 256, "causal"), soft_cap=3.0, sinks="H"),
+    ScoreCase(Case(1, 70, 130, 2, 2, 192, head_dim_v=128), soft_cap=2.0),
     # A bias of everything, and shared in every way; odd lengths leave rows unaligned.
     ScoreCase(Case(2, 97, 113, 4, 2, 64, "causal"), bias="BHTS"),
     ScoreCase(Case(2, 70, 131, 2, 1, 128, "full", "fp16"), bias="HTS"),
@@ -247,6 +249,4 @@ CASES = [
         bias="BHTS",
         bias_dtype="float32",
     ),
-    ScoreCase(Case(1, 130, 150, 2, 1, 256, "causal"), soft_cap=3.0, sinks="H"),
-    ScoreCase(Case(1, 70, 130, 2, 2, 192, head_dim_v=128), soft_cap=2.0),
 ]

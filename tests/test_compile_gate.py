@@ -74,13 +74,19 @@ def _with_features(names, head_dims, masks=attention_config.KERNEL_MASKS):
 
 _FEATURES = {
     spec["function"]: spec
-    for names, head_dims in (
+    for names, head_dims, *masks in (
         (["softcap"], (64, 128, 192, 256)),
         (["lengths"], (64, 128, 192, 256)),
-        (["bias"], (64, 128, 192, 256)),
+        (["bias"], (64, 128)),
         (["bias", "floatbias"], (64, 128)),
+        (["segments"], (64, 128)),
+        (["mask"], (64, 128), ["causal"]),
+        (["lengths", "segments", "mask"], (64, 128), ["band"]),
+        (["segments", "softcap"], (64, 128), ["causal"]),
+        (["bias", "segments"], (64, 128), ["causal"]),
+        (["bias", "softcap"], (64, 128), ["causal"]),
     )
-    for spec in _with_features(names, head_dims)
+    for spec in _with_features(names, head_dims, *masks)
     if "Traits<" in spec["function"]
 }
 

@@ -136,10 +136,16 @@ def test_global_copies(rng, name, shape, at):
 
 
 def test_scalar_loads():
-    x = np.array([-(2**31) + 5, 7, 2**31 - 9], np.int32)
-    (tile,) = SCALARS([((16, 16), np.float32)], x)
-    halves = [value for n in (x[-1], x[0]) for value in (n & 0xFFFF, n >> 16)]
-    assert_same(tile, np.tile(np.array(halves, np.float32), (16, 4)))
+    for last, bits in (
+        (2**31 - 8, (30, 3, 28)),
+        (-(2**31), (31, 31, 1)),
+        (1, (0, 0, 1)),
+    ):
+        x = np.array([-(2**31) + 5, 7, last], np.int32)
+        (tile,) = SCALARS([((16, 16), np.float32)], x)
+        halves = [value for n in (x[-1], x[0]) for value in (n & 0xFFFF, n >> 16)]
+        row = np.array([*halves, *bits, 0], np.float32)
+        assert_same(tile, np.tile(row, (16, 2)))
 
 
 def cut(x, row, col):

@@ -84,13 +84,8 @@ template <typename Tile>
 __device__ __forceinline__ void keep_where(Tile& tile, const GlobalView<const uint8>& kept,
                                            int first_row, int first_col, float value,
                                            Location at = {}) {
-  detail::before_group_reads<Tile::kRows, Tile::kCols>(kept, first_row, first_col, at);
-  for_each(
-      tile,
-      [&](int row, int col, float x) {
-        const bool inside = first_row + row < kept.rows && first_col + col < kept.cols;
-        return inside && *kept.at(first_row + row, first_col + col) != 0 ? x : value;
-      },
+  zip_global(
+      tile, kept, first_row, first_col, [=](float x, uint8 byte) { return byte != 0 ? x : value; },
       at);
 }
 

@@ -184,7 +184,8 @@ __device__ __forceinline__ void global_copies(const KernelParams& params) {
   warpgroup::store(GlobalVec<T>{data<T>(params, 7), size, 2}, values, row);
 }
 
-// Buffers: integers; the last of them and the first, low and high halves, in four columns.
+// Buffers: integers; of the last of them and of the first low and high halves and, for the last,
+// numbers of its highest and lowest bit and of how many it has: one number a column.
 template <typename T>
 __device__ __forceinline__ void scalar_loads(const KernelParams& params) {
   const T* x = data<const T>(params, 0);
@@ -192,8 +193,11 @@ __device__ __forceinline__ void scalar_loads(const KernelParams& params) {
   RegTile<float, 16, 16> tile;
   warp::zero(tile);
   warp::for_each(tile, [=](int, int col, float) {
-    const int value = col / 2 % 2 == 0 ? last : first;
-    return static_cast<float>(col % 2 == 0 ? value & 0xffff : value >> 16);
+    const int numbers[] = {last & 0xffff,           last >> 16,
+                           first & 0xffff,          first >> 16,
+                           math::highest_bit(last), math::lowest_bit(last),
+                           math::count_bits(last),  0};
+    return static_cast<float>(numbers[col & 7]);
   });
   warp::store(matrix<float>(params, 1), tile, 0, 0);
 }

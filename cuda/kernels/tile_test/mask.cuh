@@ -23,4 +23,30 @@ __device__ __forceinline__ void masks(const KernelParams& params) {
   load(), warpgroup::keep_upper_before(tile, first, second, value), put();
 }
 
+// A tile of threes at (scalar 0, scalar 1) of arrays. Buffers: integers of rows and of columns;
+// bytes. Then what is kept where integers are equal, where bytes are set, and by the bytes
+// transposed, scalar 2 elsewhere; threes with the bytes added.
+template <typename T>
+__device__ __forceinline__ void array_masks(const KernelParams& params) {
+  const int row = scalar(params, 0), col = scalar(params, 1);
+  const float value = params.scalars[2];
+  const auto integers = [&](int buffer) {
+    return GlobalVec<const int>{data<const int>(params, buffer),
+                                static_cast<int>(params.buffers[buffer].shape[0])};
+  };
+  const GlobalView<uint8> bytes = matrix<uint8>(params, 2);
+  const GlobalView<const uint8> kept{bytes.data, bytes.rows, bytes.cols, bytes.cols, 1};
+  const GlobalView<const uint8> kept_transposed{bytes.data, bytes.cols, bytes.rows, 1, bytes.cols};
+  RegTile<T, 16, 48> tile;
+  const auto load = [&] { warp::fill(tile, 3.0f); };
+  int next = 0;
+  const auto put = [&] { warpgroup::store(matrix<T>(params, 3, next++), tile, 0, 0); };
+  load(), warpgroup::keep_equal(tile, integers(0), row, integers(1), col, value), put();
+  load(), warpgroup::keep_where(tile, kept, row, col, value), put();
+  load(), warpgroup::keep_where(tile, kept_transposed, row, col, value), put();
+  load();
+  warpgroup::zip_global(tile, kept, row, col, [](float x, uint8 byte) { return x + byte; });
+  put();
+}
+
 }  // namespace tk::tile_test

@@ -177,8 +177,11 @@ _FORWARD_FEATURES = {
         192: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
         256: AttentionForwardConfig(block_q=128, block_kv=48, stages=2),
     },
+    "mask": {
+        64: _FORWARD_MIXED,
+        128: AttentionForwardConfig(block_q=128, block_kv=112, stages=2),
+    },
     "segments": {64: _FORWARD_MIXED, 128: _FORWARD_MIXED},
-    "mask": {64: _FORWARD_MIXED, 128: _FORWARD_MIXED},
     "softcap": {
         256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
     },
@@ -194,6 +197,7 @@ _BACKWARD_ONE_CONSUMER = AttentionBackwardConfig(block_q=64, block_kv=64, stages
 _BACKWARD_FEATURES = {
     "bias": {64: _BACKWARD_ONE_CONSUMER},
     "softcap": {64: _BACKWARD_ONE_CONSUMER},
+    "mask": {64: _BACKWARD_ONE_CONSUMER},
 }
 # Shared memory of a block, and how much of it attention.h keeps for other things.
 _SHARED_BYTES = 227 * 1024

@@ -115,11 +115,6 @@ template <int kRows, typename T>
 void before_group_reads(const GlobalVec<T>& view, int first_row, Location at) {
   before_reads(view, first_row + kRows * warp_of_group(), kRows, at);
 }
-template <int kRows, int kCols, typename T>
-void before_group_reads(const GlobalView<T>& view, int first_row, int first_col, Location at) {
-  const int first = first_row + kRows * warp_of_group();
-  interpreter::read_global(spans_of(view, first, kRows, first_col, kCols), at);
-}
 
 }  // namespace detail
 
@@ -250,6 +245,22 @@ template <typename U, typename T, int kRows, int kCols>
 void store(const GlobalView<U>& dst, const RegTile<T, kRows, kCols>& src, int row, int col,
            Location at = {}) {
   detail::store_global(dst, src, row + kRows * detail::warp_of_group(), col, at);
+}
+
+template <typename Tile, typename T, typename F>
+void zip_global(Tile& tile, const GlobalView<const T>& src, int first_row, int first_col, F&& f,
+                Location at = {}) {
+  const int warp_row = first_row + Tile::kRows * detail::warp_of_group();
+  interpreter::read_global(detail::spans_of(src, warp_row, Tile::kRows, first_col, Tile::kCols),
+                           at);
+  for_each(
+      tile,
+      [&](int row, int col, float x) {
+        row += first_row;
+        col += first_col;
+        return f(x, row < src.rows && col < src.cols ? *src.at(row, col) : T(0));
+      },
+      at);
 }
 
 template <typename T, int kN>

@@ -169,8 +169,6 @@ template <typename T>
 __device__ __forceinline__ void before_reads(const GlobalVec<T>&, int, int, Location) {}
 template <int kRows, typename T>
 __device__ __forceinline__ void before_group_reads(const GlobalVec<T>&, int, Location) {}
-template <int kRows, int kCols, typename T>
-__device__ __forceinline__ void before_group_reads(const GlobalView<T>&, int, int, Location) {}
 
 }  // namespace detail
 
@@ -354,6 +352,32 @@ template <typename U, typename T, int kRows, int kCols>
 __device__ __forceinline__ void store(const GlobalView<U>& dst, const RegTile<T, kRows, kCols>& src,
                                       int row, int col, Location = {}) {
   detail::store_global(dst, src, row + kRows * (ptx::warp_index() & 3), col);
+}
+
+// tile = f(tile, element) with the array's elements at (first_row, first_col) on, 0 outside of it.
+template <typename Tile, typename T, typename F>
+__device__ __forceinline__ void zip_global(Tile& tile, const GlobalView<const T>& src,
+                                           int first_row, int first_col, F&& f, Location = {}) {
+  static_assert(Tile::kRowSquares == 1, "a warpgroup's tile has 16 rows a warp");
+  const int row = first_row + Tile::kRows * (ptx::warp_index() & 3) + detail::row_of(0, 0);
+  const int first = first_col + detail::col_of(0, 0);
+  // Addresses follow from one another: computed afresh, they would take the tile's registers again.
+  const T* upper = src.at(row, first);
+#pragma unroll
+  for (int g = 0; g < Tile::kCols / 8; ++g) {
+    const int col = first + 8 * g;
+    const T* place = upper;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const bool inside = row + 8 * h < src.rows;
+      const T x = inside && col < src.cols ? *place : T(0);
+      const T y = inside && col + 1 < src.cols ? *(place + src.col_stride) : T(0);
+      detail::set_pair(tile, 0, g, h, f(detail::get(tile, 0, g, 2 * h), x),
+                       f(detail::get(tile, 0, g, 2 * h + 1), y));
+      place += 8 * src.row_stride;
+    }
+    upper += 8 * src.col_stride;
+  }
 }
 
 // A value per row to an array, from element `first` on; elements beyond its size are not written.
