@@ -229,6 +229,7 @@ CASES = [
     # Queries without keys: lse is the sink.
     ScoreCase(Case(1, 150, 60, 2, 2, 64, "bottom_right"), sinks="H", spread=8.0),
     ScoreCase(Case(1, 1, 1, 2, 2, 64, "full"), soft_cap=3.0, sinks="H"),
+    ScoreCase(Case(1, 70, 90, 2, 1, 40, head_dim_v=72), bias="HTS", sinks="H"),
     ScoreCase(Case(1, 130, 150, 2, 1, 256, "causal"), soft_cap=3.0, sinks="H"),
     ScoreCase(Case(1, 70, 130, 2, 2, 192, head_dim_v=128), soft_cap=2.0),
     # A bias of everything, and shared in every way; odd lengths leave rows unaligned.

@@ -83,6 +83,8 @@ _FEATURES = {
         (["mask"], (64, 128), ["causal"]),
         (["lengths", "segments", "mask"], (64, 128), ["band"]),
         (["segments", "softcap"], (64, 128), ["causal"]),
+        (["bias", "segments"], (64, 128), ["causal"]),
+        (["bias", "softcap"], (64, 128), ["causal"]),
     )
     for spec in _with_features(names, head_dims, *masks)
     if "Traits<" in spec["function"]

@@ -59,9 +59,11 @@ struct Backward {
   static constexpr bool kOverlapSteps = kBlockQ == 64 && Traits::kMask != Mask::kBand &&
                                         (kFeatures & kHidingFeatures) == 0 && !Map::kCaps &&
                                         !Map::kAdds;
-  // Whether dp's product waits until there are registers: a bias beside a cap, or of fp32.
+  // Whether dp's product waits until there are registers: a bias beside a cap, segments or a mask,
+  // or of fp32.
   static constexpr bool kLateDp =
-      Map::kAdds && kHeadDim == 128 && (Map::kCaps || (kFeatures & kFloatBias) != 0);
+      Map::kAdds && kHeadDim == 128 &&
+      (Map::kCaps || (kFeatures & (kFloatBias | kSegments | kMaskArray)) != 0);
   static constexpr int kResidentBlocks = backward_resident_blocks(kHeadDim, kBlockKv);
   static constexpr int kProducerRegisters = kOverlapSteps ? 24 : 40;
   static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 216 : kOverlapSteps ? 240 : 232;
@@ -270,7 +272,8 @@ struct Backward {
       DkvTile dk_acc, dv_acc;
       DqPart dq_acc;
       Weights p, ds;
-      typename Map::template BiasTile<kBlockQ> bias;
+      // Widened where registers are few: values take one each anyway until all have arrived.
+      Select<kLateDp, RegTile<float, 16, kBlockQ>, typename Map::template BiasTile<kBlockQ>> bias;
       warp::zero(dk_acc);
       warp::zero(dv_acc);
       shared.kv_ring.wait(kv_state);
@@ -293,7 +296,10 @@ struct Backward {
           warpgroup::mma_wait<2>(ds);
           release_q();
         }
-        Map::load_transposed_bias(bias, params, tile.batch, steps.head, first_query, first_key);
+        const auto load_bias = [&] {
+          Map::load_transposed_bias(bias, params, tile.batch, steps.head, first_query, first_key);
+        };
+        if constexpr (!Map::kCaps) load_bias();
         warpgroup::mma_wait<kLateDp ? 0 : 1>(s_acc);
         score_map.begin(s_acc, bias);
         bool masked = ragged;
@@ -315,6 +321,7 @@ struct Backward {
                                                  first_key);
           }
         }
+        if constexpr (Map::kCaps) load_bias();  // beside tanh there are no registers for it
         score_map.weigh(p, s_acc, bias, shared.lse_smem[state.stage]);
         if constexpr (kLateDp) issue_dp();
 

@@ -54,7 +54,7 @@ struct BackwardWide {
   // beside dk.
   static constexpr bool kDkFirst = Traits::kStages == 2;
 
-  static constexpr bool kCaps = ScoreMap<kFeatures>::kCaps;
+  static constexpr bool kCaps = ScoreMap<T, kFeatures>::kCaps;
   // Whether the exponentials have to run beside dv's product: the compiler puts them after it.
   static constexpr bool kPinWeights = true;
 
@@ -222,7 +222,7 @@ struct BackwardWide {
   __device__ __forceinline__ static void sum_dv(const BackwardParams& params, Shared& shared) {
     typename KvRing::State kv_state;
     typename Ring::State q_state, dout_state;
-    const ScoreMap<kFeatures> score_map(params.scale, params.extras);
+    const ScoreMap<T, kFeatures> score_map(params.scale, params.extras);
     for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
       const Tile tile = walk.tile();
       RegTile<float, 16, kHeadDimV> dv_acc;

@@ -116,7 +116,7 @@ struct BackwardWideDq {
                                                  int consumer) {
     typename RowsRing::State rows_state;
     typename Ring::State k_state, v_state;  // k_state: the first block that still reads its k
-    const ScoreMap<kFeatures> score_map(params.scale, params.extras);
+    const ScoreMap<T, kFeatures> score_map(params.scale, params.extras);
     const QTile& q_smem = shared.q_smem[consumer];
     const DoutTile& dout_smem = shared.dout_smem[consumer];
     for (Walk walk(params); walk.valid(); walk.next()) {

@@ -74,6 +74,12 @@ struct ScoreMap {
     }
   }
 
+  template <typename Tile>
+  __device__ __forceinline__ void apply(Tile& scores) const {
+    static_assert(!kAdds, "a bias is missing");
+    apply(scores, Nothing{});
+  }
+
   // On the way back, in two steps: to what tells hidden scores, which become -inf before the
   // second.
   template <typename Tile, typename Bias>
@@ -134,6 +140,7 @@ struct ScoreMap {
   // What ds is a multiple of alone, where a row is a query.
   template <typename Tile>
   __device__ __forceinline__ void weigh(Tile& scores, const PerRow<16>& lse) const {
+    static_assert(!kAdds, "the kernels of wide heads take no bias");
     const float factor = unit * kLog2E;
     warp::map_rows(scores, scores, lse, [=](float t, float l) {
       const float p = math::exp2(t * factor - l);
