@@ -141,6 +141,11 @@ def test_only_arguments_and_named_results_are_saved(op):
 
     given = sorted(x.shape for x in arrays.values())
     assert saved_shapes(jax.checkpoint(layer)) == given
+    # Without a checkpoint too, but for the initial state where it is not an argument.
+    _, state = jax.eval_shape(lambda: call(op, **arrays, return_final_state=True))
+    kept = sum(map(np.prod, saved_shapes(lambda arrays: call(op, **arrays))))
+    allowed = sum(map(np.prod, given)) + sum(x.size for x in jax.tree.leaves(state))
+    assert kept <= allowed + 64  # constants
     remat = jax.checkpoint(layer, policy=checkpoint_policies.save_recurrent)
     out = jax.eval_shape(layer, arrays).shape
     assert saved_shapes(remat) == sorted([*given, out])
