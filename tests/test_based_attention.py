@@ -39,10 +39,10 @@ def _ours(**settings):
 @pytest.mark.parametrize(
     ("seqlen", "dim", "dtype", "normalize", "packed"),
     [
-        (1, 24, "float32", True, False),
-        (65, 16, "float32", False, True),
-        (130, 8, "float64", True, True),
-        (1000, 16, "bfloat16", True, False),
+        pytest.param(1, 24, "float32", True, False, marks=pytest.mark.exhaustive),
+        (65, 8, "float32", False, True),
+        pytest.param(130, 8, "float64", True, True, marks=pytest.mark.exhaustive),
+        (1000, 8, "bfloat16", True, True),
     ],
 )
 def test_values_and_gradients(seqlen, dim, dtype, normalize, packed):

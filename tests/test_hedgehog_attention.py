@@ -54,7 +54,7 @@ def _ours(**settings):
 @pytest.mark.parametrize(
     ("seqlen", "dtype", "window", "packed"),
     [
-        (65, "float32", 8, False),
+        pytest.param(65, "float32", 8, False, marks=pytest.mark.exhaustive),
         (50, "float64", 4, True),
         (1000, "bfloat16", 64, False),
     ],
@@ -71,7 +71,7 @@ def test_values_and_gradients(seqlen, dtype, window, packed):
     )
 
 
-@pytest.mark.parametrize(("seqlen", "window"), [(1, 64), (64, 16), (40, 1), (21, 5)])
+@pytest.mark.parametrize(("seqlen", "window"), [(1, 64), (64, 64), (21, 5)])
 def test_every_window_and_length(seqlen, window):
     arrays = _arrays(seqlen, packed=True, heads=(2, 2))
     with jax.enable_x64(True):

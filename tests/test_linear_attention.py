@@ -22,6 +22,7 @@ from tk_jax.ops.linear_attention import linear_attention_reference
 pytestmark = pytest.mark.filterwarnings("ignore::tk_jax.FallbackWarning")
 
 TIME_AXES = {"q": 1, "k": 1, "v": 1, "log_decay": 1}
+EXHAUSTIVE = pytest.mark.exhaustive
 EXACT = ("log_decay", "initial_state")
 
 
@@ -66,12 +67,21 @@ def _reference(**settings):
         (63, "float32", {"decay": "head"}),
         (64, "float32", {"decay": "none", "state": False}),
         (65, "float32", {"packed": True}),
-        (130, "float64", {"packed": True}),
+        pytest.param(130, "float64", {"packed": True}, marks=EXHAUSTIVE),
         (130, "float64", {"decay": "head", "packed": True, "normalize": True}),
-        (130, "float64", {"decay": "none", "packed": True, "normalize": True}),
+        pytest.param(
+            130,
+            "float64",
+            {"decay": "none", "packed": True, "normalize": True},
+            marks=EXHAUSTIVE,
+        ),
         (1000, "bfloat16", {}),
-        (1000, "bfloat16", {"decay": "head", "normalize": True}),
-        (200, "float16", {"decay": "token", "packed": True}),
+        pytest.param(
+            1000, "bfloat16", {"decay": "head", "normalize": True}, marks=EXHAUSTIVE
+        ),
+        pytest.param(
+            200, "float16", {"decay": "token", "packed": True}, marks=EXHAUSTIVE
+        ),
     ],
     ids=str,
 )

@@ -53,13 +53,13 @@ def _pair(**settings):
 @pytest.mark.parametrize(
     ("seqlen", "dtype", "arrays", "settings"),
     [
-        (1, "float32", {}, {}),
+        pytest.param(1, "float32", {}, {}, marks=pytest.mark.exhaustive),
         (63, "float32", {"groups": 1}, {"dt_limit": (0.1, 2.0)}),
         (65, "float32", {"groups": 4, "packed": True, "skip": "H"}, {}),
         (130, "float64", {"packed": True}, {}),
         (64, "float64", {"plain": True}, {"dt_softplus": False}),
         (1000, "bfloat16", {"packed": True}, {}),
-        (200, "float16", {"groups": 1}, {}),
+        pytest.param(200, "float16", {"groups": 1}, {}, marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )
