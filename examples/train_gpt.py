@@ -21,7 +21,7 @@ def train(
     settings: ModelSettings, train_settings: TrainSettings, run_settings: RunSettings
 ) -> dict[str, Any]:
     """Trains, writes everything under run_settings.out_dir, returns the metrics."""
-    return run.train(Trainer(settings, train_settings), run_settings)
+    return run.train(Trainer, settings, train_settings, run_settings)
 
 
 def main(argv):

@@ -26,7 +26,8 @@ def train(
     run_settings: RunSettings,
 ) -> dict[str, Any]:
     """Trains, writes everything under run_settings.out_dir, returns the metrics."""
-    return run.train(Trainer(settings, train_settings, Mamba2), run_settings)
+    make_trainer = functools.partial(Trainer, make_model=Mamba2)
+    return run.train(make_trainer, settings, train_settings, run_settings)
 
 
 def main(settings_from_flags, argv):

@@ -18,6 +18,10 @@ BARS = {
 }
 
 
+def quick_jit(fn, **settings):
+    return jax.jit(fn, compiler_options=QUICK, **settings)
+
+
 def relative_rms(got, exact) -> float:
     got, exact = (np.asarray(x, np.float64) for x in (got, exact))
     assert got.shape == exact.shape
@@ -72,7 +76,7 @@ def values_and_gradients(fn, arrays: dict, cotangents=None):
         given = jax.tree.map(lambda w, x: jnp.asarray(w, x.dtype), given, results)
         return results, pull_back(given)[0]
 
-    return jax.jit(run, compiler_options=QUICK)(floating)
+    return quick_jit(run)(floating)
 
 
 def compare(fn, reference, arrays: dict, dtype, exact=(), gates=()) -> None:

@@ -6,14 +6,16 @@ import numpy as np
 
 import tk_jax
 
-# Windows and lengths at which every op has a scan of chunks and a rest.
 SETTINGS = {
     "linear_attention": {},
     "ssd": {"dt_softplus": True},
     "based_attention": {},
-    "hedgehog_attention": {"window": 2},
+    "hedgehog_attention": {"window": 5},
 }
 OPS = tuple(SETTINGS)
+# At which there is a scan of chunks; the five tokens below are one.
+SCANNED = {"hedgehog_attention": 10}
+SCANNED_BY_MOST = 128
 # What has a batch axis, and where heads are in it; the others have heads first.
 PER_TOKEN = {
     "linear_attention": ("q", "k", "v", "log_decay"),

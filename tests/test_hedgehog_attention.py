@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from recurrent_cases import (
     compare,
+    quick_jit,
     relative_rms,
     segments,
     split_at,
@@ -54,7 +55,7 @@ def _ours(**settings):
 @pytest.mark.parametrize(
     ("seqlen", "dtype", "window", "packed"),
     [
-        (65, "float32", 8, False),
+        pytest.param(65, "float32", 8, False, marks=pytest.mark.exhaustive),
         (50, "float64", 4, True),
         (1000, "bfloat16", 64, False),
     ],
@@ -71,28 +72,30 @@ def test_values_and_gradients(seqlen, dtype, window, packed):
     )
 
 
-@pytest.mark.parametrize(("seqlen", "window"), [(1, 64), (64, 16), (40, 1), (21, 5)])
+@pytest.mark.parametrize(("seqlen", "window"), [(1, 64), (64, 64), (21, 5)])
 def test_every_window_and_length(seqlen, window):
     arrays = _arrays(seqlen, packed=True, heads=(2, 2))
     with jax.enable_x64(True):
         arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
-        got = _ours(window=window, scale=0.7)(**arrays)
-        expected = hedgehog_attention_reference(
-            **arrays, window=window, scale=0.7, dtype=jnp.float64
+        settings = {"window": window, "scale": 0.7}
+        got = quick_jit(_ours(**settings))(**arrays)
+        reference = functools.partial(
+            hedgehog_attention_reference, **settings, dtype=jnp.float64
         )
+        expected = quick_jit(reference)(**arrays)
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12)
 
 
 def test_split_sequence_is_the_whole_one():
-    """In values and gradients, for pieces that end within a block and within one."""
+    """In values and gradients, for pieces that end within a block."""
 
     def whole(**arrays):
-        return tk_jax.hedgehog_attention(**arrays, window=4, return_final_state=True)
+        return tk_jax.hedgehog_attention(**arrays, window=5, return_final_state=True)
 
     def in_pieces(**arrays):
         outs, state = [], None
-        for piece in split_at(arrays, TIME_AXES, [1, 11]):
+        for piece in split_at(arrays, TIME_AXES, [11]):
             out, state = whole(**piece, initial_state=state)
             outs.append(out)
         return jnp.concatenate(outs, 1), state
@@ -106,7 +109,7 @@ def test_split_sequence_is_the_whole_one():
 
     with jax.enable_x64(True):
         arrays = {
-            name: jnp.asarray(x) for name, x in _arrays(30).items() if x is not None
+            name: jnp.asarray(x) for name, x in _arrays(22).items() if x is not None
         }
         got, expected = (
             values_and_gradients(without_length(fn), arrays)
@@ -124,13 +127,14 @@ def test_steps_are_the_sequence_even_after_a_packed_row():
     with jax.enable_x64(True):
         arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
         arrays["segment_ids"] = jnp.asarray(ids)
-        expected = tk_jax.hedgehog_attention(**arrays, **settings)
+        whole = quick_jit(functools.partial(tk_jax.hedgehog_attention, **settings))
+        expected = whole(**arrays)
         first, _ = split_at(arrays, TIME_AXES | {"segment_ids": 1}, [12])
-        out, state = tk_jax.hedgehog_attention(**first, **settings)
+        out, state = whole(**first)
         outs = [out]
         del arrays["segment_ids"]
         step = functools.partial(tk_jax.hedgehog_attention_step, window=3)
-        step = jax.jit(step, donate_argnames="state")
+        step = quick_jit(step, donate_argnames="state")
         state = jax.tree.map(jnp.copy, state)
         for t in range(12, 24):
             given = state

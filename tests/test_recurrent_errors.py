@@ -211,13 +211,13 @@ SHAPES = [
             "initial_state": tk_jax.HedgehogState(
                 _shape(2, 2, 6, 6),
                 _shape(2, 2, 6),
-                _shape(2, 5, 2, 8),
-                _shape(2, 4, 2, 6),
+                _shape(2, 9, 2, 8),
+                _shape(2, 10, 2, 6),
                 _shape(2, dtype=jnp.int32),
             )
         },
-        "initial_state.keys has shape (2, 5, 2, 8); expected (2, 4, 2, 8) "
-        "to match k (2, 5, 2, 8), v (2, 5, 2, 6) and window 2",
+        "initial_state.keys has shape (2, 9, 2, 8); expected (2, 10, 2, 8) "
+        "to match k (2, 5, 2, 8), v (2, 5, 2, 6) and window 5",
     ),
 ]
 

@@ -15,7 +15,7 @@ from absl import flags, logging
 from tqdm import tqdm
 
 from gpt import checkpoint, data, plot
-from gpt.settings import RunSettings
+from gpt.settings import OptimizerSettings, RunSettings
 from gpt.training import Trainer, TrainState, count_parameters, run_steps
 
 _REQUIRE_MARGIN = flags.DEFINE_float(
@@ -41,9 +41,13 @@ class StopOnInterrupt:
         signal.signal(signal.SIGINT, self._previous)
 
 
-def train(trainer: Trainer, run: RunSettings) -> dict[str, Any]:
+def train(
+    make_trainer: Callable[..., Trainer],
+    settings,
+    train_settings: OptimizerSettings,
+    run: RunSettings,
+) -> dict[str, Any]:
     """Trains, writes everything under run.out_dir, and returns the metrics."""
-    settings, train_settings = trainer.settings, trainer.train
     corpus = data.load_corpus(run.data_dir)
     for stream in (corpus.train, corpus.validation):
         data.check_length(stream, settings.seqlen)
@@ -58,6 +62,7 @@ def train(trainer: Trainer, run: RunSettings) -> dict[str, Any]:
     if run.sample_bytes and not run.prompt:
         raise ValueError("prompt is empty; expected at least one character")
     entropy = data.unigram_entropy(corpus.validation)
+    trainer = make_trainer(settings, train_settings)
     state = trainer.initial_state()
     num_parameters = count_parameters(state.params)
     print(

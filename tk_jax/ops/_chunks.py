@@ -65,10 +65,10 @@ def _split(x, *, num_chunks, chunk):
 
 
 def segment_starts(segment_ids, shape):
-    """bool ``shape`` [B, T]: a token whose id differs from that of the one before."""
+    """bool ``shape`` [..., T]: a token whose id differs from that of the one before."""
     ids = jnp.broadcast_to(segment_ids, shape)
-    first = jnp.zeros_like(ids[:, :1], bool)
-    return jnp.concatenate([first, ids[:, 1:] != ids[:, :-1]], axis=1)
+    first = jnp.zeros_like(ids[..., :1], bool)
+    return jnp.concatenate([first, ids[..., 1:] != ids[..., :-1]], axis=-1)
 
 
 def fold(x, num_batch_axes: int):
