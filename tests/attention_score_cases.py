@@ -231,4 +231,21 @@ CASES = [
     ScoreCase(Case(1, 1, 1, 2, 2, 64, "full"), soft_cap=3.0, sinks="H"),
     ScoreCase(Case(1, 130, 150, 2, 1, 256, "causal"), soft_cap=3.0, sinks="H"),
     ScoreCase(Case(1, 70, 130, 2, 2, 192, head_dim_v=128), soft_cap=2.0),
+    # A bias of everything, and shared in every way; odd lengths leave rows unaligned.
+    ScoreCase(Case(2, 97, 113, 4, 2, 64, "causal"), bias="BHTS"),
+    ScoreCase(Case(2, 70, 131, 2, 1, 128, "full", "fp16"), bias="HTS"),
+    ScoreCase(Case(2, 200, 67, 4, 2, 64, "full"), bias="TS", spread=3.0),
+    ScoreCase(Case(3, 67, 200, 2, 1, 128, "causal"), bias="BS"),
+    ScoreCase(Case(2, 150, 130, 2, 2, 64, "bottom_right"), bias="HT"),
+    ScoreCase(Case(2, 65, 65, 2, 1, 64, "full"), bias=""),
+    ScoreCase(Case(2, 140, 97, 4, 2, 128, "full"), bias="BTS", bias_dtype="float32"),
+    ScoreCase(Case(1, 97, 140, 4, 2, 64, window=(40, 20)), bias="HTS", sinks="H"),
+    ScoreCase(Case(1, 130, 70, 2, 1, 128, "causal"), soft_cap=2.0, bias="HTS"),
+    ScoreCase(
+        Case(2, 65, 150, 4, 2, 64, "full", "fp16"),
+        soft_cap=5.0,
+        sinks="BH",
+        bias="BHTS",
+        bias_dtype="float32",
+    ),
 ]

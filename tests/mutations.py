@@ -269,7 +269,7 @@ MUTATIONS = [
     _backward("no mask", "if (masked) {", "if (false) {"),
     _backward(
         "keys before the window are seen",
-        "first_query + kBlockQ - 1 + params.first_offset > first_key",
+        "first_query + kBlockQ - 1 + bounds.first_offset > first_key",
         "false",
     ),
     _backward(

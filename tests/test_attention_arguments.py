@@ -179,7 +179,8 @@ def test_what_has_no_kernel_says_so(name, monkeypatch):
         ids = jax.ShapeDtypeStruct((BATCH, T), jnp.int32)
         settings = {"q_segment_ids": ids, "kv_segment_ids": ids}
     choice = tk_jax.explain(tk_jax.attention, x, x, x, **settings)
-    if name in ("causal_align", "local_window_size", *config.KERNEL_EXTRAS):
+    static = ("causal_align", "local_window_size", "logits_soft_cap")
+    if name in (*static, *config.KERNEL_EXTRAS):
         assert choice.cuda == "tk"
         return
     named = "q_segment_ids" if name == "kv_segment_ids" else name
@@ -194,6 +195,10 @@ def test_a_value_head_dim_of_its_own(monkeypatch):
     q = jax.ShapeDtypeStruct((BATCH, T, HEADS, 192), jnp.bfloat16)
     v = jax.ShapeDtypeStruct((BATCH, T, HEADS, 128), jnp.bfloat16)
     assert tk_jax.explain(tk_jax.attention, q, q, v).cuda == "tk"
+    ids = jax.ShapeDtypeStruct((BATCH, T), jnp.int32)
+    assert tk_jax.explain(tk_jax.attention, q, q, v, q_segment_ids=ids).reason == (
+        "the TK kernel does not support q_segment_ids with head dims beyond 128"
+    )
     odd = jax.ShapeDtypeStruct((BATCH, T, HEADS, 68), jnp.bfloat16)
     assert tk_jax.explain(tk_jax.attention, q, q, odd).reason == (
         "the TK kernel does not support head dim 68 of v "
@@ -207,5 +212,6 @@ def test_a_fallback_on_a_gpu_warns_of_the_argument(monkeypatch):
     monkeypatch.setattr(_dispatch, "_unsupported_gpu", lambda: None)
     monkeypatch.setattr(_dispatch, "_warned", set())
     x = jax.ShapeDtypeStruct((BATCH, T, HEADS, 64), jnp.bfloat16)
-    with pytest.warns(tk_jax.FallbackWarning, match="does not support logits_soft_cap"):
-        jax.eval_shape(lambda x: tk_jax.attention(x, x, x, logits_soft_cap=1.0), x)
+    bias = jnp.zeros((T, T), jnp.bfloat16)
+    with pytest.warns(tk_jax.FallbackWarning, match="does not support bias"):
+        jax.eval_shape(lambda x: tk_jax.attention(x, x, x, bias=bias), x)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import Case
 
 import tk_jax
 
@@ -79,3 +80,48 @@ def test_values_that_are_no_numbers():
         np.testing.assert_array_equal(by_head.any(tuple(range(1, by_head.ndim))), bad)
     np.testing.assert_array_equal(out[:, :, 3], plain_out[:, :, 3])
     np.testing.assert_allclose(lse[:, :, 3], plain_lse[:, :, 3], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("hidden_by", ["lengths", "segments", "mask"])
+def test_beside_what_hides_keys(hidden_by):
+    """A bias and sinks, and their gradients, where arrays hide keys and queries."""
+    rng = np.random.default_rng(3)
+    batch, seqlen_q, seqlen_kv, heads = 2, 150, 139, 2
+    q, k, v, dout, dlse = Case(batch, seqlen_q, seqlen_kv, heads, 1, 64).inputs()
+    bias = rng.standard_normal((1, heads, seqlen_q, seqlen_kv), np.float32)
+    sinks = rng.standard_normal(heads, np.float32)
+    settings = {
+        "lengths": {
+            "query_seq_lengths": np.array([150, 61], np.int32),
+            "key_value_seq_lengths": np.array([40, 139], np.int32),
+            "is_causal": True,
+        },
+        "segments": {
+            "q_segment_ids": np.sort(rng.integers(0, 4, (batch, seqlen_q), np.int32)),
+            "kv_segment_ids": np.sort(rng.integers(0, 4, (batch, seqlen_kv), np.int32)),
+        },
+        "mask": {"mask": rng.random((batch, 1, seqlen_q, seqlen_kv)) < 0.7},
+    }[hidden_by]
+
+    def results(implementation):
+        def attention(q, k, v, bias, sinks):
+            return tk_jax.attention(
+                q,
+                k,
+                v,
+                bias=bias,
+                sinks=sinks,
+                return_lse=True,
+                implementation=implementation,
+                **settings,
+            )
+
+        results, transpose = jax.vjp(attention, q, k, v, bias, sinks)
+        return *results, *transpose((dout, dlse))
+
+    got, expected = (
+        jax.jit(results, static_argnums=0)(x) for x in ("interpret", "xla")
+    )
+    for name, x, y in zip(score_cases.NAMES, got, expected, strict=True):
+        x, y = (np.asarray(array, np.float32) for array in (x, y))
+        np.testing.assert_allclose(x, y, atol=0.02 * np.abs(y).max(), err_msg=name)

@@ -19,6 +19,10 @@ _LARGER = [
     ScoreCase(Case(1, 1000, 2100, 8, 8, 64), soft_cap=2.0),
     ScoreCase(Case(1, 700, 700, 4, 1, 128, window=(100, 7)), soft_cap=2.0, sinks="H"),
     ScoreCase(Case(1, 130, 8300, 2, 1, 128), soft_cap=10.0),
+    ScoreCase(Case(2, 1025, 1025, 8, 2, 64, "causal"), bias="HTS"),
+    ScoreCase(Case(2, 1000, 777, 8, 2, 128), bias="BHTS", bias_dtype="float32"),
+    ScoreCase(Case(3, 1025, 1025, 4, 2, 128, "causal"), bias="TS", sinks="H"),
+    ScoreCase(Case(2, 1100, 900, 4, 4, 64), bias="BS", soft_cap=4.0),
 ]
 
 

@@ -77,6 +77,8 @@ _FEATURES = {
     for names, head_dims, *masks in (
         (["softcap"], (64, 128, 192, 256)),
         (["lengths"], (64, 128, 192, 256)),
+        (["bias"], (64, 128)),
+        (["bias", "floatbias"], (64, 128)),
         (["segments"], (64, 128)),
         (["mask"], (64, 128), ["causal"]),
         (["lengths", "segments", "mask"], (64, 128), ["band"]),
@@ -92,6 +94,29 @@ _FEATURES = {
 def test_kernel_with_features_is_fit_to_ship(spec, record_property):
     verdict = compile_gate.judge(spec, compile_gate.Requirements())
     record_property("compile_gate", verdict.row())
+    assert not verdict.problems, "\n".join(verdict.problems)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mask", "features"),
+    [
+        ("none", ["bias"]),
+        ("causal", ["bias", "softcap"]),
+        ("band", ["lengths", "bias", "softcap", "floatbias"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_gradient_of_a_bias(head_dim, mask, features):
+    (spec,) = _ffi.extension().attention_bias_specs(
+        dtype="bfloat16",
+        head_dim=head_dim,
+        head_dim_v=head_dim,
+        mask=mask,
+        features=features,
+    )
+    verdict = compile_gate.judge(spec, compile_gate.Requirements())
     assert not verdict.problems, "\n".join(verdict.problems)
 
 

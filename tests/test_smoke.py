@@ -17,6 +17,7 @@ def test_this_runtime_accepts_every_handler():
     jax.devices("cpu")
     registrations = _extension.registrations()
     assert sorted(registrations) == [
+        "tk_attention_bwd_bias_v1",
         "tk_attention_bwd_v1",
         "tk_attention_fwd_v1",
         "tk_kernel_v1",

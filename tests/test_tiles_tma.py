@@ -28,10 +28,8 @@ ADDED_KERNELS = {
     case: kernel("tma", "added_boxes", *case[:3], shared=True) for case in ADDED
 }
 MULTICAST = {
-    (name, rows, cols): kernel(
-        "tma", "multicast", name, rows, cols, shared=True, cluster_size=2
-    )
-    for name, rows, cols in ((BF16, 64, 64), (FLOAT, 32, 16))
+    case: kernel("tma", "multicast", *case, shared=True, cluster_size=2)
+    for case in ((BF16, 64, 64, 3), (FLOAT, 32, 16, 3), (FP16, 32, 128, 4))
 }
 
 
@@ -117,12 +115,12 @@ def test_added_boxes(rng, case):
     assert_same(result, expected)
 
 
-@pytest.mark.parametrize(("name", "rows", "cols"), MULTICAST)
-def test_multicast(rng, name, rows, cols):
+@pytest.mark.parametrize(("name", "rows", "cols", "rank"), MULTICAST)
+def test_multicast(rng, name, rows, cols, rank):
     x = normals(rng, (3, rows, cols), NAMES[name])
-    (result,) = MULTICAST[name, rows, cols](
+    (result,) = MULTICAST[name, rows, cols, rank](
         [((6, rows, cols), x.dtype)],
-        x,
+        x if rank == 3 else x[:, None],
         grid=6,
         tiles={0: (rows // 2, cols), 1: (rows, cols)},
     )

@@ -27,6 +27,7 @@ _NVRTC_FOLDERS = ("cu13/lib", "cuda_nvrtc/lib")
 _TARGETS = (
     "tk_attention_fwd_v1",
     "tk_attention_bwd_v1",
+    "tk_attention_bwd_bias_v1",
     "tk_kernel_v1",
     "tk_matmul_v1",
 )

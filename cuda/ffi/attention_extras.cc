@@ -2,7 +2,6 @@
 
 #include <array>
 #include <iterator>
-#include <vector>
 
 namespace tk::ffi {
 namespace {
@@ -123,8 +122,13 @@ Status check_extras(const ExtraBuffers& extras, const AttentionSizes& s) {
        check_array("kv_segments", extras.kv_segments, xffi::DataType::S32, {s.batch, s.seqlen_kv}),
        check_shared("mask", extras.mask, xffi::DataType::PRED,
                     {s.batch, s.num_heads, s.seqlen_q, s.seqlen_kv}),
-       check_shared("bias", extras.bias, dtype, {s.batch, s.num_heads, s.seqlen_q, s.seqlen_kv}),
+       check_shared("bias", extras.bias, has_float_bias(extras) ? xffi::DataType::F32 : dtype,
+                    {s.batch, s.num_heads, s.seqlen_q, s.seqlen_kv}),
        check_shared("sinks", extras.sinks, xffi::DataType::F32, {s.batch, s.num_heads})});
+}
+
+bool has_float_bias(const ExtraBuffers& extras) {
+  return extras.bias && extras.bias->element_type() == xffi::DataType::F32;
 }
 
 Status check_maps(const ExtraBuffers& extras, const AttentionSizes& s, std::int64_t block_q,
@@ -153,6 +157,7 @@ unsigned features_of(const ExtraBuffers& extras, const attention::Options& optio
   if (extras.q_segments) features |= attention::kSegments;
   if (extras.mask) features |= attention::kMaskArray;
   if (extras.bias) features |= attention::kBias;
+  if (has_float_bias(extras)) features |= attention::kFloatBias;
   if (options.soft_cap != 0) features |= attention::kSoftCap;
   return features;
 }

@@ -47,11 +47,13 @@ struct ExtraBuffers {
   std::optional<AnyBuffer> query_lengths, kv_lengths;  // int32 [B]
   std::optional<AnyBuffer> q_segments, kv_segments;    // int32 [B, T], [B, S]
   std::optional<AnyBuffer> mask;                       // bool [B or 1, H or 1, T or 1, S or 1]
-  std::optional<AnyBuffer> bias;                       // of q's dtype, the same
+  std::optional<AnyBuffer> bias;                       // of q's dtype or float32, the same
   std::optional<AnyBuffer> sinks;                      // float32 [B or 1, H]
   // int32 [B or 1, H or 1, blocks, ceil(blocks / 32), 2], of pairs MapWord: attention::BlockMap.
   std::optional<AnyBuffer> key_map, query_map;
 };
+
+bool has_float_bias(const ExtraBuffers& extras);
 
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args);
 Status check_extras(const ExtraBuffers& extras, const AttentionSizes& sizes);

@@ -6,7 +6,8 @@ namespace tk::ffi {
 namespace {
 
 // Of the bits of attention::Feature, in order.
-constexpr const char* kFeatureNames[] = {"lengths", "segments", "mask", "bias", "softcap"};
+constexpr const char* kFeatureNames[] = {"lengths", "segments", "mask",
+                                         "bias",    "softcap",  "floatbias"};
 
 constexpr int kFragmentThreads = attention::kWarpgroupThreads;  // of prepare and finish
 
@@ -227,6 +228,30 @@ Result<KernelSpec> AttentionBackwardKernels::last_spec() const {
   spec.params_type = "tk::attention::BackwardFinishParams";
   spec.threads = kFragmentThreads;
   spec.shared_bytes = attention::backward_finish_shared_bytes(tile);
+  return checked(std::move(spec));
+}
+
+KernelKey AttentionBiasKernel::key() const {
+  return {{static_cast<int>(dtype), head_dim, head_dim_v, static_cast<int>(mask), features}};
+}
+
+Result<KernelSpec> AttentionBiasKernel::spec() const {
+  if (Status status =
+          first_error({check_kernel_dtype(dtype), check_tile_head_dim("head_dim", head_dim),
+                       check_tile_head_dim("head_dim_v", head_dim_v)});
+      !status.ok()) {
+    return status.error();
+  }
+  KernelSpec spec;
+  spec.symbol = "tk_attention_bwd_bias_" + suffix(dtype, head_dim, head_dim_v, mask, features);
+  spec.header = "kernels/attention/backward_bias.cuh";
+  spec.function = std::string("tk::attention::backward_bias<tk::attention::BackwardBiasTraits<") +
+                  type_name(dtype) + ", " + std::to_string(head_dim) + ", " +
+                  std::to_string(head_dim_v) + ", " + mask_name(mask) + ", " +
+                  std::to_string(features) + ">>";
+  spec.params_type = "tk::attention::BackwardBiasParams";
+  spec.threads = attention::forward_threads(attention::kBiasBlockQ);
+  spec.shared_bytes = attention::backward_bias_shared_bytes(head_dim, head_dim_v);
   return checked(std::move(spec));
 }
 

@@ -48,6 +48,17 @@ struct AttentionBackwardKernels {
   Result<KernelSpec> wide_dq_spec() const;
 };
 
+// Of the gradient of a bias.
+struct AttentionBiasKernel {
+  runtime::DataType dtype;
+  std::int64_t head_dim, head_dim_v;  // of tiles
+  attention::Mask mask;
+  unsigned features;  // bits of attention::Feature
+
+  KernelKey key() const;
+  Result<KernelSpec> spec() const;
+};
+
 }  // namespace tk::ffi
 
 TK_REGISTER_SETTINGS(tk::attention::Options, StructMember<float>("scale"),

@@ -15,6 +15,7 @@ struct Target {
 
 extern const Target kAttentionForwardTarget;
 extern const Target kAttentionBackwardTarget;
+extern const Target kAttentionBiasTarget;
 extern const Target kMatmulTarget;
 extern const Target kKernelTarget;
 

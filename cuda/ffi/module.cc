@@ -31,8 +31,8 @@ namespace {
 
 nb::dict registrations() {
   nb::dict targets;
-  for (const Target* target :
-       {&kAttentionForwardTarget, &kAttentionBackwardTarget, &kMatmulTarget, &kKernelTarget}) {
+  for (const Target* target : {&kAttentionForwardTarget, &kAttentionBackwardTarget,
+                               &kAttentionBiasTarget, &kMatmulTarget, &kKernelTarget}) {
     nb::dict stages;
     stages["initialize"] = nb::capsule(reinterpret_cast<void*>(target->initialize));
     stages["execute"] = nb::capsule(reinterpret_cast<void*>(target->execute));
@@ -145,6 +145,16 @@ nb::list attention_backward_specs(const std::string& dtype, long head_dim, long 
   specs.append(to_dict(kernels.prepare_spec()));
   specs.append(to_dict(kernels.main_spec()));
   specs.append(to_dict(kernels.last_spec()));
+  return specs;
+}
+
+nb::list attention_bias_specs(const std::string& dtype, long head_dim, long head_dim_v,
+                              const std::string& mask, const std::vector<std::string>& features) {
+  const AttentionBiasKernel kernel{to_dtype(dtype), attention::tile_head_dim(head_dim),
+                                   attention::tile_head_dim(head_dim_v), to_mask(mask),
+                                   to_features(features)};
+  nb::list specs;
+  specs.append(to_dict(kernel.spec()));
   return specs;
 }
 
@@ -262,6 +272,8 @@ NB_MODULE(_extension, module) {
              "head_dim"_a, "head_dim_v"_a, "mask"_a, "features"_a, "config"_a);
   module.def("attention_backward_specs", &attention_backward_specs, nb::kw_only(), "dtype"_a,
              "head_dim"_a, "head_dim_v"_a, "mask"_a, "features"_a, "deterministic"_a, "config"_a);
+  module.def("attention_bias_specs", &attention_bias_specs, nb::kw_only(), "dtype"_a, "head_dim"_a,
+             "head_dim_v"_a, "mask"_a, "features"_a);
   module.def("matmul_specs", &matmul_specs, nb::kw_only(), "dtype"_a, "transpose_a"_a,
              "transpose_b"_a, "config"_a);
 

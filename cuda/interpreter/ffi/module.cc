@@ -39,7 +39,7 @@ NB_MODULE(_interpreter, module) {
       [] {
         nb::dict targets;
         for (const Target* target : {&kAttentionForwardTarget, &kAttentionBackwardTarget,
-                                     &kKernelTarget, &kMatmulTarget}) {
+                                     &kAttentionBiasTarget, &kKernelTarget, &kMatmulTarget}) {
           targets[target->name] = nb::capsule(reinterpret_cast<void*>(target->execute));
         }
         return targets;

@@ -29,11 +29,12 @@ constexpr Mask mask_of(const Options& options) {
 
 // What a kernel is compiled for beyond its mask, as bits.
 enum Feature : unsigned {
-  kLengths = 1,    // Extras::query_lengths, kv_lengths
-  kSegments = 2,   // Extras::q_segments, kv_segments
-  kMaskArray = 4,  // Extras::mask
-  kBias = 8,       // Extras::bias
-  kSoftCap = 16,   // Extras::soft_cap
+  kLengths = 1,     // Extras::query_lengths, kv_lengths
+  kSegments = 2,    // Extras::q_segments, kv_segments
+  kMaskArray = 4,   // Extras::mask
+  kBias = 8,        // Extras::bias
+  kSoftCap = 16,    // Extras::soft_cap
+  kFloatBias = 32,  // with kBias: it is of fp32, not of q's type
 };
 // Those that may leave a query without a key, wherever its diagonals are.
 constexpr unsigned kHidingFeatures = kLengths | kSegments | kMaskArray;
@@ -240,6 +241,40 @@ constexpr int backward_shared_bytes(long head_dim, const BackwardConfig& config)
                           config.stages * config.block_q * (2 * 2 * head_dim + 2 * 4) +
                           2 * 2 * config.block_q * config.block_kv +
                           backward_dq_stages(head_dim) * 4 * config.block_q * head_dim) +
+         kSharedSlack;
+}
+
+// -- The gradient of a bias, after the backward pass ---------------------------------------------
+// A tile of the bias is as large whatever the head dims are.
+constexpr int kBiasBlockQ = 128, kBiasBlockKv = 64;
+// Kernel: "kernels/attention/backward_bias.cuh"
+//   tk::attention::backward_bias<tk::attention::BackwardBiasTraits<T, kHeadDim, kHeadDimV, kMask,
+//                                                                  kFeatures>>
+// Grid: min(multiprocessors, tiles) blocks; a tile is kBiasBlockQ x kBiasBlockKv of the gradient.
+struct BackwardBiasParams {
+  TensorMap q, dout;  // as ForwardParams::q
+  TensorMap k, v;     // rows = kBiasBlockKv
+  const float* delta;
+  const float* lse_log2;
+  // [bias_batches, bias_heads, T or kBiasBlockQ, S or kBiasBlockKv]: where all queries share a
+  // bias, the sum over those that are apart by a multiple of kBiasBlockQ; keys likewise. Of fp32,
+  // or where it is not float_result, of the bias's type.
+  void* dbias;
+  bool shares_queries, shares_keys, float_result;
+  int bias_batches, bias_heads;  // 1, or all
+  int batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads;
+  int first_offset, last_offset;
+  int padded_q;
+  float scale;
+  Extras extras;
+};
+// As many as fit.
+constexpr int backward_bias_stages(long head_dim, long head_dim_v) {
+  return head_dim + head_dim_v <= 256 ? 2 : 1;
+}
+constexpr int backward_bias_shared_bytes(long head_dim, long head_dim_v) {
+  return static_cast<int>(2 * (head_dim + head_dim_v) * (kBiasBlockQ + kBiasBlockKv) *
+                          backward_bias_stages(head_dim, head_dim_v)) +
          kSharedSlack;
 }
 

@@ -52,12 +52,16 @@ struct Backward {
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
   static constexpr unsigned kFeatures = Traits::kFeatures;
   static constexpr int kConsumers = Traits::kConsumers;
+  using Map = ScoreMap<T, kFeatures>;
   // Whether registers are left for ds while dk's product reads it beside the next step's scores. A
   // band, lengths and maps take too many in the producer, of which the consumers have the rest, and
-  // a cap too many in the consumers.
+  // a cap or a bias too many in the consumers.
   static constexpr bool kOverlapSteps = kBlockQ == 64 && Traits::kMask != Mask::kBand &&
-                                        (kFeatures & kHidingFeatures) == 0 &&
-                                        !ScoreMap<kFeatures>::kCaps;
+                                        (kFeatures & kHidingFeatures) == 0 && !Map::kCaps &&
+                                        !Map::kAdds;
+  // Whether dp's product waits until there are registers: a bias beside a cap, or of fp32.
+  static constexpr bool kLateDp =
+      Map::kAdds && kHeadDim == 128 && (Map::kCaps || (kFeatures & kFloatBias) != 0);
   static constexpr int kResidentBlocks = backward_resident_blocks(kHeadDim, kBlockKv);
   static constexpr int kProducerRegisters = kOverlapSteps ? 24 : 40;
   static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 216 : kOverlapSteps ? 240 : 232;
@@ -245,7 +249,7 @@ struct Backward {
     typename KvRing::State kv_state;
     typename Ring::State state, q_read;  // the step at hand; the first that still reads its q
     typename DqRing::State dq_state;
-    const ScoreMap<Traits::kFeatures> score_map(params.scale, params.extras);
+    const Map score_map(params.scale, params.extras);
     const auto k_rows = shared.k_smem.template rows<64>(consumer);
     const auto v_rows = shared.v_smem.template rows<64>(consumer);
     const auto k_cols = shared.k_smem.template cols<64>(consumer % Traits::kDqCols);
@@ -266,6 +270,7 @@ struct Backward {
       DkvTile dk_acc, dv_acc;
       DqPart dq_acc;
       Weights p, ds;
+      typename Map::template BiasTile<kBlockQ> bias;
       warp::zero(dk_acc);
       warp::zero(dv_acc);
       shared.kv_ring.wait(kv_state);
@@ -277,16 +282,20 @@ struct Backward {
         shared.q_ring.wait(state);
         warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[state.stage]);
         warpgroup::mma_commit();
-        shared.dout_ring.wait(state);
-        warpgroup::mm_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
-        warpgroup::mma_commit();
+        const auto issue_dp = [&] {
+          shared.dout_ring.wait(state);
+          warpgroup::mm_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
+          warpgroup::mma_commit();
+        };
+        if constexpr (!kLateDp) issue_dp();
 
         if constexpr (kOverlapSteps) {
           warpgroup::mma_wait<2>(ds);
           release_q();
         }
-        warpgroup::mma_wait<1>(s_acc);
-        score_map.apply(s_acc);
+        Map::load_transposed_bias(bias, params, tile.batch, steps.head, first_query, first_key);
+        warpgroup::mma_wait<kLateDp ? 0 : 1>(s_acc);
+        score_map.begin(s_acc, bias);
         bool masked = ragged;
         if constexpr (Traits::kMask != Mask::kNone) {
           masked = masked || first_query + bounds.last_offset < first_key + 63;
@@ -306,7 +315,8 @@ struct Backward {
                                                  first_key);
           }
         }
-        score_map.weigh(p, s_acc, shared.lse_smem[state.stage]);
+        score_map.weigh(p, s_acc, bias, shared.lse_smem[state.stage]);
+        if constexpr (kLateDp) issue_dp();
 
         warpgroup::mma_wait<0>(dp_acc);
         warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],

@@ -56,6 +56,7 @@ struct Forward {
   using Scores = RegTile<float, 16, kBlockKv>;
   using Weights = RegTile<T, 16, kBlockKv>;
   using Output = RegTile<float, 16, kHeadDimV>;
+  using Map = ScoreMap<T, Traits::kFeatures>;
   static constexpr int kQStages =
       forward_q_stages(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages});
   using QRing = Pipeline<kQStages>;
@@ -172,7 +173,7 @@ struct Forward {
       q_state.advance();
       const int kv_head = tile.head / group;
       for (; tile.keys.valid(); tile.keys.next(map_row(params, tile)), kv_state.advance()) {
-        const int first_key = tile.keys.block * kBlockKv;
+        const int first_key = tile.keys.block() * kBlockKv;
         shared.k_ring.acquire(kv_state, KTile::kBytes);
         tma::load(shared.k_smem[kv_state.stage], params.k, shared.k_ring.full(kv_state),
                   tma::Keep::kLong, 0, first_key, kv_head, tile.batch);
@@ -196,16 +197,21 @@ struct Forward {
                                                  int consumer) {
     typename QRing::State q_state, q_done;  // the tile at hand; the first that holds its memory
     typename Ring::State k_state, v_state;
-    const ScoreMap<Traits::kFeatures> score_map(params.scale, params.extras);
+    const Map score_map(params.scale, params.extras);
     const float unit_log2 = score_map.unit * kLog2E;
     if (consumer == kConsumers - 1) pass_turn(consumer);  // the first turn is the first consumer's
     Scores s_acc;
     Weights p;
     Output o_acc;
+    typename Map::template BiasTile<kBlockKv> bias;
 
     const auto issue_scores = [&](int q_stage) {
       warpgroup::mm_ABt(s_acc, shared.rows[q_stage][consumer].q_smem, shared.k_smem[k_state.stage]);
       warpgroup::mma_commit();
+    };
+    const auto load_bias = [&](const Tile& tile, const BlocksDown<kMapped>& keys) {
+      Map::load_bias(bias, params, tile.batch, tile.head, tile.first_query + 64 * consumer,
+                     keys.block() * kBlockKv);
     };
     const auto release_keys = [&] {
       shared.k_ring.release(k_state);
@@ -220,9 +226,9 @@ struct Forward {
       shared.v_ring.release(v_state);
       v_state.advance();
     };
-    const auto complete_scores = [&](const Tile& tile) {
-      const int block = tile.keys.block, first_query = tile.first_query + 64 * consumer;
-      score_map.apply(s_acc);
+    const auto complete_scores = [&](const Tile& tile, const BlocksDown<kMapped>& keys) {
+      const int block = keys.block(), first_query = tile.first_query + 64 * consumer;
+      score_map.apply(s_acc, bias);
       bool masked = block >= tile.unmasked_end;
       if constexpr (Traits::kMask == Mask::kBand) {
         masked = masked || block < tile.unmasked_first;
@@ -232,7 +238,7 @@ struct Forward {
                                    bounds_of<kFeatures>(params, tile.batch));
       }
       if constexpr (kMapped) {
-        if (!tile.keys.is_whole()) {
+        if (!keys.is_whole()) {
           mask_by_arrays<kFeatures>(s_acc, params, tile.batch, tile.head, first_query,
                                     block * kBlockKv);
         }
@@ -261,9 +267,10 @@ struct Forward {
       }
       shared.k_ring.wait(k_state);
       issue_scores(q_state.stage);
+      load_bias(tile, tile.keys);
       warpgroup::mma_wait<0>(s_acc);
       release_keys();
-      complete_scores(tile);
+      complete_scores(tile, tile.keys);
       softmax.weigh(s_acc);
       warp::convert(p, s_acc);
 
@@ -271,18 +278,19 @@ struct Forward {
       // visited block.
       for (bool chained = true; chained;) {
         bool accumulate = false;
-        for (tile.keys.next(map_row(params, tile)); tile.keys.valid();
-             tile.keys.next(map_row(params, tile))) {
+        BlocksDown<kMapped> keys = tile.keys;  // walked in place, the tile's would take registers
+        for (keys.next(map_row(params, tile)); keys.valid(); keys.next(map_row(params, tile))) {
           shared.k_ring.wait(k_state);
           wait_turn(consumer);
           issue_scores(q_state.stage);
           issue_output(accumulate);
           pass_turn(consumer);
           accumulate = true;
+          load_bias(tile, keys);
           warpgroup::mma_wait<1>(s_acc);
           release_keys();
           release_rows();
-          complete_scores(tile);
+          complete_scores(tile, keys);
           const bool corrects = softmax.weigh(s_acc);
           if constexpr (kConsumers <= 2) warp::pin(softmax.row_sum);
           warpgroup::mma_wait<0>(o_acc, p);
@@ -308,9 +316,10 @@ struct Forward {
           issue_scores(q_next.stage);
           issue_output(accumulate);
           pass_turn(consumer);
+          load_bias(next, next.keys);
           warpgroup::mma_wait<1>(s_acc);
           release_keys();
-          complete_scores(next);
+          complete_scores(next, next.keys);
           OnlineSoftmax next_softmax(unit_log2);
           next_softmax.weigh(s_acc);
           if constexpr (kConsumers <= 2) warp::pin(next_softmax.row_sum);
@@ -340,7 +349,7 @@ struct Forward {
     if constexpr ((kFeatures & kLengths) != 0) {
       hide_queries(o_acc, softmax, bounds_of<kFeatures>(params, tile.batch).seqlen_q - first_query);
     }
-    PerRow<16> lse = softmax.finish(ScoreMap<kFeatures>(params.scale, params.extras).unit);
+    PerRow<16> lse = softmax.finish(Map(params.scale, params.extras).unit);
     PerRow<16> inverse_sum = softmax.inverse_sum();
     join_sink(lse, inverse_sum, params.extras, tile.batch, tile.head);
     warp::mul_rows(o_acc, o_acc, inverse_sum);

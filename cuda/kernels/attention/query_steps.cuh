@@ -12,20 +12,25 @@ template <typename QTurns>
 struct CountedSteps {
   const QTurns& turns;
   int first, steps, left;
+  int head;
   int step = 0;
 
   template <typename Params>
-  __device__ __forceinline__ CountedSteps(const QTurns& turns, const Params& params, int n, int,
-                                          int)
+  __device__ __forceinline__ CountedSteps(const QTurns& turns, const Params& params, int n,
+                                          int kv_head, int)
       : turns(turns),
         first(turns.first_q_block(n)),
         steps(turns.steps(n)),
-        left(params.num_heads / params.num_kv_heads * steps) {}
+        left(params.num_heads / params.num_kv_heads * steps),
+        head(params.num_heads / params.num_kv_heads * kv_head) {}
   __device__ __forceinline__ bool valid() const { return left > 0; }
   __device__ __forceinline__ int q_block() const { return turns.q_block(first, step); }
   __device__ __forceinline__ void next() {
     --left;
-    if (++step == steps) step = 0;
+    if (++step == steps) {
+      step = 0;
+      ++head;
+    }
   }
 };
 

@@ -1,10 +1,10 @@
 // What happens to scores between the product q k^T and the exponential, and the way back.
 //
-//   t = tanh(scale q k^T / cap), and scores are cap t
+//   t = tanh(scale q k^T / cap), and scores are cap t + bias
 //
-// The exponential multiplies by a factor anyway. So without a cap the accumulators keep what the
-// product gave, and with one they hold t: the factor is scale or cap. Going back, ds is p (dp -
-// delta) times the slope 1 - t^2.
+// The exponential multiplies by a factor anyway. So without a bias the accumulators keep what the
+// product gave, or with a cap hold t: the factor is scale or cap. With a bias they hold scores.
+// Going back, ds is p (dp - delta) times the slope 1 - t^2, which a bias does not have.
 // A sink is one more score of every row, without a key and a value.
 // Source: the cap is Gemma 2's (Gemma Team 2024, section 2); sinks after Xiao et al. 2023, section
 // 3, in the form of gpt-oss.
@@ -15,39 +15,96 @@
 
 namespace tk::attention {
 
-template <unsigned kFeatures>
+struct Nothing {};
+
+template <typename T, unsigned kFeatures>
 struct ScoreMap {
   static constexpr bool kCaps = (kFeatures & kSoftCap) != 0;
+  static constexpr bool kAdds = (kFeatures & kBias) != 0;
+  using BiasElement = Select<(kFeatures & kFloatBias) != 0, float, T>;
+  template <int kCols>
+  using BiasTile = Select<kAdds, RegTile<BiasElement, 16, kCols>, Nothing>;
 
-  float gain;  // of the product, before tanh
+  float gain;  // of the product, at first
+  float cap;   // of what has been capped
   float unit;  // what the accumulators count in, once scores are in them
 
   __device__ __forceinline__ ScoreMap(float scale, const Extras& extras) {
-    unit = kCaps ? extras.soft_cap : scale;
-    gain = kCaps ? scale / extras.soft_cap : 1.0f;
+    cap = kCaps ? extras.soft_cap : 1.0f;
+    gain = kCaps ? scale / extras.soft_cap : kAdds ? scale : 1.0f;
+    unit = kAdds ? 1.0f : kCaps ? cap : scale;
   }
 
-  // The product becomes scores, in units of `unit`.
-  template <typename Tile>
-  __device__ __forceinline__ void apply(Tile& scores) const {
-    if constexpr (kCaps) {
-      warp::accurate_tanh(scores, scores, gain);
+  // The bias of 64 queries, as rows, and a block of keys. For calls between the start of a product
+  // and the wait for it: values arrive meanwhile.
+  template <typename Tile, typename Params>
+  __device__ __forceinline__ static void load_bias(Tile& bias, const Params& params, int batch,
+                                                   int head, int first_query, int first_key) {
+    if constexpr (kAdds) {
+      const ScoreArray& array = params.extras.bias;
+      warpgroup::load(
+          bias,
+          GlobalView<const BiasElement>{first_of(array, batch, head), params.seqlen_q,
+                                        params.seqlen_kv, array.query_stride, array.key_stride},
+          first_query, first_key);
+    }
+  }
+  // The same for transposed scores: 64 keys, as rows, and a block of queries.
+  template <typename Tile, typename Params>
+  __device__ __forceinline__ static void load_transposed_bias(Tile& bias, const Params& params,
+                                                              int batch, int head, int first_query,
+                                                              int first_key) {
+    if constexpr (kAdds) {
+      const ScoreArray& array = params.extras.bias;
+      warpgroup::load(
+          bias,
+          GlobalView<const BiasElement>{first_of(array, batch, head), params.seqlen_kv,
+                                        params.seqlen_q, array.key_stride, array.query_stride},
+          first_key, first_query);
     }
   }
 
-  // Scores whose hidden ones are -inf become what ds is a multiple of: p, times the cap's slope.
-  // p itself goes to `weights`, rounded. A column is a query, with its lse in base 2.
-  template <typename Weights, typename Tile, int kN>
-  __device__ __forceinline__ void weigh(Weights& weights, Tile& scores,
-                                        const SharedVec<float, kN>& lse) const {
-    const float factor = unit * kLog2E;
+  // The product becomes scores, in units of `unit`.
+  template <typename Tile, typename Bias>
+  __device__ __forceinline__ void apply(Tile& scores, const Bias& bias) const {
+    if constexpr (kCaps) warp::accurate_tanh(scores, scores, gain);
+    if constexpr (kAdds) {
+      const float factor = kCaps ? cap : gain;
+      warp::zip(scores, scores, bias, [=](float s, float b) { return math::fma(s, factor, b); });
+    }
+  }
+
+  // On the way back, in two steps: to what tells hidden scores, which become -inf before the
+  // second.
+  template <typename Tile, typename Bias>
+  __device__ __forceinline__ void begin(Tile& scores, const Bias& bias) const {
     if constexpr (kCaps) {
-      warp::zip_cols_twice(weights, scores, scores, scores, lse,
-                           [=](float t, float, float l, float& p, float& p_slope) {
-                             const float bounded = math::max(t, -1.0f);  // hidden: no slope
-                             p = math::exp2(t * factor - l);
-                             p_slope = p * math::fma(-bounded, bounded, 1.0f);
-                           });
+      warp::accurate_tanh(scores, scores, gain);  // the slope needs it without the bias
+    } else {
+      apply(scores, bias);
+    }
+  }
+  // And to what ds is a multiple of: p, times the cap's slope. p itself goes to `weights`, rounded.
+  // A column is a query, with its lse in base 2.
+  template <typename Weights, typename Tile, typename Bias, int kN>
+  __device__ __forceinline__ void weigh(Weights& weights, Tile& scores, const Bias& bias,
+                                        const SharedVec<float, kN>& lse) const {
+    const float factor = (kCaps ? cap : unit) * kLog2E;
+    if constexpr (kCaps) {
+      const auto weigh_one = [=](float t, float b, float l, float& p, float& p_slope) {
+        const float bounded = math::max(t, -1.0f);  // a hidden score has no slope
+        p = math::exp2(math::fma(t, factor, b * kLog2E - l));
+        if (kAdds && t == -kInfinity) p = 0.0f;  // whatever its bias is
+        p_slope = p * math::fma(-bounded, bounded, 1.0f);
+      };
+      if constexpr (kAdds) {
+        warp::zip_cols_twice(weights, scores, scores, bias, lse, weigh_one);
+      } else {
+        warp::zip_cols_twice(weights, scores, scores, scores, lse,
+                             [=](float t, float, float l, float& p, float& p_slope) {
+                               weigh_one(t, 0.0f, l, p, p_slope);
+                             });
+      }
     } else {
       warp::map_cols(scores, scores, lse,
                      [=](float s, float l) { return math::exp2(s * factor - l); });
@@ -84,6 +141,13 @@ struct ScoreMap {
       const float bounded = math::max(t, -1.0f);
       return p * math::fma(-bounded, bounded, 1.0f);
     });
+  }
+
+ private:
+  __device__ __forceinline__ static const BiasElement* first_of(const ScoreArray& array, int batch,
+                                                                int head) {
+    return static_cast<const BiasElement*>(array.data) + batch * array.batch_stride +
+           head * array.head_stride;
   }
 };
 

@@ -104,9 +104,9 @@ __device__ __forceinline__ void added_boxes(const KernelParams& params) {
   warp::sync();
 }
 
-// A cluster of two blocks for each matrix of x: each loads half of the rows, to both. Buffers: x;
-// and for every block the matrix it got.
-template <typename T, int kRows, int kCols>
+// A cluster of two blocks for each matrix of x, [n, rows, cols] or [n, 1, rows, cols]: each loads
+// half of the rows, to both. Buffers: x; and for every block the matrix it got.
+template <typename T, int kRows, int kCols, int kRank>
 __device__ __forceinline__ void multicast(const KernelParams& params) {
   using Tile = SharedTile<T, kRows, kCols>;
   struct Shared {
@@ -124,8 +124,15 @@ __device__ __forceinline__ void multicast(const KernelParams& params) {
   warp::sync();
   cluster::sync();
   if (warp::leader()) {
-    tma::load_multicast(shared.tile.template rows<kRows / 2>(rank), params.maps[0], shared.full,
-                        tma::Keep::kNormal, 3, 0, rank * (kRows / 2), block / 2);
+    const auto rows = shared.tile.template rows<kRows / 2>(rank);
+    const int first = rank * (kRows / 2), matrix = block / 2;
+    if constexpr (kRank == 3) {
+      tma::load_multicast(rows, params.maps[0], shared.full, tma::Keep::kNormal, 3, 0, first,
+                          matrix);
+    } else {
+      tma::load_multicast(rows, params.maps[0], shared.full, tma::Keep::kNormal, 3, 0, first, 0,
+                          matrix);
+    }
     shared.met.arrive_remote(rank ^ 1);
     shared.full.wait(0);
     shared.met.wait(0);

@@ -62,13 +62,12 @@ def attention(
     gradients of q, k and v, and ``lse = -inf`` or, with a sink, ``lse = sink``.
 
     The TK kernel runs on NVIDIA Hopper GPUs for bfloat16 and float16 with head dims D
-    and Dv that are multiples of 8 up to 256, for masks that are causal, a local window
-    or both, with lengths, soft caps and sinks, and up to head dim 128 with segment ids
-    and masks; blocks that are masked as a whole are skipped. Everything else, and every
-    other platform, runs an XLA implementation of the same maths, also in linear memory.
-    Where a GPU runs that although nobody asked for it, a
-    :class:`tk_jax.FallbackWarning` says why, once per reason; :func:`tk_jax.explain`
-    tells beforehand.
+    and Dv that are multiples of 8 up to 256, and takes all of these; blocks that are
+    masked as a whole are skipped. With a head dim beyond 128 it has no segment ids,
+    masks and biases. Everything else, and every other platform, runs an XLA
+    implementation of the same maths, also in linear memory. Where a GPU runs that
+    although nobody asked for it, a :class:`tk_jax.FallbackWarning` says why, once per
+    reason; :func:`tk_jax.explain` tells beforehand.
 
     Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``shard_map``, ``jax.checkpoint``
     (residuals are named ``tk_attention_out`` and ``tk_attention_lse``, see

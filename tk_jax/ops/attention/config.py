@@ -22,6 +22,8 @@ MAX_ROWS = 2**31 - 1
 QUERY_PADDING = 128
 # ... and dq is accumulated in fragments of this many rows (kFragmentRows).
 FRAGMENT_ROWS = 64
+# Queries and keys of a tile of a bias's gradient (kBiasBlockQ, kBiasBlockKv).
+BIAS_BLOCK_Q, BIAS_BLOCK_KV = 128, 64
 
 # What AttentionOptions holds where there is no window, and no cap.
 NO_WINDOW = -1
@@ -105,6 +107,7 @@ def features(options: AttentionOptions, extras: Extras) -> frozenset[str]:
         "lengths": any(x is not None for x in lengths),
         "segments": extras.q_segment_ids is not None,
         "mask": extras.mask is not None,
+        "bias": extras.bias is not None,
         "softcap": options.soft_cap != NO_SOFT_CAP,
     }
     return frozenset(name for name, wanted in names.items() if wanted)
@@ -166,15 +169,21 @@ _FEW_CAUSAL_KEYS = 1024
 _FORWARD_MASKED = {
     (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
 }
-# And so do features, whatever the mask.
+# And so do features, whatever the mask: by the larger of the head dims.
 _FORWARD_FEATURES = {
-    "segments": {(64, 64): _FORWARD_MIXED, (128, 128): _FORWARD_MIXED},
-    "mask": {
-        (64, 64): _FORWARD_MIXED,
-        (128, 128): AttentionForwardConfig(block_q=128, block_kv=112, stages=2),
+    "bias": {
+        64: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+        128: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+        192: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+        256: AttentionForwardConfig(block_q=128, block_kv=48, stages=2),
     },
+    "mask": {
+        64: _FORWARD_MIXED,
+        128: AttentionForwardConfig(block_q=128, block_kv=112, stages=2),
+    },
+    "segments": {64: _FORWARD_MIXED, 128: _FORWARD_MIXED},
     "softcap": {
-        (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+        256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
     },
 }
 # By narrow_head_dim.
@@ -182,11 +191,13 @@ _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
     128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2),
 }
-# A cap takes more registers than two consumers at 128 queries have: one at 64, and two
-# such blocks on a multiprocessor.
+# A cap or a bias takes more registers than two consumers at 128 queries have: one at
+# 64, and two such blocks on a multiprocessor.
+_BACKWARD_ONE_CONSUMER = AttentionBackwardConfig(block_q=64, block_kv=64, stages=2)
 _BACKWARD_FEATURES = {
-    "softcap": {64: AttentionBackwardConfig(block_q=64, block_kv=64, stages=2)},
-    "mask": {64: AttentionBackwardConfig(block_q=64, block_kv=64, stages=2)},
+    "bias": {64: _BACKWARD_ONE_CONSUMER},
+    "softcap": {64: _BACKWARD_ONE_CONSUMER},
+    "mask": {64: _BACKWARD_ONE_CONSUMER},
 }
 # Shared memory of a block, and how much of it attention.h keeps for other things.
 _SHARED_BYTES = 227 * 1024
@@ -201,10 +212,11 @@ KERNEL_EXTRAS = (
     "q_segment_ids",
     "kv_segment_ids",
     "mask",
+    "bias",
     "sinks",
 )
 # Of those, the ones that they do not take with head dims beyond 128.
-NARROW_EXTRAS = ("q_segment_ids", "kv_segment_ids", "mask")
+NARROW_EXTRAS = ("q_segment_ids", "kv_segment_ids", "mask", "bias")
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
@@ -219,10 +231,10 @@ def forward_config(
     """``mask`` is one of KERNEL_MASKS; the head dims are those of arrays."""
     tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
     for feature, tiles in _FORWARD_FEATURES.items():
-        if feature in features and tile in tiles:
-            return tiles[tile]
-    few = mask == "causal" and seqlen_kv <= _FEW_CAUSAL_KEYS
-    if few and tile in _FORWARD_FEW_CAUSAL_KEYS:
+        if feature in features and max(tile) in tiles:
+            return tiles[max(tile)]
+    few_keys = mask == "causal" and seqlen_kv <= _FEW_CAUSAL_KEYS
+    if few_keys and tile in _FORWARD_FEW_CAUSAL_KEYS:
         return _FORWARD_FEW_CAUSAL_KEYS[tile]
     if mask != "none" and tile in _FORWARD_MASKED:
         return _FORWARD_MASKED[tile]

@@ -204,9 +204,52 @@ def kernel_backward(
         config=tiles,
     )
     dq, dk, dv = (_unfold(x, leading) for x in gradients[:3])
-    delta = gradients[3][:, :, :seqlen_q]
+    delta, lse_log2 = gradients[3:5]
+    dbias = _gradient_of_bias(options, q, k, v, dout, delta, lse_log2, extras, leading)
+    delta = delta[:, :, :seqlen_q]
     dsinks = _gradient_of_sinks(extras.sinks, leading, lse, delta)
-    return dq, dk, dv, None, dsinks
+    return dq, dk, dv, dbias, dsinks
+
+
+def _gradient_of_bias(options, q, k, v, dout, delta, lse_log2, extras, batch):
+    """What ``extras.bias`` is, by a pass of its own: XLA drops it where nobody asks."""
+    bias = extras.bias
+    if bias is None:
+        return None
+    arrays = _extra_arrays(extras, batch, q, k, None, backward=True)
+    given = arrays[config.Extras._fields.index("bias")]
+    batches, heads, seqlen_q, seqlen_kv = given.shape
+    # Where all queries or all keys share it, a block of sums: see BackwardBiasParams.
+    rows = config.BIAS_BLOCK_Q if seqlen_q == 1 else seqlen_q
+    columns = config.BIAS_BLOCK_KV if seqlen_kv == 1 else seqlen_kv
+    # The batch axes that it is shared along, if it is not shared along all.
+    repeated = []
+    if batches != math.prod(bias.shape[:-3]):
+        repeated = [i for i, size in enumerate(bias.shape[:-3]) if size != batch[i]]
+    summed_later = repeated or 1 in (seqlen_q, seqlen_kv)
+    types = jax.typeof(q).update(
+        shape=(batches, heads, rows, columns),
+        dtype=jnp.dtype(jnp.float32 if summed_later else given.dtype),
+    )
+    (dbias,) = _ffi.call(
+        "tk_attention_bwd_bias_v1",
+        (types,),
+        q,
+        k,
+        v,
+        dout,
+        delta,
+        lse_log2,
+        *arrays,
+        options=options.for_kernel(),
+    )
+    if seqlen_q == 1:
+        dbias = jnp.sum(dbias, axis=2, keepdims=True)
+    if seqlen_kv == 1:
+        dbias = jnp.sum(dbias, axis=3, keepdims=True)
+    if repeated:
+        dbias = jnp.sum(_unfold(dbias, batch), axis=repeated, keepdims=True)
+    return dbias.reshape(bias.shape).astype(bias.dtype)
 
 
 def _gradient_of_sinks(sinks, batch, lse, delta):
@@ -231,8 +274,8 @@ def _extra_arrays(extras: config.Extras, batch, q, k, tiles, *, backward):
     """What the kernels take after their other arguments: nothing, or all of these.
 
     The extras in their order, with one batch axis, and maps of the blocks of ``tiles``:
-    of query blocks over key blocks, and in the backward pass the other way round. Of
-    size 0 where there is none.
+    of query blocks over key blocks, and in the backward pass the other way round; none
+    without ``tiles``. Of size 0 where there is none.
     """
     if all(x is None for x in extras):
         return ()
@@ -258,7 +301,8 @@ def _extra_arrays(extras: config.Extras, batch, q, k, tiles, *, backward):
 
     def block_map(transposed):
         has_segments, has_mask = extras.q_segment_ids is not None, mask.size != 0
-        if not (has_segments or has_mask) or (transposed and not backward):
+        mapped = tiles is not None and (has_segments or has_mask)
+        if not mapped or (transposed and not backward):
             return jnp.zeros((0,) * 5, jnp.int32)
         return blocks.block_map(
             (q.shape[1], k.shape[1]),
@@ -273,11 +317,16 @@ def _extra_arrays(extras: config.Extras, batch, q, k, tiles, *, backward):
         whole(extras.key_value_seq_lengths, jnp.int32, 0),
         *segment_ids,
         mask,
-        shared(extras.bias, q.dtype, 3),
+        # One of q's dtype goes as it is, any other in float32.
+        shared(extras.bias, _bias_dtype(extras.bias, q.dtype), 3),
         shared(extras.sinks, jnp.float32, 1),
         block_map(transposed=False),
         block_map(transposed=True),
     )
+
+
+def _bias_dtype(bias, dtype):
+    return dtype if bias is None or bias.dtype == dtype else jnp.float32
 
 
 def _fold(x, rank):

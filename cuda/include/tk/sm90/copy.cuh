@@ -121,14 +121,32 @@ __device__ __forceinline__ void load_shared_transposed(Dst& dst, const View& src
 template <typename Dst, typename T>
 __device__ __forceinline__ void load_global(Dst& dst, const GlobalView<T>& src, int first_row,
                                             int first_col) {
-  const auto read = [&](int row, int col) {
-    return row < src.rows && col < src.cols ? ptx::to_float(*src.at(row, col)) : 0.0f;
-  };
-  for_each_pair<Dst>([&](int s, int g, int h) {
-    const int row = first_row + row_of(s, 2 * h);
+  // One address for each row, moved on from column to column: there are many values.
+  const T* places[Dst::kRowSquares][2];
+#pragma unroll
+  for (int s = 0; s < Dst::kRowSquares; ++s) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      places[s][h] = src.at(first_row + row_of(s, 2 * h), first_col + col_of(0, 0));
+    }
+  }
+#pragma unroll
+  for (int g = 0; g < Dst::kColGroups; ++g) {
     const int col = first_col + col_of(g, 0);
-    set_pair(dst, s, g, h, read(row, col), read(row, col + 1));
-  });
+#pragma unroll
+    for (int s = 0; s < Dst::kRowSquares; ++s) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const T*& place = places[s][h];
+        const bool inside = first_row + row_of(s, 2 * h) < src.rows;
+        const float x = inside && col < src.cols ? ptx::to_float(*place) : 0.0f;
+        const float y =
+            inside && col + 1 < src.cols ? ptx::to_float(*(place + src.col_stride)) : 0.0f;
+        set_pair(dst, s, g, h, x, y);
+        place += 8 * src.col_stride;
+      }
+    }
+  }
 }
 
 // Elements outside the array are not written.
