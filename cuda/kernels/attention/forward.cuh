@@ -83,10 +83,11 @@ struct Forward {
 
   enum Turn : int { kTurn = kFirstKernelBarrier };  // one for each consumer
 
+  using Blocks = BlocksDown<kMapped>;
   // One tile of queries and the key blocks it sees.
   struct Tile {
     int first_query, head, batch;
-    BlocksDown<kMapped> keys;          // those that it has still to visit
+    Blocks keys;                       // from the first that it visits
     int unmasked_first, unmasked_end;  // key blocks that every query sees whole
 
     __device__ __forceinline__ bool empty() const { return !keys.valid(); }
@@ -209,7 +210,7 @@ struct Forward {
       warpgroup::mm_ABt(s_acc, shared.rows[q_stage][consumer].q_smem, shared.k_smem[k_state.stage]);
       warpgroup::mma_commit();
     };
-    const auto load_bias = [&](const Tile& tile, const BlocksDown<kMapped>& keys) {
+    const auto load_bias = [&](const Tile& tile, const Blocks& keys) {
       Map::load_bias(bias, params, tile.batch, tile.head, tile.first_query + 64 * consumer,
                      keys.block() * kBlockKv);
     };
@@ -226,7 +227,7 @@ struct Forward {
       shared.v_ring.release(v_state);
       v_state.advance();
     };
-    const auto complete_scores = [&](const Tile& tile, const BlocksDown<kMapped>& keys) {
+    const auto complete_scores = [&](const Tile& tile, const Blocks& keys) {
       const int block = keys.block(), first_query = tile.first_query + 64 * consumer;
       score_map.apply(s_acc, bias);
       bool masked = block >= tile.unmasked_end;
@@ -278,7 +279,7 @@ struct Forward {
       // visited block.
       for (bool chained = true; chained;) {
         bool accumulate = false;
-        BlocksDown<kMapped> keys = tile.keys;  // walked in place, the tile's would take registers
+        Blocks keys = tile.keys;
         for (keys.next(map_row(params, tile)); keys.valid(); keys.next(map_row(params, tile))) {
           shared.k_ring.wait(k_state);
           wait_turn(consumer);

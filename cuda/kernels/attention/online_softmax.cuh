@@ -16,12 +16,14 @@ struct OnlineSoftmax {
 
   PerRow<16> row_max;
   PerRow<16> row_sum;     // each lane's part; whole after finish
+  PerRow<16> excess;      // what roundings have added to row_sum (Kahan 1965)
   PerRow<16> correction;  // by which the last block changes what came before
   float scale_log2;       // scale / ln 2
 
   __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) {
     warp::fill(row_max, -kInfinity);
     warp::fill(row_sum, 0.0f);
+    warp::fill(excess, 0.0f);
   }
 
   // Scores become weights exp(scale (s - row_max)). Whether any row needs its correction.
@@ -44,12 +46,17 @@ struct OnlineSoftmax {
     warp::fill(block_sum, 0.0f);
     warp::fold_row_sum(block_sum, scores);
     warp::zip(row_sum, row_sum, correction, [](float sum, float c) { return sum * c; });
+    warp::zip(excess, excess, correction, [](float e, float c) { return e * c; });
+    warp::zip(block_sum, block_sum, excess, [](float block, float e) { return block - e; });
+    warp::zip(excess, row_sum, block_sum, [](float sum, float block) { return sum + block - sum; });
+    warp::zip(excess, excess, block_sum, [](float added, float block) { return added - block; });
     warp::zip(row_sum, row_sum, block_sum, [](float sum, float block) { return sum + block; });
     return warp::any_row(before, row_max, [](float old, float now) { return old != now; });
   }
 
   // Completes the sums and returns lse = scale row_max + ln(row_sum), -inf for a row without a key.
   __device__ __forceinline__ PerRow<16> finish(float scale) {
+    warp::zip(row_sum, row_sum, excess, [](float sum, float e) { return sum - e; });
     warp::finish_row_sum(row_sum);
     PerRow<16> lse;
     const float factor = scale_log2;

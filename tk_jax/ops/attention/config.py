@@ -169,6 +169,8 @@ _FEW_CAUSAL_KEYS = 1024
 _FORWARD_MASKED = {
     (256, 256): AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
 }
+# Two diagonals take even more, of three consumers.
+_FORWARD_BAND = {(64, 64): _FORWARD_MIXED}
 # And so do features, whatever the mask: by the larger of the head dims.
 _FORWARD_FEATURES = {
     "bias": {
@@ -236,6 +238,8 @@ def forward_config(
     few_keys = mask == "causal" and seqlen_kv <= _FEW_CAUSAL_KEYS
     if few_keys and tile in _FORWARD_FEW_CAUSAL_KEYS:
         return _FORWARD_FEW_CAUSAL_KEYS[tile]
+    if mask == "band" and tile in _FORWARD_BAND:
+        return _FORWARD_BAND[tile]
     if mask != "none" and tile in _FORWARD_MASKED:
         return _FORWARD_MASKED[tile]
     if mask == "none" and seqlen_kv >= _MANY_KEYS and tile in _FORWARD_MANY_KEYS:
