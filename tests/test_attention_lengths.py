@@ -109,6 +109,26 @@ def test_padding_queries_may_be_anything(interpreter):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("head_dim", [64, 192])
+def test_sinks_leave_padding_alone(head_dim, interpreter):
+    """A padded query's lse is its sink: that alone does not say that it sees no key."""
+    case = MaskedCase(
+        2, 100, 90, 2, 1, head_dim, q_lengths=(33, 100), kv_lengths=(90, 5)
+    )
+    sinks = {"sinks": np.array([0.5, -1.0], np.float32), **case.arrays}
+    inputs = case.inputs()
+    got, expected = (
+        attention_masks.run(case, inputs, sinks, implementation=name)
+        for name in ("interpret", "xla")
+    )
+    for name, x, y in zip(attention_masks.NAMES, got, expected, strict=True):
+        x, y = (np.asarray(array, np.float32) for array in (x, y))
+        np.testing.assert_allclose(
+            x, y, atol=0.02 * np.abs(y).max(), rtol=0, err_msg=name
+        )
+    assert (np.asarray(got[2], np.float32)[0, 33:] == 0).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
 def test_on_the_gpu(case):

@@ -193,6 +193,11 @@ struct BackwardWideDq {
         k_state.advance();
       }
 
+      if constexpr ((kFeatures & kLengths) != 0) {
+        // Queries beyond their length: with a sink, lse alone does not say that they see no key.
+        const int end = bounds_of<kFeatures>(params, tile.batch).seqlen_q - first_query;
+        if (end < 64) warpgroup::keep_rows_before(dq_acc, end, 0.0f);
+      }
       warp::mul(dq_acc, dq_acc, params.scale);
       warpgroup::sync();  // all four warps have read q for the last time
       warpgroup::store(q_smem, dq_acc);

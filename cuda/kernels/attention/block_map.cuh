@@ -33,33 +33,35 @@ struct MapRow {
 // Down from the last block to visit before `end` to the first from `first` on.
 template <bool kMapped>
 struct BlocksDown {
-  int block, first;
+  int first, end;
 
-  __device__ __forceinline__ void start(int from, int end, const MapRow&) {
-    block = end - 1;
+  __device__ __forceinline__ void start(int from, int to, const MapRow&) {
     first = from;
+    end = to;
   }
-  __device__ __forceinline__ bool valid() const { return block >= first; }
-  __device__ __forceinline__ void next(const MapRow&) { --block; }
+  __device__ __forceinline__ bool valid() const { return first != end; }
+  __device__ __forceinline__ int block() const { return end - 1; }
+  __device__ __forceinline__ void next(const MapRow&) { --end; }
 };
 template <>
 struct BlocksDown<true> {
-  int block, first;
+  int at, first;
   uint32 left, whole;  // of the word at hand: the blocks that are still to visit, those that are
                        // visible as a whole
 
   __device__ __forceinline__ void start(int from, int end, const MapRow& row) {
     first = from;
-    block = from - 1;
+    at = from - 1;
     if (end <= from) return;
     const int index = (end - 1) >> 5;
     take(row, index);
     left &= ~0u >> (32 * index + 32 - end);
     seek(row, index);
   }
-  __device__ __forceinline__ bool valid() const { return block >= first; }
-  __device__ __forceinline__ bool is_whole() const { return (whole >> (block & 31) & 1) != 0; }
-  __device__ __forceinline__ void next(const MapRow& row) { seek(row, block >> 5); }
+  __device__ __forceinline__ bool valid() const { return at >= first; }
+  __device__ __forceinline__ int block() const { return at; }
+  __device__ __forceinline__ bool is_whole() const { return (whole >> (at & 31) & 1) != 0; }
+  __device__ __forceinline__ void next(const MapRow& row) { seek(row, at >> 5); }
 
  private:
   __device__ __forceinline__ void take(const MapRow& row, int index) {
@@ -70,14 +72,14 @@ struct BlocksDown<true> {
   __device__ __forceinline__ void seek(const MapRow& row, int index) {
     while (left == 0) {
       if (--index < first >> 5) {
-        block = first - 1;
+        at = first - 1;
         return;
       }
       take(row, index);
     }
     const int bit = math::highest_bit(left);
     left ^= 1u << bit;
-    block = 32 * index + bit;
+    at = 32 * index + bit;
   }
 };
 

@@ -174,7 +174,7 @@ struct Forward {
       q_state.advance();
       const int kv_head = tile.head / group;
       for (; tile.keys.valid(); tile.keys.next(map_row(params, tile)), kv_state.advance()) {
-        const int first_key = tile.keys.block * kBlockKv;
+        const int first_key = tile.keys.block() * kBlockKv;
         shared.k_ring.acquire(kv_state, KTile::kBytes);
         tma::load(shared.k_smem[kv_state.stage], params.k, shared.k_ring.full(kv_state),
                   tma::Keep::kLong, 0, first_key, kv_head, tile.batch);
@@ -212,7 +212,7 @@ struct Forward {
     };
     const auto load_bias = [&](const Tile& tile, const Blocks& keys) {
       Map::load_bias(bias, params, tile.batch, tile.head, tile.first_query + 64 * consumer,
-                     keys.block * kBlockKv);
+                     keys.block() * kBlockKv);
     };
     const auto release_keys = [&] {
       shared.k_ring.release(k_state);
@@ -228,7 +228,7 @@ struct Forward {
       v_state.advance();
     };
     const auto complete_scores = [&](const Tile& tile, const Blocks& keys) {
-      const int block = keys.block, first_query = tile.first_query + 64 * consumer;
+      const int block = keys.block(), first_query = tile.first_query + 64 * consumer;
       score_map.apply(s_acc, bias);
       bool masked = block >= tile.unmasked_end;
       if constexpr (Traits::kMask == Mask::kBand) {
