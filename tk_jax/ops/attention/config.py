@@ -291,14 +291,15 @@ def _wide_backward_config(head_dim: int, head_dim_v: int) -> AttentionBackwardCo
     room = _SHARED_BYTES - _SHARED_SLACK
     block_q = 64
     resident = 64 * row + 2 * 64 * block_q  # k, v and p
-    stages = (room - resident) // (block_q * (row + 8))
+    stages = min(3, (room - resident) // (block_q * (row + 8)))
     # 64 keys a step, unless two stages do not fit beside 128 rows of q and dout.
     room -= 128 * row
     dq_block_kv = 64 if 2 * 64 * row <= room else 48
     return AttentionBackwardConfig(
         block_q=block_q,
-        block_kv=128,
-        stages=min(3, stages),
+        # With two stages, blocks of a cluster wait for each other more than they save.
+        block_kv=128 if stages > 2 else 64,
+        stages=stages,
         dq_block_kv=dq_block_kv,
         dq_stages=min(3, room // (dq_block_kv * row)),
     )
