@@ -148,6 +148,7 @@ __device__ __forceinline__ void hide_queries(Output& out, Softmax& softmax, int 
   const auto keep = [=](int row, float x, float hidden) { return row < end ? x : hidden; };
   warpgroup::for_each(softmax.row_max, [=](int row, float x) { return keep(row, x, -kInfinity); });
   warpgroup::for_each(softmax.row_sum, [=](int row, float x) { return keep(row, x, 0.0f); });
+  warpgroup::for_each(softmax.excess, [=](int row, float x) { return keep(row, x, 0.0f); });
 }
 
 // Heads (of all batch entries) whose keys and values share L2 while their queries are walked: 32 MB
