@@ -34,7 +34,9 @@ __device__ __forceinline__ void row_reductions(const KernelParams& params) {
   PerRow<32> sums;
   warp::row_max(rows, x), warp::row_max(sums, y);
   const bool any = warp::any_row(rows, sums, [](float a, float b) { return a < b; });
-  warp::fill(rows, any ? 1.0f : 0.0f), out.put(spread<16>(rows));
+  RegTile<float, 32, 48> sizes;
+  warp::abs(sizes, x), warp::pin(sizes);
+  warp::fill(rows, any ? 1.0f : 0.0f), warp::pin(rows), out.put(spread<16>(rows));
 }
 
 template <typename T>
