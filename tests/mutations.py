@@ -55,7 +55,7 @@ def _matmul(what, old, new="", after="", file=_MATMUL):
     return Mutation(what, "matmul", file, old, new, after)
 
 
-_LOOP = "block = tile.end_block - 2"
+_LOOP = "Blocks keys = tile.keys;"
 _DK_WAIT = "warpgroup::mma_wait<0>(dk_acc, ds);"
 _Q_RELEASE = "release_q();"
 
@@ -106,25 +106,24 @@ MUTATIONS = [
     ),
     _forward(
         "the last block of keys is not loaded",
-        "int block = tile.end_block - 1; block >= tile.first_block",
-        "int block = tile.end_block - 2; block >= tile.first_block",
+        "for (; tile.keys.valid(); tile.keys.next(map_row(params, tile)),",
+        "for (tile.keys.next(map_row(params, tile)); tile.keys.valid();\n"
+        "           tile.keys.next(map_row(params, tile)),",
     ),
     _forward(
         "keys loaded one row too far",
-        "block * kBlockKv, kv_head",
-        "block * kBlockKv + 1, kv_head",
+        "first_key, kv_head",
+        "first_key + 1, kv_head",
     ),
     _forward(
         "queries of the wrong head",
         "tile.first_query + 64 * i, tile.head,",
         "tile.first_query + 64 * i, tile.head ^ 1,",
     ),
-    _forward(
-        "the first block is not masked", "complete_scores(tile, tile.end_block - 1);"
-    ),
+    _forward("the first block is not masked", "complete_scores(tile, tile.keys);"),
     _forward(
         "the next tile's first block is not masked",
-        "complete_scores(next, next.end_block - 1);",
+        "complete_scores(next, next.keys);",
     ),
     _forward(
         "one block too many goes unmasked",

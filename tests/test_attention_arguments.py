@@ -211,7 +211,7 @@ def test_a_fallback_on_a_gpu_warns_of_the_argument(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(_dispatch, "_unsupported_gpu", lambda: None)
     monkeypatch.setattr(_dispatch, "_warned", set())
-    x = jax.ShapeDtypeStruct((BATCH, T, HEADS, 64), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((BATCH, T, HEADS, 192), jnp.bfloat16)
     bias = jnp.zeros((T, T), jnp.bfloat16)
-    with pytest.warns(tk_jax.FallbackWarning, match="does not support bias"):
+    with pytest.warns(tk_jax.FallbackWarning, match="does not support bias with head"):
         jax.eval_shape(lambda x: tk_jax.attention(x, x, x, bias=bias), x)
