@@ -546,7 +546,8 @@ def test_without_a_gpu_it_says_so_and_lists_on_request():
         ("attention", ATTENTION, "fwd", "128x64x3",
          "block_kv = 64 : i64, block_q = 128 : i64, stages = 3"),
         ("attention", ATTENTION, "bwd", "64x64x1",
-         "block_kv = 64 : i64, block_q = 64 : i64, stages = 1"),
+         "block_kv = 64 : i64, block_q = 64 : i64, dq_block_kv = 0 : i64, "
+         "dq_stages = 0 : i64, stages = 1"),
         ("matmul", MATMUL, "fwd", "128x64x64x5x1",
          "block_m = 128 : i64, block_n = 64 : i64, cluster_m = 1 : i64, group_m = 8"),
     ],
