@@ -1,0 +1,183 @@
+// What host and device agree on for linear attention and the state-space dual: launch parameters
+// and budgets.
+//
+// Plain C++: included by the FFI handlers and by the kernels.
+//
+//   S[t] = exp(g[t]) S[t - 1] + w[t] v[t] k[t]^T        a state of V x K numbers for each head
+//   out[t] = scale S[t] q[t] + skip * v[t]
+//
+// in chunks of kChunk tokens (Yang et al., "Gated Linear Attention Transformers", 2023, section 3;
+// Dao and Gu, "Transformers are SSMs", 2024, section 6). What is independent of its neighbours is
+// what XLA can put between: each kernel is a target of its own, and arrays between them are XLA's.
+//
+//   chunk_sums       running sums of g within each chunk, in base 2, with tokens last
+//   states           S at the starts of chunks or of segments, or dS at their ends
+//   outputs          out, and S at the ends of segments
+//   gradients        dq, dk, dv and what dg and dw are made of, chunk by chunk
+//   gate_gradients   dg
+//
+// Shapes: q, k [B, T, G, K]; v, out [B, T, H, V], G dividing H; gates float [B, H, padded] where
+// padded is T rounded up to whole chunks. Values are taken in slices of 64 columns. A segment is a
+// run of chunks: sequences are cut into segments that run side by side where there are few heads.
+#pragma once
+
+#include "tk/tensor_map.h"
+
+namespace tk::linear_attention {
+
+constexpr int kChunk = 64;  // tokens
+constexpr int kSlice = 64;  // columns of v and out that one consumer has
+constexpr int kSharedSlack = 2048;
+constexpr int kMaxKeyDim = 256;
+
+// What a call has beside q, k, v and sums.
+enum Feature : unsigned {
+  kWeights = 1,   // w
+  kCounts = 2,    // packed documents: counts
+  kSkip = 4,      // skip
+};
+constexpr unsigned kAllFeatures = 7;
+
+// The dimension of tiles: K rounded up to whole panels.
+constexpr long tile_dim(long dim) { return (dim + 63) / 64 * 64; }
+constexpr long padded_tokens(long seqlen) { return (seqlen + kChunk - 1) / kChunk * kChunk; }
+
+// Arrays of all tokens: every pointer but sums may be null.
+struct Gates {
+  const float* sums;     // [B, H, padded]: of g over the tokens of the chunk so far, in base 2
+  const float* weights;  // [B, H, padded]: w
+  const float* counts;   // [B, padded]: documents that have started in the chunk so far
+};
+
+// -- chunk_sums -----------------------------------------------------------------------------------
+// Kernel: "kernels/linear_attention/chunk_sums.cuh"
+//   tk::linear_attention::chunk_sums
+// Grid: ceil(chunks / 4), ceil(H / 16), B blocks of 128 threads.
+// sums[b, h, t] = scale * (x[b, s, h] + ... + x[b, t, h]), s being the start of the chunk, where x
+// is taken as 0 beyond T and as `least` below that; running[b, h, t] = y[b, t, h], 0 beyond T.
+struct ChunkSumsParams {
+  const float* x;
+  const float* y;  // or null
+  float* sums;     // [B, H, padded]
+  float* moved;    // [B, H, padded] where there is y
+  int batch, seqlen, num_heads;
+  // Of x, in elements: 0 along axes that it does not have.
+  long x_batch_stride, x_token_stride, x_head_stride;
+  float scale, least;
+};
+constexpr int kChunkSumsThreads = 128;
+constexpr int kChunksOfBlock = 4;
+constexpr int kHeadsOfBlock = 16;
+
+// -- states ---------------------------------------------------------------------------------------
+// Kernel: "kernels/linear_attention/states.cuh"
+//   tk::linear_attention::states<tk::linear_attention::StatesTraits<T, kKeyDim, kReverse, kFeatures,
+//                                                                   kConsumers, kStages>>
+// Grid: H * slices / consumers, segments, B.
+// Forward: from each segment's start state on, through its chunks, with keys k and values v.
+// Reverse: from each segment's end on, back through its chunks: the gradient of the state, with
+// keys q and values dout. Features: kWeights (forward only) and kCounts.
+struct StatesParams {
+  TensorMap keys;    // [B, T, G, K]: dimensions (K, T, G, B), box (64, 64, 1, 1)
+  TensorMap values;  // [B, T, H, V]: the same
+  // [rows, K] where rows are (b, h, chunk, v): at the start of each chunk (reverse: at its end), in
+  // the type of the inputs; dimensions (K, B * H * chunks * 64 * slices), box (64, 64). If stores.
+  TensorMap chunk_states;
+  bool stores;
+  Gates gates;
+  const float* from;  // [B, H, segments, V, K] at the starts (reverse: ends), or null for zeros
+  float* to;          // the same at the ends (reverse: starts), or null
+  int seqlen, num_heads, num_groups, key_dim, value_dim;
+  int chunks, chunks_of_segment;
+  float scale;  // of the keys (reverse)
+};
+
+// -- outputs --------------------------------------------------------------------------------------
+// Kernel: "kernels/linear_attention/outputs.cuh"
+//   tk::linear_attention::outputs<tk::linear_attention::OutputsTraits<T, kKeyDim, kFeatures,
+//                                                                     kConsumers, kStages>>
+// Grid: H * slices / consumers, segments, B.
+struct OutputsParams {
+  TensorMap q, k;    // (K, T, G, B), box (64, 64, 1, 1)
+  TensorMap v, out;  // (V, T, H, B), the same
+  Gates gates;
+  const float* skip;  // [H, 64 * slices], 0 beyond V; or null
+  const float* from;  // [B, H, segments, V, K], or null for zeros
+  float* to;          // the same, or null
+  int seqlen, num_heads, num_groups, key_dim, value_dim;
+  int chunks, chunks_of_segment;
+  float scale;
+};
+
+// Both walk with one consumer warpgroup for each of `consumers` slices that share keys: there must
+// be a multiple of that many slices in a group. One consumer leaves room for two blocks.
+struct WalkConfig {
+  long consumers;  // 1 or 2
+  long stages;     // of the ring of chunks
+};
+constexpr int walk_threads(const WalkConfig& config) {
+  return static_cast<int>(128 * (1 + config.consumers));
+}
+constexpr int kGateBytes = 3 * kChunk * 4;  // of a chunk and a consumer
+constexpr int states_shared_bytes(long key_dim, const WalkConfig& c) {
+  return static_cast<int>(2 * kChunk * (c.stages * (key_dim + c.consumers * kSlice)) +
+                          c.consumers * (2 * kSlice * key_dim + c.stages * kGateBytes)) +
+         kSharedSlack;
+}
+constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
+  return static_cast<int>(
+             2 * kChunk * (c.stages * (2 * key_dim + c.consumers * kSlice)) +
+             c.consumers * (2 * kSlice * key_dim + 2 * kChunk * kSlice + c.stages * kGateBytes +
+                            4 * kSlice)) +
+         kSharedSlack;
+}
+
+// -- gradients ------------------------------------------------------------------------------------
+// Kernel: "kernels/linear_attention/gradients.cuh"
+//   tk::linear_attention::gradients<tk::linear_attention::GradientsTraits<T, kKeyDim, kFeatures,
+//                                                                         kStages>>
+// Grid: chunks, G * parts, B, where parts = ceil(key_dim / 128) cut the columns of dq and dk.
+// A block walks the heads of its group, and of each the slices of its values.
+struct GradientsParams {
+  TensorMap q, k;             // (K, T, G, B), box (64, 64, 1, 1)
+  TensorMap v, dout;          // (V, T, H, B), the same
+  TensorMap dq, dk;           // as q
+  TensorMap dv;               // as v
+  TensorMap states, dstates;  // as StatesParams' chunk_states
+  Gates gates;
+  const float* skip;  // [H, 64 * slices], or null
+  // Parts of the gradients of gates, [B, H, padded]: gate_gradients.cuh says what they are.
+  float* as_query;
+  float* as_key;
+  float* to_state;
+  float* through;
+  float* dweights;  // [B, H, padded], or null
+  float* dskip;     // [B, H, chunks, 64 * slices], or null: to be summed over B and chunks
+  int seqlen, num_heads, num_groups, key_dim, value_dim, chunks;
+  float scale;
+};
+constexpr int kGradientsThreads = 3 * 128;
+constexpr int kGradientsColumns = 128;  // of dq and dk of one block, at most
+constexpr int gradients_shared_bytes(long key_dim, long stages) {
+  const long columns = key_dim < kGradientsColumns ? key_dim : kGradientsColumns;
+  // q and k; v, dout and both states of a stage; dv, dq and dk on their way out.
+  return static_cast<int>(2 * kChunk * 2 * key_dim +
+                          stages * (2 * kChunk * 2 * kSlice + 2 * kSlice * 2 * key_dim) +
+                          stages * kGateBytes + 2 * kChunk * (kSlice + 2 * columns)) +
+         kSharedSlack;
+}
+
+// -- gate_gradients -------------------------------------------------------------------------------
+// Kernel: "kernels/linear_attention/gate_gradients.cuh"
+//   tk::linear_attention::gate_gradients
+// Grid and threads: as chunk_sums.
+struct GateGradientsParams {
+  const float* as_query;
+  const float* as_key;
+  const float* to_state;
+  const float* through;
+  float* dgates;  // [B, T, H]
+  int batch, seqlen, num_heads;
+};
+
+}  // namespace tk::linear_attention
