@@ -87,6 +87,16 @@ struct ChunkGates {
     }
   }
 
+  // A tile whose rows are tokens, times their weights.
+  template <typename Tile>
+  __device__ __forceinline__ void weigh_rows(Tile& tile) const {
+    if constexpr ((kFeatures & kWeights) != 0) {
+      PerRow<16> w;
+      warpgroup::load(w, weights);
+      warp::mul_rows(tile, tile, w);
+    }
+  }
+
   // Weights of scores q k^T, of tokens i in rows and j in columns, where j <= i: zero beyond.
   template <typename Weights, typename Scores>
   __device__ __forceinline__ void apply(Weights& dst, const Scores& scores) const {

@@ -140,7 +140,7 @@ constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
 // Kernel: "kernels/linear_attention/gradients.cuh"
 //   tk::linear_attention::gradients<tk::linear_attention::GradientsTraits<T, kKeyDim, kFeatures,
 //                                                                         kStages>>
-// Grid: chunks, G * parts, B, where parts = ceil(key_dim / 128) cut the columns of dq and dk.
+// Grid: chunks, G * gradients_parts, B: parts cut the columns of dq and dk.
 // A block walks the heads of its group, and of each the slices of its values.
 struct GradientsParams {
   TensorMap q, k;             // (K, T, G, B), box (64, 64, 1, 1)
@@ -161,13 +161,14 @@ struct GradientsParams {
   float scale;
 };
 constexpr int kGradientsThreads = 3 * 128;
-constexpr int kGradientsColumns = 128;  // of dq and dk of one block, at most
+// Columns of dq and dk that one block has room for, and how many blocks cut a tile of K columns.
+constexpr long gradients_columns(long key_dim) { return key_dim <= 128 ? key_dim : 64; }
+constexpr long gradients_parts(long key_dim) { return key_dim / gradients_columns(key_dim); }
 constexpr int gradients_shared_bytes(long key_dim, long stages) {
-  const long columns = key_dim < kGradientsColumns ? key_dim : kGradientsColumns;
-  // q and k; v, dout and both states of a stage; dv, dq and dk on their way out.
+  // q and k; v, dout, both states and gates of a stage, aligned; dv, dq and dk on their way out.
   return static_cast<int>(2 * kChunk * 2 * key_dim +
-                          stages * (2 * kChunk * 2 * kSlice + 2 * kSlice * 2 * key_dim) +
-                          stages * kGateBytes + 2 * kChunk * (kSlice + 2 * columns)) +
+                          stages * (2 * kChunk * 2 * kSlice + 2 * kSlice * 2 * key_dim + 1024) +
+                          2 * kChunk * (kSlice + 2 * gradients_columns(key_dim))) +
          kSharedSlack;
 }
 
