@@ -52,41 +52,59 @@ struct ChunkGates {
       warp::zip(rows, rows, started, [](float x, float n) { return n > 0 ? 0.0f : x; });
     }
   }
-  // The same with tokens as columns.
-  __device__ __forceinline__ void before(PerCol<kChunk>& cols) const {
-    warp::load(cols, sums);
-    warp::map(cols, cols, [](float a) { return math::exp2(a); });
-    if constexpr ((kFeatures & kCounts) != 0) {
-      PerCol<kChunk> started;
-      warp::load(started, counts);
-      warp::zip(cols, cols, started, [](float x, float n) { return n > 0 ? 0.0f : x; });
-    }
-  }
-  // For each token, what is left of it after the chunk.
-  template <typename Tokens>
-  __device__ __forceinline__ void after(Tokens& tokens) const {
+  // Of each of them, what is left after the chunk.
+  __device__ __forceinline__ void after(PerRow<16>& rows) const {
     const float last = load_element(sums, kChunk - 1);
-    read(tokens, sums);
-    warp::map(tokens, tokens, [=](float a) { return math::exp2(last - a); });
+    warpgroup::load(rows, sums);
+    warp::map(rows, rows, [=](float a) { return math::exp2(last - a); });
     if constexpr ((kFeatures & kCounts) != 0) {
       const float documents = load_element(counts, kChunk - 1);
-      Tokens started;
-      read(started, counts);
-      warp::zip(tokens, tokens, started,
-                [=](float x, float n) { return n < documents ? 0.0f : x; });
-    }
-  }
-  // The same times the token's weight.
-  template <typename Tokens>
-  __device__ __forceinline__ void weighted_after(Tokens& tokens) const {
-    after(tokens);
-    if constexpr ((kFeatures & kWeights) != 0) {
-      Tokens w;
-      read(w, weights);
-      warp::zip(tokens, tokens, w, [](float x, float y) { return x * y; });
+      PerRow<16> started;
+      warpgroup::load(started, counts);
+      warp::zip(rows, rows, started, [=](float x, float n) { return n < documents ? 0.0f : x; });
     }
   }
 
+  // A tile whose columns are tokens, times what is left of the state before the chunk at each, and
+  // times a factor.
+  template <typename Tile>
+  __device__ __forceinline__ void scale_cols_before(Tile& tile, float factor) const {
+    PerCol<kChunk> left;
+    warp::load(left, sums);
+    warp::map(left, left, [=](float a) { return math::exp2(a) * factor; });
+    warp::mul_cols(tile, tile, left);
+    if constexpr ((kFeatures & kCounts) != 0) {
+      warp::map_cols(tile, tile, counts, [](float x, float n) { return n > 0 ? 0.0f : x; });
+    }
+  }
+  // The same times each token's weight and what is left of it after the chunk.
+  template <typename Tile>
+  __device__ __forceinline__ void scale_cols_after(Tile& tile) const {
+    const float last = load_element(sums, kChunk - 1);
+    PerCol<kChunk> left;
+    warp::load(left, sums);
+    warp::map(left, left, [=](float a) { return math::exp2(last - a); });
+    if constexpr ((kFeatures & kWeights) != 0) {
+      PerCol<kChunk> w;
+      warp::load(w, weights);
+      warp::mul(left, left, w);
+    }
+    warp::mul_cols(tile, tile, left);
+    if constexpr ((kFeatures & kCounts) != 0) {
+      const float documents = load_element(counts, kChunk - 1);
+      warp::map_cols(tile, tile, counts,
+                     [=](float x, float n) { return n < documents ? 0.0f : x; });
+    }
+  }
+
+  // Values of rows that are tokens, times their weights.
+  __device__ __forceinline__ void weigh(PerRow<16>& rows) const {
+    if constexpr ((kFeatures & kWeights) != 0) {
+      PerRow<16> w;
+      warpgroup::load(w, weights);
+      warp::mul(rows, rows, w);
+    }
+  }
   // A tile whose rows are tokens, times their weights.
   template <typename Tile>
   __device__ __forceinline__ void weigh_rows(Tile& tile) const {
@@ -131,14 +149,6 @@ struct ChunkGates {
       warpgroup::map_upper(dst, dst, rows, counts,
                            [](float s, float of, float at) { return at == of ? s : 0.0f; });
     }
-  }
-
- private:
-  __device__ __forceinline__ static void read(PerRow<16>& rows, const TokenVec& vec) {
-    warpgroup::load(rows, vec);
-  }
-  __device__ __forceinline__ static void read(PerCol<kChunk>& cols, const TokenVec& vec) {
-    warp::load(cols, vec);
   }
 };
 

@@ -239,7 +239,8 @@ struct Gradients {
         warpgroup::mma_commit();
         PerRow<16> after, weighted_after;
         gates.after(after);
-        gates.weighted_after(weighted_after);
+        weighted_after = after;
+        gates.weigh(weighted_after);
         warpgroup::mma_wait<1>(du);
         Operand left;
         warpgroup::load(left, step.v_smem);

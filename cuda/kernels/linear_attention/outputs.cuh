@@ -37,7 +37,7 @@ struct Outputs {
   static constexpr unsigned kFeatures = Traits::kFeatures;
   static constexpr int kConsumers = Traits::kConsumers;
   static constexpr int kResidentBlocks = walk_blocks(kKeyDim, kConsumers);
-  static constexpr int kProducerRegisters = 24;
+  static constexpr int kProducerRegisters = kConsumers == 1 && kResidentBlocks == 1 ? 56 : 24;
   static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 232 : 240;
 
   using KeyTile = SharedTile<T, kChunk, kKeyDim>;
@@ -147,18 +147,12 @@ struct Outputs {
 
       RegTile<T, 16, kChunk> values;  // a row for each column of v
       warpgroup::load_transposed(values, v_smem);
-      PerCol<kChunk> after;
-      gates.weighted_after(after);
-      warp::mul_cols(values, values, after);
+      gates.scale_cols_after(values);
       warp::mul(state, state, gates.total());
       warpgroup::mma_AB(state, values, k_smem);
       warpgroup::mma_commit();
 
-      if constexpr (kKeyDim <= 192) {
-        warpgroup::mma_wait<1>(out, weights);
-      } else {  // out has no room beside the operands of so much state
-        warpgroup::mma_wait<0>(out, weights, state, values);
-      }
+      warpgroup::mma_wait<1>(out, weights);
       warp::mul(out, out, params.scale);
       if constexpr ((kFeatures & kSkip) != 0) add_skip(out, v_smem, shared.skip[consumer]);
       warpgroup::store(out_smem, out);

@@ -41,7 +41,7 @@ struct States {
   static constexpr unsigned kFeatures = Traits::kFeatures;
   static constexpr int kConsumers = Traits::kConsumers;
   static constexpr int kResidentBlocks = walk_blocks(kKeyDim, kConsumers);
-  static constexpr int kProducerRegisters = 24;
+  static constexpr int kProducerRegisters = kConsumers == 1 && kResidentBlocks == 1 ? 56 : 24;
   static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 232 : 240;
 
   using KeyTile = SharedTile<T, kChunk, kKeyDim>;
@@ -115,14 +115,11 @@ struct States {
       shared.ring.wait(stage);
       RegTile<T, 16, kChunk> values;  // a row for each column of the slice
       warpgroup::load_transposed(values, shared.values_smem[consumer][stage.stage]);
-      PerCol<kChunk> left;
       if constexpr (Traits::kReverse) {
-        gates.before(left);
-        warp::mul(left, left, params.scale);
+        gates.scale_cols_before(values, params.scale);
       } else {
-        gates.weighted_after(left);
+        gates.scale_cols_after(values);
       }
-      warp::mul_cols(values, values, left);
       warp::mul(state, state, gates.total());
       warpgroup::mma_AB(state, values, shared.keys_smem[stage.stage]);
       warpgroup::mma_commit();
