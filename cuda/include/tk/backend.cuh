@@ -13,6 +13,7 @@
 #include "tk/interpreter/register_tile.h"
 #include "tk/interpreter/roles.h"
 #include "tk/interpreter/tma.h"
+#include "tk/interpreter/triangle.h"
 #else
 #include "tk/sm90/barrier.cuh"
 #include "tk/sm90/copy.cuh"
@@ -22,4 +23,5 @@
 #include "tk/sm90/register_tile.cuh"
 #include "tk/sm90/roles.cuh"
 #include "tk/sm90/tma.cuh"
+#include "tk/sm90/triangle.cuh"
 #endif

@@ -32,9 +32,9 @@ constexpr int kMaxKeyDim = 256;
 
 // What a call has beside q, k, v and sums.
 enum Feature : unsigned {
-  kWeights = 1,   // w
-  kCounts = 2,    // packed documents: counts
-  kSkip = 4,      // skip
+  kWeights = 1,  // w
+  kCounts = 2,   // packed documents: counts
+  kSkip = 4,     // skip
 };
 constexpr unsigned kAllFeatures = 7;
 
@@ -53,8 +53,8 @@ struct Gates {
 // Kernel: "kernels/linear_attention/chunk_sums.cuh"
 //   tk::linear_attention::chunk_sums
 // Grid: ceil(chunks / 4), ceil(H / 16), B blocks of 128 threads.
-// sums[b, h, t] = scale * (x[b, s, h] + ... + x[b, t, h]), s being the start of the chunk, where x
-// is taken as 0 beyond T and as `least` below that; running[b, h, t] = y[b, t, h], 0 beyond T.
+// sums[b, h, t] = scale * (x[b, s, h] + ... + x[b, t, h]), s being the start of the chunk, where an
+// x below `least` counts as that, and as 0 beyond T; moved[b, h, t] = y[b, t, h], and 0 beyond T.
 struct ChunkSumsParams {
   const float* x;
   const float* y;  // or null
@@ -71,7 +71,8 @@ constexpr int kHeadsOfBlock = 16;
 
 // -- states ---------------------------------------------------------------------------------------
 // Kernel: "kernels/linear_attention/states.cuh"
-//   tk::linear_attention::states<tk::linear_attention::StatesTraits<T, kKeyDim, kReverse, kFeatures,
+//   tk::linear_attention::states<tk::linear_attention::StatesTraits<T, kKeyDim, kReverse,
+//   kFeatures,
 //                                                                   kConsumers, kStages>>
 // Grid: H * slices / consumers, segments, B.
 // Forward: from each segment's start state on, through its chunks, with keys k and values v.
@@ -118,6 +119,10 @@ struct WalkConfig {
 constexpr int walk_threads(const WalkConfig& config) {
   return static_cast<int>(128 * (1 + config.consumers));
 }
+// Blocks that share a multiprocessor.
+constexpr int walk_blocks(long key_dim, long consumers) {
+  return consumers == 1 && key_dim <= 128 ? 2 : 1;
+}
 constexpr int kGateBytes = 3 * kChunk * 4;  // of a chunk and a consumer
 constexpr int states_shared_bytes(long key_dim, const WalkConfig& c) {
   return static_cast<int>(2 * kChunk * (c.stages * (key_dim + c.consumers * kSlice)) +
@@ -125,10 +130,9 @@ constexpr int states_shared_bytes(long key_dim, const WalkConfig& c) {
          kSharedSlack;
 }
 constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
-  return static_cast<int>(
-             2 * kChunk * (c.stages * (2 * key_dim + c.consumers * kSlice)) +
-             c.consumers * (2 * kSlice * key_dim + 2 * kChunk * kSlice + c.stages * kGateBytes +
-                            4 * kSlice)) +
+  return static_cast<int>(2 * kChunk * (c.stages * (2 * key_dim + c.consumers * kSlice)) +
+                          c.consumers * (2 * kSlice * key_dim + 2 * kChunk * kSlice +
+                                         c.stages * kGateBytes + 4 * kSlice)) +
          kSharedSlack;
 }
 
@@ -136,7 +140,7 @@ constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
 // Kernel: "kernels/linear_attention/gradients.cuh"
 //   tk::linear_attention::gradients<tk::linear_attention::GradientsTraits<T, kKeyDim, kFeatures,
 //                                                                         kStages>>
-// Grid: chunks, G * parts, B, where parts = ceil(key_dim / 128) cut the columns of dq and dk.
+// Grid: chunks, G * gradients_parts, B: parts cut the columns of dq and dk.
 // A block walks the heads of its group, and of each the slices of its values.
 struct GradientsParams {
   TensorMap q, k;             // (K, T, G, B), box (64, 64, 1, 1)
@@ -157,13 +161,14 @@ struct GradientsParams {
   float scale;
 };
 constexpr int kGradientsThreads = 3 * 128;
-constexpr int kGradientsColumns = 128;  // of dq and dk of one block, at most
+// Columns of dq and dk that one block has room for, and how many blocks cut a tile of K columns.
+constexpr long gradients_columns(long key_dim) { return key_dim <= 128 ? key_dim : 64; }
+constexpr long gradients_parts(long key_dim) { return key_dim / gradients_columns(key_dim); }
 constexpr int gradients_shared_bytes(long key_dim, long stages) {
-  const long columns = key_dim < kGradientsColumns ? key_dim : kGradientsColumns;
-  // q and k; v, dout and both states of a stage; dv, dq and dk on their way out.
+  // q and k; v, dout, both states and gates of a stage, aligned; dv, dq and dk on their way out.
   return static_cast<int>(2 * kChunk * 2 * key_dim +
-                          stages * (2 * kChunk * 2 * kSlice + 2 * kSlice * 2 * key_dim) +
-                          stages * kGateBytes + 2 * kChunk * (kSlice + 2 * columns)) +
+                          stages * (2 * kChunk * 2 * kSlice + 2 * kSlice * 2 * key_dim + 1024) +
+                          2 * kChunk * (kSlice + 2 * gradients_columns(key_dim))) +
          kSharedSlack;
 }
 

@@ -286,6 +286,15 @@ void load(PerRow<kN>& dst, const GlobalVec<T>& src, int first, float missing, Lo
   }
 }
 
+template <int kN, int kAll>
+void load(PerRow<kN>& dst, const SharedVec<float, kAll>& src, Location at = {}) {
+  static_assert(kAll == 4 * kN, "a warpgroup loads four times the rows of a warp's tile");
+  interpreter::read_shared(detail::chunks_of_vector(src), "loads a vector from shared memory", at);
+  detail::writing(dst, at);
+  const int first = kN * detail::warp_of_group();
+  warp::detail_map::assign_vector(dst, [&](int i, int) { return src.data[first + i]; });
+}
+
 namespace detail_fragments {
 // Calls f(row, col, place) for every value of a warp's tile: `place` is where it lies in fragments.
 // Each thread's registers make runs of four, a run of every thread after another.
@@ -349,6 +358,13 @@ void store_fragments(float* dst, const RegTile<float, 16, kCols>& src, Location 
 
 }  // namespace warpgroup
 
+template <int kN>
+float load_element(const SharedVec<float, kN>& src, int index, Location at = {}) {
+  interpreter::read_shared(
+      interpreter::chunks_of(interpreter::shared_address(src.data + index), sizeof(float)),
+      "loads a number from shared memory", at);
+  return src.data[index];
+}
 template <typename T>
 T load_scalar(const T* address, Location at = {}) {
   const interpreter::GlobalSpan span = {address, sizeof(T)};

@@ -21,6 +21,21 @@ void fold_rows(PerRow<kN>& rows, const Src& src, Op&& op, Location at = {}) {
   }
 }
 
+template <int kN, typename A, typename B>
+void fold_row_dot(PerRow<kN>& rows, const A& a, const B& b, Location at = {}) {
+  static_assert(detail::kSameShape<A, B> && A::kRows == kN,
+                "fold_row_dot needs tiles of one shape and a value for each row");
+  detail::reading(a, at);
+  detail::reading(b, at);
+  detail::reading(rows, at);
+  for (int r = 0; r < kN; ++r) {
+    for (int c = 0; c < A::kCols; ++c) {
+      float& part = rows.data[r][detail::part_of_col(c)];
+      part = math::fma(detail_map::value(a, r, c), detail_map::value(b, r, c), part);
+    }
+  }
+}
+
 namespace detail_reduce {
 // Brings the parts together as exchanges with the lane 1, 2, 4 .. away do.
 template <int kParts, typename Op>
@@ -93,6 +108,17 @@ void cumsum_cols(Dst& dst, const Src& src, Location at = {}) {
       dst.data[r][c] = interpreter::from_float<typename Dst::T>(sum);
     }
   }
+}
+
+template <typename Dst, typename Src>
+void reverse_cols(Dst& dst, const Src& src, Location at = {}) {
+  static_assert(detail::kSameShape<Dst, Src>, "reverse_cols needs tiles of one shape");
+  detail::reading(src, at);
+  Dst result = {};
+  detail_map::assign(result,
+                     [&](int r, int c) { return detail_map::value(src, r, Src::kCols - 1 - c); });
+  detail::writing(dst, at);
+  dst = result;
 }
 
 template <typename Dst, typename Src>

@@ -401,6 +401,15 @@ __device__ __forceinline__ void load(PerRow<kN>& dst, const GlobalVec<T>& src, i
   });
 }
 
+// A value per row from shared memory.
+template <int kN, int kAll>
+__device__ __forceinline__ void load(PerRow<kN>& dst, const SharedVec<float, kAll>& src,
+                                     Location = {}) {
+  static_assert(kAll == 4 * kN, "a warpgroup loads four times the rows of a warp's tile");
+  const uint32 base = ptx::shared_address(src.data);
+  for_each(dst, [&](int row, float) { return ptx::load_shared_f32(base + 4 * row); });
+}
+
 namespace detail_fragments {
 // Runs of four values, a run of every thread after another.
 __device__ __forceinline__ int offset(int run) {
@@ -444,6 +453,12 @@ __device__ __forceinline__ void store_fragments(float* dst, const RegTile<float,
 
 }  // namespace warpgroup
 
+// An element of a vector in shared memory, the same for whoever asks.
+template <int kN>
+__device__ __forceinline__ float load_element(const SharedVec<float, kN>& src, int index,
+                                              Location = {}) {
+  return ptx::load_shared_f32(ptx::shared_address(src.data) + 4 * index);
+}
 // A number from global memory, the same for whoever asks.
 template <typename T>
 __device__ __forceinline__ T load_scalar(const T* address, Location = {}) {

@@ -19,6 +19,18 @@ __device__ __forceinline__ void fold_rows(PerRow<kN>& rows, const Src& src, Op&&
         op(rows.data[s][h], op(detail::get(src, s, g, 2 * h), detail::get(src, s, g, 2 * h + 1)));
   });
 }
+// The same of a sum of products: rows += the lane's part of each row of a * b.
+template <int kN, typename A, typename B>
+__device__ __forceinline__ void fold_row_dot(PerRow<kN>& rows, const A& a, const B& b,
+                                             Location = {}) {
+  static_assert(detail::kSameShape<A, B> && A::kRows == kN,
+                "fold_row_dot needs tiles of one shape and a value for each row");
+  detail::for_each_pair<A>([&](int s, int g, int h) {
+    float& sum = rows.data[s][h];
+    sum = math::fma(detail::get(a, s, g, 2 * h), detail::get(b, s, g, 2 * h), sum);
+    sum = math::fma(detail::get(a, s, g, 2 * h + 1), detail::get(b, s, g, 2 * h + 1), sum);
+  });
+}
 // Brings together the lanes' parts, so that every lane of a quad holds the whole.
 template <int kN, typename Op>
 __device__ __forceinline__ void finish_rows(PerRow<kN>& rows, Op&& op, Location = {}) {
@@ -100,6 +112,20 @@ __device__ __forceinline__ void cumsum_cols(Dst& dst, const Src& src, Location =
       }
     }
   }
+}
+
+// dst = src with its columns in the reverse order.
+template <typename Dst, typename Src>
+__device__ __forceinline__ void reverse_cols(Dst& dst, const Src& src, Location = {}) {
+  static_assert(detail::kSameShape<Dst, Src>, "reverse_cols needs tiles of one shape");
+  Dst result;
+  detail::for_each_pair<Src>([&](int s, int g, int h) {
+    // Lane i of a quad has columns 2 i and 2 i + 1: of the reverse, lane 3 - i has them.
+    const float first = ptx::shuffle_xor(detail::get(src, s, g, 2 * h), 3);
+    const float second = ptx::shuffle_xor(detail::get(src, s, g, 2 * h + 1), 3);
+    detail::set_pair(result, s, Src::kColGroups - 1 - g, h, second, first);
+  });
+  dst = result;
 }
 
 // dst(r, c) = src(0, c) + ... + src(r, c), over the warp's rows.

@@ -1,0 +1,145 @@
+// The gates of a chunk: what is left of one token, or of the state, at another.
+//
+// With a running sum a in base 2 (chunk_sums.cuh), exp2(a_i - a_j) of token j is left at token i,
+// exp2(a_i) of the state before the chunk, and exp2(a_last - a_j) of token j after it. Exponents
+// are differences of sums and at most 0 wherever gates are: nothing is formed from its two halves.
+// A document that starts within the chunk ends what came before it: tokens see each other only
+// where as many documents have started, and the state where none has.
+#pragma once
+
+#include "kernels/linear_attention/linear_attention.h"
+#include "tk/tk.cuh"
+
+namespace tk::linear_attention {
+
+using TokenVec = SharedVec<float, kChunk>;
+
+template <unsigned kFeatures>
+struct ChunkGates {
+  TokenVec sums;
+  TokenVec weights;  // with kWeights
+  TokenVec counts;   // with kCounts
+
+  static constexpr int kBytes =
+      TokenVec::kBytes * (1 + ((kFeatures & kWeights) != 0) + ((kFeatures & kCounts) != 0));
+
+  // One thread: the gates of a chunk of a head, row = batch * num_heads + head.
+  __device__ __forceinline__ void load(const Gates& gates, Barrier& full, int row, int batch,
+                                       int chunk, int chunks) {
+    const int64 first = (static_cast<int64>(row) * chunks + chunk) * kChunk;
+    tma::load(sums, gates.sums + first, full);
+    if constexpr ((kFeatures & kWeights) != 0) tma::load(weights, gates.weights + first, full);
+    if constexpr ((kFeatures & kCounts) != 0) {
+      tma::load(counts, gates.counts + (static_cast<int64>(batch) * chunks + chunk) * kChunk, full);
+    }
+  }
+
+  // Of the state before the chunk, what is left after it.
+  __device__ __forceinline__ float total() const {
+    if constexpr ((kFeatures & kCounts) != 0) {
+      if (load_element(counts, kChunk - 1) > 0) return 0.0f;
+    }
+    return math::exp2(load_element(sums, kChunk - 1));
+  }
+
+  // For each of a warpgroup's rows, which are tokens: of the state before the chunk, what is left.
+  __device__ __forceinline__ void before(PerRow<16>& rows) const {
+    warpgroup::load(rows, sums);
+    warp::map(rows, rows, [](float a) { return math::exp2(a); });
+    if constexpr ((kFeatures & kCounts) != 0) {
+      PerRow<16> started;
+      warpgroup::load(started, counts);
+      warp::zip(rows, rows, started, [](float x, float n) { return n > 0 ? 0.0f : x; });
+    }
+  }
+  // The same with tokens as columns.
+  __device__ __forceinline__ void before(PerCol<kChunk>& cols) const {
+    warp::load(cols, sums);
+    warp::map(cols, cols, [](float a) { return math::exp2(a); });
+    if constexpr ((kFeatures & kCounts) != 0) {
+      PerCol<kChunk> started;
+      warp::load(started, counts);
+      warp::zip(cols, cols, started, [](float x, float n) { return n > 0 ? 0.0f : x; });
+    }
+  }
+  // For each token, what is left of it after the chunk.
+  template <typename Tokens>
+  __device__ __forceinline__ void after(Tokens& tokens) const {
+    const float last = load_element(sums, kChunk - 1);
+    read(tokens, sums);
+    warp::map(tokens, tokens, [=](float a) { return math::exp2(last - a); });
+    if constexpr ((kFeatures & kCounts) != 0) {
+      const float documents = load_element(counts, kChunk - 1);
+      Tokens started;
+      read(started, counts);
+      warp::zip(tokens, tokens, started,
+                [=](float x, float n) { return n < documents ? 0.0f : x; });
+    }
+  }
+  // The same times the token's weight.
+  template <typename Tokens>
+  __device__ __forceinline__ void weighted_after(Tokens& tokens) const {
+    after(tokens);
+    if constexpr ((kFeatures & kWeights) != 0) {
+      Tokens w;
+      read(w, weights);
+      warp::zip(tokens, tokens, w, [](float x, float y) { return x * y; });
+    }
+  }
+
+  // A tile whose rows are tokens, times their weights.
+  template <typename Tile>
+  __device__ __forceinline__ void weigh_rows(Tile& tile) const {
+    if constexpr ((kFeatures & kWeights) != 0) {
+      PerRow<16> w;
+      warpgroup::load(w, weights);
+      warp::mul_rows(tile, tile, w);
+    }
+  }
+
+  // Weights of scores q k^T, of tokens i in rows and j in columns, where j <= i: zero beyond.
+  template <typename Weights, typename Scores>
+  __device__ __forceinline__ void apply(Weights& dst, const Scores& scores) const {
+    PerRow<16> rows;
+    warpgroup::load(rows, sums);
+    if constexpr ((kFeatures & kWeights) != 0) {
+      warpgroup::map_lower(
+          dst, scores, rows, sums, weights,
+          [](float s, float end, float start, float w) { return s * w * math::exp2(end - start); });
+    } else {
+      warpgroup::map_lower(dst, scores, rows, sums, [](float s, float end, float start) {
+        return s * math::exp2(end - start);
+      });
+    }
+    if constexpr ((kFeatures & kCounts) != 0) {
+      warpgroup::load(rows, counts);
+      warpgroup::map_lower(dst, dst, rows, counts,
+                           [](float s, float at, float of) { return at == of ? s : 0.0f; });
+    }
+  }
+  // The same of transposed scores k q^T, of tokens j in rows and i in columns, where i >= j,
+  // without the tokens' own weights, which are their rows'.
+  template <typename Weights, typename Scores>
+  __device__ __forceinline__ void apply_transposed(Weights& dst, const Scores& scores) const {
+    PerRow<16> rows;
+    warpgroup::load(rows, sums);
+    warpgroup::map_upper(dst, scores, rows, sums, [](float s, float start, float end) {
+      return s * math::exp2(end - start);
+    });
+    if constexpr ((kFeatures & kCounts) != 0) {
+      warpgroup::load(rows, counts);
+      warpgroup::map_upper(dst, dst, rows, counts,
+                           [](float s, float of, float at) { return at == of ? s : 0.0f; });
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static void read(PerRow<16>& rows, const TokenVec& vec) {
+    warpgroup::load(rows, vec);
+  }
+  __device__ __forceinline__ static void read(PerCol<kChunk>& cols, const TokenVec& vec) {
+    warp::load(cols, vec);
+  }
+};
+
+}  // namespace tk::linear_attention
