@@ -52,15 +52,19 @@ Result<Call> read_call(const Buffers& b, const GradientsConfig& config) {
   if (is_given(b.gates.weights) != is_given(b.dweights) || is_given(b.skip) != is_given(b.dskip)) {
     return invalid("weights and dweights go together, and so do skip and dskip");
   }
-  const std::int64_t parts = ceil_div(s.key_dim, linear_attention::kGradientsColumns);
+  const std::int64_t tile = linear_attention::tile_dim(s.key_dim);
+  if (tile > linear_attention::kMaxKeyDim) {
+    return unsupported("keys of " + std::to_string(s.key_dim) +
+                       " dimensions; the kernels take up to " +
+                       std::to_string(linear_attention::kMaxKeyDim));
+  }
+  const std::int64_t parts = linear_attention::gradients_parts(tile);
   if (Status status = check_grid("groups, times parts of their keys", s.num_groups * parts);
       !status.ok()) {
     return status.error();
   }
   const unsigned skip = is_given(b.skip) ? linear_attention::kSkip : 0u;
-  return Call{s,
-              {s.dtype, linear_attention::tile_dim(s.key_dim), features_of(b.gates) | skip, config},
-              parts};
+  return Call{s, {s.dtype, tile, features_of(b.gates) | skip, config}, parts};
 }
 
 Status initialize(int device_ordinal, const Buffers& buffers, const GradientsConfig& config) {

@@ -8,10 +8,6 @@ namespace {
 // Of the bits of linear_attention::Feature, in order.
 constexpr const char* kFeatureNames[] = {"weights", "counts", "skip"};
 
-// Shared memory of a multiprocessor, and what of it each block takes beside its own.
-constexpr int kMultiprocessorBytes = 228 * 1024;
-constexpr int kBlockBytes = 1024;
-
 Status check_common(runtime::DataType dtype, std::int64_t key_dim, unsigned features,
                     unsigned offered) {
   if (dtype != runtime::DataType::kBFloat16 && dtype != runtime::DataType::kFloat16) {
@@ -99,8 +95,7 @@ Result<KernelSpec> LinearAttentionWalkKernel::spec() const {
   spec.threads = linear_attention::walk_threads(config);
   spec.shared_bytes = is_outputs ? linear_attention::outputs_shared_bytes(key_dim, config)
                                  : linear_attention::states_shared_bytes(key_dim, config);
-  const bool two_fit = 2 * (spec.shared_bytes + kBlockBytes) <= kMultiprocessorBytes;
-  spec.min_blocks = config.consumers == 1 && two_fit ? 2 : 1;
+  spec.min_blocks = linear_attention::walk_blocks(key_dim, config.consumers);
   return checked(std::move(spec));
 }
 

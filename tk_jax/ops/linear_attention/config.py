@@ -14,11 +14,10 @@ import jax.numpy as jnp
 
 KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
 # As in linear_attention.h: tokens of a chunk, columns of values of a slice, the largest
-# dimension of keys, columns of dq and dk of a block.
+# dimension of keys.
 CHUNK = 64
 SLICE = 64
 MAX_KEY_DIM = 256
-GRADIENT_COLUMNS = 128
 # Rows, which the copy engine reads, are padded to multiples of this ...
 DIM_STEP = 8
 # ... and in tiles to multiples of this.
@@ -138,11 +137,15 @@ def scan_config(
     )
 
 
+def gradients_columns(tile: int) -> int:
+    """Columns of dq and dk of a block, as gradients_columns in linear_attention.h."""
+    return tile if tile <= 128 else 64
+
+
 def gradients_shared_bytes(tile: int, stages: int) -> int:
     """As gradients_shared_bytes in linear_attention.h."""
-    columns = min(tile, GRADIENT_COLUMNS)
-    stage = 2 * CHUNK * 2 * SLICE + 2 * SLICE * 2 * tile + 3 * CHUNK * 4
-    out = 2 * CHUNK * (SLICE + 2 * columns)
+    stage = 2 * CHUNK * 2 * SLICE + 2 * SLICE * 2 * tile + 1024
+    out = 2 * CHUNK * (SLICE + 2 * gradients_columns(tile))
     return 2 * CHUNK * 2 * tile + stages * stage + out + _SHARED_SLACK
 
 
@@ -175,12 +178,13 @@ def exceeded_limit(q_shape, v_shape) -> str | None:
     *leading, seqlen, heads, value_dim = v_shape
     groups, key_dim = q_shape[-2:]
     batch = math.prod(leading)
-    parts = -(-key_dim // GRADIENT_COLUMNS)
+    tile = round_up(key_dim, TILE_STEP)
+    parts = tile // gradients_columns(tile)
     columns = heads * round_up(value_dim, SLICE)
     rows = batch * columns // SLICE * padded_tokens(seqlen)
     for name, size, limit in (
         ("a batch", batch, MAX_GRID),
-        ("a number of groups (times 2 for keys beyond 128)", groups * parts, MAX_GRID),
+        ("a number of groups, times parts of their keys,", groups * parts, MAX_GRID),
         ("a number of heads", heads, 16 * MAX_GRID),
         ("a number of heads times dimensions of values", columns, MAX_ROWS),
         ("a B * H * T times slices of 64 values", rows, MAX_ROWS),
