@@ -154,7 +154,11 @@ struct Outputs {
       warpgroup::mma_AB(state, values, k_smem);
       warpgroup::mma_commit();
 
-      warpgroup::mma_wait<1>(out, weights);
+      if constexpr (kKeyDim <= 192) {
+        warpgroup::mma_wait<1>(out, weights);
+      } else {  // out has no room beside the operands of so much state
+        warpgroup::mma_wait<0>(out, weights, state, values);
+      }
       warp::mul(out, out, params.scale);
       if constexpr ((kFeatures & kSkip) != 0) add_skip(out, v_smem, shared.skip[consumer]);
       warpgroup::store(out_smem, out);
