@@ -12,6 +12,11 @@ OP_SOURCES = [
     "ffi/attention_problem.cc",
     "ffi/ffi_util.cc",
     "ffi/kernel.cc",
+    "ffi/linear_attention_gates.cc",
+    "ffi/linear_attention_gradients.cc",
+    "ffi/linear_attention_kernels.cc",
+    "ffi/linear_attention_problem.cc",
+    "ffi/linear_attention_walks.cc",
     "ffi/matmul.cc",
     "ffi/matmul_kernels.cc",
 ]

@@ -29,6 +29,11 @@ _TARGETS = (
     "tk_attention_bwd_v1",
     "tk_attention_bwd_bias_v1",
     "tk_kernel_v1",
+    "tk_linear_attention_chunk_sums_v1",
+    "tk_linear_attention_gate_gradients_v1",
+    "tk_linear_attention_gradients_v1",
+    "tk_linear_attention_outputs_v1",
+    "tk_linear_attention_states_v1",
     "tk_matmul_v1",
 )
 

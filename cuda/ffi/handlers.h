@@ -16,7 +16,26 @@ struct Target {
 extern const Target kAttentionForwardTarget;
 extern const Target kAttentionBackwardTarget;
 extern const Target kAttentionBiasTarget;
+extern const Target kLinearAttentionChunkSumsTarget;
+extern const Target kLinearAttentionGateGradientsTarget;
+extern const Target kLinearAttentionGradientsTarget;
+extern const Target kLinearAttentionOutputsTarget;
+extern const Target kLinearAttentionStatesTarget;
 extern const Target kMatmulTarget;
 extern const Target kKernelTarget;
+
+// All of them.
+inline constexpr const Target* kTargets[] = {
+    &kAttentionForwardTarget,
+    &kAttentionBackwardTarget,
+    &kAttentionBiasTarget,
+    &kKernelTarget,
+    &kLinearAttentionChunkSumsTarget,
+    &kLinearAttentionGateGradientsTarget,
+    &kLinearAttentionGradientsTarget,
+    &kLinearAttentionOutputsTarget,
+    &kLinearAttentionStatesTarget,
+    &kMatmulTarget,
+};
 
 }  // namespace tk::ffi

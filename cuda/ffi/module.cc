@@ -7,6 +7,7 @@
 #include "ffi/attention_kernels.h"
 #include "ffi/handlers.h"
 #include "ffi/kernel_settings.h"
+#include "ffi/linear_attention_kernels.h"
 #include "ffi/matmul_kernels.h"
 #include "runtime/compile.h"
 #include "runtime/driver.h"
@@ -31,8 +32,7 @@ namespace {
 
 nb::dict registrations() {
   nb::dict targets;
-  for (const Target* target : {&kAttentionForwardTarget, &kAttentionBackwardTarget,
-                               &kAttentionBiasTarget, &kMatmulTarget, &kKernelTarget}) {
+  for (const Target* target : kTargets) {
     nb::dict stages;
     stages["initialize"] = nb::capsule(reinterpret_cast<void*>(target->initialize));
     stages["execute"] = nb::capsule(reinterpret_cast<void*>(target->execute));
@@ -48,6 +48,12 @@ nb::dict struct_fields() {
   fields["AttentionBackwardConfig"] = nb::cast(SettingsFields<attention::BackwardConfig>::names());
   fields["MatmulOptions"] = nb::cast(SettingsFields<matmul::Options>::names());
   fields["MatmulConfig"] = nb::cast(SettingsFields<matmul::Config>::names());
+  fields["ChunkSumsOptions"] = nb::cast(SettingsFields<ChunkSumsOptions>::names());
+  fields["StatesOptions"] = nb::cast(SettingsFields<StatesOptions>::names());
+  fields["OutputsOptions"] = nb::cast(SettingsFields<OutputsOptions>::names());
+  fields["GradientsOptions"] = nb::cast(SettingsFields<GradientsOptions>::names());
+  fields["GradientsConfig"] = nb::cast(SettingsFields<GradientsConfig>::names());
+  fields["WalkConfig"] = nb::cast(SettingsFields<linear_attention::WalkConfig>::names());
   fields["KernelSettings"] = nb::cast(SettingsFields<KernelSettings>::names());
   return fields;
 }
@@ -102,10 +108,11 @@ attention::Mask to_mask(const std::string& name) {
   throw nb::value_error(("mask " + name + "; expected none, causal or band").c_str());
 }
 
-unsigned to_features(const std::vector<std::string>& names) {
+unsigned to_features(const std::vector<std::string>& names,
+                     unsigned (*bit_of)(std::string_view) = feature_of) {
   unsigned features = 0;
   for (const std::string& name : names) {
-    const unsigned bit = feature_of(name);
+    const unsigned bit = bit_of(name);
     if (bit == 0) throw nb::value_error(("no feature is called " + name).c_str());
     features |= bit;
   }
@@ -155,6 +162,34 @@ nb::list attention_bias_specs(const std::string& dtype, long head_dim, long head
                                    to_features(features)};
   nb::list specs;
   specs.append(to_dict(kernel.spec()));
+  return specs;
+}
+
+// Of the kernels named by `kernel`: those of gates are the same for all settings.
+nb::list linear_attention_specs(const std::string& kernel, const std::string& dtype, long key_dim,
+                                const std::vector<std::string>& features, const nb::dict& config) {
+  using Walk = LinearAttentionWalkKernel::Walk;
+  const long tile = linear_attention::tile_dim(key_dim);
+  const auto spec = [&]() -> Result<KernelSpec> {
+    if (kernel == "chunk_sums") return chunk_sums_spec();
+    if (kernel == "gate_gradients") return gate_gradients_spec();
+    const unsigned bits = to_features(features, linear_attention_feature_of);
+    if (kernel == "gradients") {
+      return LinearAttentionGradientsKernel{to_dtype(dtype), tile, bits, {field(config, "stages")}}
+          .spec();
+    }
+    const auto walk = [&] {
+      if (kernel == "states") return Walk::kStates;
+      if (kernel == "reverse_states") return Walk::kReverseStates;
+      if (kernel == "outputs") return Walk::kOutputs;
+      throw nb::value_error(("no kernel is called " + kernel).c_str());
+    }();
+    return LinearAttentionWalkKernel{
+        walk, to_dtype(dtype), tile, bits, {field(config, "consumers"), field(config, "stages")}}
+        .spec();
+  }();
+  nb::list specs;
+  specs.append(to_dict(spec));
   return specs;
 }
 
@@ -274,6 +309,8 @@ NB_MODULE(_extension, module) {
              "head_dim"_a, "head_dim_v"_a, "mask"_a, "features"_a, "deterministic"_a, "config"_a);
   module.def("attention_bias_specs", &attention_bias_specs, nb::kw_only(), "dtype"_a, "head_dim"_a,
              "head_dim_v"_a, "mask"_a, "features"_a);
+  module.def("linear_attention_specs", &linear_attention_specs, nb::kw_only(), "kernel"_a,
+             "dtype"_a, "key_dim"_a, "features"_a, "config"_a);
   module.def("matmul_specs", &matmul_specs, nb::kw_only(), "dtype"_a, "transpose_a"_a,
              "transpose_b"_a, "config"_a);
 

@@ -38,8 +38,7 @@ NB_MODULE(_interpreter, module) {
       "registrations",
       [] {
         nb::dict targets;
-        for (const Target* target : {&kAttentionForwardTarget, &kAttentionBackwardTarget,
-                                     &kAttentionBiasTarget, &kKernelTarget, &kMatmulTarget}) {
+        for (const Target* target : kTargets) {
           targets[target->name] = nb::capsule(reinterpret_cast<void*>(target->execute));
         }
         return targets;

@@ -206,7 +206,7 @@ def _plan(
     call = family.plan(
         OP,
         op,
-        config.unsupported(),
+        lambda normalize: config.unsupported(q, v, normalize=normalize),
         q,
         k,
         v,
@@ -226,7 +226,7 @@ def _plan_step(q, k, v, state, *, log_decay=None, **settings) -> family.Call:
     op = "linear_attention_step"
     checks.check_first(op, "q", q, "G, K")
     settings = {"scale": None, "normalize": False, "implementation": None} | settings
-    call = family.plan(OP, op, config.unsupported(), q, k, v, **settings)
+    call = family.plan(OP, op, config.step_unsupported(), q, k, v, **settings)
     _check_log_decay(op, log_decay, v)
     family.check_state(call, op, "state", state, q, v, 2)
     return call

@@ -1,8 +1,33 @@
-"""Settings of linear attention: what is computed and how."""
+"""Settings of linear attention: what is computed (options) and how (configs).
+
+Those from ``ChunkSumsOptions`` on cross to C++ as one attribute each, decoded into the
+struct of the same fields: in ``cuda/ffi/linear_attention_kernels.h``, but for
+``WalkConfig``, which ``cuda/kernels/linear_attention/linear_attention.h`` has.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+
+import jax.numpy as jnp
+
+KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
+# As in linear_attention.h: tokens of a chunk, columns of values of a slice, the largest
+# dimension of keys.
+CHUNK = 64
+SLICE = 64
+MAX_KEY_DIM = 256
+# Rows, which the copy engine reads, are padded to multiples of this ...
+DIM_STEP = 8
+# ... and in tiles to multiples of this.
+TILE_STEP = 64
+# A logarithm of a decay below this counts as this: it leaves nothing in float32.
+LEAST_LOG_DECAY = -128.0
+# Grids have up to this many blocks along two of their axes ...
+MAX_GRID = 65535
+# ... and kernels count rows of the states of chunks in 32 bits.
+MAX_ROWS = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,11 +40,160 @@ class LinearAttentionOptions:
 
 @dataclasses.dataclass(frozen=True)
 class LinearAttentionConfig:
-    """How it is computed."""
+    """How XLA computes it."""
 
     chunk: int = 64  # tokens of one step
 
 
-def unsupported() -> str:
-    """What the kernels lack for a call, in words: this is the one place that knows."""
-    return "this op yet (it has neither a forward nor a backward kernel)"
+@dataclasses.dataclass(frozen=True)
+class ChunkSumsOptions:
+    """What the sums of chunks are: of ``scale * max(x, least)``."""
+
+    seqlen: int  # of x, which may have one token for all
+    scale: float
+    least: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StatesOptions:
+    """Which states are computed: forward those of keys and values, or gradients."""
+
+    scale: float  # of the keys
+    reverse: bool
+    chunks_of_segment: int
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputsOptions:
+    """What the outputs are."""
+
+    scale: float  # of the queries
+    chunks_of_segment: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientsOptions:
+    """Of what the gradients are."""
+
+    scale: float  # of the queries
+
+
+@dataclasses.dataclass(frozen=True)
+class WalkConfig:
+    """How the kernels that walk through a sequence do it."""
+
+    consumers: int  # slices of values of a block, which share their keys
+    stages: int  # depth of the ring of chunks
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientsConfig:
+    """How the kernel of gradients computes them."""
+
+    stages: int  # depth of the ring of slices
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanConfig:
+    """How all of a call's kernels run."""
+
+    chunks_of_segment: int  # segments of a sequence are walked through side by side
+    states: WalkConfig
+    outputs: WalkConfig
+    gradients: GradientsConfig
+
+
+# Blocks that are there at once, of one consumer (where two such blocks fit a
+# multiprocessor) and of two.
+_RESIDENT = {1: 264, 2: 132}
+# With fewer chunks to a segment, what a second pass and the first state cost is more
+# than what is won.
+_LEAST_CHUNKS_OF_SEGMENT = 4
+# Up to this dimension of keys' tiles, two blocks of one consumer, or one of two, fit.
+_NARROW_KEYS = 128
+# Shared memory of a block and how much of it linear_attention.h keeps for other things.
+_SHARED_BYTES = 227 * 1024
+_SHARED_SLACK = 2048
+
+
+def scan_config(
+    batch: int, seqlen: int, groups: int, heads: int, key_dim: int, value_dim: int
+) -> ScanConfig:
+    """For q [batch, seqlen, groups, key_dim] and v [.., heads, value_dim]."""
+    tile = round_up(key_dim, TILE_STEP)
+    slices = heads * -(-value_dim // SLICE)
+    narrow = tile <= _NARROW_KEYS
+    consumers = 2 if narrow and slices // groups % 2 == 0 else 1
+    blocks = max(1, batch * slices // consumers)
+    resident = _RESIDENT[consumers] if narrow else _RESIDENT[2]
+    chunks = -(-seqlen // CHUNK)
+    segments = min(resident // blocks, chunks // _LEAST_CHUNKS_OF_SEGMENT)
+    stages = 2 if gradients_shared_bytes(tile, 2) <= _SHARED_BYTES else 1
+    return ScanConfig(
+        chunks_of_segment=-(-chunks // max(1, segments)),
+        states=WalkConfig(consumers=consumers, stages=3),
+        outputs=WalkConfig(consumers=consumers, stages=2),
+        gradients=GradientsConfig(stages=stages),
+    )
+
+
+def gradients_columns(tile: int) -> int:
+    """Columns of dq and dk of a block, as gradients_columns in linear_attention.h."""
+    return tile if tile <= 128 else 64
+
+
+def gradients_shared_bytes(tile: int, stages: int) -> int:
+    """As gradients_shared_bytes in linear_attention.h."""
+    stage = 2 * CHUNK * 2 * SLICE + 2 * SLICE * 2 * tile + 1024
+    out = 2 * CHUNK * (SLICE + 2 * gradients_columns(tile))
+    return 2 * CHUNK * 2 * tile + stages * stage + out + _SHARED_SLACK
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def padded_tokens(seqlen: int) -> int:
+    """Tokens of whole chunks."""
+    return round_up(seqlen, CHUNK)
+
+
+def unsupported(q, v, *, normalize: bool = False) -> str | None:
+    """What the kernels lack for a call, in words: this is the one place that knows.
+
+    ``q`` and ``v`` are whatever has their shape [..., T, G, K] and [..., T, H, V], and
+    their dtype. What it lets through, the kernels compute, forward and backward.
+    """
+    if q.dtype not in KERNEL_DTYPES:
+        return f"dtype {jnp.dtype(q.dtype).name} (it takes bfloat16 and float16)"
+    if q.shape[-1] > MAX_KEY_DIM:
+        return f"keys of {q.shape[-1]} dimensions (it takes up to {MAX_KEY_DIM})"
+    if normalize and q.dtype == jnp.float16:
+        return "normalize in float16 (of which the sums may exceed the range)"
+    return exceeded_limit(q.shape, (*v.shape[:-1], v.shape[-1] + normalize))
+
+
+def exceeded_limit(q_shape, v_shape) -> str | None:
+    """Which size is beyond the kernels, in words."""
+    *leading, seqlen, heads, value_dim = v_shape
+    groups, key_dim = q_shape[-2:]
+    batch = math.prod(leading)
+    tile = round_up(key_dim, TILE_STEP)
+    parts = tile // gradients_columns(tile)
+    columns = heads * round_up(value_dim, SLICE)
+    rows = batch * columns // SLICE * padded_tokens(seqlen)
+    for name, size, limit in (
+        ("a batch", batch, MAX_GRID),
+        ("a number of groups, times parts of their keys,", groups * parts, MAX_GRID),
+        ("a number of heads", heads, 16 * MAX_GRID),
+        ("a number of heads times dimensions of values", columns, MAX_ROWS),
+        ("a B * H * T times slices of 64 values", rows, MAX_ROWS),
+    ):
+        if size > limit:
+            return f"{name} of {size} (it takes up to {limit})"
+    return None
+
+
+def step_unsupported() -> str:
+    """The same for a step of one token."""
+    return "steps of one token yet (there is no kernel for decoding)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -12,7 +13,7 @@ from tk_jax import _check, _dispatch
 from tk_jax.ops import _chunks
 from tk_jax.ops import _sequence_checks as checks
 from tk_jax.ops._chunks import NormalizedState
-from tk_jax.ops.linear_attention import xla
+from tk_jax.ops.linear_attention import vjp, xla
 from tk_jax.ops.linear_attention.config import LinearAttentionOptions
 
 
@@ -41,7 +42,7 @@ class Call:
 def plan(
     op: Op,
     name: str,
-    unsupported: str | None,
+    unsupported: str | Callable[[bool], str | None],
     q,
     k,
     v,
@@ -51,15 +52,21 @@ def plan(
     implementation,
     return_final_state=True,
 ) -> Call:
-    """Checks what all have; ``name`` is that of the op or of its step."""
+    """Checks what all have; ``name`` is that of the op or of its step.
+
+    ``unsupported`` says what the kernels lack, or does so given ``normalize``.
+    """
     checks.check_keys_and_values(name, q, k, v)
+    normalize = _check.check_flag(name, "normalize", normalize)
+    if callable(unsupported):
+        unsupported = unsupported(normalize)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return Call(
         op=op,
         options=LinearAttentionOptions(
             scale=_check.check_finite_number(name, "scale", scale),
-            normalize=_check.check_flag(name, "normalize", normalize),
+            normalize=normalize,
         ),
         choice=_dispatch.choose(name, implementation, unsupported),
         return_final_state=_check.check_flag(
@@ -81,22 +88,41 @@ def check_state(call: Call, name: str, argument: str, state, q, v, num_axes) -> 
 @functools.partial(jax.jit, static_argnums=0)
 def run(call: Call, q, k, v, log_decay, state, segment_ids):
     """Returns out and the final state, None unless ``call.return_final_state``."""
-    op, normalize = call.op, call.options.normalize
+    op = call.op
     with jax.named_scope(f"tk_jax.{op.name}"):
-        if state is None:
-            *batch, _, num_heads, dim_v = v.shape
-            shape = (*batch, num_heads, op.num_features(q.shape[-1]), dim_v)
-            sums = _chunks.zero_state(shape, q.dtype)
-            state = (sums, sums[..., 0]) if normalize else sums
         arrays = (q, k, v, log_decay, state, segment_ids)
-        out, state = xla.linear_attention(
-            call.options, *_dispatch.vary_together_in(arrays), features=op.features
-        )
+        arrays = _dispatch.vary_together_in(arrays)
+        if call.choice.cuda == "xla" or q.size == 0:
+            out, state = _xla(call, arrays)
+        else:
+            out, state = vjp.differentiable(
+                call.choice,
+                tk=functools.partial(_kernels, call),
+                xla=functools.partial(_xla, call),
+            )(arrays)
         out = checkpoint_name(out, f"tk_{op.name}_out")
         if not call.return_final_state:
             return out, None
         state = checkpoint_name(state, f"tk_{op.name}_state")
-        return out, NormalizedState(*state) if normalize else state
+        return out, NormalizedState(*state) if call.options.normalize else state
+
+
+def _kernels(call, arrays):
+    return vjp.kernel_linear_attention(call.options, call.return_final_state, *arrays)
+
+
+def _xla(call, arrays):
+    q, k, v, log_decay, state, segment_ids = arrays
+    op, normalize = call.op, call.options.normalize
+    if state is None:
+        *batch, _, num_heads, dim_v = v.shape
+        shape = (*batch, num_heads, op.num_features(q.shape[-1]), dim_v)
+        sums = _chunks.zero_state(shape, q.dtype)
+        state = (sums, sums[..., 0]) if normalize else sums
+    # Again: the zeros vary too.
+    arrays = _dispatch.vary_together_in((q, k, v, log_decay, state, segment_ids))
+    out, state = xla.linear_attention(call.options, *arrays, features=op.features)
+    return out, state if call.return_final_state else None
 
 
 def run_step(call: Call, q, k, v, log_decay, state):

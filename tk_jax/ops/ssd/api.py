@@ -12,7 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 from tk_jax import _check, _dispatch
 from tk_jax.ops import _chunks
 from tk_jax.ops import _sequence_checks as checks
-from tk_jax.ops.ssd import config, xla
+from tk_jax.ops.linear_attention.config import step_unsupported, unsupported
+from tk_jax.ops.linear_attention.vjp import differentiable
+from tk_jax.ops.ssd import config, vjp, xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,16 +148,34 @@ def ssd(
 @functools.partial(jax.jit, static_argnums=0)
 def _ssd(call, inputs):
     with jax.named_scope("tk_jax.ssd"):
-        if inputs.state is None:
-            *batch, _, num_heads, head_dim = inputs.x.shape
-            shape = (*batch, num_heads, head_dim, inputs.B.shape[-1])
-            state = _chunks.zero_state(shape, inputs.x.dtype)
-            inputs = inputs._replace(state=state)
-        y, state = xla.ssd(call.options, _dispatch.vary_together_in(inputs))
+        inputs = _dispatch.vary_together_in(inputs)
+        if call.choice.cuda == "xla" or inputs.x.size == 0:
+            y, state = _xla(call, inputs)
+        else:
+            y, state = differentiable(
+                call.choice,
+                tk=functools.partial(_kernels, call),
+                xla=functools.partial(_xla, call),
+            )(inputs)
         y = checkpoint_name(y, "tk_ssd_out")
         if not call.return_final_state:
             return y, None
         return y, checkpoint_name(state, "tk_ssd_state")
+
+
+def _kernels(call, inputs):
+    return vjp.kernel_ssd(call.options, call.return_final_state, inputs)
+
+
+def _xla(call, inputs):
+    if inputs.state is None:
+        *batch, _, num_heads, head_dim = inputs.x.shape
+        shape = (*batch, num_heads, head_dim, inputs.B.shape[-1])
+        state = _chunks.zero_state(shape, inputs.x.dtype)
+        # The zeros vary too.
+        inputs = _dispatch.vary_together_in(inputs._replace(state=state))
+    y, state = xla.ssd(call.options, inputs)
+    return y, state if call.return_final_state else None
 
 
 def ssd_step(
@@ -254,7 +274,9 @@ def _plan(
         _check_state(op, "initial_state", initial_state, x, B, 3)
     checks.check_segment_ids(op, segment_ids, x.shape[:-2])
     final = _check.check_flag(op, "return_final_state", return_final_state)
-    return _make_call(op, dt_softplus, dt_limit, implementation, final)
+    return _make_call(
+        op, dt_softplus, dt_limit, implementation, final, unsupported(C, x)
+    )
 
 
 def _plan_step(
@@ -276,17 +298,19 @@ def _plan_step(
     checks.check_first(op, "x", x, "H, P")
     _check_arrays(op, x, dt, A, B, C, D, z, dt_bias)
     _check_state(op, "state", state, x, B, 2)
-    return _make_call(op, dt_softplus, dt_limit, implementation, True)
+    return _make_call(
+        op, dt_softplus, dt_limit, implementation, True, step_unsupported()
+    )
 
 
-def _make_call(op, dt_softplus, dt_limit, implementation, final) -> Call:
+def _make_call(op, dt_softplus, dt_limit, implementation, final, lacking) -> Call:
     low, high = _check_limit(op, dt_limit)
     options = config.SsdOptions(
         dt_softplus=_check.check_flag(op, "dt_softplus", dt_softplus),
         dt_min=low,
         dt_max=high,
     )
-    choice = _dispatch.choose(op, implementation, config.unsupported())
+    choice = _dispatch.choose(op, implementation, lacking)
     return Call(options=options, choice=choice, return_final_state=final)
 
 

@@ -19,8 +19,3 @@ class SsdConfig:
     """How it is computed."""
 
     chunk: int = 64  # tokens of one step
-
-
-def unsupported() -> str:
-    """What the kernels lack for a call, in words: this is the one place that knows."""
-    return "this op yet (it has neither a forward nor a backward kernel)"

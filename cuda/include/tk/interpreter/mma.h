@@ -145,5 +145,9 @@ template <int kPending, typename A, typename B, typename C, typename D>
 void mma_wait(A& a, B& b, C& c, D& d, Location at = {}) {
   detail_mma::wait(kPending, at, a, b, c, d);
 }
+template <int kPending, typename A, typename B, typename C, typename D, typename E>
+void mma_wait(A& a, B& b, C& c, D& d, E& e, Location at = {}) {
+  detail_mma::wait(kPending, at, a, b, c, d, e);
+}
 
 }  // namespace tk::warpgroup

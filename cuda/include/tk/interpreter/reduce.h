@@ -115,6 +115,7 @@ void reverse_cols(Dst& dst, const Src& src, Location at = {}) {
   static_assert(detail::kSameShape<Dst, Src>, "reverse_cols needs tiles of one shape");
   detail::reading(src, at);
   Dst result = {};
+  detail::writing(result, at);
   detail_map::assign(result,
                      [&](int r, int c) { return detail_map::value(src, r, Src::kCols - 1 - c); });
   detail::writing(dst, at);

@@ -1,0 +1,135 @@
+#include "ffi/linear_attention_kernels.h"
+
+#include <iterator>
+
+namespace tk::ffi {
+namespace {
+
+// Of the bits of linear_attention::Feature, in order.
+constexpr const char* kFeatureNames[] = {"weights", "counts", "skip"};
+
+Status check_common(runtime::DataType dtype, std::int64_t key_dim, unsigned features,
+                    unsigned offered) {
+  if (dtype != runtime::DataType::kBFloat16 && dtype != runtime::DataType::kFloat16) {
+    return unsupported("dtype " + std::string(type_suffix(dtype)) +
+                       "; the kernels take bfloat16 and float16");
+  }
+  if (key_dim <= 0 || key_dim > linear_attention::kMaxKeyDim ||
+      linear_attention::tile_dim(key_dim) != key_dim) {
+    return unsupported("tiles of key dim " + std::to_string(key_dim) +
+                       "; the kernels take multiples of 64 up to 256");
+  }
+  for (unsigned i = 0; i < std::size(kFeatureNames); ++i) {
+    if (features & ~offered & (1u << i)) {
+      return invalid(std::string("a kernel that does not take ") + kFeatureNames[i]);
+    }
+  }
+  return {};
+}
+
+Status check_setting(const char* name, std::int64_t value, std::int64_t least,
+                     std::int64_t largest) {
+  if (value >= least && value <= largest) return {};
+  return invalid("config." + std::string(name) + " is " + std::to_string(value) + "; expected " +
+                 std::to_string(least) + " to " + std::to_string(largest));
+}
+
+// "d128_weights_skip_bf16"
+std::string suffix(runtime::DataType dtype, std::int64_t key_dim, unsigned features) {
+  std::string text = "d" + std::to_string(key_dim);
+  for (unsigned i = 0; i < std::size(kFeatureNames); ++i) {
+    if (features & (1u << i)) text += std::string("_") + kFeatureNames[i];
+  }
+  return text + "_" + type_suffix(dtype);
+}
+
+Result<KernelSpec> checked(KernelSpec spec) {
+  if (Status status = runtime::check_spec(spec); !status.ok()) return status.error();
+  return spec;
+}
+
+KernelSpec named(const std::string& name, const std::string& params) {
+  KernelSpec spec;
+  spec.symbol = "tk_linear_attention_" + name;
+  spec.header = "kernels/linear_attention/" + name + ".cuh";
+  spec.function = "tk::linear_attention::" + name;
+  spec.params_type = "tk::linear_attention::" + params;
+  return spec;
+}
+
+}  // namespace
+
+unsigned linear_attention_feature_of(std::string_view name) {
+  for (unsigned i = 0; i < std::size(kFeatureNames); ++i) {
+    if (name == kFeatureNames[i]) return 1u << i;
+  }
+  return 0;
+}
+
+KernelKey LinearAttentionWalkKernel::key() const {
+  return {{static_cast<int>(walk), static_cast<int>(dtype), key_dim, features, config.consumers,
+           config.stages}};
+}
+
+Result<KernelSpec> LinearAttentionWalkKernel::spec() const {
+  const bool is_outputs = walk == Walk::kOutputs, is_reverse = walk == Walk::kReverseStates;
+  const unsigned offered = linear_attention::kCounts |
+                           (is_reverse ? 0u : linear_attention::kWeights) |
+                           (is_outputs ? linear_attention::kSkip : 0u);
+  if (Status status = first_error({check_common(dtype, key_dim, features, offered),
+                                   check_setting("consumers", config.consumers, 1, 2),
+                                   check_setting("stages", config.stages, 1, 8)});
+      !status.ok()) {
+    return status.error();
+  }
+  KernelSpec spec =
+      is_outputs ? named("outputs", "OutputsParams") : named("states", "StatesParams");
+  if (is_reverse) spec.symbol += "_reverse";
+  spec.symbol += "_" + suffix(dtype, key_dim, features);
+  spec.function += std::string("<tk::linear_attention::") +
+                   (is_outputs ? "OutputsTraits<" : "StatesTraits<") + type_name(dtype) + ", " +
+                   std::to_string(key_dim) + ", ";
+  if (!is_outputs) spec.function += std::string(bool_name(is_reverse)) + ", ";
+  spec.function += std::to_string(features) + ", " + std::to_string(config.consumers) + ", " +
+                   std::to_string(config.stages) + ">>";
+  spec.threads = linear_attention::walk_threads(config);
+  spec.shared_bytes = is_outputs ? linear_attention::outputs_shared_bytes(key_dim, config)
+                                 : linear_attention::states_shared_bytes(key_dim, config);
+  spec.min_blocks = linear_attention::walk_blocks(key_dim, config.consumers);
+  return checked(std::move(spec));
+}
+
+KernelKey LinearAttentionGradientsKernel::key() const {
+  return {{static_cast<int>(dtype), key_dim, features, config.stages}};
+}
+
+Result<KernelSpec> LinearAttentionGradientsKernel::spec() const {
+  if (Status status =
+          first_error({check_common(dtype, key_dim, features, linear_attention::kAllFeatures),
+                       check_setting("stages", config.stages, 1, 8)});
+      !status.ok()) {
+    return status.error();
+  }
+  KernelSpec spec = named("gradients", "GradientsParams");
+  spec.symbol += "_" + suffix(dtype, key_dim, features);
+  spec.function += std::string("<tk::linear_attention::GradientsTraits<") + type_name(dtype) +
+                   ", " + std::to_string(key_dim) + ", " + std::to_string(features) + ", " +
+                   std::to_string(config.stages) + ">>";
+  spec.threads = linear_attention::kGradientsThreads;
+  spec.shared_bytes = linear_attention::gradients_shared_bytes(key_dim, config.stages);
+  return checked(std::move(spec));
+}
+
+Result<KernelSpec> chunk_sums_spec() {
+  KernelSpec spec = named("chunk_sums", "ChunkSumsParams");
+  spec.threads = linear_attention::kChunkSumsThreads;
+  return checked(std::move(spec));
+}
+
+Result<KernelSpec> gate_gradients_spec() {
+  KernelSpec spec = named("gate_gradients", "GateGradientsParams");
+  spec.threads = linear_attention::kChunkSumsThreads;
+  return checked(std::move(spec));
+}
+
+}  // namespace tk::ffi

@@ -1,0 +1,75 @@
+// The specialisations of the kernels of linear attention and the state-space dual; a spec is
+// refused where the kernels do not offer it.
+#pragma once
+
+#include "ffi/ffi_util.h"
+#include "kernels/linear_attention/linear_attention.h"
+
+namespace tk::ffi {
+
+// What is computed, as the targets take it: with the fields of the dataclasses of the same names in
+// tk_jax.ops.linear_attention.config.
+struct ChunkSumsOptions {
+  long seqlen;  // of x, which may have one token for all
+  float scale, least;
+};
+struct StatesOptions {
+  float scale;
+  bool reverse;
+  long chunks_of_segment;
+};
+struct OutputsOptions {
+  float scale;
+  long chunks_of_segment;
+};
+struct GradientsOptions {
+  float scale;
+};
+struct GradientsConfig {
+  long stages;
+};
+
+// The bit of a feature's name, as it stands in symbols; 0 where there is none of that name.
+unsigned linear_attention_feature_of(std::string_view name);
+
+// Those that walk through a sequence.
+struct LinearAttentionWalkKernel {
+  enum class Walk { kStates, kReverseStates, kOutputs };
+
+  Walk walk;
+  runtime::DataType dtype;
+  std::int64_t key_dim;  // of tiles
+  unsigned features;     // bits of linear_attention::Feature
+  linear_attention::WalkConfig config;
+
+  KernelKey key() const;
+  Result<KernelSpec> spec() const;
+};
+
+struct LinearAttentionGradientsKernel {
+  runtime::DataType dtype;
+  std::int64_t key_dim;  // of tiles
+  unsigned features;     // bits of linear_attention::Feature
+  GradientsConfig config;
+
+  KernelKey key() const;
+  Result<KernelSpec> spec() const;
+};
+
+// Those of gates, which have one specialisation each.
+Result<KernelSpec> chunk_sums_spec();
+Result<KernelSpec> gate_gradients_spec();
+
+}  // namespace tk::ffi
+
+TK_REGISTER_SETTINGS(tk::ffi::ChunkSumsOptions, StructMember<std::int64_t>("seqlen"),
+                     StructMember<float>("scale"), StructMember<float>("least"));
+TK_REGISTER_SETTINGS(tk::ffi::StatesOptions, StructMember<float>("scale"),
+                     StructMember<bool>("reverse"),
+                     StructMember<std::int64_t>("chunks_of_segment"));
+TK_REGISTER_SETTINGS(tk::ffi::OutputsOptions, StructMember<float>("scale"),
+                     StructMember<std::int64_t>("chunks_of_segment"));
+TK_REGISTER_SETTINGS(tk::ffi::GradientsOptions, StructMember<float>("scale"));
+TK_REGISTER_SETTINGS(tk::ffi::GradientsConfig, StructMember<std::int64_t>("stages"));
+TK_REGISTER_SETTINGS(tk::linear_attention::WalkConfig, StructMember<std::int64_t>("consumers"),
+                     StructMember<std::int64_t>("stages"));

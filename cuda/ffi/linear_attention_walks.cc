@@ -1,0 +1,311 @@
+// The targets tk_linear_attention_states_v1 and tk_linear_attention_outputs_v1: kernels that walk
+// through a sequence.
+#include "ffi/ffi_util.h"
+#include "ffi/handlers.h"
+#include "ffi/linear_attention_kernels.h"
+#include "ffi/linear_attention_problem.h"
+#include "runtime/launch.h"
+
+namespace tk::ffi {
+namespace {
+
+constexpr const char* kStatesName = "tk_linear_attention_states_v1";
+constexpr const char* kOutputsName = "tk_linear_attention_outputs_v1";
+
+using linear_attention::WalkConfig;
+using Walk = LinearAttentionWalkKernel::Walk;
+
+runtime::KernelTable<KernelKey> kernels;
+
+struct WalkCall {
+  LinearAttentionSizes sizes;
+  LinearAttentionWalkKernel kernel;
+  std::int64_t segments;
+};
+
+// Checks what both targets have, of a kernel whose other settings are given.
+Result<WalkCall> read_walk(const LinearAttentionSizes& s, Walk walk, unsigned features,
+                           std::int64_t chunks_of_segment, const WalkConfig& config,
+                           const AnyBuffer& from, const AnyBuffer& to) {
+  if (chunks_of_segment < 1 || chunks_of_segment > s.chunks()) {
+    return invalid("chunks_of_segment is " + std::to_string(chunks_of_segment) +
+                   "; expected 1 to the " + std::to_string(s.chunks()) + " chunks there are");
+  }
+  const std::int64_t segments = ceil_div(s.chunks(), chunks_of_segment);
+  const std::int64_t slices = s.num_heads / s.num_groups * s.slices();
+  if (config.consumers < 1 || slices % config.consumers != 0) {
+    return invalid("config.consumers is " + std::to_string(config.consumers) +
+                   "; expected a divisor of the " + std::to_string(slices) +
+                   " slices of values of a group");
+  }
+  if (Status status =
+          first_error({check_optional_floats(
+                           "from", from, {s.batch, s.num_heads, segments, s.value_dim, s.key_dim}),
+                       check_optional_floats(
+                           "to", to, {s.batch, s.num_heads, segments, s.value_dim, s.key_dim}),
+                       check_grid("segments", segments)});
+      !status.ok()) {
+    return status.error();
+  }
+  return WalkCall{
+      s, {walk, s.dtype, linear_attention::tile_dim(s.key_dim), features, config}, segments};
+}
+
+template <typename Params>
+void set_walk(Params* params, const WalkCall& call, const GateBuffers& gates, const AnyBuffer& from,
+              const AnyBuffer& to, std::int64_t chunks_of_segment, float scale) {
+  set_sizes(params, call.sizes);
+  params->gates = kernel_gates(gates);
+  params->from = optional_floats(from);
+  params->to = optional_floats(to);
+  params->chunks_of_segment = static_cast<int>(chunks_of_segment);
+  params->scale = scale;
+}
+
+runtime::Grid grid_of(const WalkCall& call) {
+  const LinearAttentionSizes& s = call.sizes;
+  return {s.num_heads * s.slices() / call.kernel.config.consumers, call.segments, s.batch};
+}
+
+Status load(int device_ordinal, const LinearAttentionWalkKernel& kernel) {
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto loaded = kernels.load(kernel.key(), **device, [&] { return kernel.spec(); });
+  return loaded.ok() ? Status() : loaded.error();
+}
+
+// -- States ---------------------------------------------------------------------------------------
+
+struct StatesBuffers {
+  AnyBuffer keys, values;
+  GateBuffers gates;
+  AnyBuffer from;
+  AnyBuffer chunk_states, to;
+};
+
+Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& options,
+                             const WalkConfig& config) {
+  const auto sizes = read_linear_attention_sizes("keys", b.keys, "values", b.values);
+  if (!sizes.ok()) return sizes.error();
+  const LinearAttentionSizes& s = *sizes;
+  const bool stores = is_given(b.chunk_states);
+  if (Status status = first_error(
+          {check_gates(b.gates, s),
+           stores ? check_like("chunk_states", b.chunk_states, b.keys,
+                               {s.batch, s.num_heads, s.chunks(), s.padded_values(), s.key_dim})
+                  : check_dtype("chunk_states", b.chunk_states, b.keys.element_type())});
+      !status.ok()) {
+    return status.error();
+  }
+  if (!stores && !is_given(b.to) && !s.empty()) {
+    return invalid("neither chunk_states nor to is asked for");
+  }
+  return read_walk(s, options.reverse ? Walk::kReverseStates : Walk::kStates, features_of(b.gates),
+                   options.chunks_of_segment, config, b.from, b.to);
+}
+
+Status initialize_states(int device, const StatesBuffers& buffers, const StatesOptions& options,
+                         const WalkConfig& config) {
+  const auto call = read_states(buffers, options, config);
+  return call.ok() ? load(device, call->kernel) : call.error();
+}
+
+Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const StatesBuffers& b,
+                      const StatesOptions& options, const WalkConfig& config) {
+  const auto call = read_states(b, options, config);
+  if (!call.ok()) return call.error();
+  const LinearAttentionSizes& s = call->sizes;
+  if (s.empty()) return {};
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto kernel =
+      find_loaded(kernels, call->kernel.key(), **device, [&] { return call->kernel.spec(); });
+  if (!kernel.ok()) return kernel.error();
+  const runtime::ScopedContext context(**device);
+
+  declare_arrays({{"keys", b.keys, false},
+                  {"values", b.values, false},
+                  {"sums", b.gates.sums, false},
+                  {"weights", b.gates.weights, false},
+                  {"counts", b.gates.counts, false},
+                  {"from", b.from, false},
+                  {"chunk_states", b.chunk_states, true},
+                  {"to", b.to, true}});
+
+  linear_attention::StatesParams params = {};
+  params.stores = is_given(b.chunk_states);
+  if (Status status = first_error(
+          {encode_tokens(&params.keys, b.keys, s), encode_tokens(&params.values, b.values, s),
+           params.stores ? encode_states(&params.chunk_states, b.chunk_states, s) : Status()});
+      !status.ok()) {
+    return status;
+  }
+  set_walk(&params, *call, b.gates, b.from, b.to, options.chunks_of_segment, options.scale);
+  return runtime::launch(**kernel, stream, grid_of(*call), &params);
+}
+
+// -- Outputs --------------------------------------------------------------------------------------
+
+struct OutputsBuffers {
+  AnyBuffer q, k, v;
+  GateBuffers gates;
+  AnyBuffer skip, from;
+  AnyBuffer out, to;
+};
+
+Result<WalkCall> read_outputs(const OutputsBuffers& b, const OutputsOptions& options,
+                              const WalkConfig& config) {
+  const auto sizes = read_linear_attention_sizes("q", b.q, "v", b.v);
+  if (!sizes.ok()) return sizes.error();
+  const LinearAttentionSizes& s = *sizes;
+  if (Status status = first_error(
+          {check_like("k", b.k, b.q, {s.batch, s.seqlen, s.num_groups, s.key_dim}),
+           check_gates(b.gates, s),
+           check_optional_floats("skip", b.skip, {s.num_heads, s.padded_values()}),
+           check_like("out", b.out, b.q, {s.batch, s.seqlen, s.num_heads, s.value_dim})});
+      !status.ok()) {
+    return status.error();
+  }
+  const unsigned skip = is_given(b.skip) ? linear_attention::kSkip : 0u;
+  return read_walk(s, Walk::kOutputs, features_of(b.gates) | skip, options.chunks_of_segment,
+                   config, b.from, b.to);
+}
+
+Status initialize_outputs(int device, const OutputsBuffers& buffers, const OutputsOptions& options,
+                          const WalkConfig& config) {
+  const auto call = read_outputs(buffers, options, config);
+  return call.ok() ? load(device, call->kernel) : call.error();
+}
+
+Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const OutputsBuffers& b,
+                       const OutputsOptions& options, const WalkConfig& config) {
+  const auto call = read_outputs(b, options, config);
+  if (!call.ok()) return call.error();
+  const LinearAttentionSizes& s = call->sizes;
+  if (s.empty()) return {};
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto kernel =
+      find_loaded(kernels, call->kernel.key(), **device, [&] { return call->kernel.spec(); });
+  if (!kernel.ok()) return kernel.error();
+  const runtime::ScopedContext context(**device);
+
+  declare_arrays({{"q", b.q, false},
+                  {"k", b.k, false},
+                  {"v", b.v, false},
+                  {"sums", b.gates.sums, false},
+                  {"weights", b.gates.weights, false},
+                  {"counts", b.gates.counts, false},
+                  {"skip", b.skip, false},
+                  {"from", b.from, false},
+                  {"out", b.out, true},
+                  {"to", b.to, true}});
+
+  linear_attention::OutputsParams params = {};
+  if (Status status =
+          first_error({encode_tokens(&params.q, b.q, s), encode_tokens(&params.k, b.k, s),
+                       encode_tokens(&params.v, b.v, s), encode_tokens(&params.out, b.out, s)});
+      !status.ok()) {
+    return status;
+  }
+  params.skip = optional_floats(b.skip);
+  set_walk(&params, *call, b.gates, b.from, b.to, options.chunks_of_segment, options.scale);
+  return runtime::launch(**kernel, stream, grid_of(*call), &params);
+}
+
+// -- Bindings -------------------------------------------------------------------------------------
+
+using Ret = xffi::Result<AnyBuffer>;
+
+xffi::Error states_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer values, AnyBuffer sums,
+                              AnyBuffer weights, AnyBuffer counts, AnyBuffer from, Ret chunk_states,
+                              Ret to, StatesOptions options, WalkConfig config) {
+  return to_ffi(
+      kStatesName,
+      initialize_states(device, {keys, values, {sums, weights, counts}, from, *chunk_states, *to},
+                        options, config));
+}
+
+xffi::Error states_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer keys,
+                           AnyBuffer values, AnyBuffer sums, AnyBuffer weights, AnyBuffer counts,
+                           AnyBuffer from, Ret chunk_states, Ret to, StatesOptions options,
+                           WalkConfig config) {
+  return to_ffi(kStatesName, explore([&] {
+                  return execute_states(
+                      device, stream,
+                      {keys, values, {sums, weights, counts}, from, *chunk_states, *to}, options,
+                      config);
+                }));
+}
+
+xffi::Error outputs_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
+                               AnyBuffer sums, AnyBuffer weights, AnyBuffer counts, AnyBuffer skip,
+                               AnyBuffer from, Ret out, Ret to, OutputsOptions options,
+                               WalkConfig config) {
+  return to_ffi(kOutputsName, initialize_outputs(
+                                  device, {q, k, v, {sums, weights, counts}, skip, from, *out, *to},
+                                  options, config));
+}
+
+xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
+                            AnyBuffer k, AnyBuffer v, AnyBuffer sums, AnyBuffer weights,
+                            AnyBuffer counts, AnyBuffer skip, AnyBuffer from, Ret out, Ret to,
+                            OutputsOptions options, WalkConfig config) {
+  return to_ffi(kOutputsName, explore([&] {
+                  return execute_outputs(device, stream,
+                                         {q, k, v, {sums, weights, counts}, skip, from, *out, *to},
+                                         options, config);
+                }));
+}
+
+template <typename Binding>
+auto bind_states(Binding binding) {
+  return std::move(binding)
+      .template Arg<AnyBuffer>()  // keys
+      .template Arg<AnyBuffer>()  // values
+      .template Arg<AnyBuffer>()  // sums
+      .template Arg<AnyBuffer>()  // weights, or of size 0
+      .template Arg<AnyBuffer>()  // counts, or of size 0
+      .template Arg<AnyBuffer>()  // from, or of size 0 for zeros
+      .template Ret<AnyBuffer>()  // chunk_states, or of size 0
+      .template Ret<AnyBuffer>()  // to, or of size 0
+      .template Attr<StatesOptions>("options")
+      .template Attr<WalkConfig>("config");
+}
+
+template <typename Binding>
+auto bind_outputs(Binding binding) {
+  return std::move(binding)
+      .template Arg<AnyBuffer>()  // q
+      .template Arg<AnyBuffer>()  // k
+      .template Arg<AnyBuffer>()  // v
+      .template Arg<AnyBuffer>()  // sums
+      .template Arg<AnyBuffer>()  // weights, or of size 0
+      .template Arg<AnyBuffer>()  // counts, or of size 0
+      .template Arg<AnyBuffer>()  // skip, or of size 0
+      .template Arg<AnyBuffer>()  // from, or of size 0 for zeros
+      .template Ret<AnyBuffer>()  // out
+      .template Ret<AnyBuffer>()  // to, or of size 0
+      .template Attr<OutputsOptions>("options")
+      .template Attr<WalkConfig>("config");
+}
+
+XLA_FFI_DEFINE_HANDLER(
+    kStatesInitialize, states_initialize,
+    bind_states(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
+XLA_FFI_DEFINE_HANDLER(kStatesExecute, states_execute,
+                       bind_states(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
+                       {xffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(
+    kOutputsInitialize, outputs_initialize,
+    bind_outputs(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
+XLA_FFI_DEFINE_HANDLER(kOutputsExecute, outputs_execute,
+                       bind_outputs(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
+                       {xffi::Traits::kCmdBufferCompatible});
+
+}  // namespace
+
+const Target kLinearAttentionStatesTarget = {kStatesName, kStatesInitialize, kStatesExecute};
+const Target kLinearAttentionOutputsTarget = {kOutputsName, kOutputsInitialize, kOutputsExecute};
+
+}  // namespace tk::ffi

@@ -1,0 +1,206 @@
+"""The calls of linear attention's five kernels, one function each.
+
+Shapes and what is computed stand in ``cuda/kernels/linear_attention``. Gates are
+float32 and [B, H, padded], where T is padded to whole chunks; states are [.., V, K].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tk_jax import _ffi
+from tk_jax.ops.linear_attention import config
+
+_FLOAT = jnp.dtype(jnp.float32)
+
+
+class Gates(NamedTuple):
+    """What kernels take of gates; None where there is none."""
+
+    sums: jax.Array  # [B, H, padded]: of logarithms of decays in each chunk, base 2
+    weights: jax.Array | None = None  # [B, H, padded]: of tokens
+    counts: jax.Array | None = None  # [B, padded]: of documents started in each chunk
+
+
+def chunk_sums(x, y, like, *, scale: float, least: float):
+    """Sums of x within chunks, and y: both [B, T, H] -> [B, H, padded].
+
+    ``like`` [B, T, H, ..] says how many there are: x may have axes of size 1, and y may
+    be None, as is then the second result.
+    """
+    batch, seqlen, num_heads = like.shape[:3]
+    shape = (batch, num_heads, config.padded_tokens(seqlen))
+    sums, moved = _ffi.call(
+        "tk_linear_attention_chunk_sums_v1",
+        (_result(like, shape), _result(like, None if y is None else shape)),
+        x,
+        _given(y),
+        options=config.ChunkSumsOptions(seqlen=seqlen, scale=scale, least=least),
+    )
+    return sums, None if y is None else moved
+
+
+def states(
+    keys,
+    values,
+    gates: Gates,
+    start,
+    tiles: config.ScanConfig,
+    *,
+    scale: float = 1.0,
+    reverse: bool = False,
+    stores: bool = False,
+    ends: bool = True,
+):
+    """States at the starts of chunks if ``stores``, and after segments if ``ends``.
+
+    With ``reverse``, gradients of states at the ends of chunks and before segments.
+    ``start`` is what segments begin with, [B, H, segments, V, K] or None for zeros.
+    """
+    batch, seqlen, num_heads, value_dim = values.shape
+    chunks = -(-seqlen // config.CHUNK)
+    columns = config.round_up(value_dim, config.SLICE)
+    stored = (batch, num_heads, chunks, columns, keys.shape[-1]) if stores else None
+    ended = _segment_states(keys, values, tiles) if ends else None
+    chunk_states, end = _ffi.call(
+        "tk_linear_attention_states_v1",
+        (_result(keys, stored, keys.dtype), _result(keys, ended)),
+        keys,
+        values,
+        *map(_given, gates),
+        _given(start),
+        options=config.StatesOptions(
+            scale=scale, reverse=reverse, chunks_of_segment=tiles.chunks_of_segment
+        ),
+        config=tiles.states,
+    )
+    return chunk_states if stores else None, end if ends else None
+
+
+def outputs(
+    q,
+    k,
+    v,
+    gates: Gates,
+    skip,
+    start,
+    tiles: config.ScanConfig,
+    *,
+    scale: float,
+    ends: bool,
+):
+    """out, and states after segments if ``ends``; ``start`` as that of states."""
+    ended = _segment_states(k, v, tiles) if ends else None
+    out, end = _ffi.call(
+        "tk_linear_attention_outputs_v1",
+        (_result(q, v.shape, q.dtype), _result(q, ended)),
+        q,
+        k,
+        v,
+        *map(_given, gates),
+        _given(_padded_columns(skip)),
+        _given(start),
+        options=config.OutputsOptions(
+            scale=scale, chunks_of_segment=tiles.chunks_of_segment
+        ),
+        config=tiles.outputs,
+    )
+    return out, end if ends else None
+
+
+class Gradients(NamedTuple):
+    """What the kernel of gradients returns."""
+
+    dq: jax.Array
+    dk: jax.Array
+    dv: jax.Array
+    gate_parts: tuple  # four of [B, H, padded], for gate_gradients
+    dweights: jax.Array | None  # [B, H, padded]
+    dskip: jax.Array | None  # [B, H, V]: not summed over the batch
+
+
+def gradients(
+    q,
+    k,
+    v,
+    dout,
+    chunk_states,
+    chunk_dstates,
+    gates: Gates,
+    skip,
+    tiles: config.ScanConfig,
+    *,
+    scale: float,
+) -> Gradients:
+    """The gradients of chunks between their states and those's gradients."""
+    padded = _padded_columns(skip)
+    rows = gates.sums.shape
+    skipped = None if skip is None else chunk_states.shape[:4]
+    dq, dk, dv, *gate_parts, dweights, dskip = _ffi.call(
+        "tk_linear_attention_gradients_v1",
+        (
+            *(_result(q, x.shape, q.dtype) for x in (q, k, v)),
+            *(_result(q, rows) for _ in range(4)),
+            _result(q, None if gates.weights is None else rows),
+            _result(q, skipped),
+        ),
+        q,
+        k,
+        v,
+        dout,
+        chunk_states,
+        chunk_dstates,
+        *map(_given, gates),
+        _given(padded),
+        options=config.GradientsOptions(scale=scale),
+        config=tiles.gradients,
+    )
+    if skip is not None:
+        dskip = jnp.sum(dskip, axis=2)[..., : skip.shape[-1]]
+    return Gradients(
+        dq,
+        dk,
+        dv,
+        tuple(gate_parts),
+        None if gates.weights is None else dweights,
+        None if skip is None else dskip,
+    )
+
+
+def gate_gradients(gate_parts, like):
+    """The gradient of logarithms of decays, [B, T, H]; ``like`` is [B, T, H, ..]."""
+    (dgates,) = _ffi.call(
+        "tk_linear_attention_gate_gradients_v1",
+        (_result(like, like.shape[:3]),),
+        *gate_parts,
+    )
+    return dgates
+
+
+def _segment_states(keys, values, tiles) -> tuple[int, ...]:
+    batch, seqlen, num_heads, value_dim = values.shape
+    segments = math.ceil(-(-seqlen // config.CHUNK) / tiles.chunks_of_segment)
+    return (batch, num_heads, segments, value_dim, keys.shape[-1])
+
+
+def _padded_columns(skip):
+    """[H, V] -> [H, V padded to whole slices]"""
+    if skip is None:
+        return None
+    missing = -skip.shape[-1] % config.SLICE
+    return jnp.pad(skip, ((0, 0), (0, missing))) if missing else skip
+
+
+def _result(like, shape, dtype=_FLOAT):
+    """The type of a result; of size 0 without a shape."""
+    shape = (0,) if shape is None else shape
+    return jax.typeof(like).update(shape=shape, dtype=jnp.dtype(dtype))
+
+
+def _given(x):
+    """An operand; of size 0 where there is none."""
+    return jnp.zeros((0,), _FLOAT) if x is None else x

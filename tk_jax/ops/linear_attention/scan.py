@@ -1,0 +1,345 @@
+"""A differentiable scan of linear attention, composed of the kernels.
+
+For each head, with a state S of V x K numbers::
+
+    S[t]   = exp(log_decay[t]) S[t - 1] + weights[t] v[t] k[t]^T
+    out[t] = scale S[t] q[t] + skip * v[t]
+
+The backward pass keeps nothing but the arguments: it computes the states at the starts
+of chunks again, then their gradients from the end to the start, and from both all other
+gradients chunk by chunk. Where there are few heads, a sequence is cut into segments: a
+first pass finds what each adds to the state, a scan of those where each starts, and a
+second pass, as the only one otherwise, goes through all of them side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from tk_jax.ops.linear_attention import calls, config
+
+_LOG2_E = math.log2(math.e)
+
+
+class Arrays(NamedTuple):
+    """The arrays of a scan; the last five may be None. K and V are multiples of 8."""
+
+    q: jax.Array  # [B, T, G, K]
+    k: jax.Array  # [B, T, G, K]
+    v: jax.Array  # [B, T, H, V]
+    log_decay: jax.Array | None = None  # float32 [B, T, H] or [H]
+    weights: jax.Array | None = None  # float32 [B, T, H]
+    skip: jax.Array | None = None  # float32 [H, V]
+    state: jax.Array | None = None  # float32 [B, H, V, K]: before the first token
+    starts: jax.Array | None = None  # bool [B, T]: a document starts, with no state
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is static about a scan."""
+
+    op: str  # for errors
+    scale: float
+    return_state: bool
+    tiles: config.ScanConfig | None = None  # for tuning
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan(settings: Settings, arrays: Arrays):
+    """Returns out [B, T, H, V] and the final state [B, H, V, K].
+
+    The state is None unless ``settings.return_state``.
+    """
+    return _forward(settings, arrays)
+
+
+def _scan_fwd(settings, arrays):
+    return _forward(settings, arrays), arrays
+
+
+def _scan_bwd(settings, arrays, cotangents):
+    dout, dfinal = cotangents
+    run = _mapped(functools.partial(_run_backward, settings), _GRADIENT_HEADS)
+    gradients = run(_with_token_axes(arrays), (dout, dfinal))
+    dgates, dskip = gradients.log_decay, gradients.skip
+    if arrays.log_decay is not None:
+        dgates = jnp.where(arrays.log_decay < config.LEAST_LOG_DECAY, 0, dgates)
+        if arrays.log_decay.ndim == 1:
+            dgates = jnp.sum(dgates, axis=(0, 1))
+    if dskip is not None:
+        dskip = jnp.sum(dskip, axis=0)
+    return (gradients._replace(log_decay=dgates, skip=dskip),)
+
+
+scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def _forward(settings, arrays):
+    run = _mapped(functools.partial(_run_forward, settings), (2, 1))
+    return run(_with_token_axes(arrays), ())
+
+
+def _with_token_axes(arrays):
+    """[H] -> [1, 1, H]: a decay that all tokens share keeps its size."""
+    log_decay = arrays.log_decay
+    if log_decay is None or log_decay.ndim == 3:
+        return arrays
+    return arrays._replace(log_decay=log_decay[None, None])
+
+
+# -- Under vmap -----------------------------------------------------------------------
+
+# Where heads are, in the arguments and in their gradients before those are summed.
+_HEADS = Arrays(q=2, k=2, v=2, log_decay=2, weights=2, skip=0, state=1, starts=None)
+_GRADIENT_HEADS = _HEADS._replace(skip=1)
+_COTANGENT_HEADS = (2, 1)
+
+
+def _mapped(run, result_heads):
+    """``run(arrays, cotangents)``, under vmap as one call of a larger batch.
+
+    ``result_heads`` are the axes of heads in its results, whose first axis is that of
+    the batch.
+    """
+    mapped = custom_vmap(run)
+
+    @mapped.def_vmap
+    def add_axis(axis_size, in_batched, arrays, cotangents):
+        batched, cotangents_batched = in_batched
+
+        def whole(x, is_batched):
+            return x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+
+        cotangents = jax.tree.map(whole, cotangents, cotangents_batched)
+        if arrays.skip is None or not batched.skip:
+            results = _over_batches(mapped, axis_size, batched, arrays, cotangents)
+        elif arrays.starts is None or not batched.starts:
+            arrays = jax.tree.map(
+                whole, arrays._replace(starts=None), batched._replace(starts=None)
+            )._replace(starts=arrays.starts)
+            results = _over_heads(mapped, axis_size, arrays, cotangents, result_heads)
+        else:
+            # A skip for each element and documents for each: no axis has both.
+            arrays = jax.tree.map(whole, arrays, batched)
+            results = lax.map(lambda given: mapped(*given), (arrays, cotangents))
+        return results, jax.tree.map(lambda _: True, results)
+
+    return mapped
+
+
+def _over_batches(run, size, batched, arrays, cotangents):
+    """The mapped axis becomes a part of the batch's."""
+    batch = arrays.q.shape[0 + batched.q]
+
+    def fold(x):
+        return x.reshape(size * batch, *x.shape[2:])
+
+    def whole(name, x):
+        is_batched = getattr(batched, name)
+        if name == "skip" or (name == "log_decay" and x.shape[0 + is_batched] == 1):
+            if not is_batched:
+                return x  # for all elements of the batch
+            x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+        elif not is_batched:
+            x = jnp.broadcast_to(x, (size, *x.shape))
+        return fold(x)
+
+    arrays = Arrays(
+        *(None if x is None else whole(name, x) for name, x in arrays._asdict().items())
+    )
+    results = run(arrays, jax.tree.map(fold, cotangents))
+    return jax.tree.map(lambda x: x.reshape(size, batch, *x.shape[1:]), results)
+
+
+def _over_heads(run, size, arrays, cotangents, result_heads):
+    """The mapped axis becomes a part of the heads', at the cost of a copy."""
+
+    def fold(x, axis):
+        x = jnp.moveaxis(x, 0, axis)
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    def unfold(x, axis):
+        x = x.reshape(*x.shape[:axis], size, -1, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    def each(function, arrays, axes):
+        items = (
+            x if x is None or axis is None else function(x, axis)
+            for x, axis in zip(arrays, axes, strict=False)
+        )
+        return type(arrays)(*items) if hasattr(arrays, "_fields") else tuple(items)
+
+    results = run(each(fold, arrays, _HEADS), each(fold, cotangents, _COTANGENT_HEADS))
+    return each(unfold, results, result_heads)
+
+
+# -- Forward --------------------------------------------------------------------------
+
+
+def _run_forward(settings, arrays, _):
+    tiles = _checked_tiles(settings, arrays)
+    gates = _gates(arrays)
+    out, ends = calls.outputs(
+        *arrays[:3],
+        gates,
+        arrays.skip,
+        _segment_starts(arrays, gates, tiles),
+        tiles,
+        scale=settings.scale,
+        ends=settings.return_state,
+    )
+    return out, None if ends is None else ends[:, :, -1]
+
+
+def _checked_tiles(settings, arrays) -> config.ScanConfig:
+    q, v = arrays.q, arrays.v
+    # Again, because vmap may have made the batch larger than the caller's.
+    if lacking := config.unsupported(q, v):
+        raise NotImplementedError(
+            f"{settings.op}: the TK kernel does not support {lacking}; "
+            "map over fewer elements at a time or use implementation='xla'"
+        )
+    return settings.tiles or config.scan_config(
+        *q.shape[:3], v.shape[2], q.shape[3], v.shape[3]
+    )
+
+
+def _gates(arrays) -> calls.Gates:
+    v, log_decay, weights, starts = (
+        arrays.v,
+        arrays.log_decay,
+        arrays.weights,
+        arrays.starts,
+    )
+    batch, seqlen, num_heads = v.shape[:3]
+    padded = config.padded_tokens(seqlen)
+    if log_decay is None and weights is None:
+        sums = jnp.zeros((batch, num_heads, padded), jnp.float32)
+    else:
+        if log_decay is None:
+            log_decay = jnp.zeros((1, 1, 1), jnp.float32)
+        least = config.LEAST_LOG_DECAY
+        sums, weights = calls.chunk_sums(
+            log_decay, weights, v, scale=_LOG2_E, least=least
+        )
+    counts = None
+    if starts is not None:
+        ones = starts.astype(jnp.float32)[..., None]
+        counts, _ = calls.chunk_sums(ones, None, ones, scale=1.0, least=0.0)
+        counts = counts[:, 0]
+    return calls.Gates(sums, weights, counts)
+
+
+def _segment_starts(arrays, gates, tiles):
+    """The states that segments start with, [B, H, segments, V, K]; None for zeros."""
+    kept = _kept(gates, tiles)
+    if kept is None:
+        return None if arrays.state is None else arrays.state[:, :, None]
+    _, ends = calls.states(arrays.k, arrays.v, gates, None, tiles)
+    return _chained(arrays.state, kept, ends)
+
+
+def _kept(gates, tiles):
+    """What each segment leaves of a state, [B, H, segments]; None if there is one."""
+    chunks = gates.sums.shape[-1] // config.CHUNK
+    segments = -(-chunks // tiles.chunks_of_segment)
+    if segments == 1:
+        return None
+
+    def totals(sums):
+        """[.., padded] -> [.., segments, chunks of a segment]"""
+        last = sums[..., config.CHUNK - 1 :: config.CHUNK]
+        missing = segments * tiles.chunks_of_segment - chunks
+        last = jnp.pad(last, [(0, 0)] * (last.ndim - 1) + [(0, missing)])
+        return last.reshape(*last.shape[:-1], segments, -1)
+
+    kept = jnp.exp2(jnp.sum(totals(gates.sums), axis=-1))
+    if gates.counts is None:
+        return kept
+    started = jnp.any(totals(gates.counts) > 0, axis=-1)
+    return jnp.where(started[:, None], 0, kept)
+
+
+def _chained(first, kept, added):
+    """x[0] = first, x[s + 1] = kept[s] x[s] + added[s], along the third axis."""
+    first = jnp.zeros_like(added[:, :, :1]) if first is None else first[:, :, None]
+    values = jnp.concatenate([first, added[:, :, :-1]], axis=2)
+    factors = jnp.concatenate([jnp.zeros_like(kept[:, :, :1]), kept[:, :, :-1]], axis=2)
+
+    def after(one, other):
+        (factor, value), (other_factor, other_value) = one, other
+        return factor * other_factor, other_factor * value + other_value
+
+    pairs = (factors[..., None, None], values)
+    return lax.associative_scan(after, pairs, axis=2)[1]
+
+
+# -- Backward -------------------------------------------------------------------------
+
+
+def _run_backward(settings, arrays, cotangents) -> Arrays:
+    """Gradients; of log_decay as [B, T, H], of skip as [B, H, V]."""
+    dout, dfinal = cotangents
+    tiles = _checked_tiles(settings, arrays)
+    gates = _gates(arrays)
+    chunk_states, _ = calls.states(
+        arrays.k,
+        arrays.v,
+        gates,
+        _segment_starts(arrays, gates, tiles),
+        tiles,
+        stores=True,
+        ends=False,
+    )
+    chunk_dstates, dstate = _state_gradients(
+        settings, arrays, gates, dout, dfinal, tiles
+    )
+    found = calls.gradients(
+        *arrays[:3],
+        dout,
+        chunk_states,
+        chunk_dstates,
+        gates,
+        arrays.skip,
+        tiles,
+        scale=settings.scale,
+    )
+    dgates = None
+    if arrays.log_decay is not None:
+        dgates = calls.gate_gradients(found.gate_parts, arrays.v)
+    dweights = found.dweights
+    if dweights is not None:
+        dweights = jnp.swapaxes(dweights, 1, 2)[:, : arrays.v.shape[1]]
+    return Arrays(
+        found.dq, found.dk, found.dv, dgates, dweights, found.dskip, dstate, None
+    )
+
+
+def _state_gradients(settings, arrays, gates, dout, dfinal, tiles):
+    """Gradients of the states at the ends of chunks, and of the initial state."""
+    walk = functools.partial(
+        calls.states,
+        arrays.q,
+        dout,
+        gates._replace(weights=None),
+        tiles=tiles,
+        scale=settings.scale,
+        reverse=True,
+    )
+    kept = _kept(gates, tiles)
+    if kept is None:
+        ends = None if dfinal is None else dfinal[:, :, None]
+    else:
+        _, added = walk(start=None)
+        ends = jnp.flip(_chained(dfinal, jnp.flip(kept, 2), jnp.flip(added, 2)), axis=2)
+    wanted = arrays.state is not None
+    chunk_dstates, dstarts = walk(start=ends, stores=True, ends=wanted)
+    return chunk_dstates, dstarts[:, :, 0] if wanted else None
