@@ -13,6 +13,7 @@ import test_tiles_mma
 import test_tiles_reduce
 import test_tiles_sync
 import test_tiles_tma
+import test_tiles_triangle
 import tiles
 
 from tk_jax import _ffi
@@ -31,6 +32,7 @@ MODULES = (
     test_tiles_reduce,
     test_tiles_sync,
     test_tiles_tma,
+    test_tiles_triangle,
 )
 FAMILIES = [module.__name__.removeprefix("test_tiles_") for module in MODULES]
 MAX_LINES = 5000

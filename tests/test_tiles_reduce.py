@@ -21,6 +21,7 @@ TYPES = (FLOAT, BF16, FP16)
 ROWS = {name: kernel("reduce", "row_reductions", name) for name in TYPES}
 COLS = {name: kernel("reduce", "col_reductions", name) for name in TYPES}
 SUMS = {name: kernel("reduce", "running_sums", name) for name in TYPES}
+REVERSED = {name: kernel("reduce", "reversed", name) for name in TYPES}
 TRANSPOSED = {
     (name, size): kernel("reduce", "transposed", name, size)
     for name, size in ((BF16, 16), (BF16, 48), (FP16, 64))
@@ -70,7 +71,9 @@ def test_reductions(rng, axis, name, case):
     if axis == 1:
         largest = [np.fmax.reduce(values, 1, initial=-np.inf) for values in wide]
         any_row = np.full((1, SHAPE[0]), np.any(largest[0] < largest[1]))
-        vectors = np.concatenate([vectors, any_row])
+        with np.errstate(invalid="ignore"):
+            dot = np.sum(wide[0] * (wide[0] + wide[1]), 1, keepdims=True).T
+        vectors = np.concatenate([vectors, dot, any_row])
     # Each vector comes spread over a tile, so that every lane has its say.
     expected = np.repeat(np.expand_dims(vectors, axis + 1), 16, axis + 1)
     run = (ROWS if axis == 1 else COLS)[name]
@@ -85,8 +88,8 @@ def test_any_row(rng, lesser):
     y = np.ones(SHAPE, np.float32)
     if lesser is not None:
         y[lesser, 5] = 2
-    (result,) = ROWS[FLOAT]([((11, 32, 16), np.float32)], x, y, scalars=[START])
-    assert_same(result[10], np.full((32, 16), lesser is not None))
+    (result,) = ROWS[FLOAT]([((12, 32, 16), np.float32)], x, y, scalars=[START])
+    assert_same(result[11], np.full((32, 16), lesser is not None))
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -108,6 +111,13 @@ def test_running_sums_know_nothing_of_what_follows(rng, name):
     assert_same(result[0, :29], expected[0, :29])
     assert_same(result[0, 29, :40], expected[0, 29, :40])
     assert_same(result[1, :29], expected[1, :29])
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_reversed_columns(rng, name):
+    x = normals(rng, SHAPE, NAMES[name])
+    (result,) = REVERSED[name]([((2, *SHAPE), NAMES[name])], x)
+    assert_same(result, np.stack([x[:, ::-1], x]).astype(np.float32))
 
 
 @pytest.mark.parametrize(("name", "size"), TRANSPOSED)

@@ -32,6 +32,8 @@ __device__ __forceinline__ void row_reductions(const KernelParams& params) {
   warp::fill(rows, start), warp::fold_rows(rows, x, larger), warp::fold_rows(rows, y, larger);
   warp::finish_rows(rows, larger), out.put(spread<16>(rows));
   PerRow<32> sums;
+  warp::zero(rows), warp::fold_row_dot(rows, x, y), warp::fold_row_dot(rows, x, x);
+  warp::finish_row_sum(rows), out.put(spread<16>(rows));
   warp::row_max(rows, x), warp::row_max(sums, y);
   const bool any = warp::any_row(rows, sums, [](float a, float b) { return a < b; });
   RegTile<float, 32, 48> sizes;
@@ -77,6 +79,16 @@ __device__ __forceinline__ void running_sums(const KernelParams& params) {
   warp::cumsum_cols(x, x), out.put(x);
   warp::load(x, matrix<T>(params, 0), 0, 0);
   warp::cumsum_rows(x, x), out.put(x);
+}
+
+// x's columns in the reverse order; and in place, twice.
+template <typename T>
+__device__ __forceinline__ void reversed(const KernelParams& params) {
+  RegTile<T, 32, 48> x, y;
+  Stack<T> out{params, 1};
+  warp::load(x, matrix<T>(params, 0), 0, 0);
+  warp::reverse_cols(y, x), out.put(y);
+  warp::reverse_cols(y, y), out.put(y);
 }
 
 // x^T, x^T made in place, and x's columns sixteen at a time.

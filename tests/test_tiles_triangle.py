@@ -1,0 +1,46 @@
+"""Maps of triangles of the tile library."""
+
+import numpy as np
+import pytest
+from tiles import BF16, FLOAT, FP16, NAMES, assert_same, integers, kernel
+
+pytestmark = pytest.mark.usefixtures("tile_implementation")
+
+KERNELS = {
+    name: kernel("triangle", "triangles", name, threads=128, shared=True)
+    for name in (FLOAT, BF16, FP16)
+}
+ROW, COL = np.ogrid[:64, :64]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_triangles(rng, name):
+    x = integers(rng, (64, 64), NAMES[name])
+    # Beyond the diagonal nothing is looked at.
+    rows, cols, more = (integers(rng, (64,), np.float32) for _ in range(3))
+    wide = x.astype(np.float32)
+    line = 2 * rows[:, None] - cols
+    expected = [
+        np.where(COL <= ROW, wide + line, 0),
+        np.where(COL <= ROW, wide * more + line, 0),
+        np.where(COL >= ROW, wide + line, 0),
+        np.where(COL >= ROW, wide * more + line, 0),
+        np.full((64, 64), more[37]),
+    ]
+    (result,) = KERNELS[name](
+        [((5, 64, 64), NAMES[name])], x, rows, cols, more, scalars=[37]
+    )
+    assert_same(result, np.stack(expected))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_what_is_beyond_the_diagonal_is_zero(rng, name):
+    """Also where the function would not be a number there."""
+    x = np.where(COL <= ROW, 1, np.nan).astype(NAMES[name])
+    ones = np.ones(64, np.float32)
+    (result,) = KERNELS[name](
+        [((5, 64, 64), NAMES[name])], x, ones, ones, ones, scalars=[0]
+    )
+    assert_same(result[0], np.where(COL <= ROW, 2, 0))
+    assert np.isnan(result[2].astype(np.float32)[COL > ROW]).all()
+    assert_same(np.tril(result[2].astype(np.float32), -1), np.zeros((64, 64)))
