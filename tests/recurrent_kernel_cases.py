@@ -9,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recurrent_kernel_model as model
-from recurrent_cases import decays, rounded, values_and_gradients
+from recurrent_cases import (
+    BARS,
+    decays,
+    relative_rms,
+    rounded,
+    values_and_gradients,
+)
 from tolerance import assert_close
 
 import tk_jax
@@ -153,7 +159,8 @@ def floats64(x):
     return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def assert_all_close(got, exact, low, floors=()):
+def assert_all_close(dtype, got, exact, low, floors=()):
+    """``low`` is no excuse: it must be as exact as its precision lets it be."""
     paths = [
         jax.tree_util.keystr(path) for path, _ in jax.tree.flatten_with_path(got)[0]
     ]
@@ -161,6 +168,8 @@ def assert_all_close(got, exact, low, floors=()):
         paths, *map(jax.tree.leaves, (got, exact, low)), strict=True
     ):
         floor = next((x for part, x in floors if part in what), 0.0)
+        bar = BARS[jnp.dtype(dtype).name][2]
+        assert relative_rms(each[2], each[1]) <= bar, f"plain XLA's {what} is wrong"
         assert_close(*each, what=what, floor=floor)
 
 
@@ -174,7 +183,7 @@ def check(fn, case: Case, arrays: dict | None = None, floors=()) -> None:
         exact = values_and_gradients(reference(case), jax.tree.map(floats64, arrays))
     for x, y in zip(*map(jax.tree.leaves, (got, low)), strict=True):
         assert x.dtype == y.dtype
-    assert_all_close(got, exact, low, floors)
+    assert_all_close(case.dtype, got, exact, low, floors)
 
 
 def specs_of(case: Case, tiles: config.ScanConfig | None = None):
