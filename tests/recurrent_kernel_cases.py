@@ -43,7 +43,7 @@ class Case:
     heads: tuple[int, int] = (1, 2)  # G, H
     dtype: str = "bfloat16"
     batch: int = 1
-    decay: str = "token"  # or "head", "none"
+    decay: str = "token"  # or "mild", "head", "none"
     state: bool = True
     packed: bool = False
     normalize: bool = False
@@ -99,6 +99,7 @@ def arrays_of(case: Case) -> dict:
         "v": v,
         "log_decay": {
             "token": decays(rng, (*rows, heads)),
+            "mild": -np.exp(rng.standard_normal((*rows, heads)) - 5),
             "head": -np.exp(rng.standard_normal(heads) - 2),
             "none": None,
         }[case.decay],

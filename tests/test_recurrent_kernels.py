@@ -57,7 +57,7 @@ MORE = [
     SSD(257, 128, 64, (1, 2), "float16", packed=True),
 ]
 # In pieces that are walked through side by side: of one chunk, and of two.
-SEGMENTED = LINEAR(330, 16, 64, (1, 1), packed=True)
+SEGMENTED = LINEAR(330, 16, 64, (1, 1), decay="mild", packed=True)
 SEGMENTS = (1, 2)
 
 
