@@ -198,19 +198,14 @@ def specs_of(case: Case, tiles: config.ScanConfig | None = None):
         case.key_dim,
         case.value_dim + case.normalize,
     )
-    weights = ["weights"] if case.op == "ssd" else []
-    counts = ["counts"] if case.packed else []
-    skip = ["skip"] if case.skip else []
-    for kernel, features, tile in (
-        ("states", weights + counts, tiles.states),
-        ("reverse_states", counts, tiles.states),
-        ("outputs", weights + counts + skip, tiles.outputs),
-        ("gradients", weights + counts + skip, tiles.gradients),
-    ):
+    features = ["weights"] if case.op == "ssd" else []
+    features += ["counts"] if case.packed else []
+    features += ["skip"] if case.skip else []
+    for kernel, taken, tile in config.kernels(tiles, features):
         yield from _ffi.extension().linear_attention_specs(
             kernel=kernel,
             dtype=case.dtype,
             key_dim=case.key_dim,
-            features=features,
-            config=dataclasses.asdict(tile),
+            features=taken,
+            config={} if tile is None else dataclasses.asdict(tile),
         )
