@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 
 from tk_jax.ops.linear_attention.config import StatesOptions
 
-CHUNK, SLICE = 64, 64
+CHUNK, SLICE, PAIR = 64, 64, 2
 
 
 def call(target, out_types, *arrays, options=None, config=None):
@@ -84,6 +83,20 @@ def _chunk_sums(arrays, out_types, options, _):
 
 
 def _states(arrays, out_types, options, config):
+    stored, ends = _all_states(arrays, options)
+    # Of each pair, what is before its first chunk, or after its last.
+    first = min(PAIR, stored.shape[2]) - 1 if options.reverse else 0
+    places = jnp.arange(first, stored.shape[2] + first, PAIR)
+    stored = stored[:, :, jnp.minimum(places, stored.shape[2] - 1)]
+    stored = jnp.pad(
+        stored, [(0, 0)] * 3 + [(0, -stored.shape[3] % SLICE), (0, 0)]
+    ).astype(out_types[0].dtype)
+    wanted = [stored, ends]
+    return [x if kind.size else None for x, kind in zip(wanted, out_types, strict=True)]
+
+
+def _all_states(arrays, options):
+    """Before, or in reverse after, each chunk; and at the ends of segments."""
     keys, values, sums, weights, counts, start = arrays
     batch, _, heads, dim_v = values.shape
     before, after, total, _, weights = _gates(sums, weights, counts)
@@ -103,10 +116,26 @@ def _states(arrays, out_types, options, config):
             stored[chunk] = state
             state = total[:, :, chunk, None, None] * state + added[:, :, chunk]
         ends.append(state)
-    stored = jnp.stack(stored, 2)
-    stored = jnp.pad(stored, [(0, 0)] * 3 + [(0, -dim_v % SLICE), (0, 0)])
-    wanted = [stored, jnp.stack(ends, 2)]
-    return [x if kind.size else None for x, kind in zip(wanted, out_types, strict=True)]
+    return jnp.stack(stored, 2), jnp.stack(ends, 2)
+
+
+def _of_chunks(pairs, keys, values, gates, reverse, scale):
+    """States of all chunks, of which those that were not stored are computed again."""
+    sums, weights, counts = gates
+    before, after, total, _, weights = _gates(sums, weights, counts)
+    left = scale * before if reverse else after * weights
+    heads, chunks = sums.shape[1], total.shape[2]
+    v, k = _tokens(values, heads), _tokens(keys, heads)
+    added = _product(keys.dtype, "bhcjv,bhcjk->bhcvk", left[..., None] * v, k)
+    states = [None] * chunks
+    for pair in range(pairs.shape[2]):
+        first, last = pair * PAIR, min(pair * PAIR + PAIR, chunks) - 1
+        state = pairs[:, :, pair, : v.shape[-1]].astype(jnp.float32)
+        walk = range(last, first - 1, -1) if reverse else range(first, last + 1)
+        for chunk in walk:
+            states[chunk] = state.astype(keys.dtype).astype(jnp.float32)
+            state = total[:, :, chunk, None, None] * state + added[:, :, chunk]
+    return jnp.stack(states, 2)
 
 
 def _outputs(arrays, out_types, options, config):
@@ -114,13 +143,12 @@ def _outputs(arrays, out_types, options, config):
     heads, dim_v = v.shape[2:]
     product = functools.partial(_product, q.dtype)
     forward = StatesOptions(1.0, False, options.chunks_of_segment)
-    every = [jax.ShapeDtypeStruct((1,), q.dtype)] * 2
-    states, ends = _states((k, v, sums, weights, counts, start), every, forward, config)
+    states, ends = _all_states((k, v, sums, weights, counts, start), forward)
     before, _, _, within, weights = _gates(sums, weights, counts)
     q32, k32, v32 = (_tokens(x, heads) for x in (q, k, v))
     scores = product("bhcik,bhcjk->bhcij", q32, k32)
     out = product("bhcij,bhcjv->bhciv", scores * within * weights[..., None, :], v32)
-    old = product("bhcik,bhcvk->bhciv", q32, states[..., :dim_v, :])
+    old = product("bhcik,bhcvk->bhciv", q32, states)
     out = options.scale * (out + before[..., None] * old)
     if skip is not None:
         out = out + skip[:, None, None, :dim_v] * v32
@@ -134,7 +162,9 @@ def _gradients(arrays, out_types, options, config):
     product = functools.partial(_product, q.dtype)
     before, after, total, within, w = _gates(sums, weights, counts)
     q32, k32, v32, do = (_tokens(x, heads) for x in (q, k, v, dout))
-    states, dstates = (x[..., :dim_v, :].astype(jnp.float32) for x in (states, dstates))
+    gates = (sums, weights, counts)
+    states = _of_chunks(states, k, v, gates, False, scale)
+    dstates = _of_chunks(dstates, q, dout, gates, True, scale)
     scores = scale * product("bhcik,bhcjk->bhcij", q32, k32) * within
     dscores = product("bhciv,bhcjv->bhcij", do, v32)
     m = scale * dscores * within * w[..., None, :]

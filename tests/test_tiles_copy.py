@@ -77,10 +77,11 @@ def test_shared_vectors(rng, name):
         zeros + 2 * rows[:, None],
         zeros + 2 * cols[None, :],
         cols[None, :] - 2 * x.astype(np.float32),
+        np.where(cols > 0, 2, 1) * x.astype(np.float32),
         cols[None, :] - x.astype(np.float32),
         round_to(3 * x.astype(np.float32), NAMES[name]),
     ]
-    (result,) = VECTORS[name]([((6, 32, 64), np.float32)], rows, cols, x)
+    (result,) = VECTORS[name]([((7, 32, 64), np.float32)], rows, cols, x)
     assert_same(result, np.stack(expected))
 
 

@@ -11,6 +11,7 @@ struct LinearAttentionSizes {
   std::int64_t batch, seqlen, num_groups, num_heads, key_dim, value_dim;
 
   std::int64_t chunks() const { return ceil_div(seqlen, linear_attention::kChunk); }
+  std::int64_t pairs() const { return ceil_div(chunks(), linear_attention::kPair); }
   std::int64_t padded() const { return chunks() * linear_attention::kChunk; }
   std::int64_t slices() const { return ceil_div(value_dim, linear_attention::kSlice); }
   std::int64_t padded_values() const { return slices() * linear_attention::kSlice; }
@@ -50,7 +51,7 @@ linear_attention::Gates kernel_gates(const GateBuffers& gates);
 
 // A map over [B, T, heads, D]: dimensions (D, T, heads, B), boxes of 64 tokens.
 Status encode_tokens(TensorMap* map, const AnyBuffer& buffer, const LinearAttentionSizes& s);
-// A map over the states of chunks, [B, H, chunks, slices * 64, K]: dimensions (K, all others).
+// A map over the states of pairs, [B, H, pairs, slices * 64, K]: dimensions (K, all others).
 Status encode_states(TensorMap* map, const AnyBuffer& buffer, const LinearAttentionSizes& s);
 
 // The fields that the parameters of all kernels but those of gates share.

@@ -80,7 +80,7 @@ struct StatesBuffers {
   AnyBuffer keys, values;
   GateBuffers gates;
   AnyBuffer from;
-  AnyBuffer chunk_states, to;
+  AnyBuffer pair_states, to;
 };
 
 Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& options,
@@ -88,17 +88,17 @@ Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& option
   const auto sizes = read_linear_attention_sizes("keys", b.keys, "values", b.values);
   if (!sizes.ok()) return sizes.error();
   const LinearAttentionSizes& s = *sizes;
-  const bool stores = is_given(b.chunk_states);
+  const bool stores = is_given(b.pair_states);
   if (Status status = first_error(
           {check_gates(b.gates, s),
-           stores ? check_like("chunk_states", b.chunk_states, b.keys,
-                               {s.batch, s.num_heads, s.chunks(), s.padded_values(), s.key_dim})
-                  : check_dtype("chunk_states", b.chunk_states, b.keys.element_type())});
+           stores ? check_like("pair_states", b.pair_states, b.keys,
+                               {s.batch, s.num_heads, s.pairs(), s.padded_values(), s.key_dim})
+                  : check_dtype("pair_states", b.pair_states, b.keys.element_type())});
       !status.ok()) {
     return status.error();
   }
   if (!stores && !is_given(b.to) && !s.empty()) {
-    return invalid("neither chunk_states nor to is asked for");
+    return invalid("neither pair_states nor to is asked for");
   }
   return read_walk(s, options.reverse ? Walk::kReverseStates : Walk::kStates, features_of(b.gates),
                    options.chunks_of_segment, config, b.from, b.to);
@@ -129,14 +129,14 @@ Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const St
                   {"weights", b.gates.weights, false},
                   {"counts", b.gates.counts, false},
                   {"from", b.from, false},
-                  {"chunk_states", b.chunk_states, true},
+                  {"pair_states", b.pair_states, true},
                   {"to", b.to, true}});
 
   linear_attention::StatesParams params = {};
-  params.stores = is_given(b.chunk_states);
+  params.stores = is_given(b.pair_states);
   if (Status status = first_error(
           {encode_tokens(&params.keys, b.keys, s), encode_tokens(&params.values, b.values, s),
-           params.stores ? encode_states(&params.chunk_states, b.chunk_states, s) : Status()});
+           params.stores ? encode_states(&params.pair_states, b.pair_states, s) : Status()});
       !status.ok()) {
     return status;
   }
@@ -218,22 +218,22 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
 using Ret = xffi::Result<AnyBuffer>;
 
 xffi::Error states_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer values, AnyBuffer sums,
-                              AnyBuffer weights, AnyBuffer counts, AnyBuffer from, Ret chunk_states,
+                              AnyBuffer weights, AnyBuffer counts, AnyBuffer from, Ret pair_states,
                               Ret to, StatesOptions options, WalkConfig config) {
   return to_ffi(
       kStatesName,
-      initialize_states(device, {keys, values, {sums, weights, counts}, from, *chunk_states, *to},
+      initialize_states(device, {keys, values, {sums, weights, counts}, from, *pair_states, *to},
                         options, config));
 }
 
 xffi::Error states_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer keys,
                            AnyBuffer values, AnyBuffer sums, AnyBuffer weights, AnyBuffer counts,
-                           AnyBuffer from, Ret chunk_states, Ret to, StatesOptions options,
+                           AnyBuffer from, Ret pair_states, Ret to, StatesOptions options,
                            WalkConfig config) {
   return to_ffi(kStatesName, explore([&] {
                   return execute_states(
                       device, stream,
-                      {keys, values, {sums, weights, counts}, from, *chunk_states, *to}, options,
+                      {keys, values, {sums, weights, counts}, from, *pair_states, *to}, options,
                       config);
                 }));
 }
@@ -267,7 +267,7 @@ auto bind_states(Binding binding) {
       .template Arg<AnyBuffer>()  // weights, or of size 0
       .template Arg<AnyBuffer>()  // counts, or of size 0
       .template Arg<AnyBuffer>()  // from, or of size 0 for zeros
-      .template Ret<AnyBuffer>()  // chunk_states, or of size 0
+      .template Ret<AnyBuffer>()  // pair_states, or of size 0
       .template Ret<AnyBuffer>()  // to, or of size 0
       .template Attr<StatesOptions>("options")
       .template Attr<WalkConfig>("config");

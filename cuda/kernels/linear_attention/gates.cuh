@@ -152,4 +152,29 @@ struct ChunkGates {
   }
 };
 
+// The state after a chunk, from that before it.
+template <typename State, typename Gates, typename KeyTile, typename ValueTile>
+__device__ __forceinline__ void step_on(State& state, const Gates& gates, const KeyTile& k_smem,
+                                        const ValueTile& v_smem) {
+  RegTile<typename ValueTile::T, 16, kChunk> values;  // a row for each column of v
+  warpgroup::load_transposed(values, v_smem);
+  gates.scale_cols_after(values);
+  warp::mul(state, state, gates.total());
+  warpgroup::mma_AB(state, values, k_smem);
+  warpgroup::mma_commit();
+  warpgroup::mma_wait<0>(state, values);
+}
+// The gradient of the state before a chunk, from that of the state after it.
+template <typename State, typename Gates, typename KeyTile, typename ValueTile>
+__device__ __forceinline__ void step_back(State& dstate, const Gates& gates, const KeyTile& q_smem,
+                                          const ValueTile& dout_smem, float scale) {
+  RegTile<typename ValueTile::T, 16, kChunk> values;  // a row for each column of dout
+  warpgroup::load_transposed(values, dout_smem);
+  gates.scale_cols_before(values, scale);
+  warp::mul(dstate, dstate, gates.total());
+  warpgroup::mma_AB(dstate, values, q_smem);
+  warpgroup::mma_commit();
+  warpgroup::mma_wait<0>(dstate, values);
+}
+
 }  // namespace tk::linear_attention

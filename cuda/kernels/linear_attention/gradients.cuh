@@ -1,7 +1,9 @@
 // The gradients of a chunk, from the state before it and the state's gradient after it.
 //
-// For the heads that share q and k, with gates D, before, after, total (gates.cuh), w the weights
-// of tokens, S the state before the chunk and dS its gradient after it:
+// Of every pair of chunks the first finds its S and the second its dS in memory; the other one
+// comes from the chunk beside it, by a step of the recurrence. For the heads that share q and k,
+// with gates D, before, after, total (gates.cuh), w the weights of tokens, S the state before the
+// chunk and dS its gradient after it:
 //   dp = dout v^T, m = dp * D w,  p = scale q k^T * D
 //   dq = sum over heads of scale m k + diag(scale before) dout S
 //   dk = sum over heads of scale m^T q + diag(w after) v dS
@@ -39,8 +41,8 @@ struct Gradients {
   static constexpr int kKeyDim = Traits::kKeyDim;
   static constexpr unsigned kFeatures = Traits::kFeatures;
   static constexpr int kConsumers = 2;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = kKeyDim > 128 ? 40 : 24;
+  static constexpr int kConsumerRegisters = kKeyDim > 128 ? 232 : 240;
   static constexpr int kColumns = gradients_columns(kKeyDim), kParts = gradients_parts(kKeyDim);
 
   using KeyTile = SharedTile<T, kChunk, kKeyDim>;
@@ -52,15 +54,19 @@ struct Gradients {
   using Square = RegTile<float, 16, 64>;
   using Operand = RegTile<T, 16, 64>;
   using Sum = RegTile<float, 16, kColumns>;
+  using Part = RegTile<float, 16, 64>;  // of a state
 
   struct Step {
     ValueTile v_smem, dout_smem;
     StateTile state_smem, dstate_smem;
-    Gates gates;
+    ValueTile
+        other_smem;  // of the pair's other chunk: v where it is before, dout where it is after
+    Gates gates, other_gates;
     SharedVec<float, kSlice> skip;  // with kSkip
   };
   struct Shared {
     KeyTile q_smem, k_smem;
+    KeyTile other_smem;  // of the pair's other chunk: k where it is before, q where it is after
     Step steps[Traits::kStages];
     ValueTile dv_smem;
     ColumnsTile dq_smem, dk_smem;
@@ -72,20 +78,26 @@ struct Gradients {
   static constexpr int kStepBytes =
       2 * ValueTile::kBytes + 2 * StateTile::kBytes + Gates::kBytes +
       ((kFeatures & kSkip) != 0 ? SharedVec<float, kSlice>::kBytes : 0);
+  static constexpr int kOtherBytes = ValueTile::kBytes + Gates::kBytes;
 
   // What a block has, and its steps: slices of heads, one head after another.
   struct Place {
     int chunk, group, part, batch;
     int first_head, heads, slices;
+    bool is_second, has_other;  // of its pair
+    int other;
 
     __device__ __forceinline__ explicit Place(const GradientsParams& params) {
       chunk = grid::block_x();
       group = grid::block_y() / kParts;
       part = grid::block_y() % kParts;
       batch = grid::block_z();
-      heads = params.num_heads / params.num_groups;
+      heads = params.group_heads;
       first_head = group * heads;
       slices = ceil_div(params.value_dim, kSlice);
+      is_second = chunk % kPair == 1;
+      other = is_second ? chunk - 1 : chunk + 1;
+      has_other = other < params.chunks;
     }
     __device__ __forceinline__ int row(const GradientsParams& params, int head) const {
       return batch * params.num_heads + head;
@@ -95,6 +107,10 @@ struct Gradients {
                                                        int head) const {
       const int64 first = (static_cast<int64>(row(params, head)) * params.chunks + chunk) * kChunk;
       return {array + first, kChunk};
+    }
+    // Whether a head is of the group, that before it being: a bound would take a register.
+    __device__ __forceinline__ static bool has_next(const GradientsParams& params, int head) {
+      return head % params.group_heads != 0;
     }
     // Of parts, the first does what all would do alike.
     __device__ __forceinline__ bool leads() const { return kParts == 1 || part == 0; }
@@ -107,27 +123,40 @@ struct Gradients {
 
   __device__ __forceinline__ static void load(const GradientsParams& params, Shared& shared) {
     const Place place(params);
-    const int token = place.chunk * kChunk;
-    shared.keys_full.expect(2 * KeyTile::kBytes);
-    tma::load(shared.q_smem, params.q, shared.keys_full, tma::Keep::kBriefly, 0, token, place.group,
+    const int token = place.chunk * kChunk, other_token = place.other * kChunk;
+    const TensorMap& other_keys = place.is_second ? params.k : params.q;
+    const TensorMap& other_values = place.is_second ? params.v : params.dout;
+    shared.keys_full.expect((place.has_other ? 3 : 2) * KeyTile::kBytes);
+    tma::load(shared.q_smem, params.q, shared.keys_full, tma::Keep::kNormal, 0, token, place.group,
               place.batch);
-    tma::load(shared.k_smem, params.k, shared.keys_full, tma::Keep::kBriefly, 0, token, place.group,
+    tma::load(shared.k_smem, params.k, shared.keys_full, tma::Keep::kNormal, 0, token, place.group,
               place.batch);
+    if (place.has_other) {
+      tma::load(shared.other_smem, other_keys, shared.keys_full, tma::Keep::kNormal, 0, other_token,
+                place.group, place.batch);
+    }
+    const int pairs = ceil_div(params.chunks, kPair);
     typename Ring::State state;
     for (int head = place.first_head; head < place.first_head + place.heads; ++head) {
       const int row = place.row(params, head);
       for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
-        shared.ring.acquire(state, kStepBytes);
+        shared.ring.acquire(state, kStepBytes + (place.has_other ? kOtherBytes : 0));
         Barrier& full = shared.ring.full(state);
         Step& step = shared.steps[state.stage];
-        tma::load(step.v_smem, params.v, full, tma::Keep::kBriefly, slice * kSlice, token, head,
+        const int column = slice * kSlice;
+        tma::load(step.v_smem, params.v, full, tma::Keep::kNormal, column, token, head,
                   place.batch);
-        tma::load(step.dout_smem, params.dout, full, tma::Keep::kBriefly, slice * kSlice, token,
-                  head, place.batch);
-        const int state_row = ((row * params.chunks + place.chunk) * place.slices + slice) * kSlice;
-        tma::load(step.state_smem, params.states, full, tma::Keep::kBriefly, 0, state_row);
-        tma::load(step.dstate_smem, params.dstates, full, tma::Keep::kBriefly, 0, state_row);
+        tma::load(step.dout_smem, params.dout, full, tma::Keep::kNormal, column, token, head,
+                  place.batch);
+        const int state_row = ((row * pairs + place.chunk / kPair) * place.slices + slice) * kSlice;
+        tma::load(step.state_smem, params.states, full, tma::Keep::kNormal, 0, state_row);
+        tma::load(step.dstate_smem, params.dstates, full, tma::Keep::kNormal, 0, state_row);
         step.gates.load(params.gates, full, row, place.batch, place.chunk, params.chunks);
+        if (place.has_other) {
+          tma::load(step.other_smem, other_values, full, tma::Keep::kNormal, column, other_token,
+                    head, place.batch);
+          step.other_gates.load(params.gates, full, row, place.batch, place.other, params.chunks);
+        }
         if constexpr ((kFeatures & kSkip) != 0) {
           tma::load(step.skip, params.skip + (head * place.slices + slice) * kSlice, full);
         }
@@ -152,17 +181,25 @@ struct Gradients {
     warp::zero(dq);
     shared.keys_full.wait(0);
     typename Ring::State state;
-    for (int head = place.first_head; head < place.first_head + place.heads; ++head) {
+    int head = place.first_head;
+    do {
       PerRow<16> as_query, through;
       warp::zero(as_query);
       warp::zero(through);
       for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
         const Step& step = shared.steps[state.stage];
         const Gates& gates = step.gates;
+        const auto q_smem = warpgroup::afresh(shared.q_smem);
+        const auto k_smem = warpgroup::afresh(shared.k_smem);
         shared.ring.wait(state);
+        if (place.is_second) {
+          step_parts(step.state_smem, shared.other_smem, [&](Part& state, const auto& k_smem) {
+            step_on(state, step.other_gates, k_smem, step.other_smem);
+          });
+        }
         warpgroup::mma_ABt(dp, step.dout_smem, step.v_smem, slice > 0);
         warpgroup::mma_commit();
-        warpgroup::mm_ABt(other, shared.q_smem, step.state_smem);
+        warpgroup::mm_ABt(other, q_smem, step.state_smem);
         warpgroup::mma_commit();
         PerRow<16> before;
         gates.before(before);
@@ -177,32 +214,29 @@ struct Gradients {
           Operand dout;
           warpgroup::load(dout, step.dout_smem);
           fold_dot(as_query, dout, other, before);
-          fold_through(through, step);
+          if (place.is_second) fold_through(through, step);
         }
         if (slice + 1 == place.slices) {
-          warpgroup::mm_ABt(other, shared.q_smem, shared.k_smem);
+          warpgroup::mm_ABt(other, q_smem, k_smem);
           warpgroup::mma_commit();
           warp::mul(through, through, gates.total());
-          Square m;
+          warp::mul(dp, dp, params.scale);
+          Operand m;
           gates.apply(m, dp);
-          warp::mul(m, m, params.scale);
           warpgroup::mma_wait<0>(other);
           fold_off_diagonal<true>(as_query, m, other);
-          Operand factors;
-          warp::convert(factors, m);
-          warpgroup::mma_AB(dq, factors, shared.k_smem.template cols<kColumns>(place.part));
+          warpgroup::mma_AB(dq, m, k_smem.template cols<kColumns>(place.part));
           warpgroup::mma_commit();
-          warpgroup::mma_wait<0>(dq, factors);
+          warpgroup::mma_wait<0>(dq, m);
         }
         shared.ring.release(state);
       }
       if (place.leads()) {
         warp::finish_row_sum(as_query);
-        warp::finish_row_sum(through);
         warpgroup::store(place.tokens(params, params.as_query, head), as_query, 0);
-        warpgroup::store(place.tokens(params, params.through, head), through, 0);
+        if (place.is_second) store_through(params, place, through, head);
       }
-    }
+    } while (place.has_next(params, ++head));
     store_columns(params.dq, shared.dq_smem, dq, place);
   }
 
@@ -214,59 +248,71 @@ struct Gradients {
     warp::zero(dk);
     shared.keys_full.wait(0);
     typename Ring::State state;
-    for (int head = place.first_head; head < place.first_head + place.heads; ++head) {
-      PerRow<16> as_key, to_state, dweights;
+    int head = place.first_head;
+    do {
+      PerRow<16> as_key, to_state, dweights, through;
+      warp::zero(through);
       warp::zero(as_key);
       warp::zero(to_state);
       warp::zero(dweights);
       for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
         const Step& step = shared.steps[state.stage];
         const Gates& gates = step.gates;
+        const auto q_smem = warpgroup::afresh(shared.q_smem);
+        const auto k_smem = warpgroup::afresh(shared.k_smem);
         shared.ring.wait(state);
+        if (!place.is_second && place.has_other) {
+          step_parts(step.dstate_smem, shared.other_smem, [&](Part& dstate, const auto& q_smem) {
+            step_back(dstate, step.other_gates, q_smem, step.other_smem, params.scale);
+          });
+        }
         Operand p;
         {
           Square scores;
-          warpgroup::mm_ABt(scores, shared.k_smem, shared.q_smem);
+          warpgroup::mm_ABt(scores, k_smem, q_smem);
           warpgroup::mma_commit();
           warpgroup::mma_wait<0>(scores);
           warp::mul(scores, scores, params.scale);
           gates.apply_transposed(p, scores);
         }
         Square du;
-        warpgroup::mm_ABt(du, shared.k_smem, step.dstate_smem);
+        warpgroup::mm_ABt(du, k_smem, step.dstate_smem);
         warpgroup::mma_commit();
         warpgroup::mma_ABt(dp, step.v_smem, step.dout_smem, slice > 0);
         warpgroup::mma_commit();
-        PerRow<16> after, weighted_after;
-        gates.after(after);
-        weighted_after = after;
-        gates.weigh(weighted_after);
+        PerRow<16> left_after;
+        gates.after(left_after);
+        gates.weigh(left_after);
         warpgroup::mma_wait<1>(du);
         Operand left;
         warpgroup::load(left, step.v_smem);
-        fold_dot(to_state, left, du, weighted_after);
-        warp::mul_rows(left, left, weighted_after);
-        warp::mul_rows(du, du, after);
+        fold_dot(to_state, left, du, left_after);
+        warp::mul_rows(left, left, left_after);
+        gates.after(left_after);
+        warp::mul_rows(du, du, left_after);
         warpgroup::mma_AB(du, p, step.dout_smem);
         warpgroup::mma_commit();
         warpgroup::mma_AB(dk, left, step.dstate_smem.template cols<kColumns>(place.part));
         warpgroup::mma_commit();
         warpgroup::mma_wait<0>(dp, du, p, dk, left);
-        if (place.leads()) finish_values(params, shared, step, dweights, du, place, head, slice);
+        if (place.leads()) {
+          finish_values(params, shared, step, dweights, du, place, head, slice);
+          if (!place.is_second) fold_through(through, step);
+        }
         if (slice + 1 == place.slices) {
-          Square scores, m;
-          warpgroup::mm_ABt(scores, shared.k_smem, shared.q_smem);
+          warp::mul(through, through, gates.total());
+          Square scores;
+          warpgroup::mm_ABt(scores, k_smem, q_smem);
           warpgroup::mma_commit();
+          gates.weigh_rows(dp);
+          warp::mul(dp, dp, params.scale);
+          Operand m;
           gates.apply_transposed(m, dp);
-          gates.weigh_rows(m);
-          warp::mul(m, m, params.scale);
           warpgroup::mma_wait<0>(scores);
           fold_off_diagonal<false>(as_key, m, scores);
-          Operand factors;
-          warp::convert(factors, m);
-          warpgroup::mma_AB(dk, factors, shared.q_smem.template cols<kColumns>(place.part));
+          warpgroup::mma_AB(dk, m, q_smem.template cols<kColumns>(place.part));
           warpgroup::mma_commit();
-          warpgroup::mma_wait<0>(dk, factors);
+          warpgroup::mma_wait<0>(dk, m);
         }
         shared.ring.release(state);
       }
@@ -275,12 +321,13 @@ struct Gradients {
         warp::finish_row_sum(to_state);
         warpgroup::store(place.tokens(params, params.as_key, head), as_key, 0);
         warpgroup::store(place.tokens(params, params.to_state, head), to_state, 0);
+        if (!place.is_second) store_through(params, place, through, head);
         if constexpr ((kFeatures & kWeights) != 0) {
           warp::finish_row_sum(dweights);
           warpgroup::store(place.tokens(params, params.dweights, head), dweights, 0);
         }
       }
-    }
+    } while (place.has_next(params, ++head));
     store_columns(params.dk, shared.dk_smem, dk, place);
   }
 
@@ -297,10 +344,8 @@ struct Gradients {
     }
     if constexpr ((kFeatures & kSkip) != 0) {
       Operand dout;
-      Square skipped;
       warpgroup::load(dout, step.dout_smem);
-      warp::map_cols(skipped, dout, step.skip, [](float x, float d) { return x * d; });
-      warp::add(du, du, skipped);
+      warp::zip_cols(du, du, dout, step.skip, [](float x, float y, float d) { return x + y * d; });
     }
     if (warpgroup::leader()) tma::wait_read<0>();  // the last slice has left
     warpgroup::sync();
@@ -342,7 +387,7 @@ struct Gradients {
     warp::add(sums, sums, dot);
   }
   template <bool kLower>
-  __device__ __forceinline__ static void fold_off_diagonal(PerRow<16>& sums, const Square& a,
+  __device__ __forceinline__ static void fold_off_diagonal(PerRow<16>& sums, const Operand& a,
                                                            const Square& b) {
     Square product;
     warp::mul(product, a, b);
@@ -353,7 +398,25 @@ struct Gradients {
     }
     warp::fold_row_sum(sums, product);
   }
-  // sums += rowsum(S * dS), a row for each column of the slice.
+  // A state that is stepped takes the place of the one that was loaded; some columns at a time.
+  template <typename F>
+  __device__ __forceinline__ static void step_parts(const StateTile& state_smem,
+                                                    const KeyTile& other_smem, F&& step) {
+    const auto smem = warpgroup::afresh(state_smem);
+    const auto keys_smem = warpgroup::afresh(other_smem);
+#pragma unroll 1  // as in fold_through
+    for (int i = 0; i < kKeyDim / Part::kCols; ++i) {
+      Part part;
+      warpgroup::load(part, smem.template cols<Part::kCols>(i));
+      step(part, keys_smem.template cols<Part::kCols>(i));
+      warpgroup::store(smem.template cols<Part::kCols>(i), part);
+    }
+    publish_shared();
+    warpgroup::sync();
+  }
+
+  // sums += rowsum(S * dS), a row for each column of the slice: by the consumer that has both, as
+  // the other one's stays as it was loaded.
   __device__ __forceinline__ static void fold_through(PerRow<16>& sums, const Step& step) {
 #pragma unroll 1  // one piece at a time: both are many registers
     for (int piece = 0; piece < kKeyDim / 64; ++piece) {
@@ -362,6 +425,13 @@ struct Gradients {
       warpgroup::load(dstate, step.dstate_smem.template cols<64>(piece));
       warp::fold_row_dot(sums, state, dstate);
     }
+  }
+
+  __device__ __forceinline__ static void store_through(const GradientsParams& params,
+                                                       const Place& place, PerRow<16>& through,
+                                                       int head) {
+    warp::finish_row_sum(through);
+    warpgroup::store(place.tokens(params, params.through, head), through, 0);
   }
 
   __device__ __forceinline__ static void store_columns(const TensorMap& map,

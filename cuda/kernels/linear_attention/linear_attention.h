@@ -11,7 +11,7 @@
 // what XLA can put between: each kernel is a target of its own, and arrays between them are XLA's.
 //
 //   chunk_sums       running sums of g within each chunk, in base 2, with tokens last
-//   states           S at the starts of chunks or of segments, or dS at their ends
+//   states           S at the starts of pairs of chunks and of segments, or dS at their ends
 //   outputs          out, and S at the ends of segments
 //   gradients        dq, dk, dv and what dg and dw are made of, chunk by chunk
 //   gate_gradients   dg
@@ -27,6 +27,8 @@ namespace tk::linear_attention {
 
 constexpr int kChunk = 64;  // tokens
 constexpr int kSlice = 64;  // columns of v and out that one consumer has
+// Chunks that share a stored state: half the bytes for one more product in every second chunk.
+constexpr int kPair = 2;
 constexpr int kSharedSlack = 2048;
 constexpr int kMaxKeyDim = 256;
 
@@ -81,9 +83,10 @@ constexpr int kHeadsOfBlock = 16;
 struct StatesParams {
   TensorMap keys;    // [B, T, G, K]: dimensions (K, T, G, B), box (64, 64, 1, 1)
   TensorMap values;  // [B, T, H, V]: the same
-  // [rows, K] where rows are (b, h, chunk, v): at the start of each chunk (reverse: at its end), in
-  // the type of the inputs; dimensions (K, B * H * chunks * 64 * slices), box (64, 64). If stores.
-  TensorMap chunk_states;
+  // [rows, K] where rows are (b, h, pair, v): at the start of each pair of chunks (reverse: at its
+  // end), in the type of the inputs; dimensions (K, B * H * pairs * 64 * slices), box (64, 64). If
+  // stores.
+  TensorMap pair_states;
   bool stores;
   Gates gates;
   const float* from;  // [B, H, segments, V, K] at the starts (reverse: ends), or null for zeros
@@ -147,7 +150,7 @@ struct GradientsParams {
   TensorMap v, dout;          // (V, T, H, B), the same
   TensorMap dq, dk;           // as q
   TensorMap dv;               // as v
-  TensorMap states, dstates;  // as StatesParams' chunk_states
+  TensorMap states, dstates;  // as StatesParams' pair_states
   Gates gates;
   const float* skip;  // [H, 64 * slices], or null
   // Parts of the gradients of gates, [B, H, padded]: gate_gradients.cuh says what they are.
@@ -158,6 +161,7 @@ struct GradientsParams {
   float* dweights;  // [B, H, padded], or null
   float* dskip;     // [B, H, chunks, 64 * slices], or null: to be summed over B and chunks
   int seqlen, num_heads, num_groups, key_dim, value_dim, chunks;
+  int group_heads;  // num_heads / num_groups
   float scale;
 };
 constexpr int kGradientsThreads = 3 * 128;
@@ -165,9 +169,10 @@ constexpr int kGradientsThreads = 3 * 128;
 constexpr long gradients_columns(long key_dim) { return key_dim <= 128 ? key_dim : 64; }
 constexpr long gradients_parts(long key_dim) { return key_dim / gradients_columns(key_dim); }
 constexpr int gradients_shared_bytes(long key_dim, long stages) {
-  // q and k; v, dout, both states and gates of a stage, aligned; dv, dq and dk on their way out.
-  return static_cast<int>(2 * kChunk * 2 * key_dim +
-                          stages * (2 * kChunk * 2 * kSlice + 2 * kSlice * 2 * key_dim + 1024) +
+  // q, k and the pair's other keys; of a stage v, dout and the pair's other values, both states and
+  // gates, aligned; dv, dq and dk on their way out.
+  return static_cast<int>(2 * kChunk * 3 * key_dim +
+                          stages * (2 * kChunk * 3 * kSlice + 2 * kSlice * 2 * key_dim + 2048) +
                           2 * kChunk * (kSlice + 2 * gradients_columns(key_dim))) +
          kSharedSlack;
 }

@@ -183,10 +183,8 @@ struct Outputs {
   __device__ __forceinline__ static void add_skip(Output& out, const ValueTile& v_smem,
                                                   const SliceVec& skip) {
     RegTile<T, 16, kSlice> v;
-    Output skipped;
     warpgroup::load(v, v_smem);
-    warp::map_cols(skipped, v, skip, [](float x, float d) { return x * d; });
-    warp::add(out, out, skipped);
+    warp::zip_cols(out, out, v, skip, [](float x, float y, float d) { return x + y * d; });
   }
 };
 

@@ -4,8 +4,8 @@
 //   S <- total S + (diag(w * after) v)^T k           forward, through the chunks of a segment
 //   dS <- total dS + (diag(scale * before) dout)^T q  reverse, back through them
 //
-// with the gates of a chunk (gates.cuh). What the backward pass needs of each chunk is S before it
-// and dS after it, rounded to the type of its products.
+// with the gates of a chunk (gates.cuh). What the backward pass needs of each pair of chunks is S
+// before it and dS after it, rounded to the type of its products.
 // Grid: kConsumers slices of 64 values, segments, batch. A block walks its segment's chunks.
 // Roles: a producer warp loads a ring of keys and each consumer's values and gates; a consumer
 // warpgroup keeps the state (64 x K, fp32) of its slice in registers, and a copy on its way out.
@@ -68,6 +68,12 @@ struct States {
     return Traits::kReverse ? segment.end - 1 - step : segment.first + step;
   }
 
+  // Whether the walk comes to a pair of chunks with this one. The last pair may have but one.
+  __device__ __forceinline__ static bool begins_pair(const StatesParams& params, int chunk) {
+    if (!Traits::kReverse) return chunk % kPair == 0;
+    return chunk % kPair == kPair - 1 || chunk == params.chunks - 1;
+  }
+
   __device__ __forceinline__ static void init(const StatesParams&, Shared& shared) {
     shared.ring.init(4 * kConsumers);
   }
@@ -106,40 +112,38 @@ struct States {
 
     typename Ring::State stage;
     for (int step = 0; step < segment.end - segment.first; ++step, stage.advance()) {
-      if (params.stores) {
-        const int matrix = place.row(params) * params.chunks + chunk_at(segment, step);
-        store_chunk_state(params, shared.state_smem[consumer], state,
-                          (matrix * slices + place.slice) * kSlice);
+      const int chunk = chunk_at(segment, step);
+      if (params.stores && begins_pair(params, chunk)) {
+        const int pairs = ceil_div(params.chunks, kPair);
+        const int matrix = place.row(params) * pairs + chunk / kPair;
+        store_pair_state(params, shared.state_smem[consumer], state,
+                         (matrix * slices + place.slice) * kSlice);
       }
       const ChunkGates<kFeatures>& gates = shared.gates[consumer][stage.stage];
       shared.ring.wait(stage);
-      RegTile<T, 16, kChunk> values;  // a row for each column of the slice
-      warpgroup::load_transposed(values, shared.values_smem[consumer][stage.stage]);
       if constexpr (Traits::kReverse) {
-        gates.scale_cols_before(values, params.scale);
+        step_back(state, gates, shared.keys_smem[stage.stage],
+                  shared.values_smem[consumer][stage.stage], params.scale);
       } else {
-        gates.scale_cols_after(values);
+        step_on(state, gates, shared.keys_smem[stage.stage],
+                shared.values_smem[consumer][stage.stage]);
       }
-      warp::mul(state, state, gates.total());
-      warpgroup::mma_AB(state, values, shared.keys_smem[stage.stage]);
-      warpgroup::mma_commit();
-      warpgroup::mma_wait<0>(state, values);
       shared.ring.release(stage);
     }
     store_state(state, params, place, segment);
     if (warpgroup::leader()) tma::wait_read<0>();
   }
 
-  __device__ __forceinline__ static void store_chunk_state(const StatesParams& params,
-                                                           const StateTile& state_smem,
-                                                           const State& state, int row) {
+  __device__ __forceinline__ static void store_pair_state(const StatesParams& params,
+                                                          const StateTile& state_smem,
+                                                          const State& state, int row) {
     if (warpgroup::leader()) tma::wait_read<0>();  // the last one has left
     warpgroup::sync();
     warpgroup::store(state_smem, state);
     publish_shared();
     warpgroup::sync();
     if (warpgroup::leader()) {
-      tma::store(params.chunk_states, state_smem, 0, row);
+      tma::store(params.pair_states, state_smem, 0, row);
       tma::commit();
     }
   }

@@ -140,6 +140,9 @@ __device__ __forceinline__ void shared_vectors(const KernelParams& params) {
   out.put(tile);
   RegTile<T, 32, 64> doubled;
   warp::map(doubled, x, twice);
+  warp::zip_cols(tile, doubled, x, shared.cols,
+                 [](float d, float u, float c) { return c > 0 ? d : u; });
+  out.put(tile);
   warp::zip_cols_twice(tile, doubled, x, doubled, shared.cols,
                        [](float u, float d, float c, float& first, float& second) {
                          first = c - u;

@@ -56,17 +56,17 @@ def states(
     stores: bool = False,
     ends: bool = True,
 ):
-    """States at the starts of chunks if ``stores``, and after segments if ``ends``.
+    """States before pairs of chunks if ``stores``, and after segments if ``ends``.
 
-    With ``reverse``, gradients of states at the ends of chunks and before segments.
+    With ``reverse``, gradients of states after pairs and before segments.
     ``start`` is what segments begin with, [B, H, segments, V, K] or None for zeros.
     """
     batch, seqlen, num_heads, value_dim = values.shape
-    chunks = -(-seqlen // config.CHUNK)
     columns = config.round_up(value_dim, config.SLICE)
-    stored = (batch, num_heads, chunks, columns, keys.shape[-1]) if stores else None
+    pairs = -(-seqlen // (config.PAIR * config.CHUNK))
+    stored = (batch, num_heads, pairs, columns, keys.shape[-1]) if stores else None
     ended = _segment_states(keys, values, tiles) if ends else None
-    chunk_states, end = _ffi.call(
+    pair_states, end = _ffi.call(
         "tk_linear_attention_states_v1",
         (_result(keys, stored, keys.dtype), _result(keys, ended)),
         keys,
@@ -78,7 +78,7 @@ def states(
         ),
         config=tiles.states,
     )
-    return chunk_states if stores else None, end if ends else None
+    return pair_states if stores else None, end if ends else None
 
 
 def outputs(
@@ -128,18 +128,19 @@ def gradients(
     k,
     v,
     dout,
-    chunk_states,
-    chunk_dstates,
+    pair_states,
+    pair_dstates,
     gates: Gates,
     skip,
     tiles: config.ScanConfig,
     *,
     scale: float,
 ) -> Gradients:
-    """The gradients of chunks between their states and those's gradients."""
+    """The gradients of chunks, from the states of pairs and those's gradients."""
     padded = _padded_columns(skip)
     rows = gates.sums.shape
-    skipped = None if skip is None else chunk_states.shape[:4]
+    chunks = rows[-1] // config.CHUNK
+    skipped = None if skip is None else (*rows[:2], chunks, padded.shape[-1])
     dq, dk, dv, *gate_parts, dweights, dskip = _ffi.call(
         "tk_linear_attention_gradients_v1",
         (
@@ -152,8 +153,8 @@ def gradients(
         k,
         v,
         dout,
-        chunk_states,
-        chunk_dstates,
+        pair_states,
+        pair_dstates,
         *map(_given, gates),
         _given(padded),
         options=config.GradientsOptions(scale=scale),

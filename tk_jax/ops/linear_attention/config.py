@@ -17,6 +17,7 @@ KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
 # As in linear_attention.h: tokens of a chunk, columns of values of a slice, the largest
 # dimension of keys.
 CHUNK = 64
+PAIR = 2  # chunks that share a stored state
 SLICE = 64
 MAX_KEY_DIM = 256
 # Rows, which the copy engine reads, are padded to multiples of this ...
@@ -172,9 +173,9 @@ def gradients_columns(tile: int) -> int:
 
 def gradients_shared_bytes(tile: int, stages: int) -> int:
     """As gradients_shared_bytes in linear_attention.h."""
-    stage = 2 * CHUNK * 2 * SLICE + 2 * SLICE * 2 * tile + 1024
+    stage = 2 * CHUNK * 3 * SLICE + 2 * SLICE * 2 * tile + 2048
     out = 2 * CHUNK * (SLICE + 2 * gradients_columns(tile))
-    return 2 * CHUNK * 2 * tile + stages * stage + out + _SHARED_SLACK
+    return 2 * CHUNK * 3 * tile + stages * stage + out + _SHARED_SLACK
 
 
 def round_up(size: int, multiple: int) -> int:

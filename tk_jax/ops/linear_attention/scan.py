@@ -290,7 +290,7 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
     dout, dfinal = cotangents
     tiles = _checked_tiles(settings, arrays)
     gates = _gates(arrays)
-    chunk_states, _ = calls.states(
+    pair_states, _ = calls.states(
         arrays.k,
         arrays.v,
         gates,
@@ -299,14 +299,14 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
         stores=True,
         ends=False,
     )
-    chunk_dstates, dstate = _state_gradients(
+    pair_dstates, dstate = _state_gradients(
         settings, arrays, gates, dout, dfinal, tiles
     )
     found = calls.gradients(
         *arrays[:3],
         dout,
-        chunk_states,
-        chunk_dstates,
+        pair_states,
+        pair_dstates,
         gates,
         arrays.skip,
         tiles,
@@ -341,5 +341,5 @@ def _state_gradients(settings, arrays, gates, dout, dfinal, tiles):
         _, added = walk(start=None)
         ends = jnp.flip(_chained(dfinal, jnp.flip(kept, 2), jnp.flip(added, 2)), axis=2)
     wanted = arrays.state is not None
-    chunk_dstates, dstarts = walk(start=ends, stores=True, ends=wanted)
-    return chunk_dstates, dstarts[:, :, 0] if wanted else None
+    pair_dstates, dstarts = walk(start=ends, stores=True, ends=wanted)
+    return pair_dstates, dstarts[:, :, 0] if wanted else None

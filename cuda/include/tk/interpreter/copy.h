@@ -172,6 +172,21 @@ void map_cols(Dst& dst, const Src& src, const SharedVec<float, kN>& cols, F&& f,
   load(values, cols, at);
   map_cols(dst, src, values, f, at);
 }
+template <typename Dst, typename A, typename B, int kN, typename F>
+void zip_cols(Dst& dst, const A& a, const B& b, const SharedVec<float, kN>& cols, F&& f,
+              Location at = {}) {
+  static_assert(detail::kSameShape<Dst, A> && detail::kSameShape<Dst, B> && Dst::kCols == kN,
+                "zip_cols needs tiles of one shape and a value for each column");
+  PerCol<kN> values;
+  load(values, cols, at);
+  detail::reading(a, at);
+  detail::reading(b, at);
+  detail::writing(dst, at);
+  detail_map::assign(dst, [&](int r, int c) {
+    return f(detail_map::value(a, r, c), detail_map::value(b, r, c),
+             values.data[c][detail::part_of_row(r)]);
+  });
+}
 template <typename X, typename Y, typename A, typename B, int kN, typename F>
 void zip_cols_twice(X& x, Y& y, const A& a, const B& b, const SharedVec<float, kN>& cols, F&& f,
                     Location at = {}) {

@@ -150,4 +150,10 @@ void mma_wait(A& a, B& b, C& c, D& d, E& e, Location at = {}) {
   detail_mma::wait(kPending, at, a, b, c, d, e);
 }
 
+// Only compilers for the GPU keep descriptors.
+template <typename Tile>
+auto afresh(const Tile& tile) {
+  return detail::as_view(tile);
+}
+
 }  // namespace tk::warpgroup

@@ -253,6 +253,28 @@ __device__ __forceinline__ void map_cols(Dst& dst, const Src& src, const SharedV
     }
   }
 }
+// dst = f(a, b, cols) likewise.
+template <typename Dst, typename A, typename B, int kN, typename F>
+__device__ __forceinline__ void zip_cols(Dst& dst, const A& a, const B& b,
+                                         const SharedVec<float, kN>& cols, F&& f, Location = {}) {
+  static_assert(detail::kSameShape<Dst, A> && detail::kSameShape<Dst, B> && Dst::kCols == kN,
+                "zip_cols needs tiles of one shape and a value for each column");
+  const uint32 base = ptx::shared_address(cols.data);
+#pragma unroll
+  for (int g = 0; g < kN / 8; ++g) {
+    float x, y;
+    ptx::load_shared_f32x2(x, y, base + 4 * detail::col_of(g, 0));
+#pragma unroll
+    for (int s = 0; s < Dst::kRowSquares; ++s) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        detail::set_pair(dst, s, g, h,
+                         f(detail::get(a, s, g, 2 * h), detail::get(b, s, g, 2 * h), x),
+                         f(detail::get(a, s, g, 2 * h + 1), detail::get(b, s, g, 2 * h + 1), y));
+      }
+    }
+  }
+}
 // Two results of two operands: x and y become what f(a, b, cols, x, y) makes of them, value by
 // value, so that neither waits in registers for the other. x and y may be a and b.
 template <typename X, typename Y, typename A, typename B, int kN, typename F>

@@ -110,6 +110,15 @@ __device__ __forceinline__ void mma_wait(Tiles&... tiles) {
   (detail_mma::hold(tiles), ...);
 }
 
+// The tile as a view that shares nothing with others of it: descriptors and addresses made from it
+// are made where they are used, not kept in registers from before a loop.
+template <typename Tile>
+__device__ __forceinline__ auto afresh(const Tile& tile) {
+  auto view = detail::as_view(tile);
+  ptx::hold(view.base);
+  return view;
+}
+
 }  // namespace tk::warpgroup
 
 namespace tk::warp {
