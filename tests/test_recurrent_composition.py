@@ -39,6 +39,18 @@ CASES = [
 ]
 
 
+def often(*indices):
+    """All cases, of which those of other ``indices`` are marked exhaustive."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(x, marks=[] if i in indices else pytest.mark.exhaustive)
+            for i, x in enumerate(CASES)
+        ],
+        ids=str,
+    )
+
+
 @pytest.fixture(autouse=True)
 def model():
     with modelled():
@@ -109,7 +121,7 @@ def test_many_chunks_are_segments_by_default():
     check(kernels(case), case)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@often(2, 3)
 def test_vmap_over_all_arguments(case):
     arrays = given(case)
     both = [arrays, scaled(arrays, 0.5)]
@@ -121,7 +133,7 @@ def test_vmap_over_all_arguments(case):
         assert_same(jax.tree.map(lambda x, i=i: x[i], got), run(each))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@often(0)
 def test_vmap_over_each_argument(case):
     """Gradients of what is mapped and of what is not, which all elements share."""
     arrays = given(case)
