@@ -59,6 +59,30 @@ class Case:
 
 LINEAR = functools.partial(Case, "linear_attention")
 SSD = functools.partial(Case, "ssd")
+CASES = [
+    LINEAR(1, 16, 16, decay="none", state=False),
+    LINEAR(63, 64, 64, (1, 3), "float16", decay="head"),
+    LINEAR(64, 80, 72),
+    LINEAR(65, 128, 128, (2, 4), packed=True),
+    LINEAR(200, 16, 80, (1, 3), "float16", batch=2, packed=True),
+    LINEAR(70, 256, 64, (1, 1)),
+    LINEAR(130, 64, 64, (1, 2), normalize=True, packed=True),
+    SSD(1, 16, 64, skip="H"),
+    SSD(65, 128, 64, (1, 4), skip="H", gate=True),
+    SSD(200, 16, 64, (2, 4), "float16", skip="P", packed=True, gate=True),
+]
+MORE = [
+    LINEAR(130, 6, 10, (2, 2), decay="none", packed=True),
+    LINEAR(66, 192, 16, (1, 1), "float16", decay="head", state=False),
+    LINEAR(129, 256, 72, (1, 1), "float16", packed=True),
+    LINEAR(1000, 64, 64, (1, 2), "float16"),
+    LINEAR(193, 128, 64, (2, 2), normalize=True, decay="head"),
+    LINEAR(193, 40, 200, (1, 2), normalize=True, decay="none", packed=True),
+    SSD(130, 64, 40, (1, 3), state=False),
+    # The gradient of A is a sum for each head: of few, its error is a matter of luck.
+    SSD(66, 256, 64, (1, 8), skip="P", gate=True),
+    SSD(257, 128, 64, (1, 2), "float16", packed=True),
+]
 
 
 def arrays_of(case: Case) -> dict:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from recurrent_cases import rounded, split_at, values_and_gradients
 from recurrent_kernel_cases import (
+    CASES,
     EXACT,
     LINEAR,
+    MORE,
     SSD,
     TIME_AXES,
     arrays_of,
@@ -33,29 +35,6 @@ pytestmark = pytest.mark.skipif(
 EXHAUSTIVE = pytest.mark.exhaustive
 
 
-CASES = [
-    LINEAR(1, 16, 16, decay="none", state=False),
-    LINEAR(63, 64, 64, (1, 3), "float16", decay="head"),
-    LINEAR(64, 80, 72),
-    LINEAR(65, 128, 128, (2, 4), packed=True),
-    LINEAR(200, 16, 80, (1, 3), "float16", batch=2, packed=True),
-    LINEAR(70, 256, 64, (1, 1)),
-    LINEAR(130, 64, 64, (1, 2), normalize=True, packed=True),
-    SSD(1, 16, 64, skip="H"),
-    SSD(65, 128, 64, (1, 4), skip="H", gate=True),
-    SSD(200, 16, 64, (2, 4), "float16", skip="P", packed=True, gate=True),
-]
-MORE = [
-    LINEAR(130, 6, 10, (2, 2), decay="none", packed=True),
-    LINEAR(66, 192, 16, (1, 1), "float16", decay="head", state=False),
-    LINEAR(129, 256, 72, (1, 1), "float16", packed=True),
-    LINEAR(1000, 64, 64, (1, 2), "float16"),
-    LINEAR(193, 128, 64, (2, 2), normalize=True, decay="head"),
-    LINEAR(193, 40, 200, (1, 2), normalize=True, decay="none", packed=True),
-    SSD(130, 64, 40, (1, 3), state=False),
-    SSD(130, 256, 64, (1, 2), skip="P", gate=True),
-    SSD(257, 128, 64, (1, 2), "float16", packed=True),
-]
 # In pieces that are walked through side by side: of one chunk, and of two.
 SEGMENTED = LINEAR(330, 16, 64, (1, 1), decay="mild", packed=True)
 SEGMENTS = (1, 2)

@@ -42,16 +42,18 @@ def linear_attention(
     and Lightning attention, with one for each token the core of Mamba-2 and of gated
     linear attention with scalar gates.
 
-    Runs in XLA operations on every platform, in chunks: there is no TK kernel yet.
-    Decays, states and sums are float32 (float64 for float64 inputs). Memory is linear
-    in T, and between the passes nothing is kept but the arguments: the backward pass
-    computes the states at the starts of chunks again.
+    Runs TK kernels on Hopper GPUs for bfloat16 and float16 with K up to 256
+    (``normalize`` for bfloat16), and XLA operations elsewhere, both in chunks. Decays,
+    states and sums are float32 (float64 for float64 inputs). Memory is linear in T, and
+    between the passes nothing is kept but the arguments: the backward pass computes the
+    states at the starts of chunks again.
 
-    Works under ``jit``, ``grad`` to any order, forward mode, ``vmap``, ``scan``,
-    ``shard_map``, ``jax.checkpoint`` (the results are named
-    ``tk_linear_attention_out`` and ``tk_linear_attention_state``, see
-    :mod:`tk_jax.checkpoint_policies`) and ``jax.export``. All arrays but
-    ``segment_ids`` have gradients, and the final state is differentiable.
+    Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``shard_map``, ``jax.checkpoint``
+    (the results are named ``tk_linear_attention_out`` and
+    ``tk_linear_attention_state``, see :mod:`tk_jax.checkpoint_policies`) and
+    ``jax.export``. Where the kernels support a call, forward mode and derivatives of
+    higher order need ``implementation="xla"``. All arrays but ``segment_ids`` have
+    gradients, and the final state is differentiable.
 
     Args:
       q: Queries ``[..., T, G, K]``, with any number of leading batch dimensions; in
@@ -72,8 +74,9 @@ def linear_attention(
       segment_ids: int32, broadcast to ``[..., T]``: the state is zeroed at each token
         whose id differs from the one before it. The initial state belongs to the first
         segment, the final one is that of the last.
-      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"``
-        raise, as there is no kernel yet.
+      implementation: ``None`` chooses: kernels where they support the call, else XLA.
+        ``"tk"`` and ``"xla"`` demand one of both, ``"interpret"`` runs the kernels'
+        source on the CPU, checked.
 
     Returns:
       ``out [..., T, H, V]`` in the dtype of the inputs; with ``return_final_state``
@@ -83,7 +86,8 @@ def linear_attention(
       TypeError: an input is not an array, or a setting is not static.
       ValueError: shapes or dtypes do not fit each other, T, G, K, H or V is zero (a
         batch may be), or a setting has an unknown value.
-      NotImplementedError: ``implementation="tk"`` or ``"interpret"``.
+      NotImplementedError: ``implementation="tk"`` or ``"interpret"`` and the kernels
+        lack something, such as float32 or K beyond 256.
 
     Katharopoulos et al., "Transformers are RNNs" (2020), section 3; decays per head as
     in Sun et al., "Retentive Network" (2023), section 2, and Qin et al., "Lightning
@@ -141,7 +145,8 @@ def linear_attention_step(
 
     The arguments are those of that function without the axis T, and its ``final_state``
     is the first ``state``; zeros start a sequence. The state that is returned has the
-    shape and dtype of the one taken, so that its buffer can be donated.
+    shape and dtype of the one taken, so that its buffer can be donated. Runs in XLA
+    operations on every platform: there is no TK kernel for a step yet.
 
     Args:
       q: Queries ``[..., G, K]``.
@@ -152,7 +157,8 @@ def linear_attention_step(
       log_decay: ``[..., H]`` or ``[H]``.
       scale: As there.
       normalize: As there.
-      implementation: As there.
+      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"``
+        raise, as there is no kernel yet.
 
     Returns:
       ``out [..., H, V]`` in the dtype of the inputs, and the next state.

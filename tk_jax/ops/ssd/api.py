@@ -56,15 +56,18 @@ def ssd(
     ``mamba_chunk_scan_combined``. The clipping is always there, so that without
     ``dt_limit`` a negative dt is 0; at a limit its gradient passes, beyond it is zero.
 
-    Runs in XLA operations on every platform, in chunks: there is no TK kernel yet.
+    Runs TK kernels on Hopper GPUs for bfloat16 and float16 with N up to 256 (steps and
+    the gate z are XLA's there too), and XLA operations elsewhere, both in chunks.
     Steps, decays, states and sums are float32 (float64 for float64 inputs). Memory is
     linear in T, and between the passes nothing is kept but the arguments: the backward
-    pass computes the states at the starts of chunks again.
+    pass computes the states at the starts of chunks again, and with z the output.
 
-    Works under ``jit``, ``grad`` to any order, forward mode, ``vmap``, ``scan``,
-    ``shard_map``, ``jax.checkpoint`` (the results are named ``tk_ssd_out`` and
-    ``tk_ssd_state``, see :mod:`tk_jax.checkpoint_policies`) and ``jax.export``. All
-    arrays but ``segment_ids`` have gradients, and the final state is differentiable.
+    Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``shard_map``, ``jax.checkpoint``
+    (the results are named ``tk_ssd_out`` and ``tk_ssd_state``, see
+    :mod:`tk_jax.checkpoint_policies`) and ``jax.export``. Where the kernels support a
+    call, forward mode and derivatives of higher order need ``implementation="xla"``.
+    All arrays but ``segment_ids`` have gradients, and the final state is
+    differentiable.
 
     Args:
       x: ``[..., T, H, P]``, with any number of leading batch dimensions; in bfloat16,
@@ -87,8 +90,9 @@ def ssd(
       segment_ids: int32, broadcast to ``[..., T]``: the state is zeroed at each token
         whose id differs from the one before it. The initial state belongs to the first
         segment, the final one is that of the last.
-      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"``
-        raise, as there is no kernel yet.
+      implementation: ``None`` chooses: kernels where they support the call, else XLA.
+        ``"tk"`` and ``"xla"`` demand one of both, ``"interpret"`` runs the kernels'
+        source on the CPU, checked.
 
     Returns:
       ``y [..., T, H, P]`` in the dtype of ``x``; with ``return_final_state`` also the
@@ -98,7 +102,8 @@ def ssd(
       TypeError: an input is not an array, or a setting is not static.
       ValueError: shapes or dtypes do not fit each other, T, H, P, G or N is zero (a
         batch may be), or a setting has an unknown value.
-      NotImplementedError: ``implementation="tk"`` or ``"interpret"``.
+      NotImplementedError: ``implementation="tk"`` or ``"interpret"`` and the kernels
+        lack something, such as float32 or N beyond 256.
 
     Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms
     Through Structured State Space Duality" (2024), section 6 and listing 1.
@@ -198,7 +203,8 @@ def ssd_step(
     The arguments are those of that function without the axis T, and its ``final_state``
     is the first ``state``; zeros start a sequence. The state that is returned has the
     shape and dtype of the one taken, so that its buffer can be donated. What mamba-ssm
-    calls ``selective_state_update``, for one dt to a head.
+    calls ``selective_state_update``, for one dt to a head. Runs in XLA operations on
+    every platform: there is no TK kernel for a step yet.
 
     Args:
       x: ``[..., H, P]``.
@@ -212,7 +218,8 @@ def ssd_step(
       dt_bias: ``[H]``.
       dt_softplus: As there.
       dt_limit: As there.
-      implementation: As there.
+      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"``
+        raise, as there is no kernel yet.
 
     Returns:
       ``y [..., H, P]`` in the dtype of ``x``, and the next state.
