@@ -27,7 +27,7 @@ class Arrays:
         self.skip = floats(H, columns)
         self.dskip = floats(B, H, chunks, columns)
         self.ends = floats(B, H, segments, V, K)
-        self.states = (dtype, [B, H, chunks, columns, K])
+        self.states = (dtype, [B, H, -(-chunks // 2), columns, K])  # of pairs
 
 
 ARRAYS = Arrays()
@@ -150,7 +150,7 @@ def test_launches():
     assert keys["strides"] == [320, 160, 32000]
     assert values["dims"] == [96, 100, 4, 2]
     assert keys["box"] == values["box"] == [64, 64, 1, 1]
-    assert (stored["dims"], stored["strides"]) == ([80, 2 * 4 * 2 * 128], [160])
+    assert (stored["dims"], stored["strides"]) == ([80, 2 * 4 * 128], [160])
     assert stored["box"] == [64, 64]
     assert len(ran[2].of("map")) == 4
     assert len(ran[3].of("map")) == 9
@@ -214,7 +214,7 @@ def test_empty_batch_launches_nothing():
             _INVALID,
             "a kernel that does not take weights",
         ),
-        (states(to=_NONE), _INVALID, "neither chunk_states nor to is asked for"),
+        (states(to=_NONE), _INVALID, "neither pair_states nor to is asked for"),
         (
             states(chunks_of_segment=3),
             _INVALID,
@@ -237,9 +237,9 @@ def test_empty_batch_launches_nothing():
         ),
         (states(stages=8), _INVALID, "bytes of shared memory"),
         (
-            states(stored=("bfloat16", [2, 4, 2, 96, 80])),
+            states(stored=("bfloat16", [2, 4, 1, 96, 80])),
             _INVALID,
-            "chunk_states has shape (2, 4, 2, 96, 80); expected (2, 4, 2, 128, 80)",
+            "pair_states has shape (2, 4, 1, 96, 80); expected (2, 4, 1, 128, 80)",
         ),
         (
             outputs(k=("float16", ARRAYS.q[1])),
@@ -287,9 +287,9 @@ def test_empty_batch_launches_nothing():
             "weights and dweights go together, and so do skip and dskip",
         ),
         (
-            gradients(states=("bfloat16", [2, 4, 2, 128, 128])),
+            gradients(states=("bfloat16", [2, 4, 1, 128, 128])),
             _INVALID,
-            "states has shape (2, 4, 2, 128, 128); expected (2, 4, 2, 128, 80)",
+            "states has shape (2, 4, 1, 128, 128); expected (2, 4, 1, 128, 80)",
         ),
         (gradients(stages=0), _INVALID, "config.stages is 0; expected 1 to 8"),
         (
