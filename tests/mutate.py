@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 
-from tests.mutations import MUTATIONS, Mutation
+from tests.mutation import Mutation
+from tests.mutations import MUTATIONS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAMS = (
