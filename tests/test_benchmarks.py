@@ -251,14 +251,16 @@ def test_any_order_is_timed_backward_alone(on_cpu, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "directions"),
     [
-        "B1-T40-S40-H2-K1-D64-causal-bf16-w7",
-        "B2-T32-S32-H2-K2-D64-full-bf16-docs4",
-        "B1-T32-S32-H2-K2-D64-causal-bf16-DV32-w5-docs2",
+        ("B1-T40-S40-H2-K1-D64-causal-bf16-w7", ["fwd"]),
+        ("B2-T32-S32-H2-K2-D64-full-bf16-docs4", ["fwd"]),
+        ("B1-T32-S32-H2-K2-D64-causal-bf16-DV32-w5-docs2", ["fwd", "bwd"]),
     ],
 )
-def test_gate_knows_masks_and_dims(on_cpu, monkeypatch, tmp_path, capsys, case):
+def test_gate_knows_masks_and_dims(
+    on_cpu, monkeypatch, tmp_path, capsys, case, directions
+):
     path = tmp_path / "attention.json"
 
     def unmasked(case):
@@ -267,7 +269,7 @@ def test_gate_knows_masks_and_dims(on_cpu, monkeypatch, tmp_path, capsys, case):
     known = implementations.IMPLEMENTATIONS["attention"]
     monkeypatch.setitem(known, "unmasked", (None, unmasked))
     arguments = ("attention", "--cases", case, "--impls", "tk", "unmasked")
-    assert benchmark(*arguments, "--out", path) == 0
+    assert benchmark(*arguments, "--directions", *directions, "--out", path) == 0
     rows = json.loads(path.read_text())["rows"]
     assert {row["implementation"] for row in rows} == {"tk"}
     assert "unmasked: WRONG, not timed: out largest error" in capsys.readouterr().out
