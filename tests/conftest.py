@@ -27,7 +27,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--exhaustive",
         action="store_true",
-        help="run the tests marked exhaustive too: ten minutes more on two cores",
+        help="run the tests marked exhaustive too, as before a release: a quarter of "
+        "an hour more on two cores",
     )
 
 
