@@ -88,7 +88,8 @@ class Case:
         return q, k, v, dout, rng.standard_normal(rows, np.float32)
 
 
-def _make_cases() -> list[Case]:
+def _lengths() -> list[Case]:
+    """Cases that differ in little but their lengths."""
     lengths = (1, 7, 63, 64, 65, 127, 129, 191, 193, 1000, 1023, 1025, 4096)
     cases = []
     for index, length in enumerate(lengths):
@@ -121,8 +122,11 @@ def _make_cases() -> list[Case]:
             Case(1, seqlen_q, seqlen_kv, 4, 2, 192 - head_dim, "bottom_right"),
             Case(1, seqlen_q, seqlen_kv, 2, 2, head_dim, "full"),
         ]
+    return cases
+
+
+def _others() -> list[Case]:
     return [
-        *cases,
         # Eight query heads for each key head, multi-query, equal and odd head counts.
         Case(1, 257, 257, 16, 2, 64, "causal"),
         Case(1, 257, 257, 16, 2, 128, "causal"),
@@ -186,7 +190,8 @@ def _other_head_dims() -> list[Case]:
     ]
 
 
-CASES = _make_cases()
+LENGTHS = _lengths()
+CASES = LENGTHS + _others()
 
 
 def reference_f64(case: Case, q, k, v, dout, dlse):

@@ -236,7 +236,7 @@ CASES = [
     ScoreCase(Case(2, 97, 113, 4, 2, 64, "causal"), bias="BHTS"),
     ScoreCase(Case(2, 70, 131, 2, 1, 128, "full", "fp16"), bias="HTS"),
     ScoreCase(Case(2, 200, 67, 4, 2, 64, "full"), bias="TS", spread=3.0),
-    ScoreCase(Case(3, 67, 200, 2, 1, 128, "causal"), bias="BS"),
+    ScoreCase(Case(3, 67, 200, 2, 1, 64, "causal"), bias="BS"),
     ScoreCase(Case(2, 150, 130, 2, 2, 64, "bottom_right"), bias="HT"),
     ScoreCase(Case(2, 65, 65, 2, 1, 64, "full"), bias=""),
     ScoreCase(Case(2, 140, 97, 4, 2, 128, "full"), bias="BTS", bias_dtype="float32"),

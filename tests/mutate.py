@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 
-from tests.mutations import MUTATIONS, Mutation
+from tests.mutation import Mutation
+from tests.mutations import MUTATIONS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAMS = (
@@ -29,6 +30,8 @@ SCHEDULES = 50
 CLEAN_SCHEDULES = 200
 DEMANDED = 0.95
 _BEGIN, _END = "<!-- mutations -->\n", "<!-- end of mutations -->\n"
+_COMMON = ("tests/interpreter/harness.h", "tk/tk.cuh")
+_LEVEL = "-O1"  # compiling takes longer than running
 _FLAGS = ("-std=c++20", "-DTK_INTERPRETER", "-Wno-unknown-pragmas", "-pthread")
 
 
@@ -42,42 +45,57 @@ class Outcome:
     text: str
 
 
-def build_engine(
-    folder: pathlib.Path, jobs: int, compiler: str = "g++"
-) -> list[pathlib.Path]:
-    """The interpreter's own objects."""
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What programs have in common."""
+
+    objects: list[pathlib.Path]
+    header: pathlib.Path  # of which the compiler has a version that it need not parse
+    compiler: str
+
+
+def build_engine(folder: pathlib.Path, jobs: int, compiler: str = "g++") -> Engine:
+    """The interpreter's own objects, and the headers before a kernel's."""
     sources = sorted((ROOT / "cuda" / "interpreter").glob("*.cc"))
+    header = folder / "common.h"
+    header.write_text("".join(f'#include "{name}"\n' for name in _COMMON))
+
+    def compile_(*arguments) -> None:
+        subprocess.run([compiler, *_FLAGS, *_includes(), *arguments], check=True)
 
     def build(source: pathlib.Path) -> pathlib.Path:
         target = folder / f"{source.stem}.o"
-        subprocess.run(
-            [compiler, *_FLAGS, "-O2", *_includes(), "-c", source, "-o", target],
-            check=True,
-        )
+        compile_("-O2", "-c", source, "-o", target)
         return target
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(build, sources))
+        precompiled = (_LEVEL, "-x", "c++-header", header, "-o", f"{header}.gch")
+        done = pool.submit(compile_, *precompiled)
+        objects = list(pool.map(build, sources))
+        done.result()
+    return Engine(objects, header, compiler)
 
 
 def build_program(
     name: str,
-    engine: list[pathlib.Path],
+    engine: Engine,
     folder: pathlib.Path,
     overlay: pathlib.Path | None = None,
-    compiler: str = "g++",
 ) -> pathlib.Path:
     """A program of tests/interpreter; files in ``overlay`` hide those in cuda/."""
     target = folder / name
     source = ROOT / "tests" / "interpreter" / f"{name}.cc"
+    # The common headers are those of cuda/: none of them may be hidden.
+    common = [] if overlay and (overlay / "include").exists() else [engine.header]
     subprocess.run(
         [
-            compiler,
+            engine.compiler,
             *_FLAGS,
-            "-O1",  # compiling takes longer than running
+            _LEVEL,
             *_includes(overlay),
+            *(word for header in common for word in ("-include", header)),
             source,
-            *engine,
+            *engine.objects,
             "-o",
             target,
         ],
@@ -117,7 +135,7 @@ def name_of(report: str) -> str:
     return found.group(1) if found else "wrong result"
 
 
-def try_mutation(mutation: Mutation, engine: list[pathlib.Path]) -> Outcome:
+def try_mutation(mutation: Mutation, engine: Engine) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         hidden = folder / mutation.file

@@ -94,11 +94,11 @@ def _value_and_gradients(attention, settings):
 
 _SEVERAL = [
     *itertools.combinations(OPTIONS, 1),
-    *itertools.combinations(OPTIONS, len(OPTIONS) - 1),
     tuple(OPTIONS),
     *(
-        pytest.param(pair, marks=pytest.mark.exhaustive)
-        for pair in itertools.combinations(OPTIONS, 2)
+        pytest.param(options, marks=pytest.mark.exhaustive)
+        for size in (2, len(OPTIONS) - 1)
+        for options in itertools.combinations(OPTIONS, size)
     ),
 ]
 
@@ -106,7 +106,7 @@ _SEVERAL = [
 @pytest.mark.parametrize("options", _SEVERAL, ids="-".join)
 @pytest.mark.usefixtures("small_blocks")
 def test_gradients_of_several_options(options):
-    """Of each alone, of all but one and of all; and, at length, of each pair."""
+    """Of each alone and of all; and, at length, of each pair and of all but one."""
     settings = settings_of(options)
     assert_close(
         _value_and_gradients(ours, settings),

@@ -64,7 +64,15 @@ def interpreter():
         pytest.skip("the interpreter runs on the CPU alone")
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+# Each is two kernels to be compiled: what these two have, others have too.
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(x, marks=[pytest.mark.exhaustive] if i in (1, 5) else [])
+        for i, x in enumerate(SMALL)
+    ],
+    ids=str,
+)
 def test_in_the_interpreter(case, interpreter):
     attention_masks.check(case, implementation="interpret")
 

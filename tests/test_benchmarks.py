@@ -5,12 +5,10 @@ import functools
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import types
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 import tk_jax
@@ -27,8 +25,6 @@ from benchmarks import (  # noqa: E402
     results,
     run,
     table,
-    timing,
-    tuning,
 )
 
 ATTENTION = "B2-T32-S48-H4-K2-D64-causal-bf16"
@@ -255,14 +251,16 @@ def test_any_order_is_timed_backward_alone(on_cpu, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "directions"),
     [
-        "B1-T40-S40-H2-K1-D64-causal-bf16-w7",
-        "B2-T32-S32-H2-K2-D64-full-bf16-docs4",
-        "B1-T32-S32-H2-K2-D64-causal-bf16-DV32-w5-docs2",
+        ("B1-T40-S40-H2-K1-D64-causal-bf16-w7", ["fwd"]),
+        ("B2-T32-S32-H2-K2-D64-full-bf16-docs4", ["fwd"]),
+        ("B1-T32-S32-H2-K2-D64-causal-bf16-DV32-w5-docs2", ["fwd", "bwd"]),
     ],
 )
-def test_gate_knows_masks_and_dims(on_cpu, monkeypatch, tmp_path, capsys, case):
+def test_gate_knows_masks_and_dims(
+    on_cpu, monkeypatch, tmp_path, capsys, case, directions
+):
     path = tmp_path / "attention.json"
 
     def unmasked(case):
@@ -271,7 +269,7 @@ def test_gate_knows_masks_and_dims(on_cpu, monkeypatch, tmp_path, capsys, case):
     known = implementations.IMPLEMENTATIONS["attention"]
     monkeypatch.setitem(known, "unmasked", (None, unmasked))
     arguments = ("attention", "--cases", case, "--impls", "tk", "unmasked")
-    assert benchmark(*arguments, "--out", path) == 0
+    assert benchmark(*arguments, "--directions", *directions, "--out", path) == 0
     rows = json.loads(path.read_text())["rows"]
     assert {row["implementation"] for row in rows} == {"tk"}
     assert "unmasked: WRONG, not timed: out largest error" in capsys.readouterr().out
@@ -415,161 +413,6 @@ def test_partial_runs_leave_the_committed_results(on_cpu, monkeypatch, tmp_path)
     assert benchmark("matmul", "--commit", "abc") == 0
     (path,) = tmp_path.rglob("*.json")
     assert path == tmp_path / "results" / "nvidia-h100-80gb-hbm3" / "matmul.json"
-
-
-def test_default_cases():
-    grid = case_sets.default_cases("attention")
-    names = [str(case) for case in grid]
-    assert len(names) == len(set(names)) == 48
-    assert "B4-T4096-S4096-H16-K16-D128-causal-bf16" in names
-    assert {case.seqlen_q for case in grid} == {2**n for n in range(9, 15)}
-    for case in grid:
-        assert case.batch * case.seqlen_q == 16384
-        assert case.num_heads * case.head_dim in (2048, 4096)
-    # Whoever stops early has samples of every family.
-    assert len({(c.head_dim, c.num_kv_heads, c.is_causal) for c in grid[:8]}) == 8
-
-
-@pytest.mark.parametrize("op", cases.CASE_TYPES)
-def test_names_of_cases_parse(op):
-    everything = case_sets.cases_of(op, "all")
-    assert len({str(case) for case in everything}) == len(everything)
-    for case in everything:
-        assert cases.CASE_TYPES[op].parse(str(case)) == case
-
-
-def test_sets():
-    masks = [str(case) for case in case_sets.cases_of("attention", "masks")]
-    assert "B1-T16384-S16384-H16-K16-D128-causal-bf16-w1024" in masks
-    assert "B1-T16384-S16384-H16-K16-D128-full-bf16-docs16" in masks
-    assert "B1-T16384-S16384-H16-K16-D128-full-bf16" in masks
-    values = [str(case) for case in case_sets.cases_of("attention", "values")]
-    assert "B4-T4096-S4096-H16-K16-D192-causal-bf16-DV128" in values
-    with pytest.raises(ValueError, match="matmul has no set 'masks'"):
-        case_sets.cases_of("matmul", "masks")
-
-
-@pytest.mark.parametrize(
-    ("more", "visible"),
-    [
-        ("", 64.0),
-        ("-w3", 8 * 7 - 2 * (1 + 2 + 3)),
-        ("-docs2", 32.0),
-        ("-w1-docs2", 2 * (4 * 3 - 2)),
-    ],
-)
-def test_flops_count_what_is_visible(more, visible):
-    case = cases.AttentionCase.parse(f"B2-T8-S8-H6-K3-D64-full-bf16-DV32{more}")
-    assert str(case).endswith(more) and case.visible == visible
-    assert case.flops("fwd") == 2 * 12 * visible * (64 + 32)
-    assert case.flops("bwd") == 2 * 12 * visible * (3 * 64 + 2 * 32)
-    assert case.shapes == ((2, 8, 6, 64), (2, 8, 3, 64), (2, 8, 3, 32))
-    assert case.out_shape == (2, 8, 6, 32)
-
-
-def test_select_cases():
-    assert len(case_sets.select_cases("attention", ["D128-causal"])) == 12
-    assert len(case_sets.select_cases("attention", ["D128", "causal"])) == 36
-    (case,) = case_sets.select_cases("matmul", [MATMUL], quick=True)
-    assert (case.m, case.n, case.k, case.transposes) == (40, 24, 16, "nt")
-    assert case.shapes == ((40, 16), (24, 16))
-    with pytest.raises(ValueError, match="no case of matmul matches 'D128'"):
-        case_sets.select_cases("matmul", ["D128"])
-
-
-def test_roofline_is_by_flops_or_by_bytes():
-    large = cases.MatmulCase(1, 8192, 8192, 8192)
-    seconds = 2 * 8192**3 / 989e12
-    assert results.roofline_fraction(large, "fwd", 2 * seconds, GPU) == 0.5
-    narrow = cases.MatmulCase(1, 8192, 8, 8192)
-    seconds = 2 * (8192 * 8192 + 2 * 8192 * 8) / 3.35e12
-    assert results.roofline_fraction(narrow, "fwd", seconds, GPU) == 1
-    assert results.roofline_fraction(large, "fwd", seconds, "another GPU") is None
-
-
-def test_measure_alternates_and_rotates():
-    order = []
-
-    def call(name):
-        def record(index):
-            order.append((name, index))
-            return jnp.zeros(())
-
-        return record
-
-    samples = timing.measure({"a": call("a"), "b": call("b")}, rounds=3, seconds=0)
-    assert {name: len(found) for name, found in samples.items()} == {"a": 3, "b": 3}
-    assert all(sample > 0 for found in samples.values() for sample in found)
-    # Three calls a sample; the seven before are each program's warm-up and estimate.
-    timed = order[14:]
-    assert [name for name, _ in timed[::3]] == ["a", "b", "b", "a", "a", "b"]
-    assert [index for _, index in timed[:3]] == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["attention", "--impls", "magic"], "unknown implementation 'magic'"),
-        (["matmul", "--tk-bwd-configs", "1x2"], "matmul's gradients are matmuls"),
-        (["softmax"], "invalid choice: 'softmax'"),
-        (["matmul", "--cases", "nothing"], "no case of matmul matches 'nothing'"),
-        (["matmul", "--tk-configs", "128,256"], "'128,256' is not a config"),
-    ],
-)
-def test_bad_arguments(argv, message, capsys):
-    try:
-        code = run.main(argv)
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_without_a_gpu_it_says_so_and_lists_on_request():
-    command = [sys.executable, "-m", "benchmarks.run", "matmul"]
-    run_here = functools.partial(
-        subprocess.run, cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    listed = run_here([*command, "--dry-run", "--tk-configs", "128x128x64x6"])
-    assert listed.returncode == 0, listed.stderr
-    assert "B1-M4096-N14336-K4096-nn-bf16\n" in listed.stdout
-    assert "implementations: tk cublas tk[128x128x64x6]" in listed.stdout
-    if results.find_gpu() is None:
-        refused = run_here(command)
-        assert refused.returncode == 2
-        assert "needs an NVIDIA GPU" in refused.stderr
-
-
-@pytest.mark.parametrize(
-    ("op", "case", "option", "text", "expected"),
-    [
-        ("attention", ATTENTION, "fwd", "128x64x3",
-         "block_kv = 64 : i64, block_q = 128 : i64, stages = 3"),
-        ("attention", ATTENTION, "bwd", "64x64x1",
-         "block_kv = 64 : i64, block_q = 64 : i64, dq_block_kv = 0 : i64, "
-         "dq_stages = 0 : i64, stages = 1"),
-        ("matmul", MATMUL, "fwd", "128x64x64x5x1",
-         "block_m = 128 : i64, block_n = 64 : i64, cluster_m = 1 : i64, group_m = 8"),
-    ],
-)  # fmt: skip
-def test_variants_reach_the_kernel(op, case, option, text, expected):
-    case = cases.CASE_TYPES[op].parse(case)
-    variant = tuning.Variant.parse(option, text)
-    assert str(variant) == f"tk[{text}]"
-    function = variant.build(case)
-    structs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in case.shapes]
-    out = jax.eval_shape(function, *structs)
-    assert out.shape == case.out_shape
-
-    def both(dout, *arrays):
-        return jax.vjp(function, *arrays)[1](dout)
-
-    lowered = (
-        jax.jit(function).trace(*structs)
-        if op == "matmul"
-        else jax.jit(both).trace(out, *structs)
-    )
-    assert expected in lowered.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_plot(on_cpu, tmp_path):

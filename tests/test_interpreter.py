@@ -21,8 +21,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 # The GPU's cases, without the longest. Each walks over several tiles on four
-# multiprocessors as a long one does on more.
-CASES = [case for case in attention_cases.CASES if case.scores <= 600_000]
+# multiprocessors as a long one does on more. Of those that differ in length alone,
+# every second is for --exhaustive: of each length, a case or two of three remain.
+_SELDOM = attention_cases.LENGTHS[1::2]
+CASES = [
+    pytest.param(
+        case, marks=[pytest.mark.exhaustive] if case in _SELDOM else [], id=str(case)
+    )
+    for case in attention_cases.CASES
+    if case.scores <= 600_000
+]
 
 
 def _kernel(case, **settings):
@@ -42,7 +50,7 @@ def _kernel(case, **settings):
     return run
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES)
 def test_attention_and_its_gradients(case):
     inputs = case.inputs()
     results = _kernel(case)(*inputs)

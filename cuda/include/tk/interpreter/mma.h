@@ -12,15 +12,26 @@
 namespace tk::warpgroup {
 namespace detail_mma {
 
+// Four columns: host compilers make one instruction of it, also without optimising much, as kernels
+// are that are compiled when they are asked for. This is where the interpreter spends its time.
+using Columns = float __attribute__((vector_size(16)));
+
 // acc += A B with B stored [kDepth, kN], sixteen of the depth at a time, in fp32.
 template <int kDepth, int kN>
 void add_product(float (&acc)[16][kN], const float* a, const float* b) {
+  constexpr int kWidth = kN % 32 == 0 ? 8 : kN % 16 == 0 ? 4 : 2;
+  static_assert(kN % (4 * kWidth) == 0);
   for (int first = 0; first < kDepth; first += 16) {
     for (int row = 0; row < 16; ++row) {
-      for (int k = first; k < first + 16; ++k) {
-        const float x = a[row * kDepth + k];
-        const float* y = b + k * kN;
-        for (int col = 0; col < kN; ++col) acc[row][col] += x * y[col];
+      for (int col = 0; col < kN; col += 4 * kWidth) {
+        Columns sums[kWidth], y[kWidth];
+        __builtin_memcpy(sums, &acc[row][col], sizeof(sums));
+        for (int k = first; k < first + 16; ++k) {
+          const float x = a[row * kDepth + k];
+          __builtin_memcpy(y, b + k * kN + col, sizeof(y));
+          for (int i = 0; i < kWidth; ++i) sums[i] += x * y[i];
+        }
+        __builtin_memcpy(&acc[row][col], sums, sizeof(sums));
       }
     }
   }

@@ -1,0 +1,143 @@
+"""Ways to break attention's forward kernel."""
+
+from tests.mutation import Mutation
+
+_FORWARD = "kernels/attention/forward.cuh"
+_SOFTMAX = "kernels/attention/online_softmax.cuh"
+_LOOP = "Blocks keys = tile.keys;"
+
+
+def _forward(what, old, new="", after="", file=_FORWARD):
+    return Mutation(what, "attention_forward", file, old, new, after)
+
+
+MUTATIONS = [
+    _forward("no wait for q", "shared.q_ring.wait(q_state);"),
+    _forward("no wait for the first k", "shared.k_ring.wait(k_state);"),
+    _forward("no wait for v", "shared.v_ring.wait(v_state);"),
+    _forward("scores used before their wait", "warpgroup::mma_wait<0>(s_acc);"),
+    _forward(
+        "one product too many may be open",
+        "warpgroup::mma_wait<1>(s_acc);",
+        "warpgroup::mma_wait<2>(s_acc);",
+    ),
+    _forward(
+        "p overwritten while p v reads it",
+        "warpgroup::mma_wait<0>(o_acc, p);",
+        "warpgroup::mma_wait<0>(o_acc);",
+    ),
+    _forward(
+        "k released before its product is done",
+        "warpgroup::mma_wait<0>(s_acc);\n      release_keys();",
+        "release_keys();\n      warpgroup::mma_wait<0>(s_acc);",
+    ),
+    _forward("v never released", "shared.v_ring.release(v_state);"),
+    _forward("q never released", "shared.q_ring.release(q_done);"),
+    _forward("consumers never turn to the next q", "q_state = q_next;"),
+    _forward("the next tile's q not waited for", "shared.q_ring.wait(q_next);"),
+    _forward(
+        "the next tile's scores from this tile's q",
+        "issue_scores(q_next.stage);",
+        "issue_scores(q_state.stage);",
+    ),
+    _forward(
+        "consumers skip a stage of v",
+        "v_state.advance();",
+        "v_state.advance();\n      v_state.advance();",
+    ),
+    _forward(
+        "too few bytes expected of q",
+        "kConsumers * QTile::kBytes",
+        "QTile::kBytes",
+    ),
+    _forward(
+        "too many bytes expected of k",
+        "acquire(kv_state, KTile::kBytes)",
+        "acquire(kv_state, 2 * KTile::kBytes)",
+    ),
+    _forward(
+        "the last block of keys is not loaded",
+        "for (; tile.keys.valid(); tile.keys.next(map_row(params, tile)),",
+        "for (tile.keys.next(map_row(params, tile)); tile.keys.valid();\n"
+        "           tile.keys.next(map_row(params, tile)),",
+    ),
+    _forward(
+        "keys loaded one row too far",
+        "first_key, kv_head",
+        "first_key + 1, kv_head",
+    ),
+    _forward(
+        "queries of the wrong head",
+        "tile.first_query + 64 * i, tile.head,",
+        "tile.first_query + 64 * i, tile.head ^ 1,",
+    ),
+    _forward("the first block is not masked", "complete_scores(tile, tile.keys);"),
+    _forward(
+        "the next tile's first block is not masked",
+        "complete_scores(next, next.keys);",
+    ),
+    _forward(
+        "one block too many goes unmasked",
+        "keys.all_end / kBlockKv}",
+        "keys.all_end / kBlockKv + 1}",
+    ),
+    _forward(
+        "too few arrivals expected for q",
+        "shared.q_ring.init(4 * kConsumers);",
+        "shared.q_ring.init(kConsumers);",
+    ),
+    _forward(
+        "one arrival too few expected for k",
+        "shared.k_ring.init(4 * kConsumers);",
+        "shared.k_ring.init(4 * kConsumers - 1);",
+    ),
+    _forward(
+        "one arrival too many expected for v",
+        "shared.v_ring.init(4 * kConsumers);",
+        "shared.v_ring.init(4 * kConsumers + 1);",
+    ),
+    _forward("out is not published to the copy engine", "publish_shared();"),
+    _forward(
+        "q loaded over out while the copy engine reads it",
+        "if (warpgroup::leader()) tma::wait_read<0>();",
+    ),
+    _forward(
+        "out copied before all warps have written it",
+        "warpgroup::sync();",
+        after="publish_shared();",
+    ),
+    _forward("copies of out are not committed", "tma::commit();"),
+    _forward(
+        "all lanes copy out",
+        "if (warpgroup::leader()) {\n      tma::store",
+        "{\n      tma::store",
+    ),
+    _forward(
+        "a turn for half of the threads",
+        "named_sync(static_cast<Turn>(kTurn + consumer), 256)",
+        "named_sync(static_cast<Turn>(kTurn + consumer), 128)",
+    ),
+    _forward("the turn is not passed on", "pass_turn(consumer);", after=_LOOP),
+    _forward(
+        "the product p v is not committed",
+        "warpgroup::mma_commit();",
+        after="mma_AB(o_acc",
+    ),
+    _forward(
+        "the sum starts from nothing",
+        "bool accumulate = false;",
+        "bool accumulate = true;",
+    ),
+    _forward(
+        "out is not corrected",
+        "if (corrects) warp::mul_rows(o_acc, o_acc, softmax.correction);",
+    ),
+    _forward(
+        "row sums not brought together", "warp::finish_row_sum(row_sum);", file=_SOFTMAX
+    ),
+    _forward(
+        "row maxima not brought together",
+        "warp::finish_row_max(row_max);",
+        file=_SOFTMAX,
+    ),
+]
