@@ -84,9 +84,10 @@ def _chunk_sums(arrays, out_types, options, _):
 
 def _states(arrays, out_types, options, config):
     stored, ends = _all_states(arrays, options)
-    # Of each pair, what is before its first chunk, or after its last.
-    first = min(PAIR, stored.shape[2]) - 1 if options.reverse else 0
-    places = jnp.arange(first, stored.shape[2] + first, PAIR)
+    # Of each run, what is before its first chunk, or after its last.
+    every = options.stored_every or 1
+    first = min(every, stored.shape[2]) - 1 if options.reverse else 0
+    places = jnp.arange(first, stored.shape[2] + first, every)
     stored = stored[:, :, jnp.minimum(places, stored.shape[2] - 1)]
     stored = jnp.pad(
         stored, [(0, 0)] * 3 + [(0, -stored.shape[3] % SLICE), (0, 0)]
@@ -142,7 +143,7 @@ def _outputs(arrays, out_types, options, config):
     q, k, v, sums, weights, counts, skip, start = arrays
     heads, dim_v = v.shape[2:]
     product = functools.partial(_product, q.dtype)
-    forward = StatesOptions(1.0, False, options.chunks_of_segment)
+    forward = StatesOptions(1.0, False, options.chunks_of_segment, 0)
     states, ends = _all_states((k, v, sums, weights, counts, start), forward)
     before, _, _, within, weights = _gates(sums, weights, counts)
     q32, k32, v32 = (_tokens(x, heads) for x in (q, k, v))

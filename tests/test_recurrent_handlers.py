@@ -49,6 +49,7 @@ def states(
     to=None,
     reverse=False,
     chunks_of_segment=1,
+    stored_every=2,
     consumers=2,
     stages=3,
 ):
@@ -61,6 +62,7 @@ def states(
                 "scale": 1.0,
                 "reverse": reverse,
                 "chunks_of_segment": chunks_of_segment,
+                "stored_every": stored_every,
             },
             "config": {"consumers": consumers, "stages": stages},
         },
@@ -214,7 +216,12 @@ def test_empty_batch_launches_nothing():
             _INVALID,
             "a kernel that does not take weights",
         ),
-        (states(to=_NONE), _INVALID, "neither pair_states nor to is asked for"),
+        (
+            states(stored=ARRAYS.states, stored_every=0),
+            _INVALID,
+            "stored_every is 0; expected a number of chunks",
+        ),
+        (states(to=_NONE), _INVALID, "neither stored nor to is asked for"),
         (
             states(chunks_of_segment=3),
             _INVALID,
@@ -239,7 +246,7 @@ def test_empty_batch_launches_nothing():
         (
             states(stored=("bfloat16", [2, 4, 1, 96, 80])),
             _INVALID,
-            "pair_states has shape (2, 4, 1, 96, 80); expected (2, 4, 1, 128, 80)",
+            "stored has shape (2, 4, 1, 96, 80); expected (2, 4, 1, 128, 80)",
         ),
         (
             outputs(k=("float16", ARRAYS.q[1])),

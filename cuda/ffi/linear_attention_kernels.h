@@ -17,6 +17,7 @@ struct StatesOptions {
   float scale;
   bool reverse;
   long chunks_of_segment;
+  long stored_every;  // chunks to a stored state, or 0
 };
 struct OutputsOptions {
   float scale;
@@ -65,8 +66,8 @@ Result<KernelSpec> gate_gradients_spec();
 TK_REGISTER_SETTINGS(tk::ffi::ChunkSumsOptions, StructMember<std::int64_t>("seqlen"),
                      StructMember<float>("scale"), StructMember<float>("least"));
 TK_REGISTER_SETTINGS(tk::ffi::StatesOptions, StructMember<float>("scale"),
-                     StructMember<bool>("reverse"),
-                     StructMember<std::int64_t>("chunks_of_segment"));
+                     StructMember<bool>("reverse"), StructMember<std::int64_t>("chunks_of_segment"),
+                     StructMember<std::int64_t>("stored_every"));
 TK_REGISTER_SETTINGS(tk::ffi::OutputsOptions, StructMember<float>("scale"),
                      StructMember<std::int64_t>("chunks_of_segment"));
 TK_REGISTER_SETTINGS(tk::ffi::GradientsOptions, StructMember<float>("scale"));

@@ -80,7 +80,7 @@ struct StatesBuffers {
   AnyBuffer keys, values;
   GateBuffers gates;
   AnyBuffer from;
-  AnyBuffer pair_states, to;
+  AnyBuffer stored, to;
 };
 
 Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& options,
@@ -88,17 +88,23 @@ Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& option
   const auto sizes = read_linear_attention_sizes("keys", b.keys, "values", b.values);
   if (!sizes.ok()) return sizes.error();
   const LinearAttentionSizes& s = *sizes;
-  const bool stores = is_given(b.pair_states);
+  const bool stores = is_given(b.stored);
+  if (options.stored_every < 0 || options.stored_every > kMaxInt ||
+      (stores && options.stored_every == 0)) {
+    return invalid("stored_every is " + std::to_string(options.stored_every) +
+                   "; expected a number of chunks, or 0 where nothing is stored");
+  }
   if (Status status = first_error(
           {check_gates(b.gates, s),
-           stores ? check_like("pair_states", b.pair_states, b.keys,
-                               {s.batch, s.num_heads, s.pairs(), s.padded_values(), s.key_dim})
-                  : check_dtype("pair_states", b.pair_states, b.keys.element_type())});
+           stores ? check_like("stored", b.stored, b.keys,
+                               {s.batch, s.num_heads, ceil_div(s.chunks(), options.stored_every),
+                                s.padded_values(), s.key_dim})
+                  : check_dtype("stored", b.stored, b.keys.element_type())});
       !status.ok()) {
     return status.error();
   }
   if (!stores && !is_given(b.to) && !s.empty()) {
-    return invalid("neither pair_states nor to is asked for");
+    return invalid("neither stored nor to is asked for");
   }
   return read_walk(s, options.reverse ? Walk::kReverseStates : Walk::kStates, features_of(b.gates),
                    options.chunks_of_segment, config, b.from, b.to);
@@ -129,14 +135,14 @@ Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const St
                   {"weights", b.gates.weights, false},
                   {"counts", b.gates.counts, false},
                   {"from", b.from, false},
-                  {"pair_states", b.pair_states, true},
+                  {"stored", b.stored, true},
                   {"to", b.to, true}});
 
   linear_attention::StatesParams params = {};
-  params.stores = is_given(b.pair_states);
+  params.stored_every = is_given(b.stored) ? static_cast<int>(options.stored_every) : 0;
   if (Status status = first_error(
           {encode_tokens(&params.keys, b.keys, s), encode_tokens(&params.values, b.values, s),
-           params.stores ? encode_states(&params.pair_states, b.pair_states, s) : Status()});
+           params.stored_every > 0 ? encode_states(&params.stored, b.stored, s) : Status()});
       !status.ok()) {
     return status;
   }
@@ -218,23 +224,22 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
 using Ret = xffi::Result<AnyBuffer>;
 
 xffi::Error states_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer values, AnyBuffer sums,
-                              AnyBuffer weights, AnyBuffer counts, AnyBuffer from, Ret pair_states,
+                              AnyBuffer weights, AnyBuffer counts, AnyBuffer from, Ret stored,
                               Ret to, StatesOptions options, WalkConfig config) {
   return to_ffi(
       kStatesName,
-      initialize_states(device, {keys, values, {sums, weights, counts}, from, *pair_states, *to},
+      initialize_states(device, {keys, values, {sums, weights, counts}, from, *stored, *to},
                         options, config));
 }
 
 xffi::Error states_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer keys,
                            AnyBuffer values, AnyBuffer sums, AnyBuffer weights, AnyBuffer counts,
-                           AnyBuffer from, Ret pair_states, Ret to, StatesOptions options,
+                           AnyBuffer from, Ret stored, Ret to, StatesOptions options,
                            WalkConfig config) {
   return to_ffi(kStatesName, explore([&] {
-                  return execute_states(
-                      device, stream,
-                      {keys, values, {sums, weights, counts}, from, *pair_states, *to}, options,
-                      config);
+                  return execute_states(device, stream,
+                                        {keys, values, {sums, weights, counts}, from, *stored, *to},
+                                        options, config);
                 }));
 }
 
@@ -267,7 +272,7 @@ auto bind_states(Binding binding) {
       .template Arg<AnyBuffer>()  // weights, or of size 0
       .template Arg<AnyBuffer>()  // counts, or of size 0
       .template Arg<AnyBuffer>()  // from, or of size 0 for zeros
-      .template Ret<AnyBuffer>()  // pair_states, or of size 0
+      .template Ret<AnyBuffer>()  // stored, or of size 0
       .template Ret<AnyBuffer>()  // to, or of size 0
       .template Attr<StatesOptions>("options")
       .template Attr<WalkConfig>("config");

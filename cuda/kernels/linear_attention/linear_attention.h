@@ -83,11 +83,11 @@ constexpr int kHeadsOfBlock = 16;
 struct StatesParams {
   TensorMap keys;    // [B, T, G, K]: dimensions (K, T, G, B), box (64, 64, 1, 1)
   TensorMap values;  // [B, T, H, V]: the same
-  // [rows, K] where rows are (b, h, pair, v): at the start of each pair of chunks (reverse: at its
-  // end), in the type of the inputs; dimensions (K, B * H * pairs * 64 * slices), box (64, 64). If
-  // stores.
-  TensorMap pair_states;
-  bool stores;
+  // [rows, K] where rows are (b, h, run, v): at the start of each run of stored_every chunks
+  // (reverse: at its end), in the type of the inputs; dimensions (K, B * H * runs * 64 * slices),
+  // box (64, 64).
+  TensorMap stored;
+  int stored_every;  // 0 where none are
   Gates gates;
   const float* from;  // [B, H, segments, V, K] at the starts (reverse: ends), or null for zeros
   float* to;          // the same at the ends (reverse: starts), or null
@@ -150,7 +150,7 @@ struct GradientsParams {
   TensorMap v, dout;          // (V, T, H, B), the same
   TensorMap dq, dk;           // as q
   TensorMap dv;               // as v
-  TensorMap states, dstates;  // as StatesParams' pair_states
+  TensorMap states, dstates;  // as StatesParams' stored, of pairs
   Gates gates;
   const float* skip;  // [H, 64 * slices], or null
   // Parts of the gradients of gates, [B, H, padded]: gate_gradients.cuh says what they are.

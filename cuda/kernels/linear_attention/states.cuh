@@ -1,11 +1,11 @@
-// The state at the starts of chunks, or at the ends of segments; and backwards, the state's
-// gradient.
+// The state at the starts of runs of chunks, or at the ends of segments; and backwards, the
+// state's gradient.
 //
 //   S <- total S + (diag(w * after) v)^T k           forward, through the chunks of a segment
 //   dS <- total dS + (diag(scale * before) dout)^T q  reverse, back through them
 //
-// with the gates of a chunk (gates.cuh). What the backward pass needs of each pair of chunks is S
-// before it and dS after it, rounded to the type of its products.
+// with the gates of a chunk (gates.cuh). Stored, and rounded to the type of products, are S
+// before each run of chunks and dS after it.
 // Grid: kConsumers slices of 64 values, segments, batch. A block walks its segment's chunks.
 // Roles: a producer warp loads a ring of keys and each consumer's values and gates; a consumer
 // warpgroup keeps the state (64 x K, fp32) of its slice in registers, and a copy on its way out.
@@ -68,10 +68,10 @@ struct States {
     return Traits::kReverse ? segment.end - 1 - step : segment.first + step;
   }
 
-  // Whether the walk comes to a pair of chunks with this one. The last pair may have but one.
-  __device__ __forceinline__ static bool begins_pair(const StatesParams& params, int chunk) {
-    if (!Traits::kReverse) return chunk % kPair == 0;
-    return chunk % kPair == kPair - 1 || chunk == params.chunks - 1;
+  // Whether the walk comes to a run of chunks with this one. The last run may be shorter.
+  __device__ __forceinline__ static bool begins_run(const StatesParams& params, int chunk) {
+    if (!Traits::kReverse) return chunk % params.stored_every == 0;
+    return (chunk + 1) % params.stored_every == 0 || chunk == params.chunks - 1;
   }
 
   __device__ __forceinline__ static void init(const StatesParams&, Shared& shared) {
@@ -113,11 +113,11 @@ struct States {
     typename Ring::State stage;
     for (int step = 0; step < segment.end - segment.first; ++step, stage.advance()) {
       const int chunk = chunk_at(segment, step);
-      if (params.stores && begins_pair(params, chunk)) {
-        const int pairs = ceil_div(params.chunks, kPair);
-        const int matrix = place.row(params) * pairs + chunk / kPair;
-        store_pair_state(params, shared.state_smem[consumer], state,
-                         (matrix * slices + place.slice) * kSlice);
+      if (params.stored_every > 0 && begins_run(params, chunk)) {
+        const int runs = ceil_div(params.chunks, params.stored_every);
+        const int matrix = place.row(params) * runs + chunk / params.stored_every;
+        store_chunk_state(params, shared.state_smem[consumer], state,
+                          (matrix * slices + place.slice) * kSlice);
       }
       const ChunkGates<kFeatures>& gates = shared.gates[consumer][stage.stage];
       shared.ring.wait(stage);
@@ -134,16 +134,16 @@ struct States {
     if (warpgroup::leader()) tma::wait_read<0>();
   }
 
-  __device__ __forceinline__ static void store_pair_state(const StatesParams& params,
-                                                          const StateTile& state_smem,
-                                                          const State& state, int row) {
+  __device__ __forceinline__ static void store_chunk_state(const StatesParams& params,
+                                                           const StateTile& state_smem,
+                                                           const State& state, int row) {
     if (warpgroup::leader()) tma::wait_read<0>();  // the last one has left
     warpgroup::sync();
     warpgroup::store(state_smem, state);
     publish_shared();
     warpgroup::sync();
     if (warpgroup::leader()) {
-      tma::store(params.pair_states, state_smem, 0, row);
+      tma::store(params.stored, state_smem, 0, row);
       tma::commit();
     }
   }

@@ -53,20 +53,23 @@ def states(
     *,
     scale: float = 1.0,
     reverse: bool = False,
-    stores: bool = False,
+    stored_every: int = 0,
     ends: bool = True,
 ):
-    """States before pairs of chunks if ``stores``, and after segments if ``ends``.
+    """States before runs of ``stored_every`` chunks, and after segments if ``ends``.
 
-    With ``reverse``, gradients of states after pairs and before segments.
+    With ``reverse``, gradients of states after runs and before segments. None are
+    stored where that is 0.
     ``start`` is what segments begin with, [B, H, segments, V, K] or None for zeros.
     """
     batch, seqlen, num_heads, value_dim = values.shape
     columns = config.round_up(value_dim, config.SLICE)
-    pairs = -(-seqlen // (config.PAIR * config.CHUNK))
-    stored = (batch, num_heads, pairs, columns, keys.shape[-1]) if stores else None
+    stored = None
+    if stored_every:
+        runs = -(-seqlen // (stored_every * config.CHUNK))
+        stored = (batch, num_heads, runs, columns, keys.shape[-1])
     ended = _segment_states(keys, values, tiles) if ends else None
-    pair_states, end = _ffi.call(
+    states, end = _ffi.call(
         "tk_linear_attention_states_v1",
         (_result(keys, stored, keys.dtype), _result(keys, ended)),
         keys,
@@ -74,11 +77,14 @@ def states(
         *map(_given, gates),
         _given(start),
         options=config.StatesOptions(
-            scale=scale, reverse=reverse, chunks_of_segment=tiles.chunks_of_segment
+            scale=scale,
+            reverse=reverse,
+            chunks_of_segment=tiles.chunks_of_segment,
+            stored_every=stored_every,
         ),
         config=tiles.states,
     )
-    return pair_states if stores else None, end if ends else None
+    return states if stored_every else None, end if ends else None
 
 
 def outputs(

@@ -63,6 +63,7 @@ class StatesOptions:
     scale: float  # of the keys
     reverse: bool
     chunks_of_segment: int
+    stored_every: int  # chunks to a stored state, or 0
 
 
 @dataclasses.dataclass(frozen=True)

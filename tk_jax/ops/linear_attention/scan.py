@@ -296,7 +296,7 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
         gates,
         _segment_starts(arrays, gates, tiles),
         tiles,
-        stores=True,
+        stored_every=config.PAIR,
         ends=False,
     )
     pair_dstates, dstate = _state_gradients(
@@ -341,5 +341,5 @@ def _state_gradients(settings, arrays, gates, dout, dfinal, tiles):
         _, added = walk(start=None)
         ends = jnp.flip(_chained(dfinal, jnp.flip(kept, 2), jnp.flip(added, 2)), axis=2)
     wanted = arrays.state is not None
-    pair_dstates, dstarts = walk(start=ends, stores=True, ends=wanted)
+    pair_dstates, dstarts = walk(start=ends, stored_every=config.PAIR, ends=wanted)
     return pair_dstates, dstarts[:, :, 0] if wanted else None
