@@ -31,12 +31,13 @@ Result<HedgehogSizes> read_sums(const SumsBuffers& b, const HedgehogSumsOptions&
   }
   const std::int64_t segments = ceil_div(s.chunks(), options.chunks_of_segment) - 1;
   if (segments == 0) return invalid("there is one segment, which nothing follows");
-  if (Status status = first_error(
-          {check_like("k_map", b.k_map, b.k, {s.num_kv_heads, s.key_dim, kMap}),
-           check_first(b.first, s),
-           check_floats("sums", b.sums, {s.batch, s.num_kv_heads, segments, s.value_dim, kFeatures}),
-           check_floats("normalizer", b.normalizer,
-                        {s.batch, s.num_kv_heads, segments, kFeatures})});
+  if (Status status =
+          first_error({check_like("k_map", b.k_map, b.k, {s.num_kv_heads, s.key_dim, kMap}),
+                       check_first(b.first, s),
+                       check_floats("sums", b.sums,
+                                    {s.batch, s.num_kv_heads, segments, s.value_dim, kFeatures}),
+                       check_floats("normalizer", b.normalizer,
+                                    {s.batch, s.num_kv_heads, segments, kFeatures})});
       !status.ok()) {
     return status.error();
   }
@@ -147,11 +148,11 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
                   {"out", b.out, true},
                   {"divisors", b.divisors, true}});
   hedgehog_attention::OutputsParams params = {};
-  if (Status status = first_error(
-          {encode_tokens(&params.q, b.q, s), encode_tokens(&params.k, b.k, s),
-           encode_tokens(&params.v, b.v, s), encode_tokens(&params.out, b.out, s),
-           encode_head_maps(&params.q_map, b.q_map, s),
-           encode_head_maps(&params.k_map, b.k_map, s)});
+  if (Status status =
+          first_error({encode_tokens(&params.q, b.q, s), encode_tokens(&params.k, b.k, s),
+                       encode_tokens(&params.v, b.v, s), encode_tokens(&params.out, b.out, s),
+                       encode_head_maps(&params.q_map, b.q_map, s),
+                       encode_head_maps(&params.k_map, b.k_map, s)});
       !status.ok()) {
     return status;
   }
@@ -164,10 +165,10 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
   set_sizes(&params, s);
   params.num_heads = static_cast<int>(s.num_heads);
   params.chunks_of_segment = static_cast<int>(options.chunks_of_segment);
-  params.scale_log2 = options.scale * kLog2E;
-  return runtime::launch(
-      **kernel, stream,
-      {s.num_heads, ceil_div(s.chunks(), options.chunks_of_segment), s.batch}, &params);
+  params.scale = options.scale;
+  return runtime::launch(**kernel, stream,
+                         {s.num_heads, ceil_div(s.chunks(), options.chunks_of_segment), s.batch},
+                         &params);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------

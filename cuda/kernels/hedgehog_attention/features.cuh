@@ -68,7 +68,8 @@ __device__ __forceinline__ int first_token(const int* first, int batch) {
 // Tokens before `first`, of which the chunk's first row is `token`, have no features.
 __device__ __forceinline__ void drop_rows(Square& features, int token, int first) {
   if (token >= first) return;
-  warpgroup::for_each(features, [=](int row, int, float x) { return token + row < first ? 0.0f : x; });
+  warpgroup::for_each(features,
+                      [=](int row, int, float x) { return token + row < first ? 0.0f : x; });
 }
 
 __device__ __forceinline__ float sign_of(int index) { return index == 0 ? 1.0f : -1.0f; }

@@ -45,7 +45,8 @@ __device__ __forceinline__ void score_gradients(Square& gradients, const Square&
   warp::map_rows(at_peak, weights, peaks,
                  [](float w, float peak) { return w == 1.0f ? peak : 0.0f; });
   warp::mul(gradients, gradients, weights);
-  warp::zip(gradients, gradients, at_peak, [=](float wa, float peak) { return (wa - peak) * factor; });
+  warp::zip(gradients, gradients, at_peak,
+            [=](float wa, float peak) { return (wa - peak) * factor; });
 }
 
 // From features and their gradients, in place, the gradient of the scores y; what `dot` was given

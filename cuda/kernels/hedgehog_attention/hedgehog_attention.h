@@ -25,11 +25,11 @@
 
 namespace tk::hedgehog_attention {
 
-constexpr int kChunk = 64;             // tokens of a chunk and of a window
-constexpr int kMap = 64;               // columns of a map
-constexpr int kFeatures = 2 * kMap;    // of a token
-constexpr int kSlice = 64;             // columns of v and out that one consumer has
-constexpr long kMaxDim = 128;          // of q, k, v
+constexpr int kChunk = 64;           // tokens of a chunk and of a window
+constexpr int kMap = 64;             // columns of a map
+constexpr int kFeatures = 2 * kMap;  // of a token
+constexpr int kSlice = 64;           // columns of v and out that one consumer has
+constexpr long kMaxDim = 128;        // of q, k, v
 constexpr int kSharedSlack = 2048;
 
 // The dimension of tiles.
@@ -44,12 +44,12 @@ constexpr long larger(long a, long b) { return a > b ? a : b; }
 // Grid: K, segments - 1, B. What segment s adds for those after it: chunks from the one before its
 // first to the last but two of it.
 struct SumsParams {
-  TensorMap k;       // [B, T, K, D]: dimensions (D, T, K, B), box (64, 64, 1, 1)
-  TensorMap v;       // [B, T, K, V]: the same
-  TensorMap k_map;   // [K, D, kMap]: dimensions (kMap, D, K), box (64, kKeyDim, 1)
-  const int* first;  // [B]: the first token that is one; or null where all are
-  float* sums;       // [B, K, segments - 1, V, kFeatures]
-  float* normalizer; // [B, K, segments - 1, kFeatures]
+  TensorMap k;        // [B, T, K, D]: dimensions (D, T, K, B), box (64, 64, 1, 1)
+  TensorMap v;        // [B, T, K, V]: the same
+  TensorMap k_map;    // [K, D, kMap]: dimensions (kMap, D, K), box (64, kKeyDim, 1)
+  const int* first;   // [B]: the first token that is one; or null where all are
+  float* sums;        // [B, K, segments - 1, V, kFeatures]
+  float* normalizer;  // [B, K, segments - 1, kFeatures]
   int seqlen, num_kv_heads, value_dim;
   int chunks, chunks_of_segment;
 };
@@ -72,7 +72,7 @@ struct OutputsParams {
   float* divisors;          // [B, H, padded], or null
   int seqlen, num_heads, num_kv_heads, value_dim;
   int chunks, chunks_of_segment;
-  float scale_log2;  // scale / ln 2
+  float scale;
 };
 
 // Both have a consumer for each slice of values.
@@ -81,8 +81,9 @@ constexpr int kKeyStages = 3;    // of the ring of k and v: two are in use
 constexpr int kQueryStages = 2;  // of q, whose place out takes
 constexpr int kNormalizerBytes = (4 + 1) * kFeatures * 4;
 constexpr int sums_shared_bytes(long key_dim, long consumers) {
-  return static_cast<int>(2 * (key_dim * kMap + kKeyStages * kChunk * (key_dim + consumers * kSlice) +
-                               kChunk * kFeatures)) +
+  return static_cast<int>(2 *
+                          (key_dim * kMap + kKeyStages * kChunk * (key_dim + consumers * kSlice) +
+                           kChunk * kFeatures)) +
          kNormalizerBytes + kSharedSlack;
 }
 constexpr int outputs_shared_bytes(long key_dim, long consumers) {
@@ -118,7 +119,7 @@ struct QueriesParams {
   float* dbeta;              // [B, H, padded]: to be summed over tokens
   float* dalpha;             // [B, H, padded]: the same
   int seqlen, num_heads, num_kv_heads, value_dim, chunks;
-  float scale, scale_log2;  // scale and scale / ln 2
+  float scale;
 };
 
 // -- keys -----------------------------------------------------------------------------------------
@@ -126,22 +127,22 @@ struct QueriesParams {
 //   tk::hedgehog_attention::keys<tk::hedgehog_attention::GradientsTraits<T, kKeyDim, kValueDim>>
 // Grid: chunks, K, B. A block walks the query heads that share its keys.
 struct KeysParams {
-  TensorMap q;         // as OutputsParams
-  TensorMap k, v;      // as OutputsParams
-  TensorMap dk, dv;    // as k, v
-  TensorMap dout;      // as OutputsParams' out
-  TensorMap k_map;     // as OutputsParams
-  TensorMap dstates;   // as QueriesParams' states: of S after each chunk
-  TensorMap dscores;   // [B, T, K, kMap]: the gradient of k W; as k
-  const int* first;    // [B], or null
-  const float* beta;   // [H]
+  TensorMap q;                // as OutputsParams
+  TensorMap k, v;             // as OutputsParams
+  TensorMap dk, dv;           // as k, v
+  TensorMap dout;             // as OutputsParams' out
+  TensorMap k_map;            // as OutputsParams
+  TensorMap dstates;          // as QueriesParams' states: of S after each chunk
+  TensorMap dscores;          // [B, T, K, kMap]: the gradient of k W; as k
+  const int* first;           // [B], or null
+  const float* beta;          // [H]
   const float* dnormalizers;  // [B, K, chunks, kFeatures]: of z after each chunk
   const float* divisors;      // [B, H, padded]
   const float* delta;         // [B, H, padded]
   const float* largest;       // [B, H, padded]
   const float* peaks;         // [B, H, padded]
   int seqlen, num_heads, num_kv_heads, value_dim, chunks;
-  float scale, scale_log2;
+  float scale;
 };
 constexpr int kQueriesThreads = 2 * 128;
 constexpr int kKeysThreads = 3 * 128;

@@ -7,8 +7,8 @@
 //   dy = the gradient of k W, from dphi(k) = v dS + dz;  dk = ds^T q + dy W^T
 // Grid: chunks, heads of keys, batch: a block walks the query heads of its group; nothing is added
 // in global memory.
-// Roles: a producer warp loads k, v, dS and the map once, and a ring of q, dout and what is known of
-// queries; consumer 0 computes dv, consumer 1 dk, each for itself, with queries as rows, as
+// Roles: a producer warp loads k, v, dS and the map once, and a ring of q, dout and what is known
+// of queries; consumer 0 computes dv, consumer 1 dk, each for itself, with queries as rows, as
 // queries.cuh does, so that the largest scores are the same numbers. Weights, and ds, go through
 // shared memory to be transposed.
 // Budget at D = V = 128: 172 KB of shared memory; 64 registers of dk or dv, 32 each of weights,
@@ -110,8 +110,8 @@ struct Keys {
         const int chunk = place.chunk + i;
         shared.ring.acquire(stage, kStageBytes);
         Barrier& full = shared.ring.full(stage);
-        tma::load(shared.q_smem[stage.stage], params.q, full, tma::Keep::kNormal, 0,
-                  chunk * kChunk, head, place.batch);
+        tma::load(shared.q_smem[stage.stage], params.q, full, tma::Keep::kNormal, 0, chunk * kChunk,
+                  head, place.batch);
         tma::load(shared.dout_smem[stage.stage], params.dout, full, tma::Keep::kNormal, 0,
                   chunk * kChunk, head, place.batch);
         const int64 first =
@@ -255,9 +255,9 @@ struct Keys {
     PerRow<16> largest;
     warpgroup::load(largest, shared.largest[stage]);
     if (own) {
-      scale_own_scores(weights, scores, params.scale_log2, tokens);
+      scale_own_scores(weights, scores, params.scale * kLog2E, tokens);
     } else {
-      scale_last_scores(weights, scores, params.scale_log2, tokens);
+      scale_last_scores(weights, scores, params.scale * kLog2E, tokens);
     }
     weigh(weights, largest);
   }

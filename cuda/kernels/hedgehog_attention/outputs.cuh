@@ -7,11 +7,11 @@
 // Roles: a producer warp loads the head's maps, a ring of q, and a ring of k and v of which the
 // last chunk's stays; a consumer warpgroup has 64 columns of values: it keeps S (64 x 128, fp32) of
 // those in registers, and for phi(q) S a rounded copy in shared memory. Scores and phi(q) are
-// computed by each consumer for itself; phi(k) in halves, by sign: for it the consumers meet twice a
-// chunk. z is kept in shared memory, a part for each warp's rows, in fp32.
-// Budget at D = V = 128: 216 KB of shared memory: 32 of maps, 32 of q, 96 of k and v, 16 of phi(k),
-// 32 of copies of S; 64 registers of S, 64 of scores, 32 each of out and phi(q) a thread.
-// Limit: the chain of products and softmaxes within a chunk, see docs/kernels/hedgehog_attention.md.
+// computed by each consumer for itself; phi(k) in halves, by sign: for it the consumers meet twice
+// a chunk. z is kept in shared memory, a part for each warp's rows, in fp32. Budget at D = V = 128:
+// 216 KB of shared memory: 32 of maps, 32 of q, 96 of k and v, 16 of phi(k), 32 of copies of S; 64
+// registers of S, 64 of scores, 32 each of out and phi(q) a thread. Limit: the chain of products
+// and softmaxes within a chunk, see docs/kernels/hedgehog_attention.md.
 #pragma once
 
 #include "kernels/hedgehog_attention/walk.cuh"
@@ -40,7 +40,7 @@ struct Outputs {
   using KeyTile = SharedTile<T, kChunk, kKeyDim>;
   using ValueTile = SharedTile<T, kChunk, kSlice>;
   // q, and out in its place.
-  using RowsTile = SharedTile<T, kChunk, max(kKeyDim, kConsumers * kSlice)>;
+  using RowsTile = SharedTile<T, kChunk, max(kKeyDim, kConsumers* kSlice)>;
   using FeatureTile = SharedTile<T, kChunk, kFeatures>;
   using StateTile = SharedTile<T, kSlice, kFeatures>;
   using QueryRing = Pipeline<kQueryStages>;
@@ -137,8 +137,8 @@ struct Outputs {
       warp::zero(state);
     } else {
       warpgroup::load(
-          state,
-          state_rows(params.sums, place.state(params, segment), params.value_dim, consumer), 0, 0);
+          state, state_rows(params.sums, place.state(params, segment), params.value_dim, consumer),
+          0, 0);
     }
     clear_normalizer(params, shared, consumer);
     share_state(state_smem, state);
@@ -197,7 +197,7 @@ struct Outputs {
 
       Operand last_weights, weights;
       PerRow<16> divisors;
-      weigh_keys(last_weights, weights, divisors, last_scores, scores, params.scale_log2, beta,
+      weigh_keys(last_weights, weights, divisors, last_scores, scores, params.scale * kLog2E, beta,
                  {token, first});
       warpgroup::mma_AB(out, last_weights, last_v_smem);
       warpgroup::mma_AB(out, weights, shared.v_smem[stage.stage][consumer]);

@@ -89,16 +89,15 @@ struct Queries {
                       max(place.chunk - 1, 0);
 #pragma unroll
     for (int i = 0; i < kValueDim / kSlice; ++i) {
-      tma::load(shared.state_smem.template rows<kSlice>(i), params.states, full,
-                tma::Keep::kNormal, 0, state * kValueDim + i * kSlice);
+      tma::load(shared.state_smem.template rows<kSlice>(i), params.states, full, tma::Keep::kNormal,
+                0, state * kValueDim + i * kSlice);
     }
     const float* normalizer = params.normalizers + static_cast<int64>(state) * kFeatures;
     tma::load(shared.normalizer[0], normalizer, full);
     tma::load(shared.normalizer[1], normalizer + kMap, full);
   }
 
-  __device__ __forceinline__ static void compute(const QueriesParams& params, Shared& shared,
-                                                 int) {
+  __device__ __forceinline__ static void compute(const QueriesParams& params, Shared& shared, int) {
     const Place place(params);
     QueryRows rows;
     warpgroup::load(rows.inverse, place.tokens(params, params.divisors), 0, 0.0f);
@@ -149,8 +148,8 @@ struct Queries {
     warpgroup::mma_commit();
     warpgroup::mma_wait<1>(last_scores, scores);
     Square last_weights, weights;
-    scale_last_scores(last_weights, last_scores, params.scale_log2, tokens);
-    scale_own_scores(weights, scores, params.scale_log2, tokens);
+    scale_last_scores(last_weights, last_scores, params.scale * kLog2E, tokens);
+    scale_own_scores(weights, scores, params.scale * kLog2E, tokens);
     PerRow<16> largest;
     largest_score(largest, last_weights, weights);
     weigh(last_weights, largest);
@@ -190,9 +189,9 @@ struct Queries {
   }
 
   // The gradient of q W; alpha phi(q) / Z, which leaves through shared memory.
-  __device__ __forceinline__ static void features(const QueriesParams& params,
-                                                  const Shared& shared, const Place& place,
-                                                  const QueryRows& rows, Operand& dscores) {
+  __device__ __forceinline__ static void features(const QueriesParams& params, const Shared& shared,
+                                                  const Place& place, const QueryRows& rows,
+                                                  Operand& dscores) {
     const float alpha = load_scalar(params.alpha + place.head);
     Square scores, sum;
     PerRow<16> dalpha;
@@ -209,7 +208,8 @@ struct Queries {
       softmax(phi, scores, sign_of(sign));
       PerCol<kMap> normalizer;
       warp::load(normalizer, shared.normalizer[sign]);
-      warp::outer(gradients, rows.delta, normalizer, [](float delta, float z) { return delta * z; });
+      warp::outer(gradients, rows.delta, normalizer,
+                  [](float delta, float z) { return delta * z; });
       warpgroup::mma_wait<0>(products);
       warp::sub(gradients, products, gradients);
       warp::mul_rows(gradients, gradients, rows.inverse);

@@ -100,8 +100,8 @@ struct Sums {
       meet<kConsumers>(kFeaturesFree);  // the last chunk's are read
 #pragma unroll
       for (int i = 0; i < 2 / kConsumers; ++i) {
-        key_features(shared.phi_smem, shared.normalizer, scores, sign_index<kConsumers>(consumer, i),
-                     chunk * kChunk, first);
+        key_features(shared.phi_smem, shared.normalizer, scores,
+                     sign_index<kConsumers>(consumer, i), chunk * kChunk, first);
       }
       publish_shared();
       meet<kConsumers>(kFeaturesReady);
