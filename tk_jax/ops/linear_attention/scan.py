@@ -191,7 +191,7 @@ def _run_forward(settings, arrays, _):
         *arrays[:3],
         gates,
         arrays.skip,
-        _segment_starts(arrays, gates, tiles),
+        segment_starts(arrays, gates, tiles),
         tiles,
         scale=settings.scale,
         ends=settings.return_state,
@@ -238,7 +238,7 @@ def _gates(arrays) -> calls.Gates:
     return calls.Gates(sums, weights, counts)
 
 
-def _segment_starts(arrays, gates, tiles):
+def segment_starts(arrays, gates, tiles):
     """The states that segments start with, [B, H, segments, V, K]; None for zeros."""
     kept = _kept(gates, tiles)
     if kept is None:
@@ -294,12 +294,12 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
         arrays.k,
         arrays.v,
         gates,
-        _segment_starts(arrays, gates, tiles),
+        segment_starts(arrays, gates, tiles),
         tiles,
         stores=True,
         ends=False,
     )
-    chunk_dstates, dstate = _state_gradients(
+    chunk_dstates, dstate = state_gradients(
         settings, arrays, gates, dout, dfinal, tiles
     )
     found = calls.gradients(
@@ -323,7 +323,7 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
     )
 
 
-def _state_gradients(settings, arrays, gates, dout, dfinal, tiles):
+def state_gradients(settings, arrays, gates, dout, dfinal, tiles):
     """Gradients of the states at the ends of chunks, and of the initial state."""
     walk = functools.partial(
         calls.states,
