@@ -31,8 +31,8 @@ Status check_states(const char* name, const AnyBuffer& states, const char* norma
 // -- Queries --------------------------------------------------------------------------------------
 
 struct QueriesBuffers {
-  AnyBuffer q, k, v, dout, q_map, states, normalizers, divisors, delta, alpha, beta, first;
-  AnyBuffer dq, features, dscores, largest, peaks, dbeta, dalpha;
+  AnyBuffer q, k, v, dout, q_map, states, normalizers, alpha, beta, first;
+  AnyBuffer dq, features, dscores, largest, peaks, dbeta, dalpha, divisors, delta;
 };
 
 Result<HedgehogSizes> read_queries(const QueriesBuffers& b) {
@@ -83,8 +83,6 @@ Status execute_queries(int device_ordinal, runtime::cuda::Stream stream, const Q
                   {"q_map", b.q_map, false},
                   {"states", b.states, false},
                   {"normalizers", b.normalizers, false},
-                  {"divisors", b.divisors, false},
-                  {"delta", b.delta, false},
                   {"alpha", b.alpha, false},
                   {"beta", b.beta, false},
                   {"first", b.first, false},
@@ -94,7 +92,9 @@ Status execute_queries(int device_ordinal, runtime::cuda::Stream stream, const Q
                   {"largest", b.largest, true},
                   {"peaks", b.peaks, true},
                   {"dbeta", b.dbeta, true},
-                  {"dalpha", b.dalpha, true}});
+                  {"dalpha", b.dalpha, true},
+                  {"divisors", b.divisors, true},
+                  {"delta", b.delta, true}});
   hedgehog_attention::QueriesParams params = {};
   if (Status status = first_error(
           {encode_tokens(&params.q, b.q, s), encode_tokens(&params.dq, b.dq, s),
@@ -215,27 +215,27 @@ using Ret = xffi::Result<AnyBuffer>;
 
 xffi::Error queries_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
                                AnyBuffer dout, AnyBuffer q_map, AnyBuffer states,
-                               AnyBuffer normalizers, AnyBuffer divisors, AnyBuffer delta,
-                               AnyBuffer alpha, AnyBuffer beta, AnyBuffer first, Ret dq,
-                               Ret features, Ret dscores, Ret largest, Ret peaks, Ret dbeta,
-                               Ret dalpha, HedgehogGradientsOptions) {
+                               AnyBuffer normalizers, AnyBuffer alpha, AnyBuffer beta,
+                               AnyBuffer first, Ret dq, Ret features, Ret dscores, Ret largest,
+                               Ret peaks, Ret dbeta, Ret dalpha, Ret divisors, Ret delta,
+                               HedgehogGradientsOptions) {
   return to_ffi(kQueriesName,
-                initialize_queries(device, {q, k, v, dout, q_map, states, normalizers, divisors,
-                                            delta, alpha, beta, first, *dq, *features, *dscores,
-                                            *largest, *peaks, *dbeta, *dalpha}));
+                initialize_queries(device, {q, k, v, dout, q_map, states, normalizers, alpha, beta,
+                                            first, *dq, *features, *dscores, *largest, *peaks,
+                                            *dbeta, *dalpha, *divisors, *delta}));
 }
 
 xffi::Error queries_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
                             AnyBuffer k, AnyBuffer v, AnyBuffer dout, AnyBuffer q_map,
-                            AnyBuffer states, AnyBuffer normalizers, AnyBuffer divisors,
-                            AnyBuffer delta, AnyBuffer alpha, AnyBuffer beta, AnyBuffer first,
-                            Ret dq, Ret features, Ret dscores, Ret largest, Ret peaks, Ret dbeta,
-                            Ret dalpha, HedgehogGradientsOptions options) {
+                            AnyBuffer states, AnyBuffer normalizers, AnyBuffer alpha,
+                            AnyBuffer beta, AnyBuffer first, Ret dq, Ret features, Ret dscores,
+                            Ret largest, Ret peaks, Ret dbeta, Ret dalpha, Ret divisors, Ret delta,
+                            HedgehogGradientsOptions options) {
   return to_ffi(kQueriesName, explore([&] {
                   return execute_queries(
                       device, stream,
-                      {q, k, v, dout, q_map, states, normalizers, divisors, delta, alpha, beta,
-                       first, *dq, *features, *dscores, *largest, *peaks, *dbeta, *dalpha},
+                      {q, k, v, dout, q_map, states, normalizers, alpha, beta, first, *dq,
+                       *features, *dscores, *largest, *peaks, *dbeta, *dalpha, *divisors, *delta},
                       options);
                 }));
 }
@@ -250,8 +250,6 @@ auto bind_queries(Binding binding) {
       .template Arg<AnyBuffer>()  // q_map
       .template Arg<AnyBuffer>()  // states
       .template Arg<AnyBuffer>()  // normalizers
-      .template Arg<AnyBuffer>()  // divisors
-      .template Arg<AnyBuffer>()  // delta
       .template Arg<AnyBuffer>()  // alpha
       .template Arg<AnyBuffer>()  // beta
       .template Arg<AnyBuffer>()  // first, or of size 0
@@ -262,6 +260,8 @@ auto bind_queries(Binding binding) {
       .template Ret<AnyBuffer>()  // peaks
       .template Ret<AnyBuffer>()  // dbeta
       .template Ret<AnyBuffer>()  // dalpha
+      .template Ret<AnyBuffer>()  // divisors
+      .template Ret<AnyBuffer>()  // delta
       .template Attr<HedgehogGradientsOptions>("options");
 }
 

@@ -86,7 +86,7 @@ Status execute_sums(int device_ordinal, runtime::cuda::Stream stream, const Sums
 
 struct OutputsBuffers {
   AnyBuffer q, k, v, q_map, k_map, alpha, beta, first, sums, normalizer;
-  AnyBuffer out, divisors;
+  AnyBuffer out;
 };
 
 Result<HedgehogSizes> read_outputs(const OutputsBuffers& b, const HedgehogOutputsOptions& options) {
@@ -109,8 +109,7 @@ Result<HedgehogSizes> read_outputs(const OutputsBuffers& b, const HedgehogOutput
                                  {s.batch, s.num_kv_heads, segments, s.value_dim, kFeatures}),
            check_optional_floats("normalizer", b.normalizer,
                                  {s.batch, s.num_kv_heads, segments, kFeatures}),
-           check_like("out", b.out, b.k, {s.batch, s.seqlen, s.num_heads, s.value_dim}),
-           check_optional_floats("divisors", b.divisors, {s.batch, s.num_heads, s.padded()})});
+           check_like("out", b.out, b.k, {s.batch, s.seqlen, s.num_heads, s.value_dim})});
       !status.ok()) {
     return status.error();
   }
@@ -145,8 +144,7 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
                   {"first", b.first, false},
                   {"sums", b.sums, false},
                   {"normalizer", b.normalizer, false},
-                  {"out", b.out, true},
-                  {"divisors", b.divisors, true}});
+                  {"out", b.out, true}});
   hedgehog_attention::OutputsParams params = {};
   if (Status status =
           first_error({encode_tokens(&params.q, b.q, s), encode_tokens(&params.k, b.k, s),
@@ -161,7 +159,6 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
   params.beta = floats(b.beta);
   params.sums = optional_floats(b.sums);
   params.normalizer = optional_floats(b.normalizer);
-  params.divisors = optional_floats(b.divisors);
   set_sizes(&params, s);
   params.num_heads = static_cast<int>(s.num_heads);
   params.chunks_of_segment = static_cast<int>(options.chunks_of_segment);
@@ -194,23 +191,21 @@ xffi::Error sums_execute(std::int32_t device, runtime::cuda::Stream stream, AnyB
 xffi::Error outputs_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
                                AnyBuffer q_map, AnyBuffer k_map, AnyBuffer alpha, AnyBuffer beta,
                                AnyBuffer first, AnyBuffer sums, AnyBuffer normalizer, Ret out,
-                               Ret divisors, HedgehogOutputsOptions options) {
-  return to_ffi(kOutputsName, initialize_outputs(device,
-                                                 {q, k, v, q_map, k_map, alpha, beta, first, sums,
-                                                  normalizer, *out, *divisors},
-                                                 options));
+                               HedgehogOutputsOptions options) {
+  return to_ffi(
+      kOutputsName,
+      initialize_outputs(
+          device, {q, k, v, q_map, k_map, alpha, beta, first, sums, normalizer, *out}, options));
 }
 
 xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
                             AnyBuffer k, AnyBuffer v, AnyBuffer q_map, AnyBuffer k_map,
                             AnyBuffer alpha, AnyBuffer beta, AnyBuffer first, AnyBuffer sums,
-                            AnyBuffer normalizer, Ret out, Ret divisors,
-                            HedgehogOutputsOptions options) {
+                            AnyBuffer normalizer, Ret out, HedgehogOutputsOptions options) {
   return to_ffi(kOutputsName, explore([&] {
-                  return execute_outputs(device, stream,
-                                         {q, k, v, q_map, k_map, alpha, beta, first, sums,
-                                          normalizer, *out, *divisors},
-                                         options);
+                  return execute_outputs(
+                      device, stream,
+                      {q, k, v, q_map, k_map, alpha, beta, first, sums, normalizer, *out}, options);
                 }));
 }
 
@@ -240,7 +235,6 @@ auto bind_outputs(Binding binding) {
       .template Arg<AnyBuffer>()  // sums, or of size 0 for zeros
       .template Arg<AnyBuffer>()  // normalizer, or of size 0 for zeros
       .template Ret<AnyBuffer>()  // out
-      .template Ret<AnyBuffer>()  // divisors, or of size 0
       .template Attr<HedgehogOutputsOptions>("options");
 }
 

@@ -27,10 +27,6 @@ struct QueryRows {
   PerRow<16> delta;
 };
 
-__device__ __forceinline__ void invert(PerRow<16>& rows) {
-  warp::map(rows, rows, [](float x) { return x == 0.0f ? 0.0f : 1.0f / x; });
-}
-
 // a from dout v.
 __device__ __forceinline__ void weight_gradients(Square& dst, const Square& src,
                                                  const QueryRows& rows) {

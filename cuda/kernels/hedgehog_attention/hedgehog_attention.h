@@ -12,7 +12,7 @@
 // window of Spector et al., "ThunderKittens", 2024.) Windows are chunks of kChunk tokens.
 //
 //   sums      sums of phi(k) v^T and of phi(k) over a run of chunks, a segment
-//   outputs   out, and the divisors
+//   outputs   out
 //   queries   dq, and what depends on queries alone
 //   keys      dk, dv
 //
@@ -69,7 +69,6 @@ struct OutputsParams {
   // What precedes the chunk before each segment's first.
   const float* sums;        // [B, K, segments, V, kFeatures], or null for zeros
   const float* normalizer;  // [B, K, segments, kFeatures], or null for zeros
-  float* divisors;          // [B, H, padded], or null
   int seqlen, num_heads, num_kv_heads, value_dim;
   int chunks, chunks_of_segment;
   float scale;
@@ -106,14 +105,14 @@ struct QueriesParams {
   TensorMap states;    // [rows, kFeatures] where rows are (b, kv head, chunk, v): S at the start of
                        // each chunk; dimensions (kFeatures, B * K * chunks * slices * 64), box
                        // (64, 64)
-  TensorMap features;  // [B, T, H, kFeatures]: alpha phi(q) / divisor; as q
+  TensorMap features;  // [B, T, H, kFeatures]: alpha phi(q) / Z; as q
   TensorMap dscores;   // [B, T, H, kMap]: the gradient of q W; as q
   const int* first;    // [B], or null
   const float* alpha;  // [H]
   const float* beta;   // [H]
   const float* normalizers;  // [B, K, chunks, kFeatures]: z at the start of each chunk
-  const float* divisors;     // [B, H, padded]
-  const float* delta;        // [B, H, padded]: dout out
+  float* divisors;           // [B, H, padded]: Z
+  float* delta;              // [B, H, padded]: dout out
   float* largest;            // [B, H, padded]: m / ln 2
   float* peaks;              // [B, H, padded]: the gradient of m, over how many keys have it
   float* dbeta;              // [B, H, padded]: to be summed over tokens
@@ -150,7 +149,7 @@ constexpr int kTokenStages = 2;  // of the ring of q and dout
 constexpr int queries_shared_bytes(long key_dim, long value_dim) {
   return static_cast<int>(2 * (kChunk * (3 * key_dim + 3 * value_dim + kFeatures + kMap) +
                                key_dim * kMap + value_dim * kFeatures)) +
-         kFeatures * 4 + kSharedSlack;
+         (2 * kChunk * kMap + kFeatures) * 4 + kSharedSlack;
 }
 constexpr int keys_shared_bytes(long key_dim, long value_dim) {
   return static_cast<int>(2 * (kChunk * ((2 + kTokenStages) * (key_dim + value_dim) + 2 * kChunk) +

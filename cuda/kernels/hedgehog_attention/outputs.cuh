@@ -203,10 +203,7 @@ struct Outputs {
       warpgroup::mma_AB(out, weights, shared.v_smem[stage.stage][consumer]);
       warpgroup::mma_commit();
       warp::zip(divisors, divisors, far, [](float x, float y) { return x + y; });
-      if (params.divisors != nullptr && consumer == 0) {
-        store_divisors(params, place, chunk, divisors);
-      }
-      warp::map(divisors, divisors, [](float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; });
+      invert(divisors);
       release_rows(shared, q_done, q_stage);
       warpgroup::mma_wait<0>(out, last_weights, weights, state);
       shared.kv_ring.release(last);
@@ -266,14 +263,6 @@ struct Outputs {
     warp::map(divisors, divisors, [=](float sum) { return sum * beta; });
     warp::mul(last_weights, last, beta);
     warp::mul(weights, own, beta);
-  }
-
-  __device__ __forceinline__ static void store_divisors(const OutputsParams& params,
-                                                        const Place& place, int chunk,
-                                                        const PerRow<16>& divisors) {
-    const int64 row = static_cast<int64>(place.batch) * params.num_heads + place.head;
-    float* array = params.divisors + (row * params.chunks + chunk) * kChunk;
-    warpgroup::store(GlobalVec<float>{array, kChunk}, divisors, 0);
   }
 
   __device__ __forceinline__ static void store_out(const OutputsParams& params, Shared& shared,

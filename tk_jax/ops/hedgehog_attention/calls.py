@@ -49,17 +49,15 @@ def outputs(
     *,
     scale: float,
     chunks_of_segment: int,
-    divisors: bool,
 ):
-    """out, and what it was divided by if ``divisors``.
+    """out.
 
     ``start`` is what segments begin with: sums [B, K, segments, V, 2 F] and normalizer
     [B, K, segments, 2 F]; both None for zeros.
     """
-    rows = _rows(q) if divisors else (0,)
-    out, divided = _ffi.call(
+    (out,) = _ffi.call(
         "tk_hedgehog_attention_outputs_v1",
-        (_like(q, (*q.shape[:-1], v.shape[-1])), _floats(q, rows)),
+        (_like(q, (*q.shape[:-1], v.shape[-1])),),
         q,
         k,
         v,
@@ -73,35 +71,25 @@ def outputs(
             scale=scale, chunks_of_segment=chunks_of_segment
         ),
     )
-    return out, divided if divisors else None
+    return out
 
 
 class QueryGradients(NamedTuple):
     """What the kernel of queries returns; numbers of tokens are [B, H, padded]."""
 
     dq: jax.Array
-    features: jax.Array  # [B, T, H, 2 F]: alpha phi(q) / divisor
+    features: jax.Array  # [B, T, H, 2 F]: alpha phi(q) / divisors
     dscores: jax.Array  # [B, T, H, F]: of q times its map
     largest: jax.Array
     peaks: jax.Array
     dbeta: jax.Array
     dalpha: jax.Array
+    divisors: jax.Array
+    delta: jax.Array  # dout times out
 
 
 def queries(
-    q,
-    k,
-    v,
-    dout,
-    q_map,
-    states,
-    normalizers,
-    divisors,
-    delta,
-    alpha,
-    beta,
-    first,
-    scale,
+    q, k, v, dout, q_map, states, normalizers, alpha, beta, first, scale
 ) -> QueryGradients:
     """From the states at the starts of chunks, and their normalizers."""
     results = _ffi.call(
@@ -110,7 +98,7 @@ def queries(
             _like(q, q.shape),
             _like(q, (*q.shape[:-1], FEATURES)),
             _like(q, (*q.shape[:-1], config.MAP)),
-            *(_floats(q, _rows(q)) for _ in range(4)),
+            *(_floats(q, _rows(q)) for _ in range(6)),
         ),
         q,
         k,
@@ -119,8 +107,6 @@ def queries(
         q_map,
         states,
         normalizers,
-        divisors,
-        delta,
         alpha,
         beta,
         _given(first, jnp.int32),
@@ -137,8 +123,6 @@ def keys(
     k_map,
     dstates,
     dnormalizers,
-    divisors,
-    delta,
     found: QueryGradients,
     beta,
     first,
@@ -159,8 +143,8 @@ def keys(
         k_map,
         dstates,
         dnormalizers,
-        divisors,
-        delta,
+        found.divisors,
+        found.delta,
         found.largest,
         found.peaks,
         beta,

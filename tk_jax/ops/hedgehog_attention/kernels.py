@@ -55,21 +55,17 @@ class Settings:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(settings: Settings, arrays: Arrays):
     """Returns out [B, T, H, V]."""
-    return _mapped(functools.partial(_run_forward, settings, False), (2,))(arrays, ())[
-        0
-    ]
+    (out,) = _mapped(functools.partial(_run_forward, settings), (2,))(arrays, ())
+    return out
 
 
 def _attend_fwd(settings, arrays):
-    run = _mapped(functools.partial(_run_forward, settings, True), (2, 1))
-    out, divisors = run(arrays, ())
-    return out, (arrays, out, divisors)
+    return attend(settings, arrays), arrays
 
 
-def _attend_bwd(settings, residuals, dout):
-    arrays, out, divisors = residuals
+def _attend_bwd(settings, arrays, dout):
     run = _mapped(functools.partial(_run_backward, settings), _GRADIENT_HEADS)
-    gradients = run(arrays, (out, divisors, dout))
+    gradients = run(arrays, (dout,))
     over_batch = (
         jnp.sum(getattr(gradients, name), axis=0)
         for name in ("q_map", "k_map", "alpha", "beta")
@@ -95,7 +91,7 @@ _SHARED = ("q_map", "k_map", "alpha", "beta")
 # Where heads are: in the arguments, and in gradients that are not summed yet.
 _HEADS = Arrays(2, 2, 2, 0, 0, 0, 0, 1, 1, None)
 _GRADIENT_HEADS = Arrays(2, 2, 2, 1, 1, 1, 1, 1, 1, None)
-_COTANGENT_HEADS = (2, 1, 2)
+_COTANGENT_HEADS = (2,)
 
 
 def _mapped(run, result_heads):
@@ -177,7 +173,7 @@ def _over_heads(run, size, arrays, cotangents, result_heads):
 # -- Forward --------------------------------------------------------------------------
 
 
-def _run_forward(settings, wants_divisors, arrays, _):
+def _run_forward(settings, arrays, _):
     batch, seqlen, num_heads, _ = arrays.q.shape
     # Again, because vmap may have made the call larger than the caller's.
     if lacking := config.exceeded_limit(batch, seqlen, num_heads):
@@ -189,15 +185,14 @@ def _run_forward(settings, wants_divisors, arrays, _):
         batch, seqlen, num_heads
     )
     of_segment = min(of_segment, -(-seqlen // config.CHUNK))
-    out, divisors = calls.outputs(
+    out = calls.outputs(
         *arrays[:7],
         arrays.first,
         _segment_starts(arrays, of_segment),
         scale=settings.scale,
         chunks_of_segment=of_segment,
-        divisors=wants_divisors,
     )
-    return (out, divisors) if wants_divisors else (out,)
+    return (out,)
 
 
 def _segment_starts(arrays, of_segment):
@@ -219,29 +214,26 @@ def _segment_starts(arrays, of_segment):
 # -- Backward -------------------------------------------------------------------------
 
 
-def _run_backward(settings, arrays, given) -> Arrays:
+def _run_backward(settings, arrays, cotangents) -> Arrays:
     """Gradients; of maps, alpha and beta for each element of the batch."""
-    out, divisors, dout = given
+    (dout,) = cotangents
     seqlen, num_heads = arrays.q.shape[1:3]
     num_kv_heads = arrays.k.shape[2]
     phi_k = _key_features(arrays)
     states = _chunk_states(arrays, phi_k.astype(arrays.k.dtype))
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     found = calls.queries(
         *arrays[:3],
         dout,
         arrays.q_map,
         states,
         _before_chunks(arrays, phi_k),
-        divisors,
-        _as_rows(delta),
         arrays.alpha,
         arrays.beta,
         arrays.first,
         settings.scale,
     )
     dstates, dsums = _chunk_state_gradients(arrays, found.features, dout)
-    dnormalizers, dnormalizer = _normalizer_gradients(found.features, delta)
+    dnormalizers, dnormalizer = _normalizer_gradients(found.features, found.delta)
 
     def over_group(x):
         if num_heads == num_kv_heads:
@@ -255,16 +247,12 @@ def _run_backward(settings, arrays, given) -> Arrays:
         arrays.k_map,
         over_group(dstates),
         over_group(dnormalizers),
-        divisors,
-        _as_rows(delta),
         found,
         arrays.beta,
         arrays.first,
         settings.scale,
     )
-    of_map = functools.partial(
-        jnp.einsum, "bthd,bthf->bhdf", preferred_element_type=jnp.float32
-    )
+    of_map = functools.partial(_wide_product, "bthd,bthf->bhdf")
     return Arrays(
         q=found.dq,
         k=dk,
@@ -281,14 +269,25 @@ def _run_backward(settings, arrays, given) -> Arrays:
 
 def _key_features(arrays):
     """phi(k), float32 [B, T, K, 2 F]; zero for what is no token."""
-    scores = jnp.einsum(
-        "bthd,hdf->bthf", arrays.k, arrays.k_map, preferred_element_type=jnp.float32
-    )
+    scores = _wide_product("bthd,hdf->bthf", arrays.k, arrays.k_map)
     phi = jnp.concatenate([jax.nn.softmax(scores), jax.nn.softmax(-scores)], axis=-1)
     if arrays.first is None:
         return phi
     is_token = jnp.arange(phi.shape[1]) >= arrays.first[:, None]
     return jnp.where(is_token[..., None, None], phi, 0)
+
+
+def _wide_product(equation, a, b):
+    """Of 16-bit numbers, in float32; XLA's CPU has no such product of batches."""
+
+    def widened(a, b):
+        a, b = (x.astype(jnp.float32) for x in (a, b))
+        return jnp.einsum(equation, a, b, precision="highest")
+
+    def mixed(a, b):
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+    return lax.platform_dependent(a, b, cpu=widened, default=mixed)
 
 
 def _linear(q, k, v, state=None):
@@ -336,7 +335,8 @@ def _before_chunks(arrays, phi_k):
 
 def _normalizer_gradients(features, delta):
     """The same of the gradients: at the ends of chunks, and before the first."""
-    added = _sums_of_chunks(-features.astype(jnp.float32) * delta[..., None])
+    delta = jnp.swapaxes(delta, 1, 2)[:, : features.shape[1], :, None]
+    added = _sums_of_chunks(-features.astype(jnp.float32) * delta)
     upto = lax.cumsum(added, axis=2, reverse=True)
     after = jnp.concatenate([upto[:, :, 1:], jnp.zeros_like(upto[:, :, :1])], axis=2)
     return after, upto[:, :, 0]
@@ -349,9 +349,3 @@ def _sums_of_chunks(x):
     x = jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
     x = x.reshape(batch, -1, config.CHUNK, heads, columns)
     return jnp.moveaxis(jnp.sum(x, axis=2, dtype=jnp.float32), 2, 1)
-
-
-def _as_rows(x):
-    """[B, T, H] -> [B, H, padded]"""
-    missing = config.padded_tokens(x.shape[1]) - x.shape[1]
-    return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, missing)))
