@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tk_jax import _dispatch
 from tk_jax.ops import _chunks
 from tk_jax.ops.hedgehog_attention import kernels, xla
 from tk_jax.ops.hedgehog_attention.config import (
@@ -28,6 +29,7 @@ def xla_hedgehog_attention(options: HedgehogOptions, return_state: bool, inputs)
     """In XLA operations: out, and the final state or None."""
     if inputs.state is None:
         inputs = inputs._replace(state=zero_state(options, inputs))
+        inputs = _dispatch.vary_together_in(inputs)
     out, state = xla.hedgehog_attention(options, xla_config(options), inputs)
     return out, state if return_state else None
 
