@@ -10,16 +10,27 @@ namespace tk::hedgehog_attention {
 using Square = RegTile<float, 16, 64>;  // of a warpgroup's 64 rows
 using MapVec = SharedVec<float, kMap>;
 
-// The features of one sign, 1 or -1: dst = softmax(sign y), row by row.
-__device__ __forceinline__ void softmax(Square& dst, const Square& y, float sign) {
-  const float factor = sign * kLog2E;
-  warp::mul(dst, y, factor);
-  PerRow<16> rows;
-  warp::row_max(rows, dst);
-  warp::map_rows(dst, dst, rows, [](float x, float largest) { return math::exp2(x - largest); });
-  warp::row_sum(rows, dst);
-  warp::map(rows, rows, [](float sum) { return 1.0f / sum; });
-  warp::mul_rows(dst, dst, rows);
+// exp(sign y - the row's largest), and 1 over the sums of rows: the features of one sign, 0 for y
+// and 1 for -y, before their division.
+__device__ __forceinline__ void exponentials(Square& dst, PerRow<16>& inverse, const Square& y,
+                                             int sign) {
+  const float factor = sign == 0 ? kLog2E : -kLog2E;
+  PerRow<16> largest;
+  if (sign == 0) {
+    warp::row_max(largest, y);
+  } else {
+    warp::row_min(largest, y);
+  }
+  warp::map(largest, largest, [=](float x) { return x * factor; });
+  warp::map_rows(dst, y, largest,
+                 [=](float x, float m) { return math::exp2(math::fma(x, factor, -m)); });
+  warp::row_sum(inverse, dst);
+  warp::map(inverse, inverse, [](float sum) { return 1.0f / sum; });
+}
+__device__ __forceinline__ void softmax(Square& dst, const Square& y, int sign) {
+  PerRow<16> inverse;
+  exponentials(dst, inverse, y, sign);
+  warp::mul_rows(dst, dst, inverse);
 }
 
 // The sum of features over all tokens so far, for both signs: a part for each warp's rows, and what
@@ -79,7 +90,7 @@ template <typename FeatureTile>
 __device__ __forceinline__ void key_features(const FeatureTile& phi_smem, Normalizer& normalizer,
                                              const Square& scores, int sign, int token, int first) {
   Square features;
-  softmax(features, scores, sign_of(sign));
+  softmax(features, scores, sign);
   drop_rows(features, token, first);
   warpgroup::store(phi_smem.template cols<kMap>(sign), features);
   normalizer.add(sign, features);

@@ -278,7 +278,7 @@ struct Keys {
   __device__ __forceinline__ static void key_features(Square& phi, const Square& scores,
                                                       const KeysParams& params, const Place& place,
                                                       int sign) {
-    softmax(phi, scores, sign_of(sign));
+    softmax(phi, scores, sign);
     drop_rows(phi, place.chunk * kChunk, first_token(params.first, place.batch));
   }
 

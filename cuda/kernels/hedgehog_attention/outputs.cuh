@@ -56,6 +56,7 @@ struct Outputs {
     FeatureTile phi_smem;  // of keys
     StateTile state_smem[kConsumers];
     Normalizer normalizer;
+    SharedVec<float, 16> far[2][4];  // phi(q) z, of each consumer's sign and each warp's rows
     Barrier head_full;
     QueryRing q_ring;
     KeyRing kv_ring;
@@ -163,10 +164,8 @@ struct Outputs {
 
       warp::zero(far);
       warpgroup::mma_wait<0>(q_scores);
-      query_features(phi_plus, far, q_scores, shared, 0, alpha);
-      warp::pin(far);  // one sign after the other: both are many registers
-      query_features(phi_minus, far, q_scores, shared, 1, alpha);
-      warp::pin(far);
+      query_features(phi_plus, far, q_scores, shared, 0, alpha, consumer);
+      query_features(phi_minus, far, q_scores, shared, 1, alpha, consumer);
       warpgroup::mm_AB(k_scores, last_k_smem, shared.k_map_smem);
       warpgroup::mma_commit();
       warpgroup::mm_ABt(out, phi_plus, state_smem.template cols<kMap>(0));
@@ -175,7 +174,8 @@ struct Outputs {
       warp::finish_row_sum(far);
 
       warpgroup::mma_wait<1>(k_scores);
-      meet<kConsumers>(kFeaturesFree);  // the last chunk's are read, and so is z
+      meet<kConsumers>(kFeaturesFree);  // the last chunk's are read
+      if constexpr (kConsumers == 2) warp::store(shared.far[consumer][warp::index() & 3], far);
 #pragma unroll
       for (int i = 0; i < 2 / kConsumers; ++i) {
         key_features(shared.phi_smem, shared.normalizer, k_scores,
@@ -203,6 +203,10 @@ struct Outputs {
       warpgroup::mma_AB(out, weights, shared.v_smem[stage.stage][consumer]);
       warpgroup::mma_commit();
       warp::zip(divisors, divisors, far, [](float x, float y) { return x + y; });
+      if constexpr (kConsumers == 2) {
+        warp::load(far, shared.far[1 - consumer][warp::index() & 3]);
+        warp::zip(divisors, divisors, far, [](float x, float y) { return x + y; });
+      }
       invert(divisors);
       release_rows(shared, q_done, q_stage);
       warpgroup::mma_wait<0>(out, last_weights, weights, state);
@@ -230,18 +234,29 @@ struct Outputs {
     }
   }
 
-  // alpha phi(q) of a sign, and its product with z, which joins each lane's part of `far`.
+  // alpha phi(q) of a sign, and where that is the consumer's its product with z, which joins each
+  // lane's part of `far`.
   __device__ __forceinline__ static void query_features(Operand& phi, PerRow<16>& far,
                                                         const Square& scores, const Shared& shared,
-                                                        int sign, float alpha) {
-    Square features, product;
-    softmax(features, scores, sign_of(sign));
-    warp::mul(features, features, alpha);
-    warp::convert(phi, features);
-    PerCol<kMap> normalizer;
-    shared.normalizer.load(normalizer, sign);
-    warp::mul_cols(product, features, normalizer);
-    warp::fold_row_sum(far, product);
+                                                        int sign, float alpha, int consumer) {
+    Square features;
+    PerRow<16> scale;
+    exponentials(features, scale, scores, sign);
+    warp::pin(scale);  // one sign after the other: both are many registers
+    warp::map(scale, scale, [=](float x) { return x * alpha; });
+    if (kConsumers == 1 || sign == consumer) {
+      PerCol<kMap> normalizer;
+      shared.normalizer.load(normalizer, sign);
+      Square rows;  // all alike
+      warp::zero(rows);
+      warp::add_cols(rows, rows, normalizer);
+      PerRow<16> dot;
+      warp::zero(dot);
+      warp::fold_row_dot(dot, features, rows);
+      warp::zip(dot, dot, scale, [](float x, float y) { return x * y; });
+      warp::zip(far, far, dot, [](float x, float y) { return x + y; });
+    }
+    warp::mul_rows(phi, features, scale);
   }
 
   // Weights of the keys of the last chunk and of this one, of which divisors are the sums.
@@ -254,15 +269,17 @@ struct Outputs {
     scale_own_scores(own, scores, scale_log2, tokens);
     PerRow<16> largest;
     largest_score(largest, last, own);
+    // beta joins the exponent: exp2(s - m + log2 beta), which is 0 where beta is.
+    const float beta_log2 = math::log2(beta);
+    warp::map(largest, largest, [=](float m) { return m - beta_log2; });
     weigh(last, largest);
     weigh(own, largest);
     warp::zero(divisors);
     warp::fold_row_sum(divisors, last);
     warp::fold_row_sum(divisors, own);
     warp::finish_row_sum(divisors);
-    warp::map(divisors, divisors, [=](float sum) { return sum * beta; });
-    warp::mul(last_weights, last, beta);
-    warp::mul(weights, own, beta);
+    warp::convert(last_weights, last);
+    warp::convert(weights, own);
   }
 
   __device__ __forceinline__ static void store_out(const OutputsParams& params, Shared& shared,

@@ -154,7 +154,7 @@ struct Queries {
       Square products, gradients, phi;
       warpgroup::mm_AB(products, shared.dout_smem, shared.state_smem.template cols<kMap>(sign));
       warpgroup::mma_commit();
-      softmax(phi, scores, sign_of(sign));
+      softmax(phi, scores, sign);
       {
         PerCol<kMap> normalizer;
         warp::load(normalizer, shared.normalizer[sign]);
