@@ -127,12 +127,16 @@ def test_empty_batch_launches_nothing():
 @pytest.mark.parametrize(
     ("call", "code", "message"),
     [
-        (sums(chunks=3), _INVALID, "there is one segment, which nothing follows"),
+        (
+            sums(chunks=3),
+            _INVALID,
+            "sums are of 1 segments; expected 1 to the 0 that another one follows",
+        ),
         (sums(chunks=4), _INVALID, "expected 1 to the 3 chunks there are"),
         (
             sums(first=("int32", [3])),
             _INVALID,
-            "first has shape (3,); expected (2,)",
+            "first has shape (3); expected (2)",
         ),
         (
             outputs(v=("bfloat16", [2, 150, 4, 96])),

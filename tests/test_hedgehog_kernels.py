@@ -30,8 +30,9 @@ pytestmark = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the interpreter runs on the CPU alone"
 )
 EXHAUSTIVE = pytest.mark.exhaustive
+# In segments of so many chunks; the last one's sums are made of two pieces.
 SEGMENTED = Case(400)
-SEGMENTS = (1, 3)
+SEGMENTS = ((SEGMENTED, 1), (SEGMENTED, 3), (Case(1024), 8))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,7 +41,7 @@ def compiled(request):
     if jax.default_backend() != "cpu":
         return
     more = MORE if request.config.getoption("--exhaustive") else []
-    cases = [*CASES, *more, SEGMENTED]
+    cases = [*CASES, *STATES, *more, *(case for case, _ in SEGMENTS)]
     specs = itertools.chain.from_iterable(map(specs_of, cases))
     specs = {spec["function"]: spec for spec in specs}.values()
     by_header = functools.partial(sorted, key=lambda spec: spec["header"])
@@ -55,9 +56,9 @@ def test_values_and_gradients(case):
     check(public(case), case)
 
 
-@pytest.mark.parametrize("chunks", SEGMENTS)
-def test_segments_side_by_side(chunks):
-    check(in_segments(SEGMENTED, chunks), SEGMENTED)
+@pytest.mark.parametrize(("case", "chunks"), SEGMENTS, ids=str)
+def test_segments_side_by_side(case, chunks):
+    check(in_segments(case, chunks), case)
 
 
 @pytest.mark.parametrize(

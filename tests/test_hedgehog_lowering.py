@@ -55,8 +55,10 @@ def test_forward_is_one_kernel_and_copies_no_tokens():
 
 
 def test_few_heads_are_cut_into_segments():
-    text = lowered(run, *arrays(1, 4096, 2, 1))
+    text = lowered(run, *arrays(4, 4096, 16, 16))
     assert targets(text) == ["sums", "outputs"]
+    # The first of two segments, in halves.
+    assert "tensor<4x16x2x128x128xf32>" in text
 
 
 def test_backward_calls_each_kernel_once_but_for_the_states():
@@ -89,7 +91,8 @@ def test_without_an_implementation_each_platform_has_its_own():
 
 def test_over_a_mesh():
     """The kernels are called for the heads of each device."""
-    mesh = jax.sharding.AbstractMesh((2, 4), ("batch", "heads"))
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((2, 4), ("batch", "heads"), axis_types=auto)
     P = jax.sharding.PartitionSpec
     tokens, maps = P("batch", None, "heads"), P("heads")
     specs = (tokens, tokens, tokens, maps, maps)

@@ -20,17 +20,24 @@ struct SumsBuffers {
   AnyBuffer sums, normalizer;
 };
 
-// Of every segment but the last.
+// Of the first segments: at most of all but the last.
 Result<HedgehogSizes> read_sums(const SumsBuffers& b, const HedgehogSumsOptions& options) {
-  if (Status status = check_rank("k", b.k, 4); !status.ok()) return status.error();
+  if (Status status = first_error({check_rank("k", b.k, 4), check_rank("sums", b.sums, 5)});
+      !status.ok()) {
+    return status.error();
+  }
   const auto sizes = read_hedgehog_sizes(b.k, b.v, dim(b.k, 2));
   if (!sizes.ok()) return sizes.error();
   const HedgehogSizes& s = *sizes;
   if (Status status = check_segments(options.chunks_of_segment, s); !status.ok()) {
     return status.error();
   }
-  const std::int64_t segments = ceil_div(s.chunks(), options.chunks_of_segment) - 1;
-  if (segments == 0) return invalid("there is one segment, which nothing follows");
+  const std::int64_t segments = dim(b.sums, 2);
+  const std::int64_t followed = ceil_div(s.chunks(), options.chunks_of_segment) - 1;
+  if (segments < 1 || segments > followed) {
+    return invalid("sums are of " + std::to_string(segments) + " segments; expected 1 to the " +
+                   std::to_string(followed) + " that another one follows");
+  }
   if (Status status =
           first_error({check_like("k_map", b.k_map, b.k, {s.num_kv_heads, s.key_dim, kMap}),
                        check_first(b.first, s),
@@ -79,7 +86,8 @@ Status execute_sums(int device_ordinal, runtime::cuda::Stream stream, const Sums
   params.normalizer = floats(b.normalizer);
   set_sizes(&params, s);
   params.chunks_of_segment = static_cast<int>(options.chunks_of_segment);
-  return runtime::launch(**kernel, stream, {s.num_kv_heads, dim(b.sums, 2), s.batch}, &params);
+  params.segments = static_cast<int>(dim(b.sums, 2));
+  return runtime::launch(**kernel, stream, {s.num_kv_heads, params.segments, s.batch}, &params);
 }
 
 // -- Outputs --------------------------------------------------------------------------------------

@@ -41,17 +41,17 @@ constexpr long larger(long a, long b) { return a > b ? a : b; }
 // -- sums -----------------------------------------------------------------------------------------
 // Kernel: "kernels/hedgehog_attention/sums.cuh"
 //   tk::hedgehog_attention::sums<tk::hedgehog_attention::SumsTraits<T, kKeyDim, kConsumers>>
-// Grid: K, segments - 1, B. What segment s adds for those after it: chunks from the one before its
-// first to the last but two of it.
+// Grid: K, segments, B. What each of the first segments adds for those after it: chunks from the
+// one before its first to the last but one of it.
 struct SumsParams {
   TensorMap k;        // [B, T, K, D]: dimensions (D, T, K, B), box (64, 64, 1, 1)
   TensorMap v;        // [B, T, K, V]: the same
   TensorMap k_map;    // [K, D, kMap]: dimensions (kMap, D, K), box (64, kKeyDim, 1)
   const int* first;   // [B]: the first token that is one; or null where all are
-  float* sums;        // [B, K, segments - 1, V, kFeatures]
-  float* normalizer;  // [B, K, segments - 1, kFeatures]
+  float* sums;        // [B, K, segments, V, kFeatures]
+  float* normalizer;  // [B, K, segments, kFeatures]
   int seqlen, num_kv_heads, value_dim;
-  int chunks, chunks_of_segment;
+  int chunks, chunks_of_segment, segments;
 };
 
 // -- outputs --------------------------------------------------------------------------------------

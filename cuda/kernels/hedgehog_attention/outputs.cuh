@@ -35,6 +35,8 @@ struct Outputs {
   static constexpr int kConsumers = Traits::kConsumers;
   static constexpr int kProducerRegisters = kConsumers == 1 ? 56 : 24;
   static constexpr int kConsumerRegisters = 240;
+  // Whether k W is computed while phi(q) is: one consumer, which has both signs, would spill.
+  static constexpr bool kKeysBesideQueries = kConsumers == 2;
 
   using MapTile = SharedTile<T, kKeyDim, kMap>;
   using KeyTile = SharedTile<T, kChunk, kKeyDim>;
@@ -161,13 +163,17 @@ struct Outputs {
       shared.q_ring.wait(q_stage);
       warpgroup::mm_AB(q_scores, q_smem, shared.q_map_smem);
       warpgroup::mma_commit();
+      const auto issue_key_scores = [&] {
+        warpgroup::mm_AB(k_scores, last_k_smem, shared.k_map_smem);
+        warpgroup::mma_commit();
+      };
+      if constexpr (kKeysBesideQueries) issue_key_scores();
 
       warp::zero(far);
-      warpgroup::mma_wait<0>(q_scores);
+      warpgroup::mma_wait<kKeysBesideQueries ? 1 : 0>(q_scores);
       query_features(phi_plus, far, q_scores, shared, 0, alpha, consumer);
       query_features(phi_minus, far, q_scores, shared, 1, alpha, consumer);
-      warpgroup::mm_AB(k_scores, last_k_smem, shared.k_map_smem);
-      warpgroup::mma_commit();
+      if constexpr (!kKeysBesideQueries) issue_key_scores();
       warpgroup::mm_ABt(out, phi_plus, state_smem.template cols<kMap>(0));
       warpgroup::mma_ABt(out, phi_minus, state_smem.template cols<kMap>(1));
       warpgroup::mma_commit();

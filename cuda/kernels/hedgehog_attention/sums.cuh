@@ -1,8 +1,9 @@
 // What a segment adds to S = sum of phi(k) v^T and to z = sum of phi(k): where there are few heads,
 // sequences are cut into segments that run side by side, and each needs the sums of those before.
 //
-// Grid: heads of keys, segments but the last, batch. The window lags by a chunk: segment s has the
-// chunks from the one before its first to the last but one.
+// Grid: heads of keys, segments, batch: shorter segments than those of outputs.cuh, of which the
+// last has none. The window lags by a chunk: a segment has the chunks from the one before its first
+// to the last but one.
 // Roles: a producer warp loads the head's map and a ring of k and v; a consumer warpgroup has 64
 // columns of values and keeps their S (64 x 128, fp32) in registers. phi(k) is computed in halves,
 // by sign, and shared. z is a part for each warp's rows until the end.
@@ -112,8 +113,7 @@ struct Sums {
     }
 
     const int64 index =
-        (static_cast<int64>(batch) * params.num_kv_heads + head) * (segment.count - 1) +
-        segment.index;
+        (static_cast<int64>(batch) * params.num_kv_heads + head) * params.segments + segment.index;
     warpgroup::store(state_rows(params.sums, index, params.value_dim, consumer), state, 0, 0);
     meet<kConsumers>(kFeaturesFree);
     if (consumer == 0 && (warp::index() & 3) == 0) {

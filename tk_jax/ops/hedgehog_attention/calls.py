@@ -18,9 +18,8 @@ from tk_jax.ops.hedgehog_attention import config
 FEATURES = 2 * config.MAP
 
 
-def sums(k, v, k_map, first, *, chunks_of_segment: int):
-    """What each segment but the last adds to the sums and the normalizer."""
-    segments = -(-k.shape[1] // config.CHUNK // chunks_of_segment) - 1
+def sums(k, v, k_map, first, *, chunks_of_segment: int, segments: int):
+    """What each of the first segments adds to the sums and the normalizer."""
     rows = (k.shape[0], k.shape[2], segments)
     return _ffi.call(
         "tk_hedgehog_attention_sums_v1",

@@ -77,7 +77,7 @@ def state_shapes(q_map_shape, k_shape, v_shape, window, num_axes) -> HedgehogSta
 
 @dataclasses.dataclass(frozen=True)
 class HedgehogSumsOptions:
-    """Which sums are computed: of each segment but the last."""
+    """Which sums are computed: of segments of so many chunks."""
 
     chunks_of_segment: int
 
@@ -110,6 +110,17 @@ def chunks_of_segment(batch: int, seqlen: int, heads: int) -> int:
     segments = _RESIDENT // max(1, batch * heads)
     segments = min(segments, chunks // _LEAST_CHUNKS_OF_SEGMENT)
     return -(-chunks // max(1, segments))
+
+
+def pieces_of_segment(batch: int, seqlen: int, heads: int, of_segment: int) -> int:
+    """Into how many equal pieces the sums of a segment are cut, to fill the GPU.
+
+    For k [batch, seqlen, heads, D]: all segments but the last have sums.
+    """
+    segments = -(-seqlen // CHUNK // of_segment)
+    blocks = max(1, batch * heads * (segments - 1))
+    pieces = range(1, min(_RESIDENT // blocks, of_segment // 4) + 1)
+    return max((n for n in pieces if of_segment % n == 0), default=1)
 
 
 def padded_tokens(seqlen: int) -> int:

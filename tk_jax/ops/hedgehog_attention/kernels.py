@@ -200,11 +200,19 @@ def _segment_starts(arrays, of_segment):
     given = (arrays.sums, arrays.normalizer)
     if -(-arrays.k.shape[1] // config.CHUNK) <= of_segment:
         return tuple(None if x is None else x[:, :, None] for x in given)
+    segments = -(-arrays.k.shape[1] // config.CHUNK // of_segment)
+    pieces = config.pieces_of_segment(*arrays.k.shape[:3], of_segment)
     added = calls.sums(
-        arrays.k, arrays.v, arrays.k_map, arrays.first, chunks_of_segment=of_segment
+        arrays.k,
+        arrays.v,
+        arrays.k_map,
+        arrays.first,
+        chunks_of_segment=of_segment // pieces,
+        segments=pieces * (segments - 1),
     )
 
     def chained(first, added):
+        added = added.reshape(*added.shape[:2], -1, pieces, *added.shape[3:]).sum(3)
         first = jnp.zeros_like(added[:, :, :1]) if first is None else first[:, :, None]
         return jnp.cumsum(jnp.concatenate([first, added], axis=2), axis=2)
 

@@ -147,7 +147,7 @@ def _final_state(k_map, k, v, state: HedgehogState | None) -> HedgehogState:
     """What is left for the tokens that follow: as xla.py says."""
     batch, seqlen = k.shape[:2]
     if state is None:
-        length = jnp.zeros((batch,), jnp.int32)
+        length, _ = _dispatch.vary_together(jnp.zeros((batch,), jnp.int32), k)
         before = [(0, 0), (_WINDOWS, 0), (0, 0), (0, 0)]
         k, v = jnp.pad(k, before), jnp.pad(v, before)
     else:
