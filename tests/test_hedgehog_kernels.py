@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 EXHAUSTIVE = pytest.mark.exhaustive
 # In segments of so many chunks; the last one's sums are made of two pieces.
 SEGMENTED = Case(400)
-SEGMENTS = ((SEGMENTED, 1), (SEGMENTED, 3), (Case(1024), 8))
+SEGMENTS = ((SEGMENTED, 1), (SEGMENTED, 3), (Case(513), 8))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -59,10 +59,16 @@ def hedgehog_attention(
     The far weights are not rescaled by ``exp(m)``: the largest score is part of the
     function, and gradients flow through it, as in LoLCATs.
 
-    Runs in XLA operations on every platform, in chunks, as
-    :func:`tk_jax.linear_attention` does, whose words on memory, dtypes and transforms
-    hold here too. There is no TK kernel yet. The results are named
-    ``tk_hedgehog_attention_out`` and ``tk_hedgehog_attention_state``.
+    Runs TK kernels on Hopper GPUs for bfloat16 and float16, a window of 64, F = 64, D
+    and V up to 128 and without ``segment_ids``, forward and backward, and XLA
+    operations elsewhere, in chunks. The kernels round the maps to the dtype of the
+    tokens; sums are float32 (float64 for float64 inputs). Memory is linear in T, and
+    between the passes nothing is kept but the arguments.
+
+    Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``shard_map``, ``jax.checkpoint``
+    (the results are named ``tk_hedgehog_attention_out`` and
+    ``tk_hedgehog_attention_state``) and ``jax.export``. Where the kernels support a
+    call, forward mode and derivatives of higher order need ``implementation="xla"``.
 
     Args:
       q: Queries ``[..., T, H, D]``, with any number of leading batch dimensions; in
@@ -88,8 +94,9 @@ def hedgehog_attention(
       segment_ids: int32, broadcast to ``[..., T]``: at each token whose id differs from
         the one before it, a new sequence begins. The initial state belongs to the first
         segment, the final one is that of the last.
-      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"``
-        raise, as there is no kernel yet.
+      implementation: ``None`` chooses: kernels where they support the call, else XLA.
+        ``"tk"`` and ``"xla"`` demand one of both, ``"interpret"`` runs the kernels'
+        source on the CPU, checked.
 
     Returns:
       ``out [..., T, H, V]`` in the dtype of the inputs; with ``return_final_state``
@@ -99,7 +106,8 @@ def hedgehog_attention(
       TypeError: an input is not an array, or a setting is not static.
       ValueError: shapes or dtypes do not fit each other, T, H, K, D, V or F is zero (a
         batch may be), or a setting has an unknown value.
-      NotImplementedError: ``implementation="tk"`` or ``"interpret"``.
+      NotImplementedError: ``implementation="tk"`` or ``"interpret"`` and the kernels
+        lack something, such as float32 or ``segment_ids``.
 
     Zhang et al., "The Hedgehog & the Porcupine" (2024), section 4; Zhang et al.,
     "LoLCATs" (2024), section 3.2, with the window that ThunderKittens has (Spector et
@@ -197,7 +205,7 @@ def hedgehog_attention_step(
       beta: As there.
       window: As there.
       scale: As there.
-      implementation: As there.
+      implementation: As there; there is no kernel for steps, which XLA computes.
 
     Returns:
       ``out [..., H, V]`` in the dtype of the inputs, and the next state.

@@ -23,7 +23,7 @@ SLICE = 64
 # Rows, which the copy engine reads, are padded to multiples of this.
 DIM_STEP = 8
 # Those that are compiled ahead: dimensions of keys and of values.
-KERNEL_DIMS = ((64, 64), (128, 128))
+KERNEL_DIMS = ((64, 64), (64, 128), (128, 64), (128, 128))
 KERNELS = ("sums", "outputs", "queries", "keys")
 # Grids have up to this many blocks along two of their axes ...
 MAX_GRID = 65535
