@@ -83,7 +83,7 @@ def test_final_state_without_an_initial_one(seqlen):
         assert relative_rms(x, y) <= BARS[case.dtype][0]
 
 
-@pytest.mark.parametrize("case", [Case(129, batch=2)], ids=str)
+@pytest.mark.parametrize("case", [Case(129, 128, 128, (2, 1), "float16")], ids=str)
 def test_schedules_change_nothing(case):
     arrays = rounded(arrays_of(case), case.dtype, EXACT)
 

@@ -90,7 +90,7 @@ constexpr int outputs_shared_bytes(long key_dim, long consumers) {
                                kQueryStages * kChunk * larger(key_dim, consumers * kSlice) +
                                kKeyStages * kChunk * (key_dim + consumers * kSlice) +
                                kChunk * kFeatures + consumers * kSlice * kFeatures)) +
-         kNormalizerBytes + 2 * kChunk * 4 + kSharedSlack;
+         kNormalizerBytes + 4 * kChunk * 4 + kSharedSlack;
 }
 
 // -- queries --------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@
 // Grid: heads, segments, batch. A block walks its segment's chunks.
 // Roles: a producer warp loads the head's maps, a ring of q, and a ring of k and v of which the
 // last chunk's stays; a consumer warpgroup has 64 columns of values: it keeps S (64 x 128, fp32) of
-// those in registers, and for phi(q) S a rounded copy in shared memory. Scores and phi(q) are
-// computed by each consumer for itself; phi(k) in halves, by sign: for it the consumers meet twice
-// a chunk. z is kept in shared memory, a part for each warp's rows, in fp32. Budget at D = V = 128:
-// 216 KB of shared memory: 32 of maps, 32 of q, 96 of k and v, 16 of phi(k), 32 of copies of S; 64
-// registers of S, 64 of scores, 32 each of out and phi(q) a thread. Limit: the chain of products
-// and softmaxes within a chunk, see docs/kernels/hedgehog_attention.md.
+// those in registers, and for phi(q) S a rounded copy in shared memory. Each makes phi(q) for
+// itself; phi(k), phi(q) z and near weights in halves: the first consumer phi of the positive
+// scores and the weights of the last chunk's keys, the second the others. For that they meet three
+// times a chunk. z is kept in shared memory, a part for each warp's rows, in fp32. Budget at D = V
+// = 128: 214 KB of shared memory: 32 of maps, 32 of q, 96 of k and v, 16 of phi(k), 32 of copies of
+// S; 64 registers of S, 32 each of scores, weights, out and phi(q) a thread. Limit: the chain of
+// products and softmaxes within a chunk, see docs/kernels/hedgehog_attention.md.
 #pragma once
 
 #include "kernels/hedgehog_attention/walk.cuh"
@@ -58,7 +59,9 @@ struct Outputs {
     FeatureTile phi_smem;  // of keys
     StateTile state_smem[kConsumers];
     Normalizer normalizer;
-    SharedVec<float, 16> far[2][4];  // phi(q) z, of each consumer's sign and each warp's rows
+    // Of each consumer and each warp's rows: the largest score of its near keys; the sum of their
+    // weights and of phi(q) z of its sign.
+    SharedVec<float, 16> largest[2][4], sums[2][4];
     Barrier head_full;
     QueryRing q_ring;
     KeyRing kv_ring;
@@ -135,6 +138,7 @@ struct Outputs {
     const float alpha = load_scalar(params.alpha + place.head);
     const float beta = load_scalar(params.beta + place.head);
     const StateTile& state_smem = shared.state_smem[consumer];
+    const int quarter = warp::index() & 3;  // of the rows
     State state;
     if (params.sums == nullptr) {
       warp::zero(state);
@@ -177,11 +181,9 @@ struct Outputs {
       warpgroup::mm_ABt(out, phi_plus, state_smem.template cols<kMap>(0));
       warpgroup::mma_ABt(out, phi_minus, state_smem.template cols<kMap>(1));
       warpgroup::mma_commit();
-      warp::finish_row_sum(far);
 
       warpgroup::mma_wait<1>(k_scores);
       meet<kConsumers>(kFeaturesFree);  // the last chunk's are read
-      if constexpr (kConsumers == 2) warp::store(shared.far[consumer][warp::index() & 3], far);
 #pragma unroll
       for (int i = 0; i < 2 / kConsumers; ++i) {
         key_features(shared.phi_smem, shared.normalizer, k_scores,
@@ -189,33 +191,68 @@ struct Outputs {
       }
       publish_shared();
 
-      Square last_scores, scores;
-      warpgroup::mm_ABt(last_scores, q_smem, last_k_smem);
-      warpgroup::mma_commit();
       shared.kv_ring.wait(stage);
-      warpgroup::mm_ABt(scores, q_smem, shared.k_smem[stage.stage]);
-      warpgroup::mma_commit();
-      warpgroup::mma_wait<0>(out, phi_plus, phi_minus, last_scores, scores);
-      meet<kConsumers>(kFeaturesReady);  // and q is read
-
-      warpgroup::mma_AtB(state, last_v_smem, shared.phi_smem);
-      warpgroup::mma_commit();
-
-      Operand last_weights, weights;
       PerRow<16> divisors;
-      weigh_keys(last_weights, weights, divisors, last_scores, scores, params.scale * kLog2E, beta,
-                 {token, first});
-      warpgroup::mma_AB(out, last_weights, last_v_smem);
-      warpgroup::mma_AB(out, weights, shared.v_smem[stage.stage][consumer]);
-      warpgroup::mma_commit();
-      warp::zip(divisors, divisors, far, [](float x, float y) { return x + y; });
+      const Tokens tokens = {token, first};
       if constexpr (kConsumers == 2) {
-        warp::load(far, shared.far[1 - consumer][warp::index() & 3]);
+        Square scores;
+        const int mine = consumer == 0 ? last.stage : stage.stage;
+        const int others = consumer == 0 ? stage.stage : last.stage;
+        warpgroup::mm_ABt(scores, q_smem, shared.k_smem[mine]);
+        warpgroup::mma_commit();
+        warpgroup::mma_wait<0>(out, phi_plus, phi_minus, scores);
+        Square near;
+        PerRow<16> largest;
+        scale_half(near, largest, scores, params.scale * kLog2E, tokens, consumer);
+        warp::store(shared.largest[consumer][quarter], largest);
+        meet<kConsumers>(kFeaturesReady);  // and q is read
+
+        warpgroup::mma_AtB(state, last_v_smem, shared.phi_smem);
+        warpgroup::mma_commit();
+        PerRow<16> other;
+        warp::load(other, shared.largest[1 - consumer][quarter]);
+        warp::zip(largest, largest, other, [](float x, float y) { return math::max(x, y); });
+        weigh_near(near, largest, beta);
+        warp::fold_row_sum(far, near);
+        warp::finish_row_sum(far);
+        warp::store(shared.sums[consumer][quarter], far);
+        // Each consumer's weights stand where the other's out will.
+        const RowsTile& rows_smem = shared.rows_smem[q_stage.stage];
+        Operand weights, others_weights;
+        warp::convert(weights, near);
+        warpgroup::store(rows_smem.template cols<kSlice>(1 - consumer), weights);
+        warpgroup::mma_AB(out, weights, shared.v_smem[mine][consumer]);
+        warpgroup::mma_commit();
+        meet<kConsumers>(kWeightsReady);
+        warpgroup::load(others_weights, rows_smem.template cols<kSlice>(consumer));
+        warpgroup::mma_AB(out, others_weights, shared.v_smem[others][consumer]);
+        warpgroup::mma_commit();
+        warp::load(other, shared.sums[1 - consumer][quarter]);
+        warp::zip(divisors, far, other, [](float x, float y) { return x + y; });
+        release_rows(shared, q_done, q_stage);
+        warpgroup::mma_wait<0>(out, weights, others_weights, state);
+      } else {
+        Square last_scores, scores;
+        warpgroup::mm_ABt(last_scores, q_smem, last_k_smem);
+        warpgroup::mm_ABt(scores, q_smem, shared.k_smem[stage.stage]);
+        warpgroup::mma_commit();
+        warpgroup::mma_wait<0>(out, phi_plus, phi_minus, last_scores, scores);
+        meet<kConsumers>(kFeaturesReady);  // and q is read
+
+        warpgroup::mma_AtB(state, last_v_smem, shared.phi_smem);
+        warpgroup::mma_commit();
+        Operand last_weights, weights;
+        weigh_keys(last_weights, weights, divisors, last_scores, scores, params.scale * kLog2E,
+                   beta, tokens);
+        warpgroup::mma_AB(out, last_weights, last_v_smem);
+        warpgroup::mma_AB(out, weights, shared.v_smem[stage.stage][consumer]);
+        warpgroup::mma_commit();
+        warp::finish_row_sum(far);
         warp::zip(divisors, divisors, far, [](float x, float y) { return x + y; });
+        release_rows(shared, q_done, q_stage);
+        warpgroup::mma_wait<0>(out, last_weights, weights, state);
       }
       invert(divisors);
-      release_rows(shared, q_done, q_stage);
-      warpgroup::mma_wait<0>(out, last_weights, weights, state);
       shared.kv_ring.release(last);
       last = stage;
       stage.advance();
@@ -265,6 +302,26 @@ struct Outputs {
     warp::mul_rows(phi, features, scale);
   }
 
+  // Of two consumers: the scores of one chunk's keys, and their largest.
+  __device__ __forceinline__ static void scale_half(Square& dst, PerRow<16>& largest,
+                                                    const Square& scores, float scale_log2,
+                                                    const Tokens& tokens, int consumer) {
+    if (consumer == 0) {
+      scale_last_scores(dst, scores, scale_log2, tokens);
+    } else {
+      scale_own_scores(dst, scores, scale_log2, tokens);
+    }
+    warp::row_max(largest, dst);
+  }
+  // beta joins the exponent: exp2(s - m + log2 beta), which is 0 where beta is.
+  __device__ __forceinline__ static void weigh_near(Square& scores, const PerRow<16>& largest,
+                                                    float beta) {
+    const float beta_log2 = math::log2(beta);
+    PerRow<16> shift;
+    warp::map(shift, largest, [=](float m) { return (m == -kInfinity ? 0.0f : m) - beta_log2; });
+    weigh(scores, shift);
+  }
+
   // Weights of the keys of the last chunk and of this one, of which divisors are the sums.
   __device__ __forceinline__ static void weigh_keys(Operand& last_weights, Operand& weights,
                                                     PerRow<16>& divisors, const Square& last_scores,
@@ -275,11 +332,8 @@ struct Outputs {
     scale_own_scores(own, scores, scale_log2, tokens);
     PerRow<16> largest;
     largest_score(largest, last, own);
-    // beta joins the exponent: exp2(s - m + log2 beta), which is 0 where beta is.
-    const float beta_log2 = math::log2(beta);
-    warp::map(largest, largest, [=](float m) { return m - beta_log2; });
-    weigh(last, largest);
-    weigh(own, largest);
+    weigh_near(last, largest, beta);
+    weigh_near(own, largest, beta);
     warp::zero(divisors);
     warp::fold_row_sum(divisors, last);
     warp::fold_row_sum(divisors, own);

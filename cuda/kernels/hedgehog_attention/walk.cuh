@@ -36,7 +36,7 @@ __device__ __forceinline__ int sign_index(int consumer, int i) {
 }
 
 // Where both consumers meet.
-enum Meeting : int { kFeaturesFree = kFirstKernelBarrier, kFeaturesReady };
+enum Meeting : int { kFeaturesFree = kFirstKernelBarrier, kFeaturesReady, kWeightsReady };
 template <int kConsumers>
 __device__ __forceinline__ void meet(Meeting meeting) {
   if constexpr (kConsumers == 1) {
