@@ -54,6 +54,29 @@ def test_forward_is_one_kernel_and_copies_no_tokens():
         assert not re.search(rf"stablehlo.{copy}.*4x300x40x128xbf16", text)
 
 
+@pytest.mark.parametrize("batch", [(), (2, 3), (0,)], ids=str)
+def test_any_batch_with_a_state(batch):
+    q, k = struct(*batch, 70, 4, 64), struct(*batch, 70, 2, 64)
+    maps = (struct(heads, 64, 64, dtype=jnp.float32) for heads in (4, 2))
+    floats = ((*batch, 2, 128, 64), (*batch, 2, 128))
+    state = (
+        *(struct(*shape, dtype=jnp.float32) for shape in floats),
+        *[struct(*batch, 128, 2, 64)] * 2,
+        struct(*batch, dtype=jnp.int32),
+    )
+
+    def total(floating, length):
+        *tokens, state = floating
+        out, final = run(
+            *tokens, initial_state=(*state, length), return_final_state=True
+        )
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(final.sums)
+
+    found = jax.grad(total)
+    text = lowered(found, (q, k, k, *maps, state[:4]), state[4])
+    assert targets(text) == ["states", "queries", "states", "keys"]
+
+
 def test_few_heads_are_cut_into_segments():
     text = lowered(run, *arrays(4, 4096, 16, 16))
     assert targets(text) == ["sums", "outputs"]

@@ -153,10 +153,12 @@ def _over_heads(run, size, arrays, cotangents, result_heads):
 
     def fold(x, axis):
         x = jnp.moveaxis(x, 0, axis)
-        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+        heads = size * x.shape[axis + 1]
+        return x.reshape(*x.shape[:axis], heads, *x.shape[axis + 2 :])
 
     def unfold(x, axis):
-        x = x.reshape(*x.shape[:axis], size, -1, *x.shape[axis + 1 :])
+        heads = x.shape[axis] // size
+        x = x.reshape(*x.shape[:axis], size, heads, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
     def each(function, arrays, axes):
@@ -212,7 +214,8 @@ def _segment_starts(arrays, of_segment):
     )
 
     def chained(first, added):
-        added = added.reshape(*added.shape[:2], -1, pieces, *added.shape[3:]).sum(3)
+        shape = (*added.shape[:2], segments - 1, pieces, *added.shape[3:])
+        added = added.reshape(shape).sum(3)
         first = jnp.zeros_like(added[:, :, :1]) if first is None else first[:, :, None]
         return jnp.cumsum(jnp.concatenate([first, added], axis=2), axis=2)
 
@@ -246,7 +249,8 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
     def over_group(x):
         if num_heads == num_kv_heads:
             return x
-        wide = x.reshape(x.shape[0], num_kv_heads, -1, *x.shape[2:])
+        group = num_heads // num_kv_heads
+        wide = x.reshape(x.shape[0], num_kv_heads, group, *x.shape[2:])
         return jnp.sum(wide, axis=2, dtype=jnp.float32).astype(x.dtype)
 
     dk, dv, dscores = calls.keys(
@@ -355,5 +359,5 @@ def _sums_of_chunks(x):
     batch, seqlen, heads, columns = x.shape
     missing = config.padded_tokens(seqlen) - seqlen
     x = jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
-    x = x.reshape(batch, -1, config.CHUNK, heads, columns)
+    x = x.reshape(batch, x.shape[1] // config.CHUNK, config.CHUNK, heads, columns)
     return jnp.moveaxis(jnp.sum(x, axis=2, dtype=jnp.float32), 2, 1)
