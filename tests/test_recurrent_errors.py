@@ -337,7 +337,7 @@ LACKING = {
     "linear_attention": NO_FLOAT32,
     "ssd": NO_FLOAT32,
     "based_attention": NO_KERNEL,
-    "hedgehog_attention": NO_KERNEL,
+    "hedgehog_attention": NO_FLOAT32,
 }
 
 

@@ -20,7 +20,16 @@ def test_this_runtime_accepts_every_handler():
         "tk_attention_bwd_bias_v1",
         "tk_attention_bwd_v1",
         "tk_attention_fwd_v1",
+        "tk_hedgehog_attention_keys_v1",
+        "tk_hedgehog_attention_outputs_v1",
+        "tk_hedgehog_attention_queries_v1",
+        "tk_hedgehog_attention_sums_v1",
         "tk_kernel_v1",
+        "tk_linear_attention_chunk_sums_v1",
+        "tk_linear_attention_gate_gradients_v1",
+        "tk_linear_attention_gradients_v1",
+        "tk_linear_attention_outputs_v1",
+        "tk_linear_attention_states_v1",
         "tk_matmul_v1",
     ]
     for name, stages in registrations.items():

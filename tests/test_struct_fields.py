@@ -11,6 +11,7 @@ import pytest
 from tk_jax import _ffi, kernel
 from tk_jax.ops.attention import config as attention
 from tk_jax.ops.attention import vjp as attention_vjp
+from tk_jax.ops.hedgehog_attention import config as hedgehog_attention
 from tk_jax.ops.linear_attention import config as linear_attention
 from tk_jax.ops.linear_attention import scan
 from tk_jax.ops.matmul import config as matmul
@@ -27,6 +28,9 @@ SETTINGS = {
     "GradientsOptions": linear_attention.GradientsOptions,
     "GradientsConfig": linear_attention.GradientsConfig,
     "WalkConfig": linear_attention.WalkConfig,
+    "HedgehogSumsOptions": hedgehog_attention.HedgehogSumsOptions,
+    "HedgehogOutputsOptions": hedgehog_attention.HedgehogOutputsOptions,
+    "HedgehogGradientsOptions": hedgehog_attention.HedgehogGradientsOptions,
     "MatmulOptions": matmul.MatmulOptions,
     "MatmulConfig": matmul.MatmulConfig,
     "KernelSettings": kernel.KernelSettings,

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from tk_jax import _ffi
 from tk_jax.ops.attention import config as attention_config
+from tk_jax.ops.hedgehog_attention import config as hedgehog_config
 from tk_jax.ops.linear_attention import config as linear_attention_config
 from tk_jax.ops.matmul import config as matmul_config
 
@@ -110,6 +111,7 @@ def _all_specialisations(tiles: Mapping[str, int]) -> Iterator[Specialisation]:
         for make in (
             _attention_forward,
             _attention_backward,
+            _hedgehog_attention,
             _linear_attention,
             _matmul,
         ):
@@ -179,6 +181,16 @@ def _linear_attention(dtype: str, tiles: Mapping[str, int]) -> Iterator[Speciali
                 config=config,
             ):
                 yield Specialisation("linear_attention", _words(config), spec)
+
+
+def _hedgehog_attention(dtype: str, _: Mapping[str, int]) -> Iterator[Specialisation]:
+    for kernel, (key_dim, value_dim) in itertools.product(
+        hedgehog_config.KERNELS, hedgehog_config.KERNEL_DIMS
+    ):
+        for spec in _ffi.extension().hedgehog_attention_specs(
+            kernel=kernel, dtype=dtype, key_dim=key_dim, value_dim=value_dim
+        ):
+            yield Specialisation("hedgehog_attention", "", spec)
 
 
 def _matmul(dtype: str, tiles: Mapping[str, int]) -> Iterator[Specialisation]:

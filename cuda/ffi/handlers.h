@@ -16,6 +16,10 @@ struct Target {
 extern const Target kAttentionForwardTarget;
 extern const Target kAttentionBackwardTarget;
 extern const Target kAttentionBiasTarget;
+extern const Target kHedgehogKeysTarget;
+extern const Target kHedgehogOutputsTarget;
+extern const Target kHedgehogQueriesTarget;
+extern const Target kHedgehogSumsTarget;
 extern const Target kLinearAttentionChunkSumsTarget;
 extern const Target kLinearAttentionGateGradientsTarget;
 extern const Target kLinearAttentionGradientsTarget;
@@ -29,6 +33,10 @@ inline constexpr const Target* kTargets[] = {
     &kAttentionForwardTarget,
     &kAttentionBackwardTarget,
     &kAttentionBiasTarget,
+    &kHedgehogKeysTarget,
+    &kHedgehogOutputsTarget,
+    &kHedgehogQueriesTarget,
+    &kHedgehogSumsTarget,
     &kKernelTarget,
     &kLinearAttentionChunkSumsTarget,
     &kLinearAttentionGateGradientsTarget,

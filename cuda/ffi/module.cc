@@ -6,6 +6,7 @@
 
 #include "ffi/attention_kernels.h"
 #include "ffi/handlers.h"
+#include "ffi/hedgehog_attention_kernels.h"
 #include "ffi/kernel_settings.h"
 #include "ffi/linear_attention_kernels.h"
 #include "ffi/matmul_kernels.h"
@@ -54,6 +55,9 @@ nb::dict struct_fields() {
   fields["GradientsOptions"] = nb::cast(SettingsFields<GradientsOptions>::names());
   fields["GradientsConfig"] = nb::cast(SettingsFields<GradientsConfig>::names());
   fields["WalkConfig"] = nb::cast(SettingsFields<linear_attention::WalkConfig>::names());
+  fields["HedgehogSumsOptions"] = nb::cast(SettingsFields<HedgehogSumsOptions>::names());
+  fields["HedgehogOutputsOptions"] = nb::cast(SettingsFields<HedgehogOutputsOptions>::names());
+  fields["HedgehogGradientsOptions"] = nb::cast(SettingsFields<HedgehogGradientsOptions>::names());
   fields["KernelSettings"] = nb::cast(SettingsFields<KernelSettings>::names());
   return fields;
 }
@@ -193,6 +197,24 @@ nb::list linear_attention_specs(const std::string& kernel, const std::string& dt
   return specs;
 }
 
+// Of the kernels named by `kernel`.
+nb::list hedgehog_attention_specs(const std::string& kernel, const std::string& dtype, long key_dim,
+                                  long value_dim) {
+  using Kind = HedgehogKernel::Kind;
+  const auto kind = [&] {
+    if (kernel == "sums") return Kind::kSums;
+    if (kernel == "outputs") return Kind::kOutputs;
+    if (kernel == "queries") return Kind::kQueries;
+    if (kernel == "keys") return Kind::kKeys;
+    throw nb::value_error(("no kernel is called " + kernel).c_str());
+  }();
+  nb::list specs;
+  specs.append(to_dict(HedgehogKernel{kind, to_dtype(dtype), hedgehog_attention::tile_dim(key_dim),
+                                      hedgehog_attention::tile_dim(value_dim)}
+                           .spec()));
+  return specs;
+}
+
 nb::list matmul_specs(const std::string& dtype, bool transpose_a, bool transpose_b,
                       const nb::dict& config) {
   const MatmulKernel kernel{
@@ -311,6 +333,8 @@ NB_MODULE(_extension, module) {
              "head_dim_v"_a, "mask"_a, "features"_a);
   module.def("linear_attention_specs", &linear_attention_specs, nb::kw_only(), "kernel"_a,
              "dtype"_a, "key_dim"_a, "features"_a, "config"_a);
+  module.def("hedgehog_attention_specs", &hedgehog_attention_specs, nb::kw_only(), "kernel"_a,
+             "dtype"_a, "key_dim"_a, "value_dim"_a);
   module.def("matmul_specs", &matmul_specs, nb::kw_only(), "dtype"_a, "transpose_a"_a,
              "transpose_b"_a, "config"_a);
 

@@ -13,8 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from tk_jax import _check, _dispatch
 from tk_jax.ops import _chunks
 from tk_jax.ops import _sequence_checks as checks
-from tk_jax.ops.hedgehog_attention import config, xla
+from tk_jax.ops.hedgehog_attention import config, vjp, xla
 from tk_jax.ops.hedgehog_attention.config import HedgehogState
+from tk_jax.ops.linear_attention.vjp import differentiable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +59,16 @@ def hedgehog_attention(
     The far weights are not rescaled by ``exp(m)``: the largest score is part of the
     function, and gradients flow through it, as in LoLCATs.
 
-    Runs in XLA operations on every platform, in chunks, as
-    :func:`tk_jax.linear_attention` does, whose words on memory, dtypes and transforms
-    hold here too. There is no TK kernel yet. The results are named
-    ``tk_hedgehog_attention_out`` and ``tk_hedgehog_attention_state``.
+    Runs TK kernels on Hopper GPUs for bfloat16 and float16, a window of 64, F = 64, D
+    and V up to 128 and without ``segment_ids``, forward and backward, and XLA
+    operations elsewhere, in chunks. The kernels round the maps to the dtype of the
+    tokens; sums are float32 (float64 for float64 inputs). Memory is linear in T, and
+    between the passes nothing is kept but the arguments.
+
+    Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``shard_map``, ``jax.checkpoint``
+    (the results are named ``tk_hedgehog_attention_out`` and
+    ``tk_hedgehog_attention_state``) and ``jax.export``. Where the kernels support a
+    call, forward mode and derivatives of higher order need ``implementation="xla"``.
 
     Args:
       q: Queries ``[..., T, H, D]``, with any number of leading batch dimensions; in
@@ -87,8 +94,9 @@ def hedgehog_attention(
       segment_ids: int32, broadcast to ``[..., T]``: at each token whose id differs from
         the one before it, a new sequence begins. The initial state belongs to the first
         segment, the final one is that of the last.
-      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"``
-        raise, as there is no kernel yet.
+      implementation: ``None`` chooses: kernels where they support the call, else XLA.
+        ``"tk"`` and ``"xla"`` demand one of both, ``"interpret"`` runs the kernels'
+        source on the CPU, checked.
 
     Returns:
       ``out [..., T, H, V]`` in the dtype of the inputs; with ``return_final_state``
@@ -98,7 +106,8 @@ def hedgehog_attention(
       TypeError: an input is not an array, or a setting is not static.
       ValueError: shapes or dtypes do not fit each other, T, H, K, D, V or F is zero (a
         batch may be), or a setting has an unknown value.
-      NotImplementedError: ``implementation="tk"`` or ``"interpret"``.
+      NotImplementedError: ``implementation="tk"`` or ``"interpret"`` and the kernels
+        lack something, such as float32 or ``segment_ids``.
 
     Zhang et al., "The Hedgehog & the Porcupine" (2024), section 4; Zhang et al.,
     "LoLCATs" (2024), section 3.2, with the window that ThunderKittens has (Spector et
@@ -149,16 +158,19 @@ def hedgehog_attention(
 @functools.partial(jax.jit, static_argnums=0)
 def _hedgehog_attention(call, inputs):
     with jax.named_scope("tk_jax.hedgehog_attention"):
-        options = call.options
-        state = inputs.state
-        state = _zero_state(options, inputs) if state is None else HedgehogState(*state)
-        inputs = inputs._replace(state=state)
+        final = call.return_final_state
+        if inputs.state is not None:
+            inputs = inputs._replace(state=HedgehogState(*inputs.state))
         inputs = _dispatch.vary_together_in(inputs)
-        settings = config.xla_config(options)
-        out, state = xla.hedgehog_attention(options, settings, inputs)
+        run_xla = functools.partial(vjp.xla_hedgehog_attention, call.options, final)
+        if call.choice.cuda == call.choice.elsewhere:
+            out, state = run_xla(inputs)  # differentiable to any order
+        else:
+            run_tk = functools.partial(
+                vjp.kernel_hedgehog_attention, call.options, final
+            )
+            out, state = differentiable(call.choice, run_tk, run_xla)(inputs)
         out = checkpoint_name(out, "tk_hedgehog_attention_out")
-        if not call.return_final_state:
-            return out, None
         return out, checkpoint_name(state, "tk_hedgehog_attention_state")
 
 
@@ -193,7 +205,7 @@ def hedgehog_attention_step(
       beta: As there.
       window: As there.
       scale: As there.
-      implementation: As there.
+      implementation: As there; there is no kernel for steps, which XLA computes.
 
     Returns:
       ``out [..., H, V]`` in the dtype of the inputs, and the next state.
@@ -269,11 +281,14 @@ def _plan(
     checks.check_first(op, "q", q, "T, H, D")
     arrays = (q, k, v, q_map, k_map, _as_weight(alpha), _as_weight(beta))
     final = _check.check_flag(op, "return_final_state", return_final_state)
-    call = _make_call(op, arrays, window, scale, implementation, final)
+    options = _check_call(op, arrays, window, scale)
     if initial_state is not None:
         _check_state(op, "initial_state", initial_state, k, v, q_map, window, 3)
     checks.check_segment_ids(op, segment_ids, q.shape[:-2])
-    return call
+    lacking = config.unsupported(
+        options, q, k, v, q_map, segment_ids, initial_state is not None
+    )
+    return Call(options, _dispatch.choose(op, implementation, lacking), final)
 
 
 def _plan_step(
@@ -293,12 +308,13 @@ def _plan_step(
     op = "hedgehog_attention_step"
     checks.check_first(op, "q", q, "H, D")
     arrays = (q, k, v, q_map, k_map, _as_weight(alpha), _as_weight(beta))
-    call = _make_call(op, arrays, window, scale, implementation, True)
+    options = _check_call(op, arrays, window, scale)
     _check_state(op, "state", state, k, v, q_map, window, 2)
-    return call
+    lacking = config.step_unsupported()
+    return Call(options, _dispatch.choose(op, implementation, lacking), True)
 
 
-def _make_call(op, arrays, window, scale, implementation, final) -> Call:
+def _check_call(op, arrays, window, scale) -> config.HedgehogOptions:
     q = arrays[0]
     _check_arrays(op, *arrays)
     if not isinstance(window, int | np.integer) or isinstance(window, bool):
@@ -308,11 +324,9 @@ def _make_call(op, arrays, window, scale, implementation, final) -> Call:
     if window < 1:
         raise ValueError(f"{op}: window is {window}; expected at least 1")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    options = config.HedgehogOptions(
+    return config.HedgehogOptions(
         scale=_check.check_finite_number(op, "scale", scale), window=int(window)
     )
-    choice = _dispatch.choose(op, implementation, config.unsupported())
-    return Call(options=options, choice=choice, return_final_state=final)
 
 
 def _check_arrays(op, q, k, v, q_map, k_map, alpha, beta) -> None:
@@ -348,15 +362,6 @@ def _check_state(op, name, state, k, v, q_map, window, num_axes) -> None:
     ):
         _check.check_shape(op, f"{name}.{field}", x.shape, shape, to_match)
         _check.check_dtype(op, f"{name}.{field}", x.dtype, dtype)
-
-
-def _zero_state(options, inputs) -> HedgehogState:
-    shapes = config.state_shapes(
-        inputs.q_map.shape, inputs.k.shape, inputs.v.shape, options.window, 3
-    )
-    sums, dtype = _chunks.sum_dtype(inputs.k.dtype), inputs.k.dtype
-    dtypes = (sums, sums, dtype, dtype, jnp.int32)
-    return HedgehogState(*map(jnp.zeros, shapes, dtypes))
 
 
 _dispatch.explain_by_plan(hedgehog_attention, _plan)

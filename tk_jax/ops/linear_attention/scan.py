@@ -191,7 +191,7 @@ def _run_forward(settings, arrays, _):
         *arrays[:3],
         gates,
         arrays.skip,
-        _segment_starts(arrays, gates, tiles),
+        segment_starts(arrays, gates, tiles),
         tiles,
         scale=settings.scale,
         ends=settings.return_state,
@@ -238,7 +238,7 @@ def _gates(arrays) -> calls.Gates:
     return calls.Gates(sums, weights, counts)
 
 
-def _segment_starts(arrays, gates, tiles):
+def segment_starts(arrays, gates, tiles):
     """The states that segments start with, [B, H, segments, V, K]; None for zeros."""
     kept = _kept(gates, tiles)
     if kept is None:
@@ -294,14 +294,12 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
         arrays.k,
         arrays.v,
         gates,
-        _segment_starts(arrays, gates, tiles),
+        segment_starts(arrays, gates, tiles),
         tiles,
         stored_every=config.PAIR,
         ends=False,
     )
-    pair_dstates, dstate = _state_gradients(
-        settings, arrays, gates, dout, dfinal, tiles
-    )
+    pair_dstates, dstate = state_gradients(settings, arrays, gates, dout, dfinal, tiles)
     found = calls.gradients(
         *arrays[:3],
         dout,
@@ -323,8 +321,10 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
     )
 
 
-def _state_gradients(settings, arrays, gates, dout, dfinal, tiles):
-    """Gradients of the states at the ends of chunks, and of the initial state."""
+def state_gradients(
+    settings, arrays, gates, dout, dfinal, tiles, stored_every=config.PAIR
+):
+    """Gradients of the states after runs of chunks, and of the initial state."""
     walk = functools.partial(
         calls.states,
         arrays.q,
@@ -341,5 +341,5 @@ def _state_gradients(settings, arrays, gates, dout, dfinal, tiles):
         _, added = walk(start=None)
         ends = jnp.flip(_chained(dfinal, jnp.flip(kept, 2), jnp.flip(added, 2)), axis=2)
     wanted = arrays.state is not None
-    pair_dstates, dstarts = walk(start=ends, stored_every=config.PAIR, ends=wanted)
-    return pair_dstates, dstarts[:, :, 0] if wanted else None
+    dstates, dstarts = walk(start=ends, stored_every=stored_every, ends=wanted)
+    return dstates, dstarts[:, :, 0] if wanted else None

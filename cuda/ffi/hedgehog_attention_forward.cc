@@ -1,0 +1,267 @@
+// The targets tk_hedgehog_attention_sums_v1 and tk_hedgehog_attention_outputs_v1: the forward pass.
+#include "ffi/handlers.h"
+#include "ffi/hedgehog_attention_problem.h"
+#include "runtime/launch.h"
+
+namespace tk::ffi {
+namespace {
+
+constexpr const char* kSumsName = "tk_hedgehog_attention_sums_v1";
+constexpr const char* kOutputsName = "tk_hedgehog_attention_outputs_v1";
+
+using Kind = HedgehogKernel::Kind;
+using hedgehog_attention::kFeatures;
+using hedgehog_attention::kMap;
+
+// -- Sums -----------------------------------------------------------------------------------------
+
+struct SumsBuffers {
+  AnyBuffer k, v, k_map, first;
+  AnyBuffer sums, normalizer;
+};
+
+// Of the first segments: at most of all but the last.
+Result<HedgehogSizes> read_sums(const SumsBuffers& b, const HedgehogSumsOptions& options) {
+  if (Status status = first_error({check_rank("k", b.k, 4), check_rank("sums", b.sums, 5)});
+      !status.ok()) {
+    return status.error();
+  }
+  const auto sizes = read_hedgehog_sizes(b.k, b.v, dim(b.k, 2));
+  if (!sizes.ok()) return sizes.error();
+  const HedgehogSizes& s = *sizes;
+  if (Status status = check_segments(options.chunks_of_segment, s); !status.ok()) {
+    return status.error();
+  }
+  const std::int64_t segments = dim(b.sums, 2);
+  const std::int64_t followed = ceil_div(s.chunks(), options.chunks_of_segment) - 1;
+  if (segments < 1 || segments > followed) {
+    return invalid("sums are of " + std::to_string(segments) + " segments; expected 1 to the " +
+                   std::to_string(followed) + " that another one follows");
+  }
+  if (Status status =
+          first_error({check_like("k_map", b.k_map, b.k, {s.num_kv_heads, s.key_dim, kMap}),
+                       check_first(b.first, s),
+                       check_floats("sums", b.sums,
+                                    {s.batch, s.num_kv_heads, segments, s.value_dim, kFeatures}),
+                       check_floats("normalizer", b.normalizer,
+                                    {s.batch, s.num_kv_heads, segments, kFeatures})});
+      !status.ok()) {
+    return status.error();
+  }
+  return s;
+}
+
+Status initialize_sums(int device, const SumsBuffers& buffers, const HedgehogSumsOptions& options) {
+  const auto sizes = read_sums(buffers, options);
+  return sizes.ok() ? load_hedgehog(device, sizes->kernel(Kind::kSums)) : sizes.error();
+}
+
+Status execute_sums(int device_ordinal, runtime::cuda::Stream stream, const SumsBuffers& b,
+                    const HedgehogSumsOptions& options) {
+  const auto sizes = read_sums(b, options);
+  if (!sizes.ok()) return sizes.error();
+  const HedgehogSizes& s = *sizes;
+  if (s.empty()) return {};
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto kernel = find_hedgehog(**device, s.kernel(Kind::kSums));
+  if (!kernel.ok()) return kernel.error();
+  const runtime::ScopedContext context(**device);
+
+  declare_arrays({{"k", b.k, false},
+                  {"v", b.v, false},
+                  {"k_map", b.k_map, false},
+                  {"first", b.first, false},
+                  {"sums", b.sums, true},
+                  {"normalizer", b.normalizer, true}});
+  hedgehog_attention::SumsParams params = {};
+  if (Status status =
+          first_error({encode_tokens(&params.k, b.k, s), encode_tokens(&params.v, b.v, s),
+                       encode_head_maps(&params.k_map, b.k_map, s)});
+      !status.ok()) {
+    return status;
+  }
+  params.first = optional_ints(b.first);
+  params.sums = floats(b.sums);
+  params.normalizer = floats(b.normalizer);
+  set_sizes(&params, s);
+  params.chunks_of_segment = static_cast<int>(options.chunks_of_segment);
+  params.segments = static_cast<int>(dim(b.sums, 2));
+  return runtime::launch(**kernel, stream, {s.num_kv_heads, params.segments, s.batch}, &params);
+}
+
+// -- Outputs --------------------------------------------------------------------------------------
+
+struct OutputsBuffers {
+  AnyBuffer q, k, v, q_map, k_map, alpha, beta, first, sums, normalizer;
+  AnyBuffer out;
+};
+
+Result<HedgehogSizes> read_outputs(const OutputsBuffers& b, const HedgehogOutputsOptions& options) {
+  if (Status status = check_rank("q", b.q, 4); !status.ok()) return status.error();
+  const auto sizes = read_hedgehog_sizes(b.k, b.v, dim(b.q, 2));
+  if (!sizes.ok()) return sizes.error();
+  const HedgehogSizes& s = *sizes;
+  if (Status status = check_segments(options.chunks_of_segment, s); !status.ok()) {
+    return status.error();
+  }
+  const std::int64_t segments = ceil_div(s.chunks(), options.chunks_of_segment);
+  if (is_given(b.sums) != is_given(b.normalizer)) return invalid("sums and normalizer go together");
+  if (Status status = first_error(
+          {check_like("q", b.q, b.k, {s.batch, s.seqlen, s.num_heads, s.key_dim}),
+           check_like("q_map", b.q_map, b.k, {s.num_heads, s.key_dim, kMap}),
+           check_like("k_map", b.k_map, b.k, {s.num_kv_heads, s.key_dim, kMap}),
+           check_floats("alpha", b.alpha, {s.num_heads}),
+           check_floats("beta", b.beta, {s.num_heads}), check_first(b.first, s),
+           check_optional_floats("sums", b.sums,
+                                 {s.batch, s.num_kv_heads, segments, s.value_dim, kFeatures}),
+           check_optional_floats("normalizer", b.normalizer,
+                                 {s.batch, s.num_kv_heads, segments, kFeatures}),
+           check_like("out", b.out, b.k, {s.batch, s.seqlen, s.num_heads, s.value_dim})});
+      !status.ok()) {
+    return status.error();
+  }
+  return s;
+}
+
+Status initialize_outputs(int device, const OutputsBuffers& buffers,
+                          const HedgehogOutputsOptions& options) {
+  const auto sizes = read_outputs(buffers, options);
+  return sizes.ok() ? load_hedgehog(device, sizes->kernel(Kind::kOutputs)) : sizes.error();
+}
+
+Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const OutputsBuffers& b,
+                       const HedgehogOutputsOptions& options) {
+  const auto sizes = read_outputs(b, options);
+  if (!sizes.ok()) return sizes.error();
+  const HedgehogSizes& s = *sizes;
+  if (s.empty()) return {};
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto kernel = find_hedgehog(**device, s.kernel(Kind::kOutputs));
+  if (!kernel.ok()) return kernel.error();
+  const runtime::ScopedContext context(**device);
+
+  declare_arrays({{"q", b.q, false},
+                  {"k", b.k, false},
+                  {"v", b.v, false},
+                  {"q_map", b.q_map, false},
+                  {"k_map", b.k_map, false},
+                  {"alpha", b.alpha, false},
+                  {"beta", b.beta, false},
+                  {"first", b.first, false},
+                  {"sums", b.sums, false},
+                  {"normalizer", b.normalizer, false},
+                  {"out", b.out, true}});
+  hedgehog_attention::OutputsParams params = {};
+  if (Status status =
+          first_error({encode_tokens(&params.q, b.q, s), encode_tokens(&params.k, b.k, s),
+                       encode_tokens(&params.v, b.v, s), encode_tokens(&params.out, b.out, s),
+                       encode_head_maps(&params.q_map, b.q_map, s),
+                       encode_head_maps(&params.k_map, b.k_map, s)});
+      !status.ok()) {
+    return status;
+  }
+  params.first = optional_ints(b.first);
+  params.alpha = floats(b.alpha);
+  params.beta = floats(b.beta);
+  params.sums = optional_floats(b.sums);
+  params.normalizer = optional_floats(b.normalizer);
+  set_sizes(&params, s);
+  params.num_heads = static_cast<int>(s.num_heads);
+  params.chunks_of_segment = static_cast<int>(options.chunks_of_segment);
+  params.scale = options.scale;
+  return runtime::launch(**kernel, stream,
+                         {s.num_heads, ceil_div(s.chunks(), options.chunks_of_segment), s.batch},
+                         &params);
+}
+
+// -- Bindings -------------------------------------------------------------------------------------
+
+using Ret = xffi::Result<AnyBuffer>;
+
+xffi::Error sums_initialize(std::int32_t device, AnyBuffer k, AnyBuffer v, AnyBuffer k_map,
+                            AnyBuffer first, Ret sums, Ret normalizer,
+                            HedgehogSumsOptions options) {
+  return to_ffi(kSumsName,
+                initialize_sums(device, {k, v, k_map, first, *sums, *normalizer}, options));
+}
+
+xffi::Error sums_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer k,
+                         AnyBuffer v, AnyBuffer k_map, AnyBuffer first, Ret sums, Ret normalizer,
+                         HedgehogSumsOptions options) {
+  return to_ffi(kSumsName, explore([&] {
+                  return execute_sums(device, stream, {k, v, k_map, first, *sums, *normalizer},
+                                      options);
+                }));
+}
+
+xffi::Error outputs_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
+                               AnyBuffer q_map, AnyBuffer k_map, AnyBuffer alpha, AnyBuffer beta,
+                               AnyBuffer first, AnyBuffer sums, AnyBuffer normalizer, Ret out,
+                               HedgehogOutputsOptions options) {
+  return to_ffi(
+      kOutputsName,
+      initialize_outputs(
+          device, {q, k, v, q_map, k_map, alpha, beta, first, sums, normalizer, *out}, options));
+}
+
+xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
+                            AnyBuffer k, AnyBuffer v, AnyBuffer q_map, AnyBuffer k_map,
+                            AnyBuffer alpha, AnyBuffer beta, AnyBuffer first, AnyBuffer sums,
+                            AnyBuffer normalizer, Ret out, HedgehogOutputsOptions options) {
+  return to_ffi(kOutputsName, explore([&] {
+                  return execute_outputs(
+                      device, stream,
+                      {q, k, v, q_map, k_map, alpha, beta, first, sums, normalizer, *out}, options);
+                }));
+}
+
+template <typename Binding>
+auto bind_sums(Binding binding) {
+  return std::move(binding)
+      .template Arg<AnyBuffer>()  // k
+      .template Arg<AnyBuffer>()  // v
+      .template Arg<AnyBuffer>()  // k_map
+      .template Arg<AnyBuffer>()  // first, or of size 0
+      .template Ret<AnyBuffer>()  // sums
+      .template Ret<AnyBuffer>()  // normalizer
+      .template Attr<HedgehogSumsOptions>("options");
+}
+
+template <typename Binding>
+auto bind_outputs(Binding binding) {
+  return std::move(binding)
+      .template Arg<AnyBuffer>()  // q
+      .template Arg<AnyBuffer>()  // k
+      .template Arg<AnyBuffer>()  // v
+      .template Arg<AnyBuffer>()  // q_map
+      .template Arg<AnyBuffer>()  // k_map
+      .template Arg<AnyBuffer>()  // alpha
+      .template Arg<AnyBuffer>()  // beta
+      .template Arg<AnyBuffer>()  // first, or of size 0
+      .template Arg<AnyBuffer>()  // sums, or of size 0 for zeros
+      .template Arg<AnyBuffer>()  // normalizer, or of size 0 for zeros
+      .template Ret<AnyBuffer>()  // out
+      .template Attr<HedgehogOutputsOptions>("options");
+}
+
+XLA_FFI_DEFINE_HANDLER(
+    kSumsInitialize, sums_initialize,
+    bind_sums(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
+XLA_FFI_DEFINE_HANDLER(kSumsExecute, sums_execute,
+                       bind_sums(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
+                       {xffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(
+    kOutputsInitialize, outputs_initialize,
+    bind_outputs(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
+XLA_FFI_DEFINE_HANDLER(kOutputsExecute, outputs_execute,
+                       bind_outputs(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
+                       {xffi::Traits::kCmdBufferCompatible});
+
+}  // namespace
+
+const Target kHedgehogSumsTarget = {kSumsName, kSumsInitialize, kSumsExecute};
+const Target kHedgehogOutputsTarget = {kOutputsName, kOutputsInitialize, kOutputsExecute};
+
+}  // namespace tk::ffi

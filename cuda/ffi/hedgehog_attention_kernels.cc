@@ -1,0 +1,70 @@
+#include "ffi/hedgehog_attention_kernels.h"
+
+namespace tk::ffi {
+namespace {
+
+using Kind = HedgehogKernel::Kind;
+
+Status check_tiles(const HedgehogKernel& kernel) {
+  if (kernel.dtype != runtime::DataType::kBFloat16 && kernel.dtype != runtime::DataType::kFloat16) {
+    return unsupported("dtype " + std::string(type_suffix(kernel.dtype)) +
+                       "; the kernels take bfloat16 and float16");
+  }
+  for (const std::int64_t dim : {kernel.key_dim, kernel.value_dim}) {
+    if (dim <= 0 || dim > hedgehog_attention::kMaxDim || hedgehog_attention::tile_dim(dim) != dim) {
+      return unsupported("tiles of dim " + std::to_string(dim) + "; the kernels take 64 and 128");
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+KernelKey HedgehogKernel::key() const {
+  return {{static_cast<int>(kind), static_cast<int>(dtype), key_dim, value_dim}};
+}
+
+Result<KernelSpec> HedgehogKernel::spec() const {
+  if (Status status = check_tiles(*this); !status.ok()) return status.error();
+  const std::int64_t consumers = hedgehog_attention::slices(value_dim);
+  const bool walks = kind == Kind::kSums || kind == Kind::kOutputs;
+  struct Entry {
+    const char* name;
+    const char* traits;
+    const char* params;
+    int threads, shared_bytes;
+  };
+  const Entry entry = [&]() -> Entry {
+    switch (kind) {
+      case Kind::kSums:
+        return {"sums", "SumsTraits", "SumsParams", hedgehog_attention::walk_threads(consumers),
+                hedgehog_attention::sums_shared_bytes(key_dim, consumers)};
+      case Kind::kOutputs:
+        return {"outputs", "OutputsTraits", "OutputsParams",
+                hedgehog_attention::walk_threads(consumers),
+                hedgehog_attention::outputs_shared_bytes(key_dim, consumers)};
+      case Kind::kQueries:
+        return {"queries", "GradientsTraits", "QueriesParams", hedgehog_attention::kQueriesThreads,
+                hedgehog_attention::queries_shared_bytes(key_dim, value_dim)};
+      default:
+        return {"keys", "GradientsTraits", "KeysParams", hedgehog_attention::kKeysThreads,
+                hedgehog_attention::keys_shared_bytes(key_dim, value_dim)};
+    }
+  }();
+  KernelSpec spec;
+  spec.symbol = std::string("tk_hedgehog_attention_") + entry.name + "_d" +
+                std::to_string(key_dim) + "_v" + std::to_string(value_dim) + "_" +
+                type_suffix(dtype);
+  spec.header = std::string("kernels/hedgehog_attention/") + entry.name + ".cuh";
+  spec.function = std::string("tk::hedgehog_attention::") + entry.name +
+                  "<tk::hedgehog_attention::" + entry.traits + "<" + type_name(dtype) + ", " +
+                  std::to_string(key_dim) + ", " + std::to_string(walks ? consumers : value_dim) +
+                  ">>";
+  spec.params_type = std::string("tk::hedgehog_attention::") + entry.params;
+  spec.threads = entry.threads;
+  spec.shared_bytes = entry.shared_bytes;
+  if (Status status = runtime::check_spec(spec); !status.ok()) return status.error();
+  return spec;
+}
+
+}  // namespace tk::ffi

@@ -1,0 +1,39 @@
+// The specialisations of the kernels of Hedgehog attention; a spec is refused where the kernels do
+// not offer it.
+#pragma once
+
+#include "ffi/ffi_util.h"
+#include "kernels/hedgehog_attention/hedgehog_attention.h"
+
+namespace tk::ffi {
+
+// What is computed, as the targets take it: with the fields of the dataclasses of the same names in
+// tk_jax.ops.hedgehog_attention.config.
+struct HedgehogSumsOptions {
+  long chunks_of_segment;
+};
+struct HedgehogOutputsOptions {
+  float scale;
+  long chunks_of_segment;
+};
+struct HedgehogGradientsOptions {
+  float scale;
+};
+
+struct HedgehogKernel {
+  enum class Kind { kSums, kOutputs, kQueries, kKeys };
+
+  Kind kind;
+  runtime::DataType dtype;
+  std::int64_t key_dim, value_dim;  // of tiles
+
+  KernelKey key() const;
+  Result<KernelSpec> spec() const;
+};
+
+}  // namespace tk::ffi
+
+TK_REGISTER_SETTINGS(tk::ffi::HedgehogSumsOptions, StructMember<std::int64_t>("chunks_of_segment"));
+TK_REGISTER_SETTINGS(tk::ffi::HedgehogOutputsOptions, StructMember<float>("scale"),
+                     StructMember<std::int64_t>("chunks_of_segment"));
+TK_REGISTER_SETTINGS(tk::ffi::HedgehogGradientsOptions, StructMember<float>("scale"));

@@ -1,0 +1,160 @@
+// What host and device agree on for Hedgehog attention: launch parameters and budgets.
+//
+// Plain C++: included by the FFI handlers and by the kernels.
+//
+//   phi(x) = [softmax(x W), softmax(-x W)]
+//   near: the keys up to a query's own in its chunk and in the one before; far: all before them
+//   m = max over near of scale q k
+//   p = beta exp(scale q k - m) for near keys, alpha phi(q) phi(k) for far ones
+//   out = sum p v / sum p
+//
+// (Zhang et al., "The Hedgehog & the Porcupine", 2024; "LoLCATs", 2024, section 3.2; the terraced
+// window of Spector et al., "ThunderKittens", 2024.) Windows are chunks of kChunk tokens.
+//
+//   sums      sums of phi(k) v^T and of phi(k) over a run of chunks, a segment
+//   outputs   out
+//   queries   dq, and what depends on queries alone
+//   keys      dk, dv
+//
+// Shapes: q, out [B, T, H, D or V]; k, v [B, T, K, ..], K dividing H; maps [H or K, D, kMap];
+// states [.., V, kFeatures], tokens of vectors [.., padded] where padded is T rounded up to whole
+// chunks.
+#pragma once
+
+#include "tk/tensor_map.h"
+
+namespace tk::hedgehog_attention {
+
+constexpr int kChunk = 64;           // tokens of a chunk and of a window
+constexpr int kMap = 64;             // columns of a map
+constexpr int kFeatures = 2 * kMap;  // of a token
+constexpr int kSlice = 64;           // columns of v and out that one consumer has
+constexpr long kMaxDim = 128;        // of q, k, v
+constexpr int kSharedSlack = 2048;
+
+// The dimension of tiles.
+constexpr long tile_dim(long dim) { return (dim + 63) / 64 * 64; }
+constexpr long slices(long value_dim) { return tile_dim(value_dim) / kSlice; }
+constexpr long padded_tokens(long seqlen) { return (seqlen + kChunk - 1) / kChunk * kChunk; }
+constexpr long larger(long a, long b) { return a > b ? a : b; }
+
+// -- sums -----------------------------------------------------------------------------------------
+// Kernel: "kernels/hedgehog_attention/sums.cuh"
+//   tk::hedgehog_attention::sums<tk::hedgehog_attention::SumsTraits<T, kKeyDim, kConsumers>>
+// Grid: K, segments, B. What each of the first segments adds for those after it: chunks from the
+// one before its first to the last but one of it.
+struct SumsParams {
+  TensorMap k;        // [B, T, K, D]: dimensions (D, T, K, B), box (64, 64, 1, 1)
+  TensorMap v;        // [B, T, K, V]: the same
+  TensorMap k_map;    // [K, D, kMap]: dimensions (kMap, D, K), box (64, kKeyDim, 1)
+  const int* first;   // [B]: the first token that is one; or null where all are
+  float* sums;        // [B, K, segments, V, kFeatures]
+  float* normalizer;  // [B, K, segments, kFeatures]
+  int seqlen, num_kv_heads, value_dim;
+  int chunks, chunks_of_segment, segments;
+};
+
+// -- outputs --------------------------------------------------------------------------------------
+// Kernel: "kernels/hedgehog_attention/outputs.cuh"
+//   tk::hedgehog_attention::outputs<tk::hedgehog_attention::OutputsTraits<T, kKeyDim, kConsumers>>
+// Grid: H, segments, B.
+struct OutputsParams {
+  TensorMap q;             // [B, T, H, D]: dimensions (D, T, H, B), box (64, 64, 1, 1)
+  TensorMap k, v;          // [B, T, K, ..]: the same
+  TensorMap out;           // [B, T, H, V]: the same
+  TensorMap q_map, k_map;  // [H or K, D, kMap]: dimensions (kMap, D, H or K), box (64, kKeyDim, 1)
+  const int* first;        // [B]: the first token that is one; or null where all are
+  const float* alpha;      // [H]
+  const float* beta;       // [H]
+  // What precedes the chunk before each segment's first.
+  const float* sums;        // [B, K, segments, V, kFeatures], or null for zeros
+  const float* normalizer;  // [B, K, segments, kFeatures], or null for zeros
+  int seqlen, num_heads, num_kv_heads, value_dim;
+  int chunks, chunks_of_segment;
+  float scale;
+};
+
+// Both have a consumer for each slice of values.
+constexpr int walk_threads(long consumers) { return static_cast<int>(128 * (1 + consumers)); }
+constexpr int kKeyStages = 3;    // of the ring of k and v: two are in use
+constexpr int kQueryStages = 2;  // of q, whose place out takes
+constexpr int kNormalizerBytes = (4 + 1) * kFeatures * 4;
+constexpr int sums_shared_bytes(long key_dim, long consumers) {
+  return static_cast<int>(2 *
+                          (key_dim * kMap + kKeyStages * kChunk * (key_dim + consumers * kSlice) +
+                           kChunk * kFeatures)) +
+         kNormalizerBytes + kSharedSlack;
+}
+constexpr int outputs_shared_bytes(long key_dim, long consumers) {
+  return static_cast<int>(2 * (2 * key_dim * kMap +
+                               kQueryStages * kChunk * larger(key_dim, consumers * kSlice) +
+                               kKeyStages * kChunk * (key_dim + consumers * kSlice) +
+                               kChunk * kFeatures + consumers * kSlice * kFeatures)) +
+         kNormalizerBytes + 4 * kChunk * 4 + kSharedSlack;
+}
+
+// -- queries --------------------------------------------------------------------------------------
+// Kernel: "kernels/hedgehog_attention/queries.cuh"
+//   tk::hedgehog_attention::queries<tk::hedgehog_attention::GradientsTraits<T, kKeyDim, kValueDim>>
+// Grid: chunks, H, B.
+struct QueriesParams {
+  TensorMap q, dq;     // as OutputsParams
+  TensorMap k, v;      // as OutputsParams
+  TensorMap dout;      // as OutputsParams' out
+  TensorMap q_map;     // as OutputsParams
+  TensorMap states;    // [rows, kFeatures] where rows are (b, kv head, chunk, v): S at the start of
+                       // each chunk; dimensions (kFeatures, B * K * chunks * slices * 64), box
+                       // (64, 64)
+  TensorMap features;  // [B, T, H, kFeatures]: alpha phi(q) / Z; as q
+  TensorMap dscores;   // [B, T, H, kMap]: the gradient of q W; as q
+  const int* first;    // [B], or null
+  const float* alpha;  // [H]
+  const float* beta;   // [H]
+  const float* normalizers;  // [B, K, chunks, kFeatures]: z at the start of each chunk
+  float* divisors;           // [B, H, padded]: Z
+  float* delta;              // [B, H, padded]: dout out
+  float* largest;            // [B, H, padded]: m / ln 2
+  float* peaks;              // [B, H, padded]: the gradient of m, over how many keys have it
+  float* dbeta;              // [B, H, padded]: to be summed over tokens
+  float* dalpha;             // [B, H, padded]: the same
+  int seqlen, num_heads, num_kv_heads, value_dim, chunks;
+  float scale;
+};
+
+// -- keys -----------------------------------------------------------------------------------------
+// Kernel: "kernels/hedgehog_attention/keys.cuh"
+//   tk::hedgehog_attention::keys<tk::hedgehog_attention::GradientsTraits<T, kKeyDim, kValueDim>>
+// Grid: chunks, K, B. A block walks the query heads that share its keys.
+struct KeysParams {
+  TensorMap q;                // as OutputsParams
+  TensorMap k, v;             // as OutputsParams
+  TensorMap dk, dv;           // as k, v
+  TensorMap dout;             // as OutputsParams' out
+  TensorMap k_map;            // as OutputsParams
+  TensorMap dstates;          // as QueriesParams' states: of S after each chunk
+  TensorMap dscores;          // [B, T, K, kMap]: the gradient of k W; as k
+  const int* first;           // [B], or null
+  const float* beta;          // [H]
+  const float* dnormalizers;  // [B, K, chunks, kFeatures]: of z after each chunk
+  const float* divisors;      // [B, H, padded]
+  const float* delta;         // [B, H, padded]
+  const float* largest;       // [B, H, padded]
+  const float* peaks;         // [B, H, padded]
+  int seqlen, num_heads, num_kv_heads, value_dim, chunks;
+  float scale;
+};
+constexpr int kQueriesThreads = 2 * 128;
+constexpr int kKeysThreads = 3 * 128;
+constexpr int kTokenStages = 2;  // of the ring of q and dout
+constexpr int queries_shared_bytes(long key_dim, long value_dim) {
+  return static_cast<int>(2 * (kChunk * (3 * key_dim + 3 * value_dim + kFeatures + kMap) +
+                               key_dim * kMap + value_dim * kFeatures)) +
+         (2 * kChunk * kMap + kFeatures) * 4 + kSharedSlack;
+}
+constexpr int keys_shared_bytes(long key_dim, long value_dim) {
+  return static_cast<int>(2 * (kChunk * ((2 + kTokenStages) * (key_dim + value_dim) + 2 * kChunk) +
+                               key_dim * kMap + value_dim * kFeatures)) +
+         (kFeatures + kTokenStages * 4 * kChunk) * 4 + kSharedSlack;
+}
+
+}  // namespace tk::hedgehog_attention

@@ -1,0 +1,192 @@
+"""Calls of Hedgehog attention's kernels, and their accuracy."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from recurrent_cases import BARS, relative_rms, rounded, values_and_gradients
+from tolerance import assert_close
+
+import tk_jax
+from tk_jax import _ffi
+from tk_jax.ops.hedgehog_attention import config, hedgehog_attention_reference
+from tk_jax.ops.hedgehog_attention.vjp import kernel_hedgehog_attention
+from tk_jax.ops.hedgehog_attention.xla import Inputs
+from tk_jax.ops.linear_attention import config as linear_config
+
+# In float32 whatever the tokens are in.
+EXACT = ("alpha", "beta", "sums", "normalizer")
+# What a gradient that is zero in exact arithmetic may be: without far keys, weights do
+# not change the result.
+ZERO = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes of a call."""
+
+    seqlen: int
+    key_dim: int = 64
+    value_dim: int = 64
+    heads: tuple[int, int] = (1, 1)  # H, K
+    dtype: str = "bfloat16"
+    batch: int = 1
+    size: float = 1.0  # of queries
+    lengths: tuple[int, ...] = ()  # of what an initial state stands for
+
+    def __str__(self):
+        fields = dataclasses.asdict(self).items()
+        defaults = {field.name: field.default for field in dataclasses.fields(Case)}
+        return " ".join(f"{k}={v}" for k, v in fields if v != defaults[k])
+
+
+CASES = [
+    Case(1),
+    Case(63, 40, 24, (2, 1)),
+    Case(64),
+    Case(65, size=30.0),
+    Case(129, batch=2),
+    Case(200, 128, 128, (2, 1), "float16"),
+]
+MORE = [
+    Case(260, heads=(2, 2)),
+    Case(200, 72, 40, (4, 2), "float16", size=30.0),
+    Case(330, 128, 128, (2, 2)),
+    Case(193, 128, 64, (3, 1)),
+    Case(193, 64, 128, (1, 1), "float16", batch=2),
+    Case(1000, heads=(1, 1)),
+]
+STATES = [Case(70, heads=(2, 1), batch=3, lengths=(0, 37, 300))]
+MORE_STATES = [Case(130, 128, 128, (2, 1), "float16", 2, lengths=(128, 129))]
+
+
+def arrays_of(case: Case) -> dict:
+    rng = np.random.default_rng(case.seqlen)
+    num_heads, num_kv_heads = case.heads
+    rows = (case.batch, case.seqlen)
+    map_size = 2 * case.key_dim**-0.5
+
+    def normal(*shape):
+        return rng.standard_normal(shape)
+
+    arrays = {
+        "q": case.size * normal(*rows, num_heads, case.key_dim),
+        "k": normal(*rows, num_kv_heads, case.key_dim),
+        "v": normal(*rows, num_kv_heads, case.value_dim),
+        "q_map": map_size * normal(num_heads, case.key_dim, config.MAP),
+        "k_map": map_size * normal(num_kv_heads, case.key_dim, config.MAP),
+        "alpha": 3 * rng.random(num_heads) + 0.1,
+        "beta": rng.random(num_heads) + 0.1,
+    }
+    if case.lengths:
+        latest = (case.batch, 2 * config.CHUNK, num_kv_heads)
+        sums = (case.batch, num_kv_heads, 2 * config.MAP)
+        arrays |= {
+            "sums": normal(*sums, case.value_dim),
+            "normalizer": 2 * rng.random(sums),
+            "keys": normal(*latest, case.key_dim),
+            "values": normal(*latest, case.value_dim),
+        }
+    return arrays
+
+
+def public(case: Case, implementation: str = "interpret", final: bool | None = None):
+    """Returns (out,), and the final state without its length where there is one."""
+    final = bool(case.lengths) if final is None else final
+
+    def run(*, sums=None, normalizer=None, keys=None, values=None, **arrays):
+        state = None
+        if case.lengths:
+            length = jnp.asarray(case.lengths, jnp.int32)
+            state = config.HedgehogState(sums, normalizer, keys, values, length)
+        results = tk_jax.hedgehog_attention(
+            **arrays,
+            initial_state=state,
+            return_final_state=final,
+            implementation=implementation,
+        )
+        return (results[0], tuple(results[1][:4])) if final else (results,)
+
+    return run
+
+
+def in_segments(case: Case, chunks: int):
+    def run(**arrays):
+        options = config.HedgehogOptions(case.key_dim**-0.5, config.CHUNK)
+        inputs = Inputs(**arrays, state=None, segment_ids=None)
+        out, _ = kernel_hedgehog_attention(
+            options, False, inputs, chunks_of_segment=chunks
+        )
+        return (out,)
+
+    return run
+
+
+def definition(dtype):
+    def run(**arrays):
+        arrays = {name: x.astype(dtype) for name, x in arrays.items()}
+        return (hedgehog_attention_reference(**arrays, dtype=jnp.dtype(dtype))[0],)
+
+    return run
+
+
+def check(fn, case: Case, exact=None) -> None:
+    """Against float64, by the bars of recurrent ops and by plain low precision.
+
+    ``exact`` is the definition unless something else is given that says as much.
+    """
+    value_bar, gradient_bar, _ = BARS[case.dtype]
+    with jax.enable_x64(True):
+        given = rounded(arrays_of(case), case.dtype, EXACT)
+        wide = {name: x.astype(jnp.float64) for name, x in given.items()}
+        results = values_and_gradients(fn, given)
+        exact = values_and_gradients(exact or definition("float64"), wide)
+        low = None
+        if not case.lengths:
+            low = values_and_gradients(definition(case.dtype), given)
+    for what, got, expected, plain in zip(
+        [jax.tree_util.keystr(x) for x, _ in jax.tree.flatten_with_path(results)[0]],
+        *map(jax.tree.leaves, (results, exact)),
+        itertools.repeat(None) if low is None else jax.tree.leaves(low),
+        strict=low is not None,
+    ):
+        if low is not None:
+            assert_close(got, expected, plain, what=what, floor=ZERO)
+        if np.abs(expected).max() < 1e-9:
+            assert np.abs(np.float64(got)).max() <= ZERO, what
+            continue
+        bar = value_bar if what.startswith("[0]") else gradient_bar
+        if case.seqlen < 200 and ("alpha" in what or "beta" in what):
+            continue  # of a few terms that cancel, low precision leaves nothing
+        # Features that are close to one-hot leave little to the gradient of their map.
+        bar *= 10 if case.size > 1 and "q_map" in what else 1
+        error = relative_rms(got, expected)
+        assert error <= bar, f"{what}: {error:.1e}"
+
+
+def specs_of(case: Case):
+    """What a call and its gradient will ask for, as the names of kernels."""
+    names = list(config.KERNELS)
+    for kernel in names:
+        yield from _ffi.extension().hedgehog_attention_specs(
+            kernel=kernel,
+            dtype=case.dtype,
+            key_dim=case.key_dim,
+            value_dim=case.value_dim,
+        )
+    seqlen = case.seqlen + (3 * config.CHUNK if case.lengths else 0)
+    for heads, kernel in zip(
+        reversed(case.heads), ("states", "reverse_states"), strict=True
+    ):
+        tiles = linear_config.scan_config(
+            case.batch, seqlen, heads, heads, 2 * config.MAP, case.value_dim
+        )
+        yield from _ffi.extension().linear_attention_specs(
+            kernel=kernel,
+            dtype=case.dtype,
+            key_dim=2 * config.MAP,
+            features=[],
+            config=dataclasses.asdict(tiles.states),
+        )
