@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Iterable
 
+from benchmarks import recurrent
 from benchmarks.cases import CASE_TYPES, AttentionCase, Case, MatmulCase
 
 # Head dim, heads, heads of keys: a width of 2048, and one with fewer heads of keys.
@@ -81,6 +82,7 @@ SETS = {
         "values": _values,
     },
     "matmul": {"grid": _products},
+    **recurrent.CASE_SETS,
 }
 DEFAULT_SET = "grid"
 SET_NAMES = (*SETS["attention"], "all")
@@ -100,9 +102,9 @@ def default_cases(op: str) -> list[Case]:
 
 
 def quick_cases(op: str) -> list[Case]:
-    if op == "matmul":
-        return default_cases(op)[::2]
-    return [case for case in default_cases(op) if case.seqlen_q == 4096]
+    if op == "attention":
+        return [case for case in default_cases(op) if case.seqlen_q == 4096]
+    return default_cases(op)[::2]
 
 
 def select_cases(

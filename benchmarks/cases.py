@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import recurrent
+
 _DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16}
 
 
@@ -180,8 +182,12 @@ class MatmulCase:
         return 2.0 * self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
 
 
-Case = AttentionCase | MatmulCase
-CASE_TYPES = {"attention": AttentionCase, "matmul": MatmulCase}
+Case = AttentionCase | MatmulCase | recurrent.RecurrentCase
+CASE_TYPES = {
+    "attention": AttentionCase,
+    "matmul": MatmulCase,
+    **recurrent.CASE_TYPES,
+}
 
 
 def make_dtype(case: Case):
@@ -190,23 +196,32 @@ def make_dtype(case: Case):
 
 def input_structs(case: Case) -> tuple[list[jax.ShapeDtypeStruct], ...]:
     """What :func:`make_inputs` returns, without values."""
-    dtype = make_dtype(case)
     structs = [
-        jax.ShapeDtypeStruct(shape, dtype) for shape in (*case.shapes, case.out_shape)
+        jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in _shapes_and_dtypes(case)
     ]
     return structs[:-1], structs[-1]
 
 
 def make_inputs(case: Case, seed: int) -> tuple[list[jax.Array], jax.Array]:
     """Standard-normal operands, and a cotangent of the result."""
-    *arrays, dout = _normal((*case.shapes, case.out_shape), case.dtype, seed)
+    *arrays, dout = _normal(_shapes_and_dtypes(case), seed)
     return arrays, dout
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _normal(shapes, dtype, seed):
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
+def _shapes_and_dtypes(case: Case) -> tuple:
+    """Of the operands and the result."""
+    dtype = make_dtype(case)
+    dtypes = [dtype] * len(case.shapes)
+    if isinstance(case, recurrent.RecurrentCase):
+        dtypes = [own or dtype for _, own in case.arrays.values()]
+    operands = zip(case.shapes, dtypes, strict=True)
+    return (*operands, (case.out_shape, dtype))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _normal(shapes_and_dtypes, seed):
+    keys = jax.random.split(jax.random.key(seed), len(shapes_and_dtypes))
     return [
-        jax.random.normal(key, shape, _DTYPES[dtype])
-        for key, shape in zip(keys, shapes, strict=True)
+        jax.random.normal(key, shape, dtype)
+        for key, (shape, dtype) in zip(keys, shapes_and_dtypes, strict=True)
     ]

@@ -12,16 +12,13 @@ import jax
 import jax.numpy as jnp
 
 import tk_jax
-from benchmarks import torch_rivals
+from benchmarks import recurrent, torch_rivals
 from benchmarks.cases import AttentionCase, MatmulCase
 from benchmarks.programs import Programs
+from benchmarks.recurrent import UnsupportedCaseError
 
 # Beyond this, XLA's own attention would not fit beside its gradients.
 _MAX_XLA_SCORES_BYTES = 10 * 2**30
-
-
-class UnsupportedCaseError(Exception):
-    """An implementation does not compute a case; says why."""
 
 
 def documents_of(case: AttentionCase) -> dict:
@@ -152,6 +149,7 @@ IMPLEMENTATIONS = {
         "tk": (None, _matmul_tk),
         "cublas": (None, _matmul_cublas),
     },
+    **recurrent.IMPLEMENTATIONS,
 }
 # Slow, and compared with once: runs when it is asked for.
 _NOT_BY_DEFAULT = ("xla",)

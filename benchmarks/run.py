@@ -1,4 +1,4 @@
-"""``python -m benchmarks.run attention|matmul``: ours beside every installed rival.
+"""``python -m benchmarks.run OP``: ours beside every installed rival.
 
 Checks each implementation on the inputs it is timed on and does not time a wrong one;
 times all of a case alternately in one process; writes every sample. What the figures
@@ -17,7 +17,15 @@ import statistics
 import sys
 import time
 
-from benchmarks import case_sets, dispatch, gate, implementations, results, timing
+from benchmarks import (
+    case_sets,
+    dispatch,
+    gate,
+    implementations,
+    recurrent,
+    results,
+    timing,
+)
 from benchmarks.cases import Case, make_inputs
 from benchmarks.programs import Programs
 from benchmarks.tuning import Variant
@@ -107,7 +115,9 @@ def parse_args(argv) -> argparse.Namespace:
             parser.error(f"unknown implementation {name!r}; known: {', '.join(known)}")
     if args.op == "matmul" and args.tk_bwd_configs:
         parser.error("--tk-bwd-configs: matmul's gradients are matmuls")
-    if args.op == "matmul" and args.dispatch:
+    if args.op in recurrent.CASE_TYPES and (args.tk_configs or args.tk_bwd_configs):
+        parser.error(f"--tk-configs: {args.op} has no tiles to choose")
+    if args.op != "attention" and args.dispatch:
         parser.error("--dispatch: is measured with attention")
     return args
 
@@ -211,7 +221,7 @@ class Benchmark:
 
     def _prepare(self, case: Case, pool) -> _Prepared:
         """Traces a case's programs, and has them compiled in the background."""
-        judge = gate.Gate(case)
+        judge = gate.make(case)
         prepared = _Prepared(case, judge, {}, {None: pool.submit(judge.compile)})
         for entry in self.entries:
             try:

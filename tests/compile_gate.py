@@ -40,8 +40,11 @@ class Requirements:
     register_split: bool = True
 
 
+_NOTHING = Requirements(product=False, bulk_load=False, register_split=False)
 # Helpers move rows: they have neither a product nor warp roles. finish only stores.
 _HELPERS = {
+    "tk_linear_attention_chunk_sums": _NOTHING,
+    "tk_linear_attention_gate_gradients": _NOTHING,
     "tk_attention_bwd_prepare_": Requirements(product=False, register_split=False),
     "tk_attention_bwd_finish_": Requirements(
         product=False, bulk_load=False, register_split=False

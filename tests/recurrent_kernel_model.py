@@ -1,13 +1,21 @@
-"""What linear attention's five kernels compute, in XLA operations: for tests of what is
-made of them. In float32, but for the states of chunks, which are in the inputs' dtype.
+"""What linear attention's five kernels compute, in XLA operations.
+
+As the kernels, in their precision: operands of products are rounded to the dtype of the
+inputs, and summed in float32; gates and states are float32. So it stands for plain XLA
+in low precision where errors are compared, and for the kernels where only what is made
+of them is tested.
 """
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
+from tk_jax.ops.linear_attention.config import StatesOptions
+
 CHUNK, SLICE = 64, 64
-PRECISION = "highest"
 
 
 def call(target, out_types, *arrays, options=None, config=None):
@@ -59,8 +67,10 @@ def _gates(sums, weights, counts):
     return before, after, before[..., -1], jnp.exp2(differences), weights
 
 
-def _product(equation, *arrays):
-    return jnp.einsum(equation, *arrays, precision=PRECISION)
+def _product(dtype, equation, *arrays):
+    """Of operands rounded to ``dtype``."""
+    arrays = (x.astype(dtype).astype(jnp.float32) for x in arrays)
+    return jnp.einsum(equation, *arrays, precision="highest")
 
 
 def _chunk_sums(arrays, out_types, options, _):
@@ -79,7 +89,8 @@ def _states(arrays, out_types, options, config):
     before, after, total, _, weights = _gates(sums, weights, counts)
     left = before if options.reverse else after * weights
     k, v = _tokens(keys, heads), _tokens(values, heads)
-    added = _product("bhcjv,bhcj,bhcjk->bhcvk", v, left, k * options.scale)
+    left = (left * options.scale)[..., None] * v
+    added = _product(keys.dtype, "bhcjv,bhcjk->bhcvk", left, k)
     chunks, of_segment = added.shape[2], options.chunks_of_segment
     state = jnp.zeros((batch, heads, dim_v, keys.shape[-1]))
     stored, ends = [None] * chunks, []
@@ -100,63 +111,52 @@ def _states(arrays, out_types, options, config):
 
 def _outputs(arrays, out_types, options, config):
     q, k, v, sums, weights, counts, skip, start = arrays
-    heads = v.shape[2]
-    walk = (k, v, sums, weights, counts, start)
-    forward = type(
-        "Options",
-        (),
-        {
-            "scale": 1.0,
-            "reverse": False,
-            "chunks_of_segment": options.chunks_of_segment,
-        },
-    )
-
-    class Kind:
-        size = 1
-
-    states, ends = _states(walk, (Kind, Kind), forward, config)
-    states = states[..., : v.shape[-1], :].astype(q.dtype).astype(jnp.float32)
+    heads, dim_v = v.shape[2:]
+    product = functools.partial(_product, q.dtype)
+    forward = StatesOptions(1.0, False, options.chunks_of_segment)
+    every = [jax.ShapeDtypeStruct((1,), q.dtype)] * 2
+    states, ends = _states((k, v, sums, weights, counts, start), every, forward, config)
     before, _, _, within, weights = _gates(sums, weights, counts)
     q32, k32, v32 = (_tokens(x, heads) for x in (q, k, v))
-    scores = _product("bhcik,bhcjk->bhcij", q32, k32)
-    out = _product("bhcij,bhcj,bhcjv->bhciv", scores * within, weights, v32)
-    out = out + before[..., None] * _product("bhcik,bhcvk->bhciv", q32, states)
-    out = out * options.scale
+    scores = product("bhcik,bhcjk->bhcij", q32, k32)
+    out = product("bhcij,bhcjv->bhciv", scores * within * weights[..., None, :], v32)
+    old = product("bhcik,bhcvk->bhciv", q32, states[..., :dim_v, :])
+    out = options.scale * (out + before[..., None] * old)
     if skip is not None:
-        out = out + skip[:, None, None, : v.shape[-1]] * v32
+        out = out + skip[:, None, None, :dim_v] * v32
     return _as_tokens(out, v), ends if out_types[1].size else None
 
 
 def _gradients(arrays, out_types, options, config):
     q, k, v, dout, states, dstates, sums, weights, counts, skip = arrays
     heads, dim_v = v.shape[2:]
+    scale = options.scale
+    product = functools.partial(_product, q.dtype)
     before, after, total, within, w = _gates(sums, weights, counts)
     q32, k32, v32, do = (_tokens(x, heads) for x in (q, k, v, dout))
     states, dstates = (x[..., :dim_v, :].astype(jnp.float32) for x in (states, dstates))
-    scores = _product("bhcik,bhcjk->bhcij", q32, k32) * options.scale
-    dscores = _product("bhciv,bhcjv->bhcij", do, v32)
-    weighted = within * w[..., None, :]
-    m = weighted * dscores * options.scale
-    dq_state = (
-        options.scale * before[..., None] * _product("bhciv,bhcvk->bhcik", do, states)
-    )
-    v_dstate = _product("bhcjv,bhcvk->bhcjk", v32, dstates)
-    dq = _product("bhcij,bhcjk->bhcik", m, k32) + dq_state
-    dk = _product("bhcij,bhcik->bhcjk", m, q32) + (after * w)[..., None] * v_dstate
-    dv = _product("bhcij,bhciv->bhcjv", scores * weighted, do)
-    dv = dv + (after * w)[..., None] * _product("bhcjk,bhcvk->bhcjv", k32, dstates)
+    scores = scale * product("bhcik,bhcjk->bhcij", q32, k32) * within
+    dscores = product("bhciv,bhcjv->bhcij", do, v32)
+    m = scale * dscores * within * w[..., None, :]
+    from_state = product("bhciv,bhcvk->bhcik", (scale * before)[..., None] * do, states)
+    to_state = product("bhcjv,bhcvk->bhcjk", (after * w)[..., None] * v32, dstates)
+    dq = product("bhcij,bhcjk->bhcik", m, k32) + from_state
+    dk = product("bhcij,bhcik->bhcjk", m, q32) + to_state
+    du = product("bhcij,bhciv->bhcjv", scores, do)
+    du = du + after[..., None] * product("bhcjk,bhcvk->bhcjv", k32, dstates)
+    dv = w[..., None] * du
     if skip is not None:
         dv = dv + skip[:, None, None, :dim_v] * do
-    pairs = scores * weighted * dscores
-    to_state = after * (k32 * v_dstate).sum(-1)
-    dsums = pairs.sum(-1) - pairs.sum(-2) + (q32 * dq_state).sum(-1) - w * to_state
-    through = total * (states * dstates).sum((-1, -2)) + (w * to_state).sum(-1)
-    dsums = dsums.at[..., -1].add(through)
+    pairs = jnp.tril(scores * w[..., None, :] * dscores, -1)
+    received = pairs.sum(-1) + (q32 * from_state).sum(-1)
+    left = (k32 * to_state).sum(-1)
+    dsums = received - pairs.sum(-2)
+    through = total * (states * dstates).sum((-1, -2))
+    # Decays up to a token are on the way to what it receives; those after it are on the
+    # way of what it leaves; all are on that from state to state.
     dgates = jnp.flip(jnp.cumsum(jnp.flip(dsums, -1), -1), -1)
-    flat = sums.shape
-    none = jnp.zeros(flat)
-    dweights = (scores * within * dscores).sum(-2) + to_state
+    dgates = dgates + jnp.cumsum(left, -1) - left + through[..., None]
+    nothing = jnp.zeros(sums.shape)
     dskip = None
     if skip is not None:
         dskip = jnp.pad((do * v32).sum(3), [(0, 0)] * 3 + [(0, -dim_v % SLICE)])
@@ -164,11 +164,11 @@ def _gradients(arrays, out_types, options, config):
         _as_tokens(dq, q),
         _as_tokens(dk, k),
         _as_tokens(dv, v),
-        dgates.reshape(flat),
-        none,
-        none,
-        none,
-        None if weights is None else dweights.reshape(flat),
+        dgates,  # all of it, for the model of gate_gradients
+        nothing,
+        nothing,
+        nothing,
+        None if weights is None else (v32 * du).sum(-1),
         dskip,
     )
 

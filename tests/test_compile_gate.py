@@ -139,6 +139,13 @@ def test_every_op_is_gated():
         "tk_attention_bwd_d128_causal_bf16",
         "tk_attention_bwd_prepare_d64_fp16",
         "tk_attention_bwd_finish_d128_bf16",
+        "tk_linear_attention_chunk_sums",
+        "tk_linear_attention_gate_gradients",
+        "tk_linear_attention_gradients_d128_weights_skip_bf16",
+        "tk_linear_attention_outputs_d128_weights_skip_bf16",
+        "tk_linear_attention_outputs_d64_fp16",
+        "tk_linear_attention_states_d128_weights_bf16",
+        "tk_linear_attention_states_reverse_d256_fp16",
         "tk_matmul_nn_bf16",
         "tk_matmul_tt_fp16",
     ):

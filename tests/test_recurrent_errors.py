@@ -5,7 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from recurrent_ops import OPS, SETTINGS, inputs
+from recurrent_ops import OPS, PER_TOKEN, SETTINGS, inputs
 
 import tk_jax
 from tk_jax import _dispatch, _ffi
@@ -331,11 +331,21 @@ def test_states_of_steps(op, names, message):
         getattr(tk_jax, op)(*given, jnp.zeros(3))
 
 
+NO_KERNEL = "this op yet (it has neither a forward nor a backward kernel)"
+NO_FLOAT32 = "dtype float32 (it takes bfloat16 and float16)"
+LACKING = {
+    "linear_attention": NO_FLOAT32,
+    "ssd": NO_FLOAT32,
+    "based_attention": NO_KERNEL,
+    "hedgehog_attention": NO_KERNEL,
+}
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("implementation", ["tk", "interpret"])
-def test_there_is_no_kernel_yet(op, implementation, monkeypatch):
+def test_what_kernels_lack(op, implementation, monkeypatch):
     monkeypatch.setattr(_ffi, "unavailable", lambda: None)
-    lacking = "this op yet (it has neither a forward nor a backward kernel)"
+    lacking = LACKING[op]
     advice = {"tk": "; use implementation=None or implementation='xla'"}
     message = (
         f"{op}: implementation='{implementation}' does not support {lacking}"
@@ -348,6 +358,72 @@ def test_there_is_no_kernel_yet(op, implementation, monkeypatch):
     assert (choice.op, choice.cuda, choice.elsewhere) == (op, "xla", "xla")
     assert choice.reason == f"the TK kernel does not support {lacking}"
     assert f"{op} with implementation=None runs" in str(choice)
+
+
+def _half(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("q", "v", "settings", "lacking"),
+    [
+        (
+            _half(1, 8, 1, 257),
+            _half(1, 8, 1, 64),
+            {},
+            "keys of 257 dimensions (it takes up to 256)",
+        ),
+        (
+            _half(1, 8, 1, 64, dtype=jnp.float16),
+            _half(1, 8, 1, 64, dtype=jnp.float16),
+            {"normalize": True},
+            "normalize in float16 (of which the sums may exceed the range)",
+        ),
+        (
+            _half(70000, 8, 1, 64),
+            _half(70000, 8, 1, 64),
+            {},
+            "a batch of 70000 (it takes up to 65535)",
+        ),
+        (
+            _half(1, 8, 40000, 256),
+            _half(1, 8, 40000, 64),
+            {},
+            "a number of groups, times parts of their keys, of 160000 (it takes up to "
+            "65535)",
+        ),
+        (
+            _half(1, 2**25, 1, 64),
+            _half(1, 2**25, 64, 64),
+            {},
+            "a B * H * T times slices of 64 values of 2147483648 (it takes up to "
+            "2147483647)",
+        ),
+    ],
+    ids=str,
+)
+def test_what_kernels_of_linear_attention_lack(q, v, settings, lacking, monkeypatch):
+    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
+    choice = tk_jax.explain(tk_jax.linear_attention, q, q, v, **settings)
+    assert choice.reason == f"the TK kernel does not support {lacking}"
+    heads = _half(v.shape[2], dtype=jnp.float32)
+    dt = _half(*v.shape[:3], dtype=jnp.float32)
+    if not settings:
+        choice = tk_jax.explain(tk_jax.ssd, v, dt, heads, q, q)
+        assert choice.reason == f"the TK kernel does not support {lacking}"
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "ssd"])
+def test_steps_have_no_kernel(op, monkeypatch):
+    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
+    arrays = inputs(op, dtype=jnp.bfloat16)
+    step = getattr(tk_jax, f"{op}_step")
+    per_token = {name: x[:, 0] for name, x in arrays.items() if name in PER_TOKEN[op]}
+    arrays = arrays | per_token
+    arrays["state"] = arrays.pop("initial_state")
+    choice = tk_jax.explain(step, **arrays)
+    assert choice.cuda == "xla"
+    assert "does not support steps of one token yet" in choice.reason
 
 
 def test_explain_checks_and_takes_positions():

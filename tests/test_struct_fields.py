@@ -11,6 +11,8 @@ import pytest
 from tk_jax import _ffi, kernel
 from tk_jax.ops.attention import config as attention
 from tk_jax.ops.attention import vjp as attention_vjp
+from tk_jax.ops.linear_attention import config as linear_attention
+from tk_jax.ops.linear_attention import scan
 from tk_jax.ops.matmul import config as matmul
 from tk_jax.ops.matmul import vjp as matmul_vjp
 
@@ -19,6 +21,12 @@ SETTINGS = {
     "AttentionOptions": attention.KernelOptions,
     "AttentionForwardConfig": attention.AttentionForwardConfig,
     "AttentionBackwardConfig": attention.AttentionBackwardConfig,
+    "ChunkSumsOptions": linear_attention.ChunkSumsOptions,
+    "StatesOptions": linear_attention.StatesOptions,
+    "OutputsOptions": linear_attention.OutputsOptions,
+    "GradientsOptions": linear_attention.GradientsOptions,
+    "GradientsConfig": linear_attention.GradientsConfig,
+    "WalkConfig": linear_attention.WalkConfig,
     "MatmulOptions": matmul.MatmulOptions,
     "MatmulConfig": matmul.MatmulConfig,
     "KernelSettings": kernel.KernelSettings,
@@ -109,6 +117,26 @@ def call_matmul():
     return matmul_vjp.kernel_matmul(a, a, matmul.MatmulOptions())
 
 
+def scan_arrays():
+    q = jnp.zeros((2, 100, 2, 64), jnp.bfloat16)
+    v = jnp.zeros((2, 100, 4, 64), jnp.bfloat16)
+    dt = jnp.zeros((2, 100, 4), jnp.float32)
+    return scan.Arrays(q, q, v, log_decay=dt, weights=dt)
+
+
+def call_linear_attention():
+    return scan.scan(scan.Settings("ssd", 0.125, True), scan_arrays())
+
+
+def call_gradients_of_linear_attention():
+    def gradients(arrays):
+        run = functools.partial(scan.scan, scan.Settings("ssd", 0.125, False))
+        (out, _), pull_back = jax.vjp(run, arrays)
+        return pull_back((out, None))
+
+    return gradients(scan_arrays())
+
+
 def call_kernel():
     x = jnp.zeros((64, 64), jnp.bfloat16)
     return kernel.call_kernel(
@@ -128,6 +156,8 @@ def call_kernel_without_maps_and_scalars():
         call_attention_forward,
         call_attention_backward,
         call_matmul,
+        call_linear_attention,
+        call_gradients_of_linear_attention,
         call_kernel,
         call_kernel_without_maps_and_scalars,
     ],

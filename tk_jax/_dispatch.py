@@ -23,7 +23,7 @@ from collections.abc import Callable
 import jax
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 from tk_jax import _check, _ffi
 
@@ -252,6 +252,7 @@ def _make_refusal(name: str, implementation: str, needs: str) -> Primitive:
     """
     refusal = Primitive(name)
     refusal.def_abstract_eval(lambda value, *, op: value)
+    batching.defvectorized(refusal)
     refusal.def_impl(
         lambda value, *, op: _refuse(op, implementation, needs, jax.default_backend())
     )

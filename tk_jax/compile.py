@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from tk_jax import _ffi
 from tk_jax.ops.attention import config as attention_config
+from tk_jax.ops.linear_attention import config as linear_attention_config
 from tk_jax.ops.matmul import config as matmul_config
 
 DTYPES = ("bfloat16", "float16")
@@ -27,7 +28,7 @@ DTYPES = ("bfloat16", "float16")
 class Specialisation:
     """One kernel of a call, with the settings that chose it."""
 
-    op: str  # "attention_fwd", "attention_bwd" or "matmul"
+    op: str  # "attention_fwd", "attention_bwd", "linear_attention", "matmul"
     settings: str  # what tells it apart beyond its symbol, in words
     spec: dict  # what the extension compiles
 
@@ -106,7 +107,12 @@ def compile_kernels(
 
 def _all_specialisations(tiles: Mapping[str, int]) -> Iterator[Specialisation]:
     for dtype in DTYPES:
-        for make in (_attention_forward, _attention_backward, _matmul):
+        for make in (
+            _attention_forward,
+            _attention_backward,
+            _linear_attention,
+            _matmul,
+        ):
             try:
                 yield from make(dtype, tiles)
             except ValueError as error:
@@ -155,6 +161,24 @@ def _attention_backward(
             # prepare and finish are the same kernels for every tile.
             has_tiles = "Traits<" in spec["function"]
             yield Specialisation("attention_bwd", words if has_tiles else "", spec)
+
+
+def _linear_attention(dtype: str, tiles: Mapping[str, int]) -> Iterator[Specialisation]:
+    for (key_dim, heads), features in itertools.product(
+        linear_attention_config.KERNEL_KEY_DIMS,
+        linear_attention_config.KERNEL_FEATURES,
+    ):
+        chosen = linear_attention_config.scan_config(1, 1, 1, heads, key_dim, 64)
+        for kernel, taken, default in linear_attention_config.kernels(chosen, features):
+            config = {} if default is None else _fields(default, tiles)
+            for spec in _ffi.extension().linear_attention_specs(
+                kernel=kernel,
+                dtype=dtype,
+                key_dim=key_dim,
+                features=taken,
+                config=config,
+            ):
+                yield Specialisation("linear_attention", _words(config), spec)
 
 
 def _matmul(dtype: str, tiles: Mapping[str, int]) -> Iterator[Specialisation]:

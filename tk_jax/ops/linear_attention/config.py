@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 
@@ -114,6 +115,33 @@ _NARROW_KEYS = 128
 # Shared memory of a block and how much of it linear_attention.h keeps for other things.
 _SHARED_BYTES = 227 * 1024
 _SHARED_SLACK = 2048
+
+
+# Dimensions of keys, and heads to a group, whose kernels are compiled ahead and gated,
+# of all that there are: with one consumer and, where there are two slices, with two.
+KERNEL_KEY_DIMS = ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))
+# And the features they are compiled with: those of linear_attention, and of ssd.
+KERNEL_FEATURES = ((), ("weights",), ("weights", "skip"))
+
+
+def kernels(config: ScanConfig, features: Iterable[str]):
+    """The kernels of a call: their names, features and configs (None: it has none)."""
+    taken = {
+        "states": {"weights", "counts"},
+        "reverse_states": {"counts"},
+        "outputs": {"weights", "counts", "skip"},
+        "gradients": {"weights", "counts", "skip"},
+    }
+    configs = {
+        "states": config.states,
+        "reverse_states": config.states,
+        "outputs": config.outputs,
+        "gradients": config.gradients,
+    }
+    for name, offered in taken.items():
+        yield name, [x for x in features if x in offered], configs[name]
+    yield "chunk_sums", [], None
+    yield "gate_gradients", [], None
 
 
 def scan_config(

@@ -1,0 +1,211 @@
+"""Calls of the two ops that linear attention's kernels compute, and their accuracy."""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recurrent_kernel_model as model
+from recurrent_cases import (
+    BARS,
+    decays,
+    relative_rms,
+    rounded,
+    values_and_gradients,
+)
+from tolerance import assert_close
+
+import tk_jax
+from tk_jax import _ffi
+from tk_jax.ops.linear_attention import config, linear_attention_reference
+from tk_jax.ops.linear_attention.vjp import kernel_linear_attention
+from tk_jax.ops.ssd import ssd_reference
+from tk_jax.ops.ssd.config import SsdOptions
+from tk_jax.ops.ssd.vjp import kernel_ssd
+from tk_jax.ops.ssd.xla import Inputs
+
+EXACT = ("log_decay", "initial_state", "dt", "A", "D", "dt_bias")
+PER_TOKEN = ("q", "k", "v", "log_decay", "segment_ids", "x", "dt", "B", "C", "z")
+TIME_AXES = dict.fromkeys(PER_TOKEN, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes of a call; for ssd, K and V are called N and P."""
+
+    op: str
+    seqlen: int
+    key_dim: int
+    value_dim: int
+    heads: tuple[int, int] = (1, 2)  # G, H
+    dtype: str = "bfloat16"
+    batch: int = 1
+    decay: str = "token"  # or "mild", "head", "none"
+    state: bool = True
+    packed: bool = False
+    normalize: bool = False
+    skip: str = ""  # "H", "P"
+    gate: bool = False  # z, and what makes dt
+
+    def __str__(self):
+        fields = dataclasses.asdict(self).items()
+        defaults = {field.name: field.default for field in dataclasses.fields(Case)}
+        words = [f"{k}={v}" for k, v in fields if v != defaults[k]]
+        return " ".join(words).replace("op=", "")
+
+
+LINEAR = functools.partial(Case, "linear_attention")
+SSD = functools.partial(Case, "ssd")
+
+
+def arrays_of(case: Case) -> dict:
+    rng = np.random.default_rng(case.seqlen)
+    groups, heads = case.heads
+    rows = (case.batch, case.seqlen)
+    q, k = rng.standard_normal((2, *rows, groups, case.key_dim))
+    v, z = rng.standard_normal((2, *rows, heads, case.value_dim))
+    state = rng.standard_normal((case.batch, heads, case.key_dim, case.value_dim))
+    ids = None
+    if case.packed:
+        starts = rng.random(rows) < 0.03
+        starts[:, case.seqlen // 3 : case.seqlen // 3 + 2] = True  # one of one token
+        ids = np.asarray((starts.cumsum(1) * 3) % 21, np.int32)
+    if case.op == "ssd":
+        dt = rng.standard_normal((*rows, heads)) - 1
+        dt[rng.random(dt.shape) < 0.1] = -40 if case.gate else 0  # a step of zero
+        dt = dt if case.gate else np.abs(dt)
+        skip = {"H": (heads,), "P": (heads, case.value_dim)}.get(case.skip)
+        return {
+            "x": v,
+            "dt": dt,
+            "A": -np.exp(rng.standard_normal(heads)),
+            "B": k,
+            "C": q,
+            "D": None if skip is None else rng.standard_normal(skip),
+            "z": z if case.gate else None,
+            "dt_bias": rng.standard_normal(heads) if case.gate else None,
+            "initial_state": np.swapaxes(state, -1, -2) if case.state else None,
+            "segment_ids": ids,
+        }
+    if case.normalize:
+        q, k = np.abs(q) + 0.1, np.abs(k)
+        state = (state, np.abs(state[..., 0]))
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "log_decay": {
+            "token": decays(rng, (*rows, heads)),
+            "mild": -np.exp(rng.standard_normal((*rows, heads)) - 5),
+            "head": -np.exp(rng.standard_normal(heads) - 2),
+            "none": None,
+        }[case.decay],
+        "initial_state": state if case.state else None,
+        "segment_ids": ids,
+    }
+
+
+def public(case: Case, implementation: str = "interpret"):
+    settings = {"return_final_state": True, "implementation": implementation}
+    if case.op == "ssd":
+        return functools.partial(tk_jax.ssd, dt_softplus=case.gate, **settings)
+    return functools.partial(
+        tk_jax.linear_attention, normalize=case.normalize, **settings
+    )
+
+
+def reference(case: Case):
+    if case.op == "ssd":
+        return functools.partial(
+            ssd_reference, dt_softplus=case.gate, dtype=jnp.float64
+        )
+    return functools.partial(
+        linear_attention_reference, normalize=case.normalize, dtype=jnp.float64
+    )
+
+
+def kernels(case: Case, tiles: config.ScanConfig | None = None):
+    """The ops' kernel forms, whose calls are not those of a jit of their own."""
+    if case.op == "ssd":
+        options = SsdOptions(case.gate, 0.0, float("inf"))
+
+        def ssd(*, initial_state=None, **arrays):
+            names = ("D", "z", "dt_bias", "segment_ids")
+            inputs = Inputs(**dict.fromkeys(names) | arrays | {"state": initial_state})
+            return kernel_ssd(options, True, inputs, tiles=tiles)
+
+        return ssd
+
+    def linear_attention(q, k, v, log_decay=None, initial_state=None, segment_ids=None):
+        options = config.LinearAttentionOptions(q.shape[-1] ** -0.5, case.normalize)
+        return kernel_linear_attention(
+            options, True, q, k, v, log_decay, initial_state, segment_ids, tiles=tiles
+        )
+
+    return linear_attention
+
+
+@contextlib.contextmanager
+def modelled():
+    """Calls of kernels are those of the model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ffi, "call", model.call)
+        yield
+
+
+def floats64(x):
+    return x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def assert_all_close(dtype, got, exact, low, floors=()):
+    """``low`` is no excuse: it must be as exact as its precision lets it be."""
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree.flatten_with_path(got)[0]
+    ]
+    for what, *each in zip(
+        paths, *map(jax.tree.leaves, (got, exact, low)), strict=True
+    ):
+        floor = next((x for part, x in floors if part in what), 0.0)
+        bar = BARS[jnp.dtype(dtype).name][2]
+        assert relative_rms(each[2], each[1]) <= bar, f"plain XLA's {what} is wrong"
+        assert_close(*each, what=what, floor=floor)
+
+
+def check(fn, case: Case, arrays: dict | None = None, floors=()) -> None:
+    """``fn`` against the recurrence in float64, measured by plain XLA's errors."""
+    with jax.enable_x64(True):
+        arrays = rounded(arrays or arrays_of(case), case.dtype, EXACT)
+        got = values_and_gradients(fn, arrays)
+        with modelled():
+            low = values_and_gradients(kernels(case), arrays)
+        exact = values_and_gradients(reference(case), jax.tree.map(floats64, arrays))
+    for x, y in zip(*map(jax.tree.leaves, (got, low)), strict=True):
+        assert x.dtype == y.dtype
+    assert_all_close(case.dtype, got, exact, low, floors)
+
+
+def specs_of(case: Case, tiles: config.ScanConfig | None = None):
+    """What a case's call and its gradient will ask for, as the names of kernels."""
+    groups, heads = case.heads
+    tiles = tiles or config.scan_config(
+        case.batch,
+        case.seqlen,
+        groups,
+        heads,
+        case.key_dim,
+        case.value_dim + case.normalize,
+    )
+    features = ["weights"] if case.op == "ssd" else []
+    features += ["counts"] if case.packed else []
+    features += ["skip"] if case.skip else []
+    for kernel, taken, tile in config.kernels(tiles, features):
+        yield from _ffi.extension().linear_attention_specs(
+            kernel=kernel,
+            dtype=case.dtype,
+            key_dim=case.key_dim,
+            features=taken,
+            config={} if tile is None else dataclasses.asdict(tile),
+        )

@@ -1,0 +1,180 @@
+"""Linear attention's kernels, in the interpreter: values and gradients of both ops."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recurrent_cases import rounded, split_at, values_and_gradients
+from recurrent_kernel_cases import (
+    EXACT,
+    LINEAR,
+    SSD,
+    TIME_AXES,
+    arrays_of,
+    assert_all_close,
+    check,
+    floats64,
+    kernels,
+    public,
+    reference,
+    specs_of,
+)
+
+import tk_jax
+from tk_jax import _ffi
+from tk_jax.ops.linear_attention import config
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="the interpreter runs on the CPU alone"
+)
+EXHAUSTIVE = pytest.mark.exhaustive
+
+
+CASES = [
+    LINEAR(1, 16, 16, decay="none", state=False),
+    LINEAR(63, 64, 64, (1, 3), "float16", decay="head"),
+    LINEAR(64, 80, 72),
+    LINEAR(65, 128, 128, (2, 4), packed=True),
+    LINEAR(200, 16, 80, (1, 3), "float16", batch=2, packed=True),
+    LINEAR(70, 256, 64, (1, 1)),
+    LINEAR(130, 64, 64, (1, 2), normalize=True, packed=True),
+    SSD(1, 16, 64, skip="H"),
+    SSD(65, 128, 64, (1, 4), skip="H", gate=True),
+    SSD(200, 16, 64, (2, 4), "float16", skip="P", packed=True, gate=True),
+]
+MORE = [
+    LINEAR(130, 6, 10, (2, 2), decay="none", packed=True),
+    LINEAR(66, 192, 16, (1, 1), "float16", decay="head", state=False),
+    LINEAR(129, 256, 72, (1, 1), "float16", packed=True),
+    LINEAR(1000, 64, 64, (1, 2), "float16"),
+    LINEAR(193, 128, 64, (2, 2), normalize=True, decay="head"),
+    LINEAR(193, 40, 200, (1, 2), normalize=True, decay="none", packed=True),
+    SSD(130, 64, 40, (1, 3), state=False),
+    SSD(130, 256, 64, (1, 2), skip="P", gate=True),
+    SSD(257, 128, 64, (1, 2), "float16", packed=True),
+]
+# In pieces that are walked through side by side: of one chunk, and of two.
+SEGMENTED = LINEAR(330, 16, 64, (1, 1), decay="mild", packed=True)
+SEGMENTS = (1, 2)
+
+
+def in_segments(chunks: int) -> config.ScanConfig:
+    return config.ScanConfig(
+        chunks_of_segment=chunks,
+        states=config.WalkConfig(consumers=1, stages=2),
+        outputs=config.WalkConfig(consumers=1, stages=2),
+        gradients=config.GradientsConfig(stages=2),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(request):
+    """Many kernels of a header take little longer to compile than one."""
+    if jax.default_backend() != "cpu":
+        return
+    more = MORE if request.config.getoption("--exhaustive") else []
+    specs = [
+        *itertools.chain.from_iterable(map(specs_of, CASES + more)),
+        *specs_of(SEGMENTED, in_segments(1)),
+    ]
+    specs = {spec["function"]: spec for spec in specs}.values()
+    by_header = functools.partial(sorted, key=lambda spec: spec["header"])
+    for _, group in itertools.groupby(by_header(specs), lambda spec: spec["header"]):
+        _ffi.interpreter().compile(list(group))
+
+
+@pytest.mark.parametrize(
+    "case", CASES + [pytest.param(case, marks=EXHAUSTIVE) for case in MORE], ids=str
+)
+def test_values_and_gradients(case):
+    check(public(case), case)
+
+
+@pytest.mark.parametrize("chunks", SEGMENTS)
+def test_segments_side_by_side(chunks):
+    _ffi.interpreter()
+    check(kernels(SEGMENTED, in_segments(chunks)), SEGMENTED)
+
+
+@pytest.mark.parametrize("case", [LINEAR(65, 128, 128, (2, 4), packed=True)], ids=str)
+def test_split_sequence_is_the_whole_one(case):
+    arrays = arrays_of(case)
+
+    def in_pieces(**arrays):
+        outs, state = [], arrays.pop("initial_state")
+        for piece in split_at(arrays, TIME_AXES, [40]):
+            out, state = public(case)(**piece, initial_state=state)
+            outs.append(out)
+        return jnp.concatenate(outs, 1), state
+
+    # Ids that change exactly where the sequence is split would have to be told.
+    arrays["segment_ids"][:, 40] = arrays["segment_ids"][:, 39]
+    check(in_pieces, case, arrays)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_decays_next_to_large_ones_keep_their_digits(dtype):
+    """After many decays of -80, a small one is a difference of large sums.
+
+    Measured by XLA's implementation, in float32 but for the results.
+    """
+    case = LINEAR(64, 64, 64, (1, 3), dtype, state=False)
+    with jax.enable_x64(True):
+        arrays = rounded(arrays_of(case), dtype, EXACT)
+        log_decay = arrays["log_decay"].at[:, ::2].set(-80).at[:, 1::2].set(-1e-3)
+        arrays["log_decay"] = log_decay
+        run = jax.jit(public(case))(**arrays)
+        exact = reference(case)(**jax.tree.map(floats64, arrays))
+        xla = jax.jit(public(case, "xla"))(**arrays)
+    assert_all_close(dtype, run[0], exact[0], xla[0])
+
+
+def test_a_token_that_is_not_a_number_reaches_no_chunk_before_it():
+    case = SSD(200, 16, 64, (2, 4), "float16", skip="P", packed=True, gate=True)
+    arrays = rounded(arrays_of(case), case.dtype, EXACT)
+    arrays["segment_ids"] = None
+    run = jax.jit(public(case))
+    expected, _ = run(**arrays)
+    for name in ("x", "B"):
+        spoiled = arrays | {name: arrays[name].at[:, 70].set(jnp.nan)}
+        y, state = run(**spoiled)
+        np.testing.assert_array_equal(y[:, :64], expected[:, :64])
+        assert jnp.isnan(y[:, 70:]).all() and jnp.isnan(state).all()
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[8]], ids=str)
+def test_schedules_change_nothing(case):
+    arrays = rounded(arrays_of(case), case.dtype, EXACT)
+
+    def run():
+        return jax.block_until_ready(values_and_gradients(public(case), arrays))
+
+    expected = run()
+    with tk_jax.interpret_options(seed=1, schedules=4, multiprocessors=2):
+        got = run()
+    for x, y in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_array_equal(np.float32(x), np.float32(y))
+
+
+def test_vmap_of_gradients_is_a_larger_batch():
+    case = LINEAR(64, 80, 72)
+    arrays = rounded(arrays_of(case), case.dtype, EXACT)
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    scales = jnp.array([1.0, 0.5, 2.0])
+
+    def loss(arrays):
+        out, state = public(case)(**arrays)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(jnp.cos(state))
+
+    def scaled(scale):
+        return jax.tree.map(lambda x: (scale * x).astype(x.dtype), arrays)
+
+    gradient = jax.jit(jax.grad(loss))
+    got = jax.jit(jax.vmap(lambda scale: jax.grad(loss)(scaled(scale))))(scales)
+    for i, scale in enumerate(scales):
+        expected = gradient(scaled(scale))
+        for name, x in expected.items():
+            np.testing.assert_array_equal(np.float32(got[name][i]), np.float32(x))
