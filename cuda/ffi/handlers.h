@@ -16,6 +16,10 @@ struct Target {
 extern const Target kAttentionForwardTarget;
 extern const Target kAttentionBackwardTarget;
 extern const Target kAttentionBiasTarget;
+extern const Target kBasedAttentionChunkOutputsTarget;
+extern const Target kBasedAttentionGradientsTarget;
+extern const Target kBasedAttentionOutputsTarget;
+extern const Target kBasedAttentionStatesTarget;
 extern const Target kLinearAttentionChunkSumsTarget;
 extern const Target kLinearAttentionGateGradientsTarget;
 extern const Target kLinearAttentionGradientsTarget;
@@ -29,6 +33,10 @@ inline constexpr const Target* kTargets[] = {
     &kAttentionForwardTarget,
     &kAttentionBackwardTarget,
     &kAttentionBiasTarget,
+    &kBasedAttentionChunkOutputsTarget,
+    &kBasedAttentionGradientsTarget,
+    &kBasedAttentionOutputsTarget,
+    &kBasedAttentionStatesTarget,
     &kKernelTarget,
     &kLinearAttentionChunkSumsTarget,
     &kLinearAttentionGateGradientsTarget,

@@ -7,11 +7,11 @@ import jax
 from tk_jax import _dispatch
 from tk_jax.ops import _sequence_checks as checks
 from tk_jax.ops._chunks import NormalizedState
-from tk_jax.ops.based_attention import config
+from tk_jax.ops.based_attention import config, vjp
 from tk_jax.ops.based_attention.features import TAYLOR
 from tk_jax.ops.linear_attention import family
 
-OP = family.Op("based_attention", TAYLOR)
+OP = family.Op("based_attention", TAYLOR, vjp.kernel_based_attention)
 
 
 def based_attention(
@@ -187,7 +187,7 @@ def _plan(
     call = family.plan(
         OP,
         op,
-        config.unsupported(),
+        lambda normalize: config.unsupported(q, v, normalize=normalize),
         q,
         k,
         v,
@@ -207,7 +207,7 @@ def _plan_step(q, k, v, state, **settings) -> family.Call:
     checks.check_first(op, "q", q, "G, D")
     _check_feature_dim(op, q)
     settings = {"scale": None, "normalize": True, "implementation": None} | settings
-    call = family.plan(OP, op, config.unsupported(), q, k, v, **settings)
+    call = family.plan(OP, op, config.step_unsupported(), q, k, v, **settings)
     family.check_state(call, op, "state", state, q, v, 2)
     return call
 
