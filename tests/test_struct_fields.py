@@ -11,6 +11,7 @@ import pytest
 from tk_jax import _ffi, kernel
 from tk_jax.ops.attention import config as attention
 from tk_jax.ops.attention import vjp as attention_vjp
+from tk_jax.ops.based_attention import config as based_attention
 from tk_jax.ops.linear_attention import config as linear_attention
 from tk_jax.ops.linear_attention import scan
 from tk_jax.ops.matmul import config as matmul
@@ -29,6 +30,7 @@ SETTINGS = {
     "WalkConfig": linear_attention.WalkConfig,
     "MatmulOptions": matmul.MatmulOptions,
     "MatmulConfig": matmul.MatmulConfig,
+    "BasedConfig": based_attention.BasedConfig,
     "KernelSettings": kernel.KernelSettings,
 }
 

@@ -12,7 +12,7 @@ CASES = [
     (16, 16, 160, 0),
     (24, 32, 176, 0),
     (24, 32, 176, 1),
-    *((32, 32, 144, part) for part in range(4)),
+    *((32, 32, 96, part) for part in range(6)),
 ]
 KERNELS = {
     (name, *case): kernel(

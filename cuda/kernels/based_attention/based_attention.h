@@ -33,7 +33,7 @@ constexpr bool is_feature_dim(long dim) { return dim == 8 || dim == 16 || dim ==
 constexpr int tile_columns(int dim) { return dim <= 16 ? 16 : 32; }
 // States are taken in pieces of columns: in how many, and of how many each. Columns beyond the
 // products' are zero.
-constexpr int state_pieces(int dim) { return dim <= 16 ? 1 : dim == 24 ? 2 : 4; }
+constexpr int state_pieces(int dim) { return dim <= 16 ? 1 : dim == 24 ? 2 : 6; }
 constexpr int piece_columns(int dim) {
   return (product_columns(dim) / state_pieces(dim) + 15) / 16 * 16;
 }

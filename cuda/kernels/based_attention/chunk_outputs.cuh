@@ -7,7 +7,7 @@
 // Grid: chunks, groups, batch. A block walks the heads of its group, and their slices of 64 values.
 // Roles: a producer warp loads q and k, then a ring of v and S: a step for every slice of every
 // head; a consumer warpgroup forms the features of q piece by piece as an operand in registers.
-// Budget for 32 values, 1 stage: 101 KB of shared memory; 36 registers of features, 32 of out, 16
+// Budget for 32 values, 1 stage: 101 KB of shared memory; 24 registers of features, 32 of out, 16
 // of weights a thread. Limit: memory, reading 2 F bytes of states for every column of 64 tokens'
 // values.
 #pragma once

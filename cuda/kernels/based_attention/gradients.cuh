@@ -190,14 +190,18 @@ struct Gradients {
                                                        const PieceTile (&state_smem)[kPieces],
                                                        const KeyTile& smem,
                                                        const ProductFactors& factors) {
-#pragma unroll
+#pragma unroll 1  // one piece at a time: all of them at once are more registers than there are
     for (int piece = 0; piece < kPieces; ++piece) {
       RegTile<float, 16, Traits::kPieceColumns> dfeatures;
       warpgroup::mm_AB(dfeatures, values, state_smem[piece]);
       warpgroup::mma_commit();
       warpgroup::mma_wait<0>(dp, dfeatures, values);
-      warpgroup::fold_products<Traits::kDim>(sum, dfeatures, smem, piece * Traits::kPieceColumns,
-                                             factors);
+#pragma unroll
+      for (int known = 0; known < kPieces; ++known) {
+        if (known != piece) continue;
+        warpgroup::fold_products<Traits::kDim>(sum, dfeatures, smem, known * Traits::kPieceColumns,
+                                               factors);
+      }
     }
   }
 

@@ -80,12 +80,14 @@ struct States {
     if constexpr (kPieces > 1) walk<1>(params, shared, place);
     if constexpr (kPieces > 2) walk<2>(params, shared, place);
     if constexpr (kPieces > 3) walk<3>(params, shared, place);
+    if constexpr (kPieces > 4) walk<4>(params, shared, place);
+    if constexpr (kPieces > 5) walk<5>(params, shared, place);
   }
 
   template <int kPiece>
   __device__ __forceinline__ static void walk(const StatesParams& params, Shared& shared,
                                               const Place& place) {
-    static_assert(kPieces <= 4, "compute tries up to four pieces");
+    static_assert(kPieces <= 6, "compute tries up to six pieces");
     if (place.piece != kPiece) return;
     const Segment segment = Segment::of(params);
     const int slices = ceil_div(params.value_dim, kSlice);

@@ -79,7 +79,7 @@ def walks(dim: int) -> bool:
 
 def state_pieces(dim: int) -> int:
     """As state_pieces in based_attention.h."""
-    return 1 if walks(dim) else 2 if dim == 24 else 4
+    return 1 if walks(dim) else 2 if dim == 24 else 6
 
 
 def state_columns(dim: int) -> int:

@@ -38,7 +38,8 @@ def columns(dim: int) -> np.ndarray:
 def _places(dim: int) -> np.ndarray:
     """Where each feature is among the kernels' columns."""
     order = columns(dim)
-    return np.argsort(np.where(order < 0, order.size, order))[: (order >= 0).sum()]
+    places = np.argsort(np.where(order < 0, order.size, order))
+    return places[: (order >= 0).sum()].astype(np.int32)
 
 
 def to_kernel(state, dim: int):
