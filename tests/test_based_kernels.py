@@ -224,6 +224,7 @@ def specs_of(case: Case, tiles: config.ScanConfig | None = None):
             dtype=case.dtype,
             dim=case.dim,
             documents=case.packed,
+            normalize=case.normalize,
             config=dataclasses.asdict(each),
         )
 
@@ -335,6 +336,7 @@ def test_stages_fit_shared_memory(dim):
             dtype="bfloat16",
             dim=dim,
             documents=True,
+            normalize=True,
             config=dataclasses.asdict(each),
         )
         assert spec["min_blocks"] * (spec["shared_bytes"] + 1024) <= 228 * 1024

@@ -30,6 +30,7 @@ SETTINGS = {
     "WalkConfig": linear_attention.WalkConfig,
     "MatmulOptions": matmul.MatmulOptions,
     "MatmulConfig": matmul.MatmulConfig,
+    "BasedOutputsOptions": based_attention.BasedOutputsOptions,
     "BasedConfig": based_attention.BasedConfig,
     "KernelSettings": kernel.KernelSettings,
 }

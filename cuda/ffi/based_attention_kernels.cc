@@ -28,7 +28,8 @@ constexpr Facts kFacts[] = {
 }  // namespace
 
 KernelKey BasedAttentionKernel::key() const {
-  return {{static_cast<int>(name), static_cast<int>(dtype), dim, documents, config.stages}};
+  return {
+      {static_cast<int>(name), static_cast<int>(dtype), dim, documents, config.stages, normalize}};
 }
 
 Result<KernelSpec> BasedAttentionKernel::spec() const {
@@ -46,6 +47,9 @@ Result<KernelSpec> BasedAttentionKernel::spec() const {
     return unsupported("outputs of " + std::to_string(dim) +
                        " values; their state is chunk_outputs's");
   }
+  if (normalize && name != Name::kOutputs) {
+    return invalid(std::string(facts.name) + " are not normalized");
+  }
   int most = 0;
   while (facts.blocks * (facts.shared_bytes(dim, most + 1) + 1024) <= kMultiprocessorBytes) ++most;
   if (config.stages < 1 || config.stages > most) {
@@ -54,11 +58,14 @@ Result<KernelSpec> BasedAttentionKernel::spec() const {
   }
   KernelSpec spec;
   spec.symbol = std::string("tk_based_attention_") + facts.name + "_d" + std::to_string(dim) +
-                (documents ? "_documents_" : "_") + type_suffix(dtype);
+                (documents ? "_documents" : "") + (normalize ? "_normalized_" : "_") +
+                type_suffix(dtype);
   spec.header = std::string("kernels/based_attention/") + facts.name + ".cuh";
   spec.function = std::string("tk::based_attention::") + facts.name +
                   "<tk::based_attention::Traits<" + type_name(dtype) + ", " + std::to_string(dim) +
-                  ", " + bool_name(documents) + ", " + std::to_string(config.stages) + ">>";
+                  ", " + bool_name(documents) + ", " + std::to_string(config.stages) + ">";
+  if (name == Name::kOutputs) spec.function += std::string(", ") + bool_name(normalize);
+  spec.function += ">";
   spec.params_type = std::string("tk::based_attention::") + facts.params;
   spec.threads = facts.threads;
   spec.shared_bytes = facts.shared_bytes(dim, config.stages);

@@ -7,8 +7,13 @@
 
 namespace tk::ffi {
 
-// How a kernel runs: with the fields of the dataclass of the same name in
-// tk_jax.ops.based_attention.config.
+// What is computed, where linear attention's options do not say it, and how a kernel runs: with the
+// fields of the dataclasses of the same names in tk_jax.ops.based_attention.config.
+struct BasedOutputsOptions {
+  float scale;
+  long chunks_of_segment;
+  bool normalize;
+};
 struct BasedConfig {
   long stages;  // of the ring of chunks, or of slices of values
 };
@@ -21,6 +26,7 @@ struct BasedAttentionKernel {
   std::int64_t dim;  // of q and k
   bool documents;
   BasedConfig config;
+  bool normalize = false;  // of outputs
 
   KernelKey key() const;
   Result<KernelSpec> spec() const;
@@ -28,4 +34,7 @@ struct BasedAttentionKernel {
 
 }  // namespace tk::ffi
 
+TK_REGISTER_SETTINGS(tk::ffi::BasedOutputsOptions, StructMember<float>("scale"),
+                     StructMember<std::int64_t>("chunks_of_segment"),
+                     StructMember<bool>("normalize"));
 TK_REGISTER_SETTINGS(tk::ffi::BasedConfig, StructMember<std::int64_t>("stages"));

@@ -29,8 +29,8 @@ Result<WalkCall> read_walk(const LinearAttentionSizes& s, Name name, const AnyBu
   }
   const std::int64_t segments = ceil_div(s.chunks(), chunks_of_segment);
   const auto check_ends = [&](const char* name, const AnyBuffer& buffer) {
-    return check_optional_floats(name, buffer,
-                                 {s.batch, s.num_heads, segments, s.value_dim, state_columns_of(s)});
+    return check_optional_floats(
+        name, buffer, {s.batch, s.num_heads, segments, s.value_dim, state_columns_of(s)});
   };
   if (Status status = first_error({check_counts(counts, s), check_ends("from", from),
                                    check_ends("to", to), check_grid("segments", segments)});
@@ -119,11 +119,11 @@ Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const St
 // -- Outputs --------------------------------------------------------------------------------------
 
 struct OutputsBuffers {
-  AnyBuffer q, k, v, counts, from;
+  AnyBuffer q, k, v, counts, from, sums;
   AnyBuffer out, to;
 };
 
-Result<WalkCall> read_outputs(const OutputsBuffers& b, const OutputsOptions& options,
+Result<WalkCall> read_outputs(const OutputsBuffers& b, const BasedOutputsOptions& options,
                               const BasedConfig& config) {
   const auto sizes = read_based_attention_sizes("q", b.q, "v", b.v);
   if (!sizes.ok()) return sizes.error();
@@ -134,17 +134,27 @@ Result<WalkCall> read_outputs(const OutputsBuffers& b, const OutputsOptions& opt
       !status.ok()) {
     return status.error();
   }
-  return read_walk(s, Name::kOutputs, b.counts, options.chunks_of_segment, config, b.from, b.to);
+  auto call =
+      read_walk(s, Name::kOutputs, b.counts, options.chunks_of_segment, config, b.from, b.to);
+  if (!call.ok()) return call;
+  call->kernel.normalize = options.normalize;
+  if (is_given(b.sums) && !options.normalize) return invalid("sums of what is not normalized");
+  if (Status status =
+          check_optional_floats("sums", b.sums, {s.batch, s.num_heads, call->segments, 18, 16});
+      !status.ok()) {
+    return status.error();
+  }
+  return call;
 }
 
-Status initialize_outputs(int device, const OutputsBuffers& buffers, const OutputsOptions& options,
-                          const BasedConfig& config) {
+Status initialize_outputs(int device, const OutputsBuffers& buffers,
+                          const BasedOutputsOptions& options, const BasedConfig& config) {
   const auto call = read_outputs(buffers, options, config);
   return call.ok() ? load_based_kernel(device, call->kernel) : call.error();
 }
 
 Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const OutputsBuffers& b,
-                       const OutputsOptions& options, const BasedConfig& config) {
+                       const BasedOutputsOptions& options, const BasedConfig& config) {
   const auto call = read_outputs(b, options, config);
   if (!call.ok()) return call.error();
   const LinearAttentionSizes& s = call->sizes;
@@ -160,6 +170,7 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
                   {"v", b.v, false},
                   {"counts", b.counts, false},
                   {"from", b.from, false},
+                  {"sums", b.sums, false},
                   {"out", b.out, true},
                   {"to", b.to, true}});
 
@@ -170,6 +181,7 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
       !status.ok()) {
     return status;
   }
+  params.sums = optional_floats(b.sums);
   params.scale = options.scale;
   params.factors = query_factors(options.scale);
   set_walk(&params, *call, b.counts, b.from, b.to, options.chunks_of_segment);
@@ -200,17 +212,18 @@ xffi::Error states_execute(std::int32_t device, runtime::cuda::Stream stream, An
 }
 
 xffi::Error outputs_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                               AnyBuffer counts, AnyBuffer from, Ret out, Ret to,
-                               OutputsOptions options, BasedConfig config) {
-  return to_ffi(kOutputsName,
-                initialize_outputs(device, {q, k, v, counts, from, *out, *to}, options, config));
+                               AnyBuffer counts, AnyBuffer from, AnyBuffer sums, Ret out, Ret to,
+                               BasedOutputsOptions options, BasedConfig config) {
+  return to_ffi(kOutputsName, initialize_outputs(device, {q, k, v, counts, from, sums, *out, *to},
+                                                 options, config));
 }
 
 xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                            AnyBuffer k, AnyBuffer v, AnyBuffer counts, AnyBuffer from, Ret out,
-                            Ret to, OutputsOptions options, BasedConfig config) {
+                            AnyBuffer k, AnyBuffer v, AnyBuffer counts, AnyBuffer from,
+                            AnyBuffer sums, Ret out, Ret to, BasedOutputsOptions options,
+                            BasedConfig config) {
   return to_ffi(kOutputsName, explore([&] {
-                  return execute_outputs(device, stream, {q, k, v, counts, from, *out, *to},
+                  return execute_outputs(device, stream, {q, k, v, counts, from, sums, *out, *to},
                                          options, config);
                 }));
 }
@@ -236,9 +249,10 @@ auto bind_outputs(Binding binding) {
       .template Arg<AnyBuffer>()  // v
       .template Arg<AnyBuffer>()  // counts, or of size 0
       .template Arg<AnyBuffer>()  // from, or of size 0 for zeros
+      .template Arg<AnyBuffer>()  // sums, or of size 0 for zeros
       .template Ret<AnyBuffer>()  // out
       .template Ret<AnyBuffer>()  // to, or of size 0
-      .template Attr<OutputsOptions>("options")
+      .template Attr<BasedOutputsOptions>("options")
       .template Attr<BasedConfig>("config");
 }
 

@@ -55,6 +55,7 @@ nb::dict struct_fields() {
   fields["GradientsOptions"] = nb::cast(SettingsFields<GradientsOptions>::names());
   fields["GradientsConfig"] = nb::cast(SettingsFields<GradientsConfig>::names());
   fields["WalkConfig"] = nb::cast(SettingsFields<linear_attention::WalkConfig>::names());
+  fields["BasedOutputsOptions"] = nb::cast(SettingsFields<BasedOutputsOptions>::names());
   fields["BasedConfig"] = nb::cast(SettingsFields<BasedConfig>::names());
   fields["KernelSettings"] = nb::cast(SettingsFields<KernelSettings>::names());
   return fields;
@@ -196,7 +197,7 @@ nb::list linear_attention_specs(const std::string& kernel, const std::string& dt
 }
 
 nb::list based_attention_specs(const std::string& kernel, const std::string& dtype, long dim,
-                               bool documents, const nb::dict& config) {
+                               bool documents, bool normalize, const nb::dict& config) {
   using Name = BasedAttentionKernel::Name;
   const auto name = [&] {
     if (kernel == "states") return Name::kStates;
@@ -206,9 +207,13 @@ nb::list based_attention_specs(const std::string& kernel, const std::string& dty
     throw nb::value_error(("no kernel is called " + kernel).c_str());
   }();
   nb::list specs;
-  specs.append(
-      to_dict(BasedAttentionKernel{name, to_dtype(dtype), dim, documents, {field(config, "stages")}}
-                  .spec()));
+  specs.append(to_dict(BasedAttentionKernel{name,
+                                            to_dtype(dtype),
+                                            dim,
+                                            documents,
+                                            {field(config, "stages")},
+                                            normalize && name == Name::kOutputs}
+                           .spec()));
   return specs;
 }
 
@@ -331,7 +336,7 @@ NB_MODULE(_extension, module) {
   module.def("linear_attention_specs", &linear_attention_specs, nb::kw_only(), "kernel"_a,
              "dtype"_a, "key_dim"_a, "features"_a, "config"_a);
   module.def("based_attention_specs", &based_attention_specs, nb::kw_only(), "kernel"_a, "dtype"_a,
-             "dim"_a, "documents"_a, "config"_a);
+             "dim"_a, "documents"_a, "normalize"_a, "config"_a);
   module.def("matmul_specs", &matmul_specs, nb::kw_only(), "dtype"_a, "transpose_a"_a,
              "transpose_b"_a, "config"_a);
 

@@ -81,22 +81,28 @@ constexpr int states_shared_bytes(int dim, long stages) {
 
 // -- outputs --------------------------------------------------------------------------------------
 // Kernel: "kernels/based_attention/outputs.cuh"
-//   tk::based_attention::outputs<tk::based_attention::Traits<T, kDim, kDocuments, kStages>>
+//   tk::based_attention::outputs<tk::based_attention::Traits<T, kDim, kDocuments, kStages>,
+//                                kNormalize>
 // Grid: H * slices, segments, B.
+// Normalized, from sums at the starts of segments too (normalizer.cuh); those at their ends are
+// small sums over tokens that XLA makes.
+constexpr int kSums = 18 * 16;
 struct OutputsParams {
   TensorMap q, k;    // (d, T, G, B), box (panel, 64, 1, 1)
   TensorMap v, out;  // (V, T, H, B), box (64, 64, 1, 1)
   const float* counts;
   const float* from;  // [B, H, segments, V, F], or null for zeros
   float* to;          // the same, or null
+  const float* sums;  // [B, H, segments, 18, 16], or null for zeros
   int seqlen, num_heads, num_groups, value_dim;
   int chunks, chunks_of_segment;
   float scale;             // of the scores
   ProductFactors factors;  // of the features of queries
 };
+constexpr int kSumsBytes = 2048;  // copies of sums, and what aligns them
 constexpr int outputs_shared_bytes(int dim, long stages) {
   return static_cast<int>(stages * (2 * key_tile_bytes(dim) + value_tile_bytes() + kCountBytes)) +
-         2 * piece_bytes(dim) + value_tile_bytes() + kSharedSlack;
+         2 * piece_bytes(dim) + value_tile_bytes() + kSumsBytes + kSharedSlack;
 }
 
 // -- chunk_outputs --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 // For a chunk of tokens, S being the state before it and f the Taylor series of exp:
 //   out = tril(f(scale q k^T)) v + phi(scale q) S^T
 //   S   = S + v^T phi(k)
+// and, normalized, out divided by the sums of weights (normalizer.cuh).
 // (Arora et al. 2024, section 4.1; the chunkwise form of Yang et al. 2023, section 3, with the
 // symmetric half of the products of degree two.)
 // Grid: slices of 64 values, segments, batch. A block walks its segment's chunks.
@@ -15,11 +16,12 @@
 // instructions that form features, and shared memory's bandwidth.
 #pragma once
 
+#include "kernels/based_attention/normalizer.cuh"
 #include "kernels/based_attention/walk.cuh"
 
 namespace tk::based_attention {
 
-template <typename Traits>
+template <typename Traits, bool kNormalize>
 struct Outputs {
   using T = typename Traits::T;
   using KeyTile = typename Traits::KeyTile;
@@ -34,6 +36,7 @@ struct Outputs {
   using Scores = RegTile<float, 16, kChunk>;
   using Output = RegTile<float, 16, kSlice>;
   using State = RegTile<float, 16, Traits::kPieceColumns>;
+  using Sums = Normalizer<Traits>;
 
   struct Shared {
     KeyTile q_smem[Traits::kStages], k_smem[Traits::kStages];
@@ -41,6 +44,7 @@ struct Outputs {
     typename Traits::FeatureTile keys_smem;  // features of k
     StateTile state_smem;
     ValueTile out_smem;
+    typename Sums::Shared sums;  // with kNormalize
     Documents<Traits::kDocuments> documents[Traits::kStages];
     Ring ring;
   };
@@ -79,8 +83,10 @@ struct Outputs {
     const Place place = Place::of(params, 1);
     const Segment segment = Segment::of(params);
     State state;
+    Sums sums;
     load_state<Traits>(state, params, place, segment);
-    share_state(shared.state_smem, state);
+    if constexpr (kNormalize) sums.start(sums_of(params, place, segment));
+    share_state(shared, state, sums);
 
     typename Ring::State stage;
     for (int chunk = segment.first; chunk < segment.end; ++chunk, stage.advance()) {
@@ -90,17 +96,28 @@ struct Outputs {
       const Documents<Traits::kDocuments>& documents = shared.documents[stage.stage];
       Scores scores;
       Output out;
+      typename Sums::Square products;  // q times the second sums
       shared.ring.wait(stage);
       warpgroup::mm_ABt(scores, q_smem, k_smem);
+      if constexpr (kNormalize) warpgroup::mm_AB(products, q_smem, shared.sums.second);
       warpgroup::mma_commit();
       typename Traits::Features queries;
       warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, params.factors);
-      warpgroup::mma_wait<0>(scores);
+      if constexpr (kNormalize) {
+        warpgroup::mma_wait<0>(scores, products);
+      } else {
+        warpgroup::mma_wait<0>(scores);
+      }
       warpgroup::mm_ABt(out, queries, shared.state_smem);
       warpgroup::mma_commit();
 
       RegTile<T, 16, kChunk> weights;
       documents.map_seen(weights, scores, Taylor{params.scale});
+      PerRow<16> totals;
+      typename Sums::Keys keys_t;
+      if constexpr (kNormalize) {
+        sums.total(totals, products, weights, q_smem, shared.sums, documents, params.factors);
+      }
       {
         typename Traits::Features keys;
         warpgroup::load_products<Traits::kDim>(keys, k_smem, 0, kKeyFactors);
@@ -117,10 +134,18 @@ struct Outputs {
       warpgroup::mma_AB(out, weights, v_smem);
       warpgroup::mma_commit();
       warpgroup::mma_AB(state, values, shared.keys_smem);
+      if constexpr (kNormalize) sums.add(keys_t, k_smem, documents);
       warpgroup::mma_commit();
 
       warpgroup::mma_wait<1>(out, weights);
-      warpgroup::store(shared.out_smem, out);
+      if constexpr (kNormalize) {
+        Output quotients;
+        warp::map(totals, totals, [](float x) { return x == 0 ? 0.0f : 1.0f / x; });
+        warp::mul_rows(quotients, out, totals);
+        warpgroup::store(shared.out_smem, quotients);
+      } else {
+        warpgroup::store(shared.out_smem, out);
+      }
       publish_shared();
       warpgroup::sync();
       if (warpgroup::leader()) {
@@ -128,27 +153,41 @@ struct Outputs {
                    place.batch);
         tma::commit();
       }
-      warpgroup::mma_wait<0>(state, values);
+      if constexpr (kNormalize) {
+        warpgroup::mma_wait<0>(state, values, sums.second, keys_t);
+      } else {
+        warpgroup::mma_wait<0>(state, values);
+      }
       shared.ring.release(stage);
-      share_state(shared.state_smem, state);
+      share_state(shared, state, sums);
     }
     store_state<Traits>(state, params, place, segment);
     if (warpgroup::leader()) tma::wait_read<0>();
   }
 
-  // The rounded copy that phi(q) S^T reads.
-  __device__ __forceinline__ static void share_state(const StateTile& state_smem,
-                                                     const State& state) {
-    warpgroup::store(state_smem, state);
+  // Of the segment's start, or null for zeros.
+  __device__ __forceinline__ static const float* sums_of(const OutputsParams& params,
+                                                         const Place& place,
+                                                         const Segment& segment) {
+    if (params.sums == nullptr) return nullptr;
+    return params.sums +
+           (static_cast<int64>(place.row(params)) * segment.count + segment.index) * kSums;
+  }
+
+  // The rounded copies that products with q read.
+  __device__ __forceinline__ static void share_state(Shared& shared, const State& state,
+                                                     const Sums& sums) {
+    warpgroup::store(shared.state_smem, state);
+    if constexpr (kNormalize) sums.share(shared.sums);
     publish_shared();
     if (warpgroup::leader()) tma::wait_read<0>();  // the chunk's out has left
     warpgroup::sync();
   }
 };
 
-template <typename Traits>
+template <typename Traits, bool kNormalize>
 __device__ __forceinline__ void outputs(const OutputsParams& params) {
-  block::run<Outputs<Traits>>(params);
+  block::run<Outputs<Traits, kNormalize>>(params);
 }
 
 }  // namespace tk::based_attention

@@ -50,6 +50,13 @@ struct Documents {
       warp::map_rows(tile, tile, started, [](float x, float n) { return n > 0 ? 0.0f : x; });
     }
   }
+  __device__ __forceinline__ void keep_rows_before(PerRow<16>& rows) const {
+    if constexpr (kDocuments) {
+      PerRow<16> started;
+      warpgroup::load(started, counts);
+      warp::zip(rows, rows, started, [](float x, float n) { return n > 0 ? 0.0f : x; });
+    }
+  }
   // Those that are not in the state after it.
   template <typename Tile>
   __device__ __forceinline__ void keep_rows_after(Tile& tile) const {
@@ -80,6 +87,20 @@ struct Documents {
     if constexpr (kDocuments) {
       const bool ended = load_element(counts, kChunk - 1) > 0;
       warp::map(state, state, [=](float x) { return ended ? 0.0f : x; });
+    }
+  }
+
+  // rows += how many tokens of a chunk are in the state after it.
+  __device__ __forceinline__ void add_count(PerRow<16>& rows) const {
+    if constexpr (kDocuments) {
+      RegTile<float, 16, kChunk> ones;
+      PerRow<16> count;
+      warp::fill(ones, 1.0f);
+      keep_cols_after(ones);
+      warp::row_sum(count, ones);
+      warp::add(rows, rows, count);
+    } else {
+      warp::map(rows, rows, [](float x) { return x + kChunk; });
     }
   }
 

@@ -18,7 +18,6 @@ from tk_jax.ops.linear_attention.config import (
     CHUNK,
     SLICE,
     GradientsOptions,
-    OutputsOptions,
     StatesOptions,
     round_up,
 )
@@ -62,8 +61,24 @@ def states(
     return chunk_states if stores else None, end if ends else None
 
 
-def outputs(q, k, v, counts, start, tiles: config.ScanConfig, *, scale, ends: bool):
-    """out, and states after segments if ``ends``; ``start`` as that of states."""
+def outputs(
+    q,
+    k,
+    v,
+    counts,
+    start,
+    tiles: config.ScanConfig,
+    *,
+    scale: float,
+    ends: bool,
+    normalize: bool = False,
+    sums=None,
+):
+    """out, and states after segments if ``ends``; ``start`` as that of states.
+
+    With ``normalize``, out is divided by the sums of weights, and ``sums`` is what
+    segments begin with: [B, H, segments, 18, 16] as in ``normalizer.py``, or None.
+    """
     ended = _segment_states(k, v, tiles) if ends else None
     out, end = _ffi.call(
         "tk_based_attention_outputs_v1",
@@ -73,7 +88,12 @@ def outputs(q, k, v, counts, start, tiles: config.ScanConfig, *, scale, ends: bo
         v,
         _given(counts),
         _given(start),
-        options=OutputsOptions(scale=scale, chunks_of_segment=tiles.chunks_of_segment),
+        _given(sums),
+        options=config.BasedOutputsOptions(
+            scale=scale,
+            chunks_of_segment=tiles.chunks_of_segment,
+            normalize=normalize,
+        ),
         config=tiles.outputs,
     )
     return out, end if ends else None

@@ -1,7 +1,8 @@
 """Settings of Based attention: what it computes is in LinearAttentionOptions.
 
-``BasedConfig`` crosses to C++ as an attribute, decoded into the struct of the same
-fields in ``cuda/ffi/based_attention_kernels.h``; options are linear attention's.
+``BasedOutputsOptions`` and ``BasedConfig`` cross to C++ as attributes, decoded into the
+structs of the same fields in ``cuda/ffi/based_attention_kernels.h``; the options of the
+other kernels are linear attention's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,15 @@ from tk_jax.ops.linear_attention.config import (
 FEATURE_DIMS = (8, 16, 24, 32)
 # Up to this one, a state is what a warpgroup keeps in registers.
 _LARGEST_WALKED = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class BasedOutputsOptions:
+    """What the outputs are."""
+
+    scale: float  # of the queries
+    chunks_of_segment: int
+    normalize: bool  # divided by the sums of weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,22 +21,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_batching import custom_vmap
 
-from tk_jax.ops.based_attention import calls, config
+from tk_jax.ops.based_attention import calls, config, normalizer
 from tk_jax.ops.linear_attention.calls import chunk_sums
 from tk_jax.ops.linear_attention.config import CHUNK
 
 
 class Arrays(NamedTuple):
-    """The arrays of a scan; the last two may be None. V is a multiple of 8."""
+    """The arrays of a scan; the last three may be None. V is a multiple of 8."""
 
     q: jax.Array  # [B, T, G, D]
     k: jax.Array  # [B, T, G, D]
     v: jax.Array  # [B, T, H, V]
     state: jax.Array | None = None  # float32 [B, H, V, F]: before the first token
     starts: jax.Array | None = None  # bool [B, T]: a document starts, with no state
+    sums: jax.Array | None = None  # float32 [B, H, F]: normalizer.py's, for normalized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,15 @@ def _scan_bwd(settings, arrays, cotangents):
 
 
 scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def normalized(settings: Settings, arrays: Arrays):
+    """out divided by the sums of weights, the final state, and the final sums.
+
+    Where states are walked through; not differentiable. The final ones are None unless
+    ``settings.return_state``.
+    """
+    return _mapped(functools.partial(_run_normalized, settings))(arrays, ())
 
 
 def _mapped(run):
@@ -129,13 +138,57 @@ def _run_forward(settings, arrays, _):
     return out, None if ends is None else ends[:, :, -1]
 
 
+def _run_normalized(settings, arrays, _):
+    tiles = _checked_tiles(settings, arrays)
+    counts = _counts(arrays.starts)
+    out, ends = calls.outputs(
+        *arrays[:3],
+        counts,
+        _segment_starts(arrays, counts, tiles),
+        tiles,
+        scale=settings.scale,
+        ends=settings.return_state,
+        normalize=True,
+        sums=_segment_sums(arrays, counts, tiles),
+    )
+    if not settings.return_state:
+        return out, None, None
+    starts = arrays.starts
+    kept = None if starts is None else ~jnp.any(starts, axis=1, keepdims=True)
+    last = _with_heads(normalizer.added(arrays.k, starts, arrays.k.shape[1]), arrays)
+    last = normalizer.chained(arrays.sums, kept, last)[:, :, -1]
+    return out, ends[:, :, -1], last
+
+
+def _segment_sums(arrays, counts, tiles):
+    """What normalizes at the starts of segments, [B, H, segments, 18, 16], or None."""
+    segments = _segments(arrays.v, tiles)
+    if segments == 1:
+        if arrays.sums is None:
+            return None
+        sums = arrays.sums[:, :, None]
+    else:
+        tokens = tiles.chunks_of_segment * CHUNK
+        added = normalizer.added(arrays.k, arrays.starts, tokens)
+        kept = _kept(counts, segments, tiles)
+        added = _with_heads(added, arrays)
+        sums = normalizer.chained(arrays.sums, kept, added)[:, :, :-1]
+    return normalizer.to_kernel(sums, arrays.q.shape[-1])
+
+
+def _with_heads(x, arrays):
+    """[B, G, ..] -> [B, H, ..]"""
+    return jnp.repeat(x, arrays.v.shape[2] // x.shape[1], axis=1)
+
+
 def _segment_starts(arrays, counts, tiles):
     """The states that segments start with, [B, H, segments, V, F]; None for zeros."""
     segments = _segments(arrays.v, tiles)
     if segments == 1:
         return None if arrays.state is None else arrays.state[:, :, None]
     _, ends = calls.states(arrays.k, arrays.v, counts, None, tiles)
-    return _chained(arrays.state, _kept(counts, segments, tiles), ends)
+    kept = _kept(counts, segments, tiles)
+    return normalizer.chained(arrays.state, kept, ends)[:, :, :-1]
 
 
 def _segments(v, tiles) -> int:
@@ -151,24 +204,6 @@ def _kept(counts, segments, tiles):
     missing = segments * tiles.chunks_of_segment - last.shape[1]
     last = jnp.pad(last, [(0, 0), (0, missing)])
     return jnp.all(last.reshape(last.shape[0], segments, -1) == 0, axis=-1)
-
-
-def _chained(first, kept, added):
-    """x[0] = first, x[s + 1] = (x[s] if kept[s], else 0) + added[s], on the third axis.
-
-    ``first`` is [B, H, V, F] or None for zeros, ``added`` [B, H, segments, V, F].
-    """
-    first = jnp.zeros_like(added[:, :, :1]) if first is None else first[:, :, None]
-    values = jnp.concatenate([first, added[:, :, :-1]], axis=2)
-    if kept is None:
-        return jnp.cumsum(values, axis=2)
-    kept = jnp.pad(kept[:, :-1], [(0, 0), (1, 0)])[:, None, :, None, None]
-
-    def after(one, other):
-        (is_kept, value), (other_kept, other_value) = one, other
-        return is_kept & other_kept, jnp.where(other_kept, value, 0) + other_value
-
-    return lax.associative_scan(after, (kept, values), axis=2)[1]
 
 
 # -- Backward -------------------------------------------------------------------------
@@ -199,7 +234,7 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
         tiles,
         scale=settings.scale,
     )
-    return Arrays(dq, dk, dv, dstate, None)
+    return Arrays(dq, dk, dv, dstate)
 
 
 def _state_gradients(settings, arrays, counts, dout, dfinal, tiles):
@@ -220,7 +255,8 @@ def _state_gradients(settings, arrays, counts, dout, dfinal, tiles):
         _, added = walk(start=None)
         kept = _kept(counts, segments, tiles)
         kept = None if kept is None else jnp.flip(kept, 1)
-        ends = jnp.flip(_chained(dfinal, kept, jnp.flip(added, 2)), axis=2)
+        ends = normalizer.chained(dfinal, kept, jnp.flip(added, 2))[:, :, :-1]
+        ends = jnp.flip(ends, axis=2)
     wanted = arrays.state is not None
     chunk_dstates, dstarts = walk(start=ends, stores=True, ends=wanted)
     return chunk_dstates, dstarts[:, :, 0] if wanted else None

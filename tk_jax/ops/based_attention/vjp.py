@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 
 from tk_jax.ops import _chunks
@@ -36,30 +37,82 @@ def kernel_based_attention(
     """
     del log_decay
     *batch, seqlen, _, dim = q.shape
-    value_dim = v.shape[-1]
     fold = functools.partial(_chunks.fold, num_batch_axes=len(batch))
     unfold = functools.partial(_chunks.unfold, batch=batch)
-    if options.normalize:
-        # The denominators are the outputs of values that are one.
-        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-        if state is not None:
-            state = jnp.concatenate([state[0], state[1][..., None]], axis=-1)
+    settings = scan.Settings("based_attention", options.scale, return_state, tiles)
     arrays = scan.Arrays(
-        q=fold(q),
-        k=fold(k),
-        v=pad_columns(fold(v)),
-        state=None if state is None else order.to_kernel(pad_columns(fold(state)), dim),
+        *map(fold, (q, k, v)),
+        state=jax.tree.map(fold, state),
         starts=document_starts(segment_ids, (*batch, seqlen)),
     )
-    settings = scan.Settings("based_attention", options.scale, return_state, tiles)
-    out, state = scan.scan(settings, arrays)
-    out = unfold(out)
-    if state is not None:
-        state = unfold(order.to_public(state, dim))
     if not options.normalize:
-        return out[..., :value_dim], None if state is None else state[..., :value_dim]
-    out = out.astype(jnp.float32)
-    out = chunks.divide(out[..., :value_dim], out[..., value_dim])
+        run = _scan
+    elif config.walks(dim):
+        run = _normalized
+    else:
+        run = _scan_of_ones
+    out, state = run(settings, arrays)
+    return unfold(out), jax.tree.map(unfold, state)
+
+
+# Of these, states are as the public ones but for the folded batch: with normalization
+# a pair.
+
+
+def _scan(settings, arrays):
+    dim, value_dim = arrays.q.shape[-1], arrays.v.shape[-1]
+    out, state = scan.scan(settings, _to_kernel(arrays))
     if state is not None:
-        state = state[..., :value_dim], state[..., value_dim]
+        state = order.to_public(state, dim)[..., :value_dim]
+    return out[..., :value_dim], state
+
+
+def _to_kernel(arrays):
+    state, dim = arrays.state, arrays.q.shape[-1]
+    if state is not None:
+        state = order.to_kernel(pad_columns(state), dim)
+    return arrays._replace(v=pad_columns(arrays.v), state=state)
+
+
+def _scan_of_ones(settings, arrays):
+    """The denominators are the outputs of values that are one."""
+    v, state = arrays.v, arrays.state
+    ones = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+    if state is not None:
+        state = jnp.concatenate([state[0], state[1][..., None]], axis=-1)
+    out, state = _scan(settings, arrays._replace(v=ones, state=state))
+    out = out.astype(jnp.float32)
+    out = chunks.divide(out[..., :-1], out[..., -1])
+    if state is not None:
+        state = state[..., :-1], state[..., -1]
     return out.astype(v.dtype), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalized(settings, arrays):
+    """The same, divided where the outputs are; its gradients are those of the above.
+
+    A column of ones makes one more slice of values, which costs as much as the others.
+    """
+    dim, value_dim = arrays.q.shape[-1], arrays.v.shape[-1]
+    state, sums = (None, None) if arrays.state is None else arrays.state
+    given = _to_kernel(arrays._replace(state=state))._replace(sums=sums)
+    out, state, sums = scan.normalized(settings, given)
+    if state is not None:
+        state = order.to_public(state, dim)[..., :value_dim], sums
+    return out[..., :value_dim], state
+
+
+def _normalized_fwd(settings, arrays):
+    return _normalized(settings, arrays), arrays
+
+
+def _normalized_bwd(settings, arrays, cotangents):
+    def of_floats(floats):
+        return _scan_of_ones(settings, floats._replace(starts=arrays.starts))
+
+    _, pull_back = jax.vjp(of_floats, arrays._replace(starts=None))
+    return pull_back(cotangents)
+
+
+_normalized.defvjp(_normalized_fwd, _normalized_bwd)
