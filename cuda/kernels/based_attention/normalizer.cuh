@@ -22,12 +22,11 @@ struct Normalizer {
   // What products and queries read, for all warps.
   struct Shared {
     SharedTile<T, 16, kWidth> second;
-    SharedVec<float, 16> first;
+    SharedVec<float, 16> first, count;
   };
 
-  Square second;  // in every warp
-  PerRow<16> first;
-  PerRow<16> count;  // the same in every row
+  Square second;            // in every warp
+  PerRow<16> first, count;  // from `add` to `share`; the count is the same in every row
 
   // From sums [18, 16]: second, first, and the count as the first number of the last row.
   __device__ __forceinline__ void start(const float* sums) {
@@ -49,15 +48,18 @@ struct Normalizer {
     if (warp::index() % 4 != 0) return;  // all have the same
     warp::store(shared.second, second);
     warp::store(shared.first, first);
+    warp::store(shared.count, count);
   }
 
   // The sums after a chunk: issues a product that reads keys_t, which are the chunk's keys as far
   // as they are left.
   template <typename Documents, typename KeyTile>
-  __device__ __forceinline__ void add(Keys& keys_t, const KeyTile& k_smem,
+  __device__ __forceinline__ void add(Keys& keys_t, const KeyTile& k_smem, const Shared& shared,
                                       const Documents& documents) {
     warp::load_transposed(keys_t, k_smem);
     documents.keep_cols_after(keys_t);
+    warp::load(first, shared.first);
+    warp::load(count, shared.count);
     PerRow<16> sum;
     warp::zero(sum);
     warp::fold_row_sum(sum, keys_t);
@@ -89,7 +91,8 @@ struct Normalizer {
     documents.keep_rows_before(totals);
     warp::fold_row_sum(totals, weights);
     warp::finish_row_sum(totals);
-    PerRow<16> counts = count;
+    PerRow<16> counts;
+    warp::load(counts, shared.count);
     documents.keep_rows_before(counts);
     warp::add(totals, totals, counts);
   }

@@ -101,23 +101,29 @@ struct Outputs {
       warpgroup::mm_ABt(scores, q_smem, k_smem);
       if constexpr (kNormalize) warpgroup::mm_AB(products, q_smem, shared.sums.second);
       warpgroup::mma_commit();
-      typename Traits::Features queries;
-      warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, params.factors);
+      RegTile<T, 16, kChunk> weights;
+      PerRow<16> totals;
+      const auto weigh = [&] {
+        documents.map_seen(weights, scores, Taylor{params.scale});
+        if constexpr (kNormalize) {
+          sums.total(totals, products, weights, q_smem, shared.sums, documents, params.factors);
+        }
+      };
+      // Weights take as long as features: beside the product with the state, but where there are
+      // too few registers for it.
       if constexpr (kNormalize) {
         warpgroup::mma_wait<0>(scores, products);
-      } else {
-        warpgroup::mma_wait<0>(scores);
+        weigh();
       }
+      typename Traits::Features queries;
+      warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, params.factors);
+      if constexpr (!kNormalize) warpgroup::mma_wait<0>(scores);
       warpgroup::mm_ABt(out, queries, shared.state_smem);
       warpgroup::mma_commit();
-
-      RegTile<T, 16, kChunk> weights;
-      documents.map_seen(weights, scores, Taylor{params.scale});
-      PerRow<16> totals;
+      if constexpr (!kNormalize) weigh();
+      // The features of both at once are too many registers here.
+      if constexpr (kNormalize && Traits::kDocuments) warpgroup::mma_wait<0>(out, queries);
       typename Sums::Keys keys_t;
-      if constexpr (kNormalize) {
-        sums.total(totals, products, weights, q_smem, shared.sums, documents, params.factors);
-      }
       {
         typename Traits::Features keys;
         warpgroup::load_products<Traits::kDim>(keys, k_smem, 0, kKeyFactors);
@@ -134,7 +140,7 @@ struct Outputs {
       warpgroup::mma_AB(out, weights, v_smem);
       warpgroup::mma_commit();
       warpgroup::mma_AB(state, values, shared.keys_smem);
-      if constexpr (kNormalize) sums.add(keys_t, k_smem, documents);
+      if constexpr (kNormalize) sums.add(keys_t, k_smem, shared.sums, documents);
       warpgroup::mma_commit();
 
       warpgroup::mma_wait<1>(out, weights);
