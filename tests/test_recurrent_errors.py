@@ -457,7 +457,8 @@ def test_steps_have_no_kernel(op, monkeypatch):
     step = getattr(tk_jax, f"{op}_step")
     per_token = {name: x[:, 0] for name, x in arrays.items() if name in PER_TOKEN[op]}
     arrays = arrays | per_token
-    arrays["state"] = arrays.pop("initial_state")
+    of_features = jnp.zeros((2, 4, 45, 6)), jnp.zeros((2, 4, 45))
+    arrays["state"] = arrays.pop("initial_state", of_features)
     choice = tk_jax.explain(step, **arrays)
     assert choice.cuda == "xla"
     assert "does not support steps of one token yet" in choice.reason
