@@ -142,7 +142,7 @@ def test_every_op_is_gated():
         "tk_based_attention_chunk_outputs_d32_bf16",
         "tk_based_attention_gradients_d24_documents_fp16",
         "tk_based_attention_outputs_d16_bf16",
-        "tk_based_attention_outputs_d8_documents_normalized_fp16",
+        "tk_based_attention_outputs_d8_documents_normalized_bf16",
         "tk_based_attention_states_d16_bf16",
         "tk_linear_attention_chunk_sums",
         "tk_linear_attention_gate_gradients",

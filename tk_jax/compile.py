@@ -167,7 +167,10 @@ def _attention_backward(
 
 def _based_attention(dtype: str, tiles: Mapping[str, int]) -> Iterator[Specialisation]:
     for dim, documents, normalize in itertools.product(
-        based_attention_config.FEATURE_DIMS, (False, True), (False, True)
+        based_attention_config.FEATURE_DIMS,
+        (False, True),
+        # float16 is not normalized by kernels.
+        (False, True) if dtype == "bfloat16" else (False,),
     ):
         chosen = based_attention_config.scan_config(1, 1, 1, dim, 64)
         for kernel, default in based_attention_config.kernels(chosen, dim):

@@ -29,6 +29,9 @@ struct Outputs {
   using StateTile = typename Traits::PieceTile;
   static_assert(walks(Traits::kDim), "a warpgroup keeps the whole state");
   static constexpr int kConsumers = 1;
+  // Weights take as long as features: beside the product with the state, but where there are too
+  // few registers for that.
+  static constexpr bool kWeighsFirst = kNormalize || Traits::kDocuments;
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 232;
 
@@ -109,18 +112,18 @@ struct Outputs {
           sums.total(totals, products, weights, q_smem, shared.sums, documents, params.factors);
         }
       };
-      // Weights take as long as features: beside the product with the state, but where there are
-      // too few registers for it.
       if constexpr (kNormalize) {
         warpgroup::mma_wait<0>(scores, products);
-        weigh();
+      } else if constexpr (kWeighsFirst) {
+        warpgroup::mma_wait<0>(scores);
       }
+      if constexpr (kWeighsFirst) weigh();
       typename Traits::Features queries;
       warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, params.factors);
-      if constexpr (!kNormalize) warpgroup::mma_wait<0>(scores);
+      if constexpr (!kWeighsFirst) warpgroup::mma_wait<0>(scores);
       warpgroup::mm_ABt(out, queries, shared.state_smem);
       warpgroup::mma_commit();
-      if constexpr (!kNormalize) weigh();
+      if constexpr (!kWeighsFirst) weigh();
       // The features of both at once are too many registers here.
       if constexpr (kNormalize && Traits::kDocuments) warpgroup::mma_wait<0>(out, queries);
       typename Sums::Keys keys_t;
