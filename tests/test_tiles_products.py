@@ -53,18 +53,21 @@ def test_products(rng, case):
     x = integers(rng, (64, width), NAMES[name])
     dproducts = integers(rng, (64, cols), np.float32)
     values = x.astype(np.float64)
-    expected, gradient = np.zeros((64, cols)), np.ones((64, width))
+    expected, plain = np.zeros((2, 64, cols))
+    gradient = np.ones((64, width))
     for col, (first, second, factor) in enumerate(columns(dim)[part * cols :][:cols]):
         one = np.ones(64)
         a, b = (one if i is None else values[:, i] for i in (first, second))
         expected[:, col] = factor * a * b
+        plain[:, col] = (factor > 0) * a * b
         if first is not None:
             gradient[:, first] += factor * dproducts[:, col] * b
         if second is not None:
             gradient[:, second] += factor * dproducts[:, col] * a
-    wide, narrow, dx = KERNELS[case](
+    wide, narrow, without_factors, dx = KERNELS[case](
         [
             ((64, cols), np.float32),
+            ((64, cols), NAMES[name]),
             ((64, cols), NAMES[name]),
             ((64, width), np.float32),
         ],
@@ -74,4 +77,35 @@ def test_products(rng, case):
     )
     assert_same(wide, expected)
     assert_same(narrow, expected.astype(NAMES[name]))
+    assert_same(without_factors, plain.astype(NAMES[name]))
     assert_same(dx, gradient)
+
+
+@pytest.mark.parametrize("name", (BF16, FP16))
+def test_products_are_rounded_once(rng, name):
+    """Of values with all their digits, and some that underflow or overflow."""
+    x = (rng.standard_normal((64, 16)) * 2.0 ** rng.integers(-9, 9, (64, 1))).astype(
+        NAMES[name]
+    )
+    values = x.astype(np.float64)
+    _, narrow, without_factors, _ = KERNELS[name, 16, 16, 160, 0](
+        [
+            ((64, 160), np.float32),
+            *[((64, 160), NAMES[name])] * 2,
+            ((64, 16), np.float32),
+        ],
+        x,
+        np.zeros((64, 160), np.float32),
+        scalars=(1, 1, 1),
+    )
+    ones = np.ones(64)
+    expected = [
+        (second is None and first is None and factor) * ones
+        if first is None
+        else values[:, first] * (ones if second is None else values[:, second])
+        for first, second, factor in columns(16)
+    ]
+    with np.errstate(over="ignore"):
+        expected = np.stack(expected, 1).astype(np.float32).astype(NAMES[name])
+    assert_same(narrow, expected)
+    assert_same(without_factors, expected)

@@ -144,8 +144,7 @@ struct Gradients {
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         typename Traits::Features keys;
-        warpgroup::load_products<Traits::kDim>(keys, shared.k_smem, piece * Traits::kPieceColumns,
-                                               kKeyFactors);
+        warpgroup::load_products<Traits::kDim>(keys, shared.k_smem, piece * Traits::kPieceColumns);
         warpgroup::mma_ABt(dv, keys, step.dstate_smem[piece], piece > 0);
         warpgroup::mma_commit();
         warpgroup::mma_wait<0>(dv, keys);

@@ -124,12 +124,12 @@ struct Outputs {
       warpgroup::mm_ABt(out, queries, shared.state_smem);
       warpgroup::mma_commit();
       if constexpr (!kWeighsFirst) weigh();
-      // The features of both at once are too many registers here.
-      if constexpr (kNormalize && Traits::kDocuments) warpgroup::mma_wait<0>(out, queries);
+      // Features of both at once are too many registers here.
+      if constexpr (kNormalize) warpgroup::mma_wait<0>(out, queries);
       typename Sums::Keys keys_t;
       {
         typename Traits::Features keys;
-        warpgroup::load_products<Traits::kDim>(keys, k_smem, 0, kKeyFactors);
+        warpgroup::load_products<Traits::kDim>(keys, k_smem, 0);
         warpgroup::store(shared.keys_smem, keys);
       }
       RegTile<T, 16, kChunk> values;  // a row for each column of v

@@ -104,9 +104,14 @@ struct States {
       const Documents<Traits::kDocuments>& documents = shared.documents[stage.stage];
       shared.ring.wait(stage);
       {
+        constexpr int kFirst = kPiece * Traits::kPieceColumns;
         typename Traits::Features features;
-        warpgroup::load_products<Traits::kDim>(features, shared.keys_smem[stage.stage],
-                                               kPiece * Traits::kPieceColumns, params.factors);
+        if (params.reverse) {
+          warpgroup::load_products<Traits::kDim>(features, shared.keys_smem[stage.stage], kFirst,
+                                                 params.factors);
+        } else {
+          warpgroup::load_products<Traits::kDim>(features, shared.keys_smem[stage.stage], kFirst);
+        }
         warpgroup::store(shared.features_smem, features);
       }
       RegTile<T, 16, kChunk> values;  // a row for each column of the slice

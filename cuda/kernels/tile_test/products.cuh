@@ -5,8 +5,9 @@
 
 namespace tk::tile_test {
 
-// Buffers: x (64 x kWidth), dproducts (64 x kCols); then products and gradients: columns first..
-// of those of the first kDim values, where `first` is kPart * kCols. Scalars: factors.
+// Buffers: x (64 x kWidth), dproducts (64 x kCols); then products in fp32, in T, without
+// factors, and gradients: columns first.. of those of the first kDim values, where `first` is
+// kPart * kCols. Scalars: factors.
 template <typename T, int kDim, int kWidth, int kCols, int kPart>
 __device__ __forceinline__ void products(const KernelParams& params) {
   struct Shared {
@@ -27,12 +28,14 @@ __device__ __forceinline__ void products(const KernelParams& params) {
   warpgroup::store(matrix<float>(params, 2), wide, 0, 0);
   warpgroup::load_products<kDim>(narrow, shared.x, kPart * kCols, factors);
   warpgroup::store(matrix<T>(params, 3), narrow, 0, 0);
+  warpgroup::load_products<kDim>(narrow, shared.x, kPart * kCols);
+  warpgroup::store(matrix<T>(params, 4), narrow, 0, 0);
 
   RegTile<float, 16, kWidth> dx;
   warpgroup::load(wide, matrix<float>(params, 1), 0, 0);
   warp::fill(dx, 1.0f);
   warpgroup::fold_products<kDim>(dx, wide, shared.x, kPart * kCols, factors);
-  warpgroup::store(matrix<float>(params, 4), dx, 0, 0);
+  warpgroup::store(matrix<float>(params, 5), dx, 0, 0);
 }
 
 }  // namespace tk::tile_test

@@ -45,6 +45,12 @@ void load_products(RegTile<T, 16, kCols>& dst, const Shared& src, int first,
   });
 }
 
+template <int kDim, typename T, int kCols, typename Shared>
+void load_products(RegTile<T, 16, kCols>& dst, const Shared& src, int first, Location at = {}) {
+  static_assert(kSame<T, typename Shared::T>, "products without factors keep the type");
+  load_products<kDim>(dst, src, first, ProductFactors{1.0f, 1.0f, 1.0f}, at);
+}
+
 template <int kDim, int kWidth, int kCols, typename Shared>
 void fold_products(RegTile<float, 16, kWidth>& dst, const RegTile<float, 16, kCols>& dproducts,
                    const Shared& src, int first, const ProductFactors& factors, Location at = {}) {

@@ -10,16 +10,26 @@
 namespace tk::warpgroup {
 namespace detail_products {
 
-// x[r] is the value of column (first + r) mod kDim, where `first` is the lane's.
+// pairs[i] are the values of columns (first + 2 i) mod kDim and after, where `first` is the lane's.
 template <int kDim, typename View>
-__device__ __forceinline__ void load_row(float (&x)[kDim], const View& src, int row) {
+__device__ __forceinline__ void load_row_pairs(uint32 (&pairs)[kDim / 2], const View& src,
+                                               int row) {
   static_assert(kDim % 8 == 0 && kDim <= View::kPanelCols, "a row is one panel's");
   const int first = detail::col_of(0, 0);
 #pragma unroll
-  for (int r = 0; r < kDim; r += 2) {
-    const int col = first + r;
-    const uint32 pair = ptx::load_shared_u32(src.address(row, col < kDim ? col : col - kDim));
-    ptx::unpack<typename View::T>(pair, x[r], x[r + 1]);
+  for (int i = 0; i < kDim / 2; ++i) {
+    const int col = first + 2 * i;
+    pairs[i] = ptx::load_shared_u32(src.address(row, col < kDim ? col : col - kDim));
+  }
+}
+// x[r] is the value of column (first + r) mod kDim.
+template <int kDim, typename View>
+__device__ __forceinline__ void load_row(float (&x)[kDim], const View& src, int row) {
+  uint32 pairs[kDim / 2];
+  load_row_pairs<kDim>(pairs, src, row);
+#pragma unroll
+  for (int i = 0; i < kDim / 2; ++i) {
+    ptx::unpack<typename View::T>(pairs[i], x[2 * i], x[2 * i + 1]);
   }
 }
 
@@ -102,6 +112,44 @@ __device__ __forceinline__ void load_products(RegTile<T, 16, kCols>& dst, const 
         }
       }
       detail::set_pair(dst, 0, g, h, y[0], y[1]);
+    }
+  }
+}
+
+// The same without factors, in the type of the values: products are rounded once, too.
+template <int kDim, typename T, int kCols, typename Shared>
+__device__ __forceinline__ void load_products(RegTile<T, 16, kCols>& dst, const Shared& src,
+                                              int first, Location = {}) {
+  static_assert(kSame<T, typename Shared::T>, "products without factors keep the type");
+  const auto view = detail::as_view(src);
+  const int lane_col = detail::col_of(0, 0);
+  constexpr int kPairs = kDim / 2;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    uint32 pairs[kPairs], shifted[kPairs];  // from even columns on, from odd ones
+    detail_products::load_row_pairs<kDim>(pairs, view,
+                                          16 * (ptx::warp_index() & 3) + detail::row_of(0, 2 * h));
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      shifted[i] = ptx::middle_pair(pairs[i], pairs[(i + 1) % kPairs]);
+    }
+#pragma unroll
+    for (int g = 0; g < kCols / 8; ++g) {
+      const detail_products::Group<kDim> group(first, g);
+      uint32 pair = 0;
+      if (!group.is_empty()) {
+        pair = pairs[group.at / 2];
+        if (group.distance >= 0) {
+          const int other = (group.at + group.distance) % kDim;
+          pair =
+              ptx::multiply_pairs<T>(pair, other % 2 == 0 ? pairs[other / 2] : shifted[other / 2]);
+        }
+        if (group.is_last()) {
+          const int col = group.at + lane_col;
+          pair = col < kDim / 2 ? pair : col == kDim / 2 ? ptx::pack<T>(1.0f, 0.0f) : 0u;
+        }
+      }
+      dst.data[0][2 * g + h] = pair;
     }
   }
 }
