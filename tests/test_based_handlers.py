@@ -25,7 +25,7 @@ class Arrays:
         self.counts = floats(B, 64 * chunks)
         self.ends = floats(B, H, segments, V, _COLUMNS[D])
         self.sums = floats(B, H, segments, 18, 16)
-        self.states = (dtype, [B, H, chunks, -(-V // 64) * 64, _COLUMNS[D]])
+        self.states = (dtype, [B, H, chunks, V, _COLUMNS[D]])
 
 
 ARRAYS = Arrays()
@@ -119,8 +119,9 @@ def test_launches():
     assert keys["box"] == [16, 64, 1, 1]
     assert values["dims"] == [96, 100, 4, 2]
     assert values["box"] == [64, 64, 1, 1]
-    assert (stored["dims"], stored["strides"]) == ([160, 2 * 4 * 2 * 128], [320])
-    assert stored["box"] == [32, 64]
+    assert stored["dims"] == [160, 96, 2 * 4 * 2]
+    assert stored["strides"] == [320, 96 * 320]
+    assert stored["box"] == [32, 64, 1]
     assert len(ran[2].of("map")) == 4
     assert len(ran[4].of("map")) == 5
     assert len(ran[5].of("map")) == 9
@@ -169,9 +170,9 @@ def test_empty_batch_launches_nothing():
             "chunks_of_segment is 3; expected 1 to the 2 chunks there are",
         ),
         (
-            states(stored=("bfloat16", [2, 4, 2, 96, 160])),
+            states(stored=("bfloat16", [2, 4, 2, 128, 160])),
             _INVALID,
-            "chunk_states has shape (2, 4, 2, 96, 160); expected (2, 4, 2, 128, 160)",
+            "chunk_states has shape (2, 4, 2, 128, 160); expected (2, 4, 2, 96, 160)",
         ),
         (states(stages=9), _INVALID, "config.stages is 9; expected 1 to the 6"),
         (
@@ -199,7 +200,7 @@ def test_empty_batch_launches_nothing():
         (
             gradients(states=OF_32.states),
             _INVALID,
-            "states has shape (2, 4, 2, 128, 576); expected (2, 4, 2, 128, 160)",
+            "states has shape (2, 4, 2, 96, 576); expected (2, 4, 2, 96, 160)",
         ),
         (gradients(stages=0), _INVALID, "config.stages is 0; expected 1 to the 3"),
         (

@@ -22,7 +22,7 @@ Result<LinearAttentionSizes> read_based_attention_sizes(const char* keys_name,
 Status check_chunk_states(const char* name, const AnyBuffer& buffer, const AnyBuffer& other,
                           const LinearAttentionSizes& s) {
   return check_like(name, buffer, other,
-                    {s.batch, s.num_heads, s.chunks(), s.padded_values(), state_columns_of(s)});
+                    {s.batch, s.num_heads, s.chunks(), s.value_dim, state_columns_of(s)});
 }
 
 Status check_counts(const AnyBuffer& counts, const LinearAttentionSizes& s) {
@@ -42,10 +42,11 @@ Status encode_keys(TensorMap* map, const AnyBuffer& buffer, const LinearAttentio
 
 Status encode_chunk_states(TensorMap* map, const AnyBuffer& buffer, const LinearAttentionSizes& s) {
   const int columns = based_attention::piece_columns(static_cast<int>(s.key_dim));
-  const std::int64_t dims[] = {state_columns_of(s),
-                               s.batch * s.num_heads * s.chunks() * s.padded_values()};
-  const std::int64_t strides[] = {state_columns_of(s) * runtime::element_bytes(s.dtype)};
-  const std::int64_t box[] = {panel_columns(columns, 2), based_attention::kSlice};
+  const std::int64_t row_bytes = state_columns_of(s) * runtime::element_bytes(s.dtype);
+  const std::int64_t dims[] = {state_columns_of(s), s.value_dim,
+                               s.batch * s.num_heads * s.chunks()};
+  const std::int64_t strides[] = {row_bytes, s.value_dim * row_bytes};
+  const std::int64_t box[] = {panel_columns(columns, 2), based_attention::kSlice, 1};
   return runtime::encode_tensor_map(map, buffer.untyped_data(),
                                     {s.dtype, dims, strides, box, swizzle_bytes(columns, 2)});
 }

@@ -16,14 +16,15 @@ Result<LinearAttentionSizes> read_based_attention_sizes(const char* keys_name,
 inline std::int64_t state_columns_of(const LinearAttentionSizes& s) {
   return based_attention::state_columns(static_cast<int>(s.key_dim));
 }
-// [B, H, chunks, slices * 64, F] in the dtype of another.
+// [B, H, chunks, V, F] in the dtype of another.
 Status check_chunk_states(const char* name, const AnyBuffer& buffer, const AnyBuffer& other,
                           const LinearAttentionSizes& s);
 Status check_counts(const AnyBuffer& counts, const LinearAttentionSizes& s);
 
 // A map over q or k, [B, T, G, d]: dimensions (d, T, G, B), boxes of 64 tokens.
 Status encode_keys(TensorMap* map, const AnyBuffer& buffer, const LinearAttentionSizes& s);
-// A map over the states of chunks: dimensions (F, all others).
+// A map over the states of chunks: dimensions (F, V, all others), of which a slice that is not
+// whole takes no more memory than it has.
 Status encode_chunk_states(TensorMap* map, const AnyBuffer& buffer, const LinearAttentionSizes& s);
 
 // What makes phi(scale q) . phi(k) the Taylor series.

@@ -60,9 +60,8 @@ constexpr int kCountBytes = 4 * kChunk;
 struct StatesParams {
   TensorMap keys;    // [B, T, G, d]: dimensions (d, T, G, B), box (panel, 64, 1, 1)
   TensorMap values;  // [B, T, H, V]: (V, T, H, B), box (64, 64, 1, 1)
-  // [rows, F] where rows are (b, h, chunk, v): at the start of each chunk (reverse: at its end), in
-  // the type of the inputs; dimensions (F, B * H * chunks * 64 * slices), box (panel, 64). If
-  // stores.
+  // [B, H, chunks, V, F]: at the start of each chunk (reverse: at its end), in the type of the
+  // inputs; dimensions (F, V, B * H * chunks), box (panel, 64, 1). If stores.
   TensorMap chunk_states;
   bool stores, reverse;
   const float* counts;

@@ -69,7 +69,8 @@ struct ChunkOutputs {
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         tma::load(step.state_smem[piece], params.states, full, tma::Keep::kBriefly,
-                  piece * Traits::kPieceColumns, steps.state_row(params, index));
+                  piece * Traits::kPieceColumns, steps.slice(index) * kSlice,
+                  steps.matrix(params, index));
       }
     }
   }

@@ -76,13 +76,13 @@ struct Gradients {
                 token, steps.head(index), steps.batch);
       tma::load(step.dout_smem, params.dout, full, tma::Keep::kBriefly, steps.slice(index) * kSlice,
                 token, steps.head(index), steps.batch);
-      const int row = steps.state_row(params, index);
+      const int row = steps.slice(index) * kSlice, matrix = steps.matrix(params, index);
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
         tma::load(step.state_smem[piece], params.states, full, tma::Keep::kBriefly,
-                  piece * Traits::kPieceColumns, row);
+                  piece * Traits::kPieceColumns, row, matrix);
         tma::load(step.dstate_smem[piece], params.dstates, full, tma::Keep::kBriefly,
-                  piece * Traits::kPieceColumns, row);
+                  piece * Traits::kPieceColumns, row, matrix);
       }
     }
   }

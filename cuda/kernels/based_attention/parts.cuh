@@ -147,11 +147,10 @@ struct GroupSteps {
   __device__ __forceinline__ int count() const { return heads * slices; }
   __device__ __forceinline__ int head(int index) const { return first_head + index / slices; }
   __device__ __forceinline__ int slice(int index) const { return index % slices; }
-  // Of the states of chunks.
+  // Which of the states of chunks.
   template <typename Params>
-  __device__ __forceinline__ int state_row(const Params& params, int index) const {
-    const int matrix = (batch * params.num_heads + head(index)) * params.chunks + chunk;
-    return (matrix * slices + slice(index)) * kSlice;
+  __device__ __forceinline__ int matrix(const Params& params, int index) const {
+    return (batch * params.num_heads + head(index)) * params.chunks + chunk;
   }
 };
 

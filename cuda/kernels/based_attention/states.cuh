@@ -90,7 +90,6 @@ struct States {
     static_assert(kPieces <= 6, "compute tries up to six pieces");
     if (place.piece != kPiece) return;
     const Segment segment = Segment::of(params);
-    const int slices = ceil_div(params.value_dim, kSlice);
     State state;
     load_state<Traits>(state, params, place, segment);
 
@@ -99,7 +98,7 @@ struct States {
       if (params.stores) {
         const int matrix = place.row(params) * params.chunks + chunk_at(params, segment, step);
         store_chunk_state(params, shared.state_smem, state, kPiece * Traits::kPieceColumns,
-                          (matrix * slices + place.slice) * kSlice);
+                          place.slice * kSlice, matrix);
       }
       const Documents<Traits::kDocuments>& documents = shared.documents[stage.stage];
       shared.ring.wait(stage);
@@ -136,14 +135,14 @@ struct States {
 
   __device__ __forceinline__ static void store_chunk_state(
       const StatesParams& params, const typename Traits::PieceTile& state_smem, const State& state,
-      int col, int row) {
+      int col, int row, int matrix) {
     if (warpgroup::leader()) tma::wait_read<0>();  // the last one has left
     warpgroup::sync();
     warpgroup::store(state_smem, state);
     publish_shared();
     warpgroup::sync();
     if (warpgroup::leader()) {
-      tma::store(params.chunk_states, state_smem, col, row);
+      tma::store(params.chunk_states, state_smem, col, row, matrix);
       tma::commit();
     }
   }

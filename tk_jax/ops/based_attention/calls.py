@@ -16,10 +16,8 @@ from tk_jax import _ffi
 from tk_jax.ops.based_attention import config
 from tk_jax.ops.linear_attention.config import (
     CHUNK,
-    SLICE,
     GradientsOptions,
     StatesOptions,
-    round_up,
 )
 
 _FLOAT = jnp.dtype(jnp.float32)
@@ -145,9 +143,8 @@ def gradients(
 
 def _chunk_states(keys, values) -> tuple[int, ...]:
     batch, seqlen, num_heads, value_dim = values.shape
-    columns = round_up(value_dim, SLICE)
     features = config.state_columns(keys.shape[-1])
-    return (batch, num_heads, -(-seqlen // CHUNK), columns, features)
+    return (batch, num_heads, -(-seqlen // CHUNK), value_dim, features)
 
 
 def _segment_states(keys, values, tiles) -> tuple[int, ...]:
