@@ -331,12 +331,11 @@ def test_states_of_steps(op, names, message):
         getattr(tk_jax, op)(*given, jnp.zeros(3))
 
 
-NO_KERNEL = "this op yet (it has neither a forward nor a backward kernel)"
 NO_FLOAT32 = "dtype float32 (it takes bfloat16 and float16)"
 LACKING = {
     "linear_attention": NO_FLOAT32,
     "ssd": NO_FLOAT32,
-    "based_attention": NO_KERNEL,
+    "based_attention": NO_FLOAT32,
     "hedgehog_attention": NO_FLOAT32,
 }
 
@@ -413,14 +412,52 @@ def test_what_kernels_of_linear_attention_lack(q, v, settings, lacking, monkeypa
         assert choice.reason == f"the TK kernel does not support {lacking}"
 
 
-@pytest.mark.parametrize("op", ["linear_attention", "ssd"])
+@pytest.mark.parametrize(
+    ("q", "v", "settings", "lacking"),
+    [
+        (
+            _half(1, 8, 1, 16, dtype=jnp.float16),
+            _half(1, 8, 1, 64, dtype=jnp.float16),
+            {},
+            "normalize in float16 (of which the sums may exceed the range)",
+        ),
+        (
+            _half(70000, 8, 1, 16),
+            _half(70000, 8, 1, 64),
+            {},
+            "a batch of 70000 (it takes up to 65535)",
+        ),
+        (
+            _half(1, 8, 70000, 16),
+            _half(1, 8, 70000, 64),
+            {},
+            "a number of groups of 70000 (it takes up to 65535)",
+        ),
+        (
+            _half(1, 2**25, 1, 16),
+            _half(1, 2**25, 64, 64),
+            {"normalize": False},
+            "a B * H * T times slices of 64 values of 2147483648 (it takes up to "
+            "2147483647)",
+        ),
+    ],
+    ids=str,
+)
+def test_what_kernels_of_based_attention_lack(q, v, settings, lacking, monkeypatch):
+    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
+    choice = tk_jax.explain(tk_jax.based_attention, q, q, v, **settings)
+    assert choice.reason == f"the TK kernel does not support {lacking}"
+
+
+@pytest.mark.parametrize("op", ["based_attention", "linear_attention", "ssd"])
 def test_steps_have_no_kernel(op, monkeypatch):
     monkeypatch.setattr(_ffi, "unavailable", lambda: None)
     arrays = inputs(op, dtype=jnp.bfloat16)
     step = getattr(tk_jax, f"{op}_step")
     per_token = {name: x[:, 0] for name, x in arrays.items() if name in PER_TOKEN[op]}
     arrays = arrays | per_token
-    arrays["state"] = arrays.pop("initial_state")
+    of_features = jnp.zeros((2, 4, 45, 6)), jnp.zeros((2, 4, 45))
+    arrays["state"] = arrays.pop("initial_state", of_features)
     choice = tk_jax.explain(step, **arrays)
     assert choice.cuda == "xla"
     assert "does not support steps of one token yet" in choice.reason

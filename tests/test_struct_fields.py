@@ -11,6 +11,8 @@ import pytest
 from tk_jax import _ffi, kernel
 from tk_jax.ops.attention import config as attention
 from tk_jax.ops.attention import vjp as attention_vjp
+from tk_jax.ops.based_attention import config as based_attention
+from tk_jax.ops.based_attention import vjp as based_attention_vjp
 from tk_jax.ops.hedgehog_attention import config as hedgehog_attention
 from tk_jax.ops.linear_attention import config as linear_attention
 from tk_jax.ops.linear_attention import scan
@@ -33,6 +35,8 @@ SETTINGS = {
     "HedgehogGradientsOptions": hedgehog_attention.HedgehogGradientsOptions,
     "MatmulOptions": matmul.MatmulOptions,
     "MatmulConfig": matmul.MatmulConfig,
+    "BasedOutputsOptions": based_attention.BasedOutputsOptions,
+    "BasedConfig": based_attention.BasedConfig,
     "KernelSettings": kernel.KernelSettings,
 }
 
@@ -141,6 +145,32 @@ def call_gradients_of_linear_attention():
     return gradients(scan_arrays())
 
 
+def call_based_attention(dim=16, normalize=True):
+    q = jnp.zeros((2, 100, 2, dim), jnp.bfloat16)
+    v = jnp.zeros((2, 100, 4, 64), jnp.bfloat16)
+    options = linear_attention.LinearAttentionOptions(0.25, normalize)
+    return based_attention_vjp.kernel_based_attention(
+        options, True, q, q, v, None, None, None
+    )
+
+
+def call_based_attention_of_more_features():
+    return call_based_attention(32)
+
+
+def call_gradients_of_based_attention():
+    def gradients(q, v):
+        options = linear_attention.LinearAttentionOptions(0.25, False)
+        run = functools.partial(
+            based_attention_vjp.kernel_based_attention, options, False
+        )
+        out, pull_back = jax.vjp(lambda q, v: run(q, q, v, None, None, None)[0], q, v)
+        return pull_back(out)
+
+    v = jnp.zeros((2, 100, 4, 64), jnp.bfloat16)
+    return gradients(jnp.zeros((2, 100, 2, 16), jnp.bfloat16), v)
+
+
 def call_kernel():
     x = jnp.zeros((64, 64), jnp.bfloat16)
     return kernel.call_kernel(
@@ -162,6 +192,9 @@ def call_kernel_without_maps_and_scalars():
         call_matmul,
         call_linear_attention,
         call_gradients_of_linear_attention,
+        call_based_attention,
+        call_based_attention_of_more_features,
+        call_gradients_of_based_attention,
         call_kernel,
         call_kernel_without_maps_and_scalars,
     ],

@@ -10,6 +10,7 @@ import test_tiles_copy
 import test_tiles_map
 import test_tiles_mask
 import test_tiles_mma
+import test_tiles_products
 import test_tiles_reduce
 import test_tiles_sync
 import test_tiles_tma
@@ -29,6 +30,7 @@ MODULES = (
     test_tiles_map,
     test_tiles_mask,
     test_tiles_mma,
+    test_tiles_products,
     test_tiles_reduce,
     test_tiles_sync,
     test_tiles_tma,

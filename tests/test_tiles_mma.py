@@ -6,8 +6,8 @@ from tiles import BF16, FP16, NAMES, assert_same, integers, kernel
 
 pytestmark = pytest.mark.usefixtures("tile_implementation")
 
-# Type, N, K. Operands of 16 columns have panels of 32 bytes, of 32 and 96 columns of 64
-# bytes, of 64, 128 and 256 columns of 128 bytes.
+# Type, N, K. Operands of 16, 48 and 176 columns have panels of 32 bytes, of 32, 96 and
+# 160 columns of 64 bytes, of 64, 128 and 256 columns of 128 bytes.
 SIZES = [
     (BF16, 16, 16),
     (BF16, 64, 64),
@@ -17,6 +17,10 @@ SIZES = [
     (BF16, 16, 128),
     (BF16, 256, 16),
     (BF16, 32, 96),
+    (BF16, 160, 64),
+    (BF16, 64, 160),
+    (BF16, 48, 176),
+    (FP16, 176, 48),
     (FP16, 64, 128),
     (FP16, 96, 16),
     (FP16, 256, 64),

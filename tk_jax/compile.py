@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from tk_jax import _ffi
 from tk_jax.ops.attention import config as attention_config
+from tk_jax.ops.based_attention import config as based_attention_config
 from tk_jax.ops.hedgehog_attention import config as hedgehog_config
 from tk_jax.ops.linear_attention import config as linear_attention_config
 from tk_jax.ops.matmul import config as matmul_config
@@ -29,7 +30,7 @@ DTYPES = ("bfloat16", "float16")
 class Specialisation:
     """One kernel of a call, with the settings that chose it."""
 
-    op: str  # "attention_fwd", "attention_bwd", "linear_attention", "matmul"
+    op: str  # "attention_fwd", "attention_bwd", "linear_attention", "matmul", ...
     settings: str  # what tells it apart beyond its symbol, in words
     spec: dict  # what the extension compiles
 
@@ -111,6 +112,7 @@ def _all_specialisations(tiles: Mapping[str, int]) -> Iterator[Specialisation]:
         for make in (
             _attention_forward,
             _attention_backward,
+            _based_attention,
             _hedgehog_attention,
             _linear_attention,
             _matmul,
@@ -163,6 +165,27 @@ def _attention_backward(
             # prepare and finish are the same kernels for every tile.
             has_tiles = "Traits<" in spec["function"]
             yield Specialisation("attention_bwd", words if has_tiles else "", spec)
+
+
+def _based_attention(dtype: str, tiles: Mapping[str, int]) -> Iterator[Specialisation]:
+    for dim, documents, normalize in itertools.product(
+        based_attention_config.FEATURE_DIMS,
+        (False, True),
+        # float16 is not normalized by kernels.
+        (False, True) if dtype == "bfloat16" else (False,),
+    ):
+        chosen = based_attention_config.scan_config(1, 1, 1, dim, 64)
+        for kernel, default in based_attention_config.kernels(chosen, dim):
+            config = _fields(default, tiles)
+            for spec in _ffi.extension().based_attention_specs(
+                kernel=kernel,
+                dtype=dtype,
+                dim=dim,
+                documents=documents,
+                normalize=normalize,
+                config=config,
+            ):
+                yield Specialisation("based_attention", _words(config), spec)
 
 
 def _linear_attention(dtype: str, tiles: Mapping[str, int]) -> Iterator[Specialisation]:

@@ -16,6 +16,10 @@ struct Target {
 extern const Target kAttentionForwardTarget;
 extern const Target kAttentionBackwardTarget;
 extern const Target kAttentionBiasTarget;
+extern const Target kBasedAttentionChunkOutputsTarget;
+extern const Target kBasedAttentionGradientsTarget;
+extern const Target kBasedAttentionOutputsTarget;
+extern const Target kBasedAttentionStatesTarget;
 extern const Target kHedgehogKeysTarget;
 extern const Target kHedgehogOutputsTarget;
 extern const Target kHedgehogQueriesTarget;
@@ -33,6 +37,10 @@ inline constexpr const Target* kTargets[] = {
     &kAttentionForwardTarget,
     &kAttentionBackwardTarget,
     &kAttentionBiasTarget,
+    &kBasedAttentionChunkOutputsTarget,
+    &kBasedAttentionGradientsTarget,
+    &kBasedAttentionOutputsTarget,
+    &kBasedAttentionStatesTarget,
     &kHedgehogKeysTarget,
     &kHedgehogOutputsTarget,
     &kHedgehogQueriesTarget,

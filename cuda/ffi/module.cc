@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "ffi/attention_kernels.h"
+#include "ffi/based_attention_kernels.h"
 #include "ffi/handlers.h"
 #include "ffi/hedgehog_attention_kernels.h"
 #include "ffi/kernel_settings.h"
@@ -55,6 +56,8 @@ nb::dict struct_fields() {
   fields["GradientsOptions"] = nb::cast(SettingsFields<GradientsOptions>::names());
   fields["GradientsConfig"] = nb::cast(SettingsFields<GradientsConfig>::names());
   fields["WalkConfig"] = nb::cast(SettingsFields<linear_attention::WalkConfig>::names());
+  fields["BasedOutputsOptions"] = nb::cast(SettingsFields<BasedOutputsOptions>::names());
+  fields["BasedConfig"] = nb::cast(SettingsFields<BasedConfig>::names());
   fields["HedgehogSumsOptions"] = nb::cast(SettingsFields<HedgehogSumsOptions>::names());
   fields["HedgehogOutputsOptions"] = nb::cast(SettingsFields<HedgehogOutputsOptions>::names());
   fields["HedgehogGradientsOptions"] = nb::cast(SettingsFields<HedgehogGradientsOptions>::names());
@@ -215,6 +218,27 @@ nb::list hedgehog_attention_specs(const std::string& kernel, const std::string& 
   return specs;
 }
 
+nb::list based_attention_specs(const std::string& kernel, const std::string& dtype, long dim,
+                               bool documents, bool normalize, const nb::dict& config) {
+  using Name = BasedAttentionKernel::Name;
+  const auto name = [&] {
+    if (kernel == "states") return Name::kStates;
+    if (kernel == "outputs") return Name::kOutputs;
+    if (kernel == "chunk_outputs") return Name::kChunkOutputs;
+    if (kernel == "gradients") return Name::kGradients;
+    throw nb::value_error(("no kernel is called " + kernel).c_str());
+  }();
+  nb::list specs;
+  specs.append(to_dict(BasedAttentionKernel{name,
+                                            to_dtype(dtype),
+                                            dim,
+                                            documents,
+                                            {field(config, "stages")},
+                                            normalize && name == Name::kOutputs}
+                           .spec()));
+  return specs;
+}
+
 nb::list matmul_specs(const std::string& dtype, bool transpose_a, bool transpose_b,
                       const nb::dict& config) {
   const MatmulKernel kernel{
@@ -333,6 +357,8 @@ NB_MODULE(_extension, module) {
              "head_dim_v"_a, "mask"_a, "features"_a);
   module.def("linear_attention_specs", &linear_attention_specs, nb::kw_only(), "kernel"_a,
              "dtype"_a, "key_dim"_a, "features"_a, "config"_a);
+  module.def("based_attention_specs", &based_attention_specs, nb::kw_only(), "kernel"_a, "dtype"_a,
+             "dim"_a, "documents"_a, "normalize"_a, "config"_a);
   module.def("hedgehog_attention_specs", &hedgehog_attention_specs, nb::kw_only(), "kernel"_a,
              "dtype"_a, "key_dim"_a, "value_dim"_a);
   module.def("matmul_specs", &matmul_specs, nb::kw_only(), "dtype"_a, "transpose_a"_a,

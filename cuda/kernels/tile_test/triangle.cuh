@@ -5,7 +5,7 @@
 
 namespace tk::tile_test {
 
-// Buffers: x (64 x 64), rows, cols, more (64 each). Then four triangles of the type T.
+// Buffers: x (64 x 64), rows, cols, more (64 each). Then triangles of the type T.
 template <typename T>
 __device__ __forceinline__ void triangles(const KernelParams& params) {
   struct Shared {
@@ -38,6 +38,9 @@ __device__ __forceinline__ void triangles(const KernelParams& params) {
   warp::convert(y, x), warpgroup::map_upper(y, y, rows, shared.cols, shared.more, two), put();
   const float element = load_element(shared.more, scalar(params, 0));
   warp::fill(y, element), put();
+  const auto alone = [](float u) { return u + 3.0f; };
+  warpgroup::map_lower(y, x, alone), put();
+  warpgroup::map_upper(y, x, alone), put();
 }
 
 }  // namespace tk::tile_test

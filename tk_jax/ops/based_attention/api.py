@@ -7,11 +7,11 @@ import jax
 from tk_jax import _dispatch
 from tk_jax.ops import _sequence_checks as checks
 from tk_jax.ops._chunks import NormalizedState
-from tk_jax.ops.based_attention import config
+from tk_jax.ops.based_attention import config, vjp
 from tk_jax.ops.based_attention.features import TAYLOR
 from tk_jax.ops.linear_attention import family
 
-OP = family.Op("based_attention", TAYLOR)
+OP = family.Op("based_attention", TAYLOR, vjp.kernel_based_attention)
 
 
 def based_attention(
@@ -40,10 +40,13 @@ def based_attention(
     for each a, of k[a] v; for each a and each b from a on, of k[a] k[b] v. (The matrix
     of all k[a] k[b] is symmetric: half of it is enough.)
 
-    Runs in XLA operations on every platform, in chunks, as
-    :func:`tk_jax.linear_attention` does, whose words on memory, dtypes and transforms
-    hold here too. There is no TK kernel yet. The results are named
-    ``tk_based_attention_out`` and ``tk_based_attention_state``.
+    On a Hopper GPU kernels run it, forward and backward, for bfloat16 and, without
+    ``normalize``, float16: features are formed on chip, of a chunk of 64 tokens at a
+    time. Elsewhere, and for other dtypes, it runs in XLA operations, as
+    :func:`tk_jax.linear_attention` does, whose words on memory and transforms hold here
+    too; through kernels there are gradients, but neither forward mode nor gradients of
+    gradients. The results are named ``tk_based_attention_out`` and
+    ``tk_based_attention_state``.
 
     Args:
       q: Queries ``[..., T, G, D]``, with any number of leading batch dimensions, D one
@@ -62,8 +65,9 @@ def based_attention(
       segment_ids: int32, broadcast to ``[..., T]``: the state is zeroed at each token
         whose id differs from the one before it. The initial state belongs to the first
         segment, the final one is that of the last.
-      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"``
-        raise, as there is no kernel yet.
+      implementation: ``None`` takes the kernels on a GPU where they apply and XLA
+        elsewhere, ``"xla"`` always XLA; ``"tk"`` insists on the kernels, and
+        ``"interpret"`` runs them on the CPU, slowly and checked.
 
     Returns:
       ``out [..., T, H, V]`` in the dtype of the inputs; with ``return_final_state``
@@ -73,7 +77,8 @@ def based_attention(
       TypeError: an input is not an array, or a setting is not static.
       ValueError: shapes or dtypes do not fit each other, D is another number, T, G, H
         or V is zero (a batch may be), or a setting has an unknown value.
-      NotImplementedError: ``implementation="tk"`` or ``"interpret"``.
+      NotImplementedError: ``implementation="tk"`` or ``"interpret"`` where the kernels
+        do not apply.
 
     Arora et al., "Simple linear attention language models balance the recall-throughput
     tradeoff" (2024), section 4.1, after Zhang et al., "The Hedgehog & the Porcupine"
@@ -135,7 +140,8 @@ def based_attention_step(
       state: ``[..., H, F, V]``, with ``normalize`` the pair of it and ``[..., H, F]``.
       scale: As there.
       normalize: As there.
-      implementation: As there.
+      implementation: As there; there is no kernel for a step, so that ``"tk"`` and
+        ``"interpret"`` raise.
 
     Returns:
       ``out [..., H, V]`` in the dtype of the inputs, and the next state.
@@ -187,7 +193,7 @@ def _plan(
     call = family.plan(
         OP,
         op,
-        config.unsupported(),
+        lambda normalize: config.unsupported(q, v, normalize=normalize),
         q,
         k,
         v,
@@ -207,7 +213,7 @@ def _plan_step(q, k, v, state, **settings) -> family.Call:
     checks.check_first(op, "q", q, "G, D")
     _check_feature_dim(op, q)
     settings = {"scale": None, "normalize": True, "implementation": None} | settings
-    call = family.plan(OP, op, config.unsupported(), q, k, v, **settings)
+    call = family.plan(OP, op, config.step_unsupported(), q, k, v, **settings)
     family.check_state(call, op, "state", state, q, v, 2)
     return call
 

@@ -23,6 +23,7 @@ class Op:
 
     name: str
     features: object  # what linear_attention.chunk.Dot is an example of
+    kernels: Callable = vjp.kernel_linear_attention  # where its ``plan`` lets them run
 
     def num_features(self, dim: int) -> int:
         """Rows of the state."""
@@ -108,7 +109,7 @@ def run(call: Call, q, k, v, log_decay, state, segment_ids):
 
 
 def _kernels(call, arrays):
-    return vjp.kernel_linear_attention(call.options, call.return_final_state, *arrays)
+    return call.op.kernels(call.options, call.return_final_state, *arrays)
 
 
 def _xla(call, arrays):

@@ -34,6 +34,12 @@ void map(Dst& dst, const Src& src, F&& f, Location at, const PerRow<16>& rows,
 }  // namespace detail_triangle
 
 template <typename Dst, typename Src, typename F>
+void map_lower(Dst& dst, const Src& src, F&& f, Location at = {}) {
+  PerRow<16> rows;
+  warp::fill(rows, 0.0f);
+  detail_triangle::map<true>(dst, src, [&](float x, float) { return f(x); }, at, rows);
+}
+template <typename Dst, typename Src, typename F>
 void map_lower(Dst& dst, const Src& src, const PerRow<16>& rows, const SharedVec<float, 64>& cols,
                F&& f, Location at = {}) {
   detail_triangle::map<true>(dst, src, f, at, rows, cols);
@@ -42,6 +48,12 @@ template <typename Dst, typename Src, typename F>
 void map_lower(Dst& dst, const Src& src, const PerRow<16>& rows, const SharedVec<float, 64>& cols,
                const SharedVec<float, 64>& more, F&& f, Location at = {}) {
   detail_triangle::map<true>(dst, src, f, at, rows, cols, more);
+}
+template <typename Dst, typename Src, typename F>
+void map_upper(Dst& dst, const Src& src, F&& f, Location at = {}) {
+  PerRow<16> rows;
+  warp::fill(rows, 0.0f);
+  detail_triangle::map<false>(dst, src, [&](float x, float) { return f(x); }, at, rows);
 }
 template <typename Dst, typename Src, typename F>
 void map_upper(Dst& dst, const Src& src, const PerRow<16>& rows, const SharedVec<float, 64>& cols,

@@ -48,7 +48,12 @@ __device__ __forceinline__ void map(Dst& dst, const Src& src, F&& f, const PerRo
 }  // namespace detail_triangle
 
 // dst(r, c) = f(src(r, c), rows(r), cols(c)) where c <= r (map_upper: c >= r), zero elsewhere; f is
-// not asked there. With two vectors of columns, f takes a value of each.
+// not asked there. With two vectors of columns, f takes a value of each; without any, src(r, c).
+template <typename Dst, typename Src, typename F>
+__device__ __forceinline__ void map_lower(Dst& dst, const Src& src, F&& f, Location = {}) {
+  const auto without_row = [&](float x, float) { return f(x); };
+  detail_triangle::map<true>(dst, src, without_row, PerRow<16>{});
+}
 template <typename Dst, typename Src, typename F>
 __device__ __forceinline__ void map_lower(Dst& dst, const Src& src, const PerRow<16>& rows,
                                           const SharedVec<float, 64>& cols, F&& f, Location = {}) {
@@ -59,6 +64,11 @@ __device__ __forceinline__ void map_lower(Dst& dst, const Src& src, const PerRow
                                           const SharedVec<float, 64>& cols,
                                           const SharedVec<float, 64>& more, F&& f, Location = {}) {
   detail_triangle::map<true>(dst, src, f, rows, cols, more);
+}
+template <typename Dst, typename Src, typename F>
+__device__ __forceinline__ void map_upper(Dst& dst, const Src& src, F&& f, Location = {}) {
+  const auto without_row = [&](float x, float) { return f(x); };
+  detail_triangle::map<false>(dst, src, without_row, PerRow<16>{});
 }
 template <typename Dst, typename Src, typename F>
 __device__ __forceinline__ void map_upper(Dst& dst, const Src& src, const PerRow<16>& rows,

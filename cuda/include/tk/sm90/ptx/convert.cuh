@@ -36,6 +36,23 @@ __device__ __forceinline__ void unpack(uint32 pair, float& low, float& high) {
   }
 }
 
+// Two products, each rounded once.
+template <typename T>
+__device__ __forceinline__ uint32 multiply_pairs(uint32 x, uint32 y) {
+  static_assert(kIsHalf<T>, "multiply_pairs takes pairs of bf16 or fp16");
+  uint32 pair;
+  if constexpr (kSame<T, bf16>) {
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(y));
+  } else {
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(x), "r"(y));
+  }
+  return pair;
+}
+// The second value of one pair and the first of the next.
+__device__ __forceinline__ uint32 middle_pair(uint32 x, uint32 next) {
+  return __byte_perm(x, next, 0x5432);
+}
+
 template <typename T>
 __device__ __forceinline__ T from_float(float x) {
   if constexpr (kSame<T, float>) {

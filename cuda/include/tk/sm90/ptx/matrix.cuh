@@ -38,6 +38,11 @@ __device__ __forceinline__ uint32 transpose_matrix(uint32 x) {
 }
 
 // Plain shared-memory accesses by address.
+__device__ __forceinline__ uint32 load_shared_u32(uint32 address) {
+  uint32 x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
 __device__ __forceinline__ float load_shared_f32(uint32 address) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");

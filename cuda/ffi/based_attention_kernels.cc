@@ -1,0 +1,77 @@
+#include "ffi/based_attention_kernels.h"
+
+namespace tk::ffi {
+namespace {
+
+using Name = BasedAttentionKernel::Name;
+
+// Shared memory of a multiprocessor, of which every block takes 1 KB more than it asks for.
+constexpr int kMultiprocessorBytes = 228 * 1024;
+
+struct Facts {
+  const char* name;
+  const char* params;
+  int threads, blocks;  // that share a multiprocessor
+  int (*shared_bytes)(int dim, long stages);
+};
+constexpr Facts kFacts[] = {
+    {"states", "StatesParams", based_attention::kWalkThreads, based_attention::kWalkBlocks,
+     based_attention::states_shared_bytes},
+    {"outputs", "OutputsParams", based_attention::kWalkThreads, based_attention::kWalkBlocks,
+     based_attention::outputs_shared_bytes},
+    {"chunk_outputs", "ChunkOutputsParams", based_attention::kWalkThreads,
+     based_attention::kWalkBlocks, based_attention::chunk_outputs_shared_bytes},
+    {"gradients", "GradientsParams", based_attention::kGradientsThreads, 1,
+     based_attention::gradients_shared_bytes},
+};
+
+}  // namespace
+
+KernelKey BasedAttentionKernel::key() const {
+  return {
+      {static_cast<int>(name), static_cast<int>(dtype), dim, documents, config.stages, normalize}};
+}
+
+Result<KernelSpec> BasedAttentionKernel::spec() const {
+  const Facts& facts = kFacts[static_cast<int>(name)];
+  if (dtype != runtime::DataType::kBFloat16 && dtype != runtime::DataType::kFloat16) {
+    return unsupported("dtype " + std::string(type_suffix(dtype)) +
+                       "; the kernels take bfloat16 and float16");
+  }
+  if (!based_attention::is_feature_dim(dim)) {
+    return unsupported("features of " + std::to_string(dim) +
+                       " values; the kernels take 8, 16, 24 and 32");
+  }
+  const int dim = static_cast<int>(this->dim);
+  if (name == Name::kOutputs && !based_attention::walks(dim)) {
+    return unsupported("outputs of " + std::to_string(dim) +
+                       " values; their state is chunk_outputs's");
+  }
+  if (normalize && name != Name::kOutputs) {
+    return invalid(std::string(facts.name) + " are not normalized");
+  }
+  int most = 0;
+  while (facts.blocks * (facts.shared_bytes(dim, most + 1) + 1024) <= kMultiprocessorBytes) ++most;
+  if (config.stages < 1 || config.stages > most) {
+    return invalid("config.stages is " + std::to_string(config.stages) + "; expected 1 to the " +
+                   std::to_string(most) + " that there is shared memory for");
+  }
+  KernelSpec spec;
+  spec.symbol = std::string("tk_based_attention_") + facts.name + "_d" + std::to_string(dim) +
+                (documents ? "_documents" : "") + (normalize ? "_normalized_" : "_") +
+                type_suffix(dtype);
+  spec.header = std::string("kernels/based_attention/") + facts.name + ".cuh";
+  spec.function = std::string("tk::based_attention::") + facts.name +
+                  "<tk::based_attention::Traits<" + type_name(dtype) + ", " + std::to_string(dim) +
+                  ", " + bool_name(documents) + ", " + std::to_string(config.stages) + ">";
+  if (name == Name::kOutputs) spec.function += std::string(", ") + bool_name(normalize);
+  spec.function += ">";
+  spec.params_type = std::string("tk::based_attention::") + facts.params;
+  spec.threads = facts.threads;
+  spec.shared_bytes = facts.shared_bytes(dim, config.stages);
+  spec.min_blocks = facts.blocks;
+  if (Status status = runtime::check_spec(spec); !status.ok()) return status.error();
+  return spec;
+}
+
+}  // namespace tk::ffi

@@ -1,0 +1,68 @@
+#include "ffi/based_attention_problem.h"
+
+namespace tk::ffi {
+namespace {
+
+runtime::KernelTable<KernelKey> kernels;
+
+}  // namespace
+
+Result<LinearAttentionSizes> read_based_attention_sizes(const char* keys_name,
+                                                        const AnyBuffer& keys,
+                                                        const char* values_name,
+                                                        const AnyBuffer& values) {
+  const auto sizes = read_linear_attention_sizes(keys_name, keys, values_name, values);
+  if (sizes.ok() && !based_attention::is_feature_dim(sizes->key_dim)) {
+    return unsupported(std::string(keys_name) + " has shape " + shape_text(keys) +
+                       "; the kernels take features of 8, 16, 24 and 32 values");
+  }
+  return sizes;
+}
+
+Status check_chunk_states(const char* name, const AnyBuffer& buffer, const AnyBuffer& other,
+                          const LinearAttentionSizes& s) {
+  return check_like(name, buffer, other,
+                    {s.batch, s.num_heads, s.chunks(), s.value_dim, state_columns_of(s)});
+}
+
+Status check_counts(const AnyBuffer& counts, const LinearAttentionSizes& s) {
+  return check_optional_floats("counts", counts, {s.batch, s.padded()});
+}
+
+Status encode_keys(TensorMap* map, const AnyBuffer& buffer, const LinearAttentionSizes& s) {
+  const int columns = based_attention::tile_columns(static_cast<int>(s.key_dim));
+  const std::int64_t row_bytes = s.key_dim * runtime::element_bytes(s.dtype);
+  const std::int64_t dims[] = {s.key_dim, s.seqlen, s.num_groups, s.batch};
+  const std::int64_t strides[] = {s.num_groups * row_bytes, row_bytes,
+                                  s.seqlen * s.num_groups * row_bytes};
+  const std::int64_t box[] = {columns, based_attention::kChunk, 1, 1};
+  return runtime::encode_tensor_map(map, buffer.untyped_data(),
+                                    {s.dtype, dims, strides, box, swizzle_bytes(columns, 2)});
+}
+
+Status encode_chunk_states(TensorMap* map, const AnyBuffer& buffer, const LinearAttentionSizes& s) {
+  const int columns = based_attention::piece_columns(static_cast<int>(s.key_dim));
+  const std::int64_t row_bytes = state_columns_of(s) * runtime::element_bytes(s.dtype);
+  const std::int64_t dims[] = {state_columns_of(s), s.value_dim,
+                               s.batch * s.num_heads * s.chunks()};
+  const std::int64_t strides[] = {row_bytes, s.value_dim * row_bytes};
+  const std::int64_t box[] = {panel_columns(columns, 2), based_attention::kSlice, 1};
+  return runtime::encode_tensor_map(map, buffer.untyped_data(),
+                                    {s.dtype, dims, strides, box, swizzle_bytes(columns, 2)});
+}
+
+ProductFactors query_factors(float scale) { return {scale, 0.5f * scale * scale, scale * scale}; }
+
+Status load_based_kernel(int device_ordinal, const BasedAttentionKernel& kernel) {
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto loaded = kernels.load(kernel.key(), **device, [&] { return kernel.spec(); });
+  return loaded.ok() ? Status() : loaded.error();
+}
+
+Result<const runtime::Kernel*> find_based_kernel(const Device& device,
+                                                 const BasedAttentionKernel& kernel) {
+  return find_loaded(kernels, kernel.key(), device, [&] { return kernel.spec(); });
+}
+
+}  // namespace tk::ffi

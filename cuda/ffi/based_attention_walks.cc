@@ -1,0 +1,277 @@
+// The targets tk_based_attention_states_v1 and tk_based_attention_outputs_v1: kernels that walk
+// through a sequence.
+#include "ffi/based_attention_problem.h"
+#include "ffi/handlers.h"
+#include "ffi/linear_attention_kernels.h"
+#include "runtime/launch.h"
+
+namespace tk::ffi {
+namespace {
+
+constexpr const char* kStatesName = "tk_based_attention_states_v1";
+constexpr const char* kOutputsName = "tk_based_attention_outputs_v1";
+
+using Name = BasedAttentionKernel::Name;
+
+struct WalkCall {
+  LinearAttentionSizes sizes;
+  BasedAttentionKernel kernel;
+  std::int64_t segments;
+};
+
+// Checks what both targets have.
+Result<WalkCall> read_walk(const LinearAttentionSizes& s, Name name, const AnyBuffer& counts,
+                           std::int64_t chunks_of_segment, const BasedConfig& config,
+                           const AnyBuffer& from, const AnyBuffer& to) {
+  if (chunks_of_segment < 1 || chunks_of_segment > s.chunks()) {
+    return invalid("chunks_of_segment is " + std::to_string(chunks_of_segment) +
+                   "; expected 1 to the " + std::to_string(s.chunks()) + " chunks there are");
+  }
+  const std::int64_t segments = ceil_div(s.chunks(), chunks_of_segment);
+  const auto check_ends = [&](const char* name, const AnyBuffer& buffer) {
+    return check_optional_floats(
+        name, buffer, {s.batch, s.num_heads, segments, s.value_dim, state_columns_of(s)});
+  };
+  if (Status status = first_error({check_counts(counts, s), check_ends("from", from),
+                                   check_ends("to", to), check_grid("segments", segments)});
+      !status.ok()) {
+    return status.error();
+  }
+  return WalkCall{s, {name, s.dtype, s.key_dim, is_given(counts), config}, segments};
+}
+
+template <typename Params>
+void set_walk(Params* params, const WalkCall& call, const AnyBuffer& counts, const AnyBuffer& from,
+              const AnyBuffer& to, std::int64_t chunks_of_segment) {
+  set_based_sizes(params, call.sizes, counts);
+  params->from = optional_floats(from);
+  params->to = optional_floats(to);
+  params->chunks_of_segment = static_cast<int>(chunks_of_segment);
+}
+
+// -- States ---------------------------------------------------------------------------------------
+
+struct StatesBuffers {
+  AnyBuffer keys, values, counts, from;
+  AnyBuffer chunk_states, to;
+};
+
+Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& options,
+                             const BasedConfig& config) {
+  const auto sizes = read_based_attention_sizes("keys", b.keys, "values", b.values);
+  if (!sizes.ok()) return sizes.error();
+  const LinearAttentionSizes& s = *sizes;
+  const bool stores = is_given(b.chunk_states);
+  if (Status status = stores ? check_chunk_states("chunk_states", b.chunk_states, b.keys, s)
+                             : check_dtype("chunk_states", b.chunk_states, b.keys.element_type());
+      !status.ok()) {
+    return status.error();
+  }
+  if (!stores && !is_given(b.to) && !s.empty()) {
+    return invalid("neither chunk_states nor to is asked for");
+  }
+  return read_walk(s, Name::kStates, b.counts, options.chunks_of_segment, config, b.from, b.to);
+}
+
+Status initialize_states(int device, const StatesBuffers& buffers, const StatesOptions& options,
+                         const BasedConfig& config) {
+  const auto call = read_states(buffers, options, config);
+  return call.ok() ? load_based_kernel(device, call->kernel) : call.error();
+}
+
+Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const StatesBuffers& b,
+                      const StatesOptions& options, const BasedConfig& config) {
+  const auto call = read_states(b, options, config);
+  if (!call.ok()) return call.error();
+  const LinearAttentionSizes& s = call->sizes;
+  if (s.empty()) return {};
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto kernel = find_based_kernel(**device, call->kernel);
+  if (!kernel.ok()) return kernel.error();
+  const runtime::ScopedContext context(**device);
+
+  declare_arrays({{"keys", b.keys, false},
+                  {"values", b.values, false},
+                  {"counts", b.counts, false},
+                  {"from", b.from, false},
+                  {"chunk_states", b.chunk_states, true},
+                  {"to", b.to, true}});
+
+  based_attention::StatesParams params = {};
+  params.stores = is_given(b.chunk_states);
+  params.reverse = options.reverse;
+  params.factors =
+      options.reverse ? query_factors(options.scale) : ProductFactors{1.0f, 1.0f, 1.0f};
+  if (Status status = first_error(
+          {encode_keys(&params.keys, b.keys, s), encode_tokens(&params.values, b.values, s),
+           params.stores ? encode_chunk_states(&params.chunk_states, b.chunk_states, s)
+                         : Status()});
+      !status.ok()) {
+    return status;
+  }
+  set_walk(&params, *call, b.counts, b.from, b.to, options.chunks_of_segment);
+  const int pieces = based_attention::state_pieces(static_cast<int>(s.key_dim));
+  return runtime::launch(**kernel, stream,
+                         {s.num_heads * s.slices() * pieces, call->segments, s.batch}, &params);
+}
+
+// -- Outputs --------------------------------------------------------------------------------------
+
+struct OutputsBuffers {
+  AnyBuffer q, k, v, counts, from, sums;
+  AnyBuffer out, to;
+};
+
+Result<WalkCall> read_outputs(const OutputsBuffers& b, const BasedOutputsOptions& options,
+                              const BasedConfig& config) {
+  const auto sizes = read_based_attention_sizes("q", b.q, "v", b.v);
+  if (!sizes.ok()) return sizes.error();
+  const LinearAttentionSizes& s = *sizes;
+  if (Status status = first_error(
+          {check_like("k", b.k, b.q, {s.batch, s.seqlen, s.num_groups, s.key_dim}),
+           check_like("out", b.out, b.q, {s.batch, s.seqlen, s.num_heads, s.value_dim})});
+      !status.ok()) {
+    return status.error();
+  }
+  auto call =
+      read_walk(s, Name::kOutputs, b.counts, options.chunks_of_segment, config, b.from, b.to);
+  if (!call.ok()) return call;
+  call->kernel.normalize = options.normalize;
+  if (is_given(b.sums) && !options.normalize) return invalid("sums of what is not normalized");
+  if (Status status =
+          check_optional_floats("sums", b.sums, {s.batch, s.num_heads, call->segments, 18, 16});
+      !status.ok()) {
+    return status.error();
+  }
+  return call;
+}
+
+Status initialize_outputs(int device, const OutputsBuffers& buffers,
+                          const BasedOutputsOptions& options, const BasedConfig& config) {
+  const auto call = read_outputs(buffers, options, config);
+  return call.ok() ? load_based_kernel(device, call->kernel) : call.error();
+}
+
+Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const OutputsBuffers& b,
+                       const BasedOutputsOptions& options, const BasedConfig& config) {
+  const auto call = read_outputs(b, options, config);
+  if (!call.ok()) return call.error();
+  const LinearAttentionSizes& s = call->sizes;
+  if (s.empty()) return {};
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto kernel = find_based_kernel(**device, call->kernel);
+  if (!kernel.ok()) return kernel.error();
+  const runtime::ScopedContext context(**device);
+
+  declare_arrays({{"q", b.q, false},
+                  {"k", b.k, false},
+                  {"v", b.v, false},
+                  {"counts", b.counts, false},
+                  {"from", b.from, false},
+                  {"sums", b.sums, false},
+                  {"out", b.out, true},
+                  {"to", b.to, true}});
+
+  based_attention::OutputsParams params = {};
+  if (Status status =
+          first_error({encode_keys(&params.q, b.q, s), encode_keys(&params.k, b.k, s),
+                       encode_tokens(&params.v, b.v, s), encode_tokens(&params.out, b.out, s)});
+      !status.ok()) {
+    return status;
+  }
+  params.sums = optional_floats(b.sums);
+  params.scale = options.scale;
+  params.factors = query_factors(options.scale);
+  set_walk(&params, *call, b.counts, b.from, b.to, options.chunks_of_segment);
+  return runtime::launch(**kernel, stream, {s.num_heads * s.slices(), call->segments, s.batch},
+                         &params);
+}
+
+// -- Bindings -------------------------------------------------------------------------------------
+
+using Ret = xffi::Result<AnyBuffer>;
+
+xffi::Error states_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer values,
+                              AnyBuffer counts, AnyBuffer from, Ret chunk_states, Ret to,
+                              StatesOptions options, BasedConfig config) {
+  return to_ffi(
+      kStatesName,
+      initialize_states(device, {keys, values, counts, from, *chunk_states, *to}, options, config));
+}
+
+xffi::Error states_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer keys,
+                           AnyBuffer values, AnyBuffer counts, AnyBuffer from, Ret chunk_states,
+                           Ret to, StatesOptions options, BasedConfig config) {
+  return to_ffi(kStatesName, explore([&] {
+                  return execute_states(device, stream,
+                                        {keys, values, counts, from, *chunk_states, *to}, options,
+                                        config);
+                }));
+}
+
+xffi::Error outputs_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
+                               AnyBuffer counts, AnyBuffer from, AnyBuffer sums, Ret out, Ret to,
+                               BasedOutputsOptions options, BasedConfig config) {
+  return to_ffi(kOutputsName, initialize_outputs(device, {q, k, v, counts, from, sums, *out, *to},
+                                                 options, config));
+}
+
+xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
+                            AnyBuffer k, AnyBuffer v, AnyBuffer counts, AnyBuffer from,
+                            AnyBuffer sums, Ret out, Ret to, BasedOutputsOptions options,
+                            BasedConfig config) {
+  return to_ffi(kOutputsName, explore([&] {
+                  return execute_outputs(device, stream, {q, k, v, counts, from, sums, *out, *to},
+                                         options, config);
+                }));
+}
+
+template <typename Binding>
+auto bind_states(Binding binding) {
+  return std::move(binding)
+      .template Arg<AnyBuffer>()  // keys
+      .template Arg<AnyBuffer>()  // values
+      .template Arg<AnyBuffer>()  // counts, or of size 0
+      .template Arg<AnyBuffer>()  // from, or of size 0 for zeros
+      .template Ret<AnyBuffer>()  // chunk_states, or of size 0
+      .template Ret<AnyBuffer>()  // to, or of size 0
+      .template Attr<StatesOptions>("options")
+      .template Attr<BasedConfig>("config");
+}
+
+template <typename Binding>
+auto bind_outputs(Binding binding) {
+  return std::move(binding)
+      .template Arg<AnyBuffer>()  // q
+      .template Arg<AnyBuffer>()  // k
+      .template Arg<AnyBuffer>()  // v
+      .template Arg<AnyBuffer>()  // counts, or of size 0
+      .template Arg<AnyBuffer>()  // from, or of size 0 for zeros
+      .template Arg<AnyBuffer>()  // sums, or of size 0 for zeros
+      .template Ret<AnyBuffer>()  // out
+      .template Ret<AnyBuffer>()  // to, or of size 0
+      .template Attr<BasedOutputsOptions>("options")
+      .template Attr<BasedConfig>("config");
+}
+
+XLA_FFI_DEFINE_HANDLER(
+    kStatesInitialize, states_initialize,
+    bind_states(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
+XLA_FFI_DEFINE_HANDLER(kStatesExecute, states_execute,
+                       bind_states(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
+                       {xffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(
+    kOutputsInitialize, outputs_initialize,
+    bind_outputs(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
+XLA_FFI_DEFINE_HANDLER(kOutputsExecute, outputs_execute,
+                       bind_outputs(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
+                       {xffi::Traits::kCmdBufferCompatible});
+
+}  // namespace
+
+const Target kBasedAttentionStatesTarget = {kStatesName, kStatesInitialize, kStatesExecute};
+const Target kBasedAttentionOutputsTarget = {kOutputsName, kOutputsInitialize, kOutputsExecute};
+
+}  // namespace tk::ffi

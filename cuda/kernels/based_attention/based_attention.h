@@ -1,0 +1,147 @@
+// What host and device agree on for Based attention: launch parameters and budgets.
+//
+// Plain C++: included by the FFI handlers and by the kernels.
+//
+//   S[t] = S[t - 1] + v[t] phi(k[t])^T      a state of V x F numbers for each head
+//   out[t] = S[t] phi(scale q[t])
+//
+// where phi are the products of degree two and below, times what makes phi(a) . phi(b) equal to
+// f(a b) = 1 + ab + (ab)^2 / 2, the Taylor series of exp (Arora et al., "Simple linear attention
+// language models balance the recall-throughput tradeoff", 2024, section 4.1). Their order is
+// tk/product_columns.h's. Features are formed from q and k on chip, chunk by chunk.
+//
+//   states         S at the starts of chunks or of segments, or dS at their ends
+//   outputs        out, and S at the ends of segments: where S fits into a warpgroup's registers
+//   chunk_outputs  out, chunk by chunk, from S at their starts: where it does not
+//   gradients      dq, dk, dv, chunk by chunk
+//
+// Shapes: q, k [B, T, G, d]; v, out [B, T, H, V], G dividing H. Values are taken in slices of 64
+// columns. A segment is a run of chunks, as in linear_attention.h.
+#pragma once
+
+#include "tk/product_columns.h"
+#include "tk/tensor_map.h"
+
+namespace tk::based_attention {
+
+constexpr int kChunk = 64;  // tokens
+constexpr int kSlice = 64;  // columns of v and out that a block has
+constexpr int kSharedSlack = 2048;
+
+constexpr bool is_feature_dim(long dim) { return dim == 8 || dim == 16 || dim == 24 || dim == 32; }
+// Columns of tiles of q and k.
+constexpr int tile_columns(int dim) { return dim <= 16 ? 16 : 32; }
+// States are taken in pieces of columns: in how many, and of how many each. Columns beyond the
+// products' are zero.
+constexpr int state_pieces(int dim) { return dim <= 16 ? 1 : dim == 24 ? 2 : 6; }
+constexpr int piece_columns(int dim) {
+  return (product_columns(dim) / state_pieces(dim) + 15) / 16 * 16;
+}
+constexpr int state_columns(int dim) { return state_pieces(dim) * piece_columns(dim); }
+// Whether `outputs` offers it.
+constexpr bool walks(int dim) { return state_pieces(dim) == 1; }
+
+constexpr long padded_tokens(long seqlen) { return (seqlen + kChunk - 1) / kChunk * kChunk; }
+
+constexpr int key_tile_bytes(int dim) { return 2 * kChunk * tile_columns(dim); }
+constexpr int value_tile_bytes() { return 2 * kChunk * kSlice; }
+constexpr int piece_bytes(int dim) { return 2 * 64 * piece_columns(dim); }
+constexpr int kCountBytes = 4 * kChunk;
+
+// Documents: counts [B, padded] is how many have started in the chunk so far; or null.
+
+// -- states ---------------------------------------------------------------------------------------
+// Kernel: "kernels/based_attention/states.cuh"
+//   tk::based_attention::states<tk::based_attention::Traits<T, kDim, kDocuments, kStages>>
+// Grid: H * slices * state_pieces, segments, B.
+// Forward: from each segment's start state on, through its chunks, with keys k and values v.
+// Reverse: from each segment's end on, back through its chunks: the gradient of the state, with
+// keys q and values dout.
+struct StatesParams {
+  TensorMap keys;    // [B, T, G, d]: dimensions (d, T, G, B), box (panel, 64, 1, 1)
+  TensorMap values;  // [B, T, H, V]: (V, T, H, B), box (64, 64, 1, 1)
+  // [B, H, chunks, V, F]: at the start of each chunk (reverse: at its end), in the type of the
+  // inputs; dimensions (F, V, B * H * chunks), box (panel, 64, 1). If stores.
+  TensorMap chunk_states;
+  bool stores, reverse;
+  const float* counts;
+  const float* from;  // [B, H, segments, V, F] at the starts (reverse: ends), or null for zeros
+  float* to;          // the same at the ends (reverse: starts), or null
+  int seqlen, num_heads, num_groups, value_dim;
+  int chunks, chunks_of_segment;
+  ProductFactors factors;  // of the features of keys
+};
+constexpr int kWalkThreads = 2 * 128;
+constexpr int kWalkBlocks = 2;  // that share a multiprocessor
+constexpr int states_shared_bytes(int dim, long stages) {
+  return static_cast<int>(stages * (key_tile_bytes(dim) + value_tile_bytes() + kCountBytes)) +
+         2 * piece_bytes(dim) + kSharedSlack;
+}
+
+// -- outputs --------------------------------------------------------------------------------------
+// Kernel: "kernels/based_attention/outputs.cuh"
+//   tk::based_attention::outputs<tk::based_attention::Traits<T, kDim, kDocuments, kStages>,
+//                                kNormalize>
+// Grid: H * slices, segments, B.
+// Normalized, from sums at the starts of segments too (normalizer.cuh); those at their ends are
+// small sums over tokens that XLA makes.
+constexpr int kSums = 18 * 16;
+struct OutputsParams {
+  TensorMap q, k;    // (d, T, G, B), box (panel, 64, 1, 1)
+  TensorMap v, out;  // (V, T, H, B), box (64, 64, 1, 1)
+  const float* counts;
+  const float* from;  // [B, H, segments, V, F], or null for zeros
+  float* to;          // the same, or null
+  const float* sums;  // [B, H, segments, 18, 16], or null for zeros
+  int seqlen, num_heads, num_groups, value_dim;
+  int chunks, chunks_of_segment;
+  float scale;             // of the scores
+  ProductFactors factors;  // of the features of queries
+};
+constexpr int kSumsBytes = 2048;  // copies of sums, and what aligns them
+constexpr int outputs_shared_bytes(int dim, long stages) {
+  return static_cast<int>(stages * (2 * key_tile_bytes(dim) + value_tile_bytes() + kCountBytes)) +
+         2 * piece_bytes(dim) + value_tile_bytes() + kSumsBytes + kSharedSlack;
+}
+
+// -- chunk_outputs --------------------------------------------------------------------------------
+// Kernel: "kernels/based_attention/chunk_outputs.cuh"
+//   tk::based_attention::chunk_outputs<tk::based_attention::Traits<T, kDim, kDocuments, kStages>>
+// Grid: chunks, G, B. A block walks the heads of its group, and of each the slices of its values.
+struct ChunkOutputsParams {
+  TensorMap q, k, v, out;  // as OutputsParams'
+  TensorMap states;        // as StatesParams' chunk_states
+  const float* counts;
+  int seqlen, num_heads, num_groups, value_dim, chunks;
+  float scale;
+  ProductFactors factors;
+};
+constexpr int chunk_outputs_shared_bytes(int dim, long stages) {
+  return static_cast<int>(stages * (value_tile_bytes() + state_pieces(dim) * piece_bytes(dim))) +
+         2 * key_tile_bytes(dim) + value_tile_bytes() + kCountBytes + kSharedSlack;
+}
+constexpr int kChunkOutputsThreads = 2 * 128;
+
+// -- gradients ------------------------------------------------------------------------------------
+// Kernel: "kernels/based_attention/gradients.cuh"
+//   tk::based_attention::gradients<tk::based_attention::Traits<T, kDim, kDocuments, kStages>>
+// Grid: chunks, G, B. A block walks the heads of its group, and of each the slices of its values.
+struct GradientsParams {
+  TensorMap q, k;             // (d, T, G, B), box (panel, 64, 1, 1)
+  TensorMap v, dout;          // (V, T, H, B), box (64, 64, 1, 1)
+  TensorMap dq, dk;           // as q
+  TensorMap dv;               // as v
+  TensorMap states, dstates;  // as StatesParams' chunk_states
+  const float* counts;
+  int seqlen, num_heads, num_groups, value_dim, chunks;
+  float scale;
+  ProductFactors factors;
+};
+constexpr int kGradientsThreads = 3 * 128;
+constexpr int gradients_shared_bytes(int dim, long stages) {
+  return static_cast<int>(stages *
+                          (2 * value_tile_bytes() + 2 * state_pieces(dim) * piece_bytes(dim))) +
+         4 * key_tile_bytes(dim) + value_tile_bytes() + kCountBytes + kSharedSlack;
+}
+
+}  // namespace tk::based_attention

@@ -1,0 +1,202 @@
+// out = S phi(scale q), and S at the ends of segments: Based attention's forward pass.
+//
+// For a chunk of tokens, S being the state before it and f the Taylor series of exp:
+//   out = tril(f(scale q k^T)) v + phi(scale q) S^T
+//   S   = S + v^T phi(k)
+// and, normalized, out divided by the sums of weights (normalizer.cuh).
+// (Arora et al. 2024, section 4.1; the chunkwise form of Yang et al. 2023, section 3, with the
+// symmetric half of the products of degree two.)
+// Grid: slices of 64 values, segments, batch. A block walks its segment's chunks.
+// Roles: a producer warp loads a ring of q, k and v; a consumer warpgroup keeps S (64 x F, fp32) in
+// registers, and for phi(q) S^T a rounded copy in shared memory. It forms the features of q as an
+// operand in registers, those of k in shared memory while its product with the state runs.
+// Budget for 16 values (F = 160), 3 stages: 85 KB of shared memory; 80 registers of S, 40 of
+// features, 32 of out and of scores a thread; two blocks share a multiprocessor, so that one
+// computes while the other waits. Limit: memory, reading q, k, v and writing out; then the
+// instructions that form features, and shared memory's bandwidth.
+#pragma once
+
+#include "kernels/based_attention/normalizer.cuh"
+#include "kernels/based_attention/walk.cuh"
+
+namespace tk::based_attention {
+
+template <typename Traits, bool kNormalize>
+struct Outputs {
+  using T = typename Traits::T;
+  using KeyTile = typename Traits::KeyTile;
+  using ValueTile = typename Traits::ValueTile;
+  using StateTile = typename Traits::PieceTile;
+  static_assert(walks(Traits::kDim), "a warpgroup keeps the whole state");
+  static constexpr int kConsumers = 1;
+  // Weights take as long as features: beside the product with the state, but where there are too
+  // few registers for that.
+  static constexpr bool kWeighsFirst = kNormalize || Traits::kDocuments;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 232;
+
+  using Ring = Pipeline<Traits::kStages>;
+  using Scores = RegTile<float, 16, kChunk>;
+  using Output = RegTile<float, 16, kSlice>;
+  using State = RegTile<float, 16, Traits::kPieceColumns>;
+  using Sums = Normalizer<Traits>;
+
+  struct Shared {
+    KeyTile q_smem[Traits::kStages], k_smem[Traits::kStages];
+    ValueTile v_smem[Traits::kStages];
+    typename Traits::FeatureTile keys_smem;  // features of k
+    StateTile state_smem;
+    ValueTile out_smem;
+    typename Sums::Shared sums;  // with kNormalize
+    Documents<Traits::kDocuments> documents[Traits::kStages];
+    Ring ring;
+  };
+  static_assert(sizeof(Shared) + 1024 <= outputs_shared_bytes(Traits::kDim, Traits::kStages),
+                "based_attention.h's outputs_shared_bytes covers the kernel's shared memory");
+  static constexpr int kStageBytes =
+      2 * KeyTile::kBytes + ValueTile::kBytes + Documents<Traits::kDocuments>::kBytes;
+
+  __device__ __forceinline__ static void init(const OutputsParams&, Shared& shared) {
+    shared.ring.init(4 * kConsumers);
+  }
+
+  __device__ __forceinline__ static void load(const OutputsParams& params, Shared& shared) {
+    tma::prefetch(params.q);
+    tma::prefetch(params.k);
+    tma::prefetch(params.v);
+    const Place place = Place::of(params, 1);
+    const Segment segment = Segment::of(params);
+    const int group = place.group(params);
+    typename Ring::State state;
+    for (int chunk = segment.first; chunk < segment.end; ++chunk, state.advance()) {
+      shared.ring.acquire(state, kStageBytes);
+      Barrier& full = shared.ring.full(state);
+      const int token = chunk * kChunk;
+      tma::load(shared.q_smem[state.stage], params.q, full, tma::Keep::kNormal, 0, token, group,
+                place.batch);
+      tma::load(shared.k_smem[state.stage], params.k, full, tma::Keep::kNormal, 0, token, group,
+                place.batch);
+      tma::load(shared.v_smem[state.stage], params.v, full, tma::Keep::kBriefly,
+                place.slice * kSlice, token, place.head, place.batch);
+      shared.documents[state.stage].load(params.counts, full, place.batch, chunk, params.chunks);
+    }
+  }
+
+  __device__ __forceinline__ static void compute(const OutputsParams& params, Shared& shared, int) {
+    const Place place = Place::of(params, 1);
+    const Segment segment = Segment::of(params);
+    State state;
+    Sums sums;
+    load_state<Traits>(state, params, place, segment);
+    if constexpr (kNormalize) sums.start(sums_of(params, place, segment));
+    share_state(shared, state, sums);
+
+    typename Ring::State stage;
+    for (int chunk = segment.first; chunk < segment.end; ++chunk, stage.advance()) {
+      const KeyTile& q_smem = shared.q_smem[stage.stage];
+      const KeyTile& k_smem = shared.k_smem[stage.stage];
+      const ValueTile& v_smem = shared.v_smem[stage.stage];
+      const Documents<Traits::kDocuments>& documents = shared.documents[stage.stage];
+      Scores scores;
+      Output out;
+      typename Sums::Square products;  // q times the second sums
+      shared.ring.wait(stage);
+      warpgroup::mm_ABt(scores, q_smem, k_smem);
+      if constexpr (kNormalize) warpgroup::mm_AB(products, q_smem, shared.sums.second);
+      warpgroup::mma_commit();
+      RegTile<T, 16, kChunk> weights;
+      PerRow<16> totals;
+      const auto weigh = [&] {
+        documents.map_seen(weights, scores, Taylor{params.scale});
+        if constexpr (kNormalize) {
+          sums.total(totals, products, weights, q_smem, shared.sums, documents, params.factors);
+        }
+      };
+      if constexpr (kNormalize) {
+        warpgroup::mma_wait<0>(scores, products);
+      } else if constexpr (kWeighsFirst) {
+        warpgroup::mma_wait<0>(scores);
+      }
+      if constexpr (kWeighsFirst) weigh();
+      typename Traits::Features queries;
+      warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, params.factors);
+      if constexpr (!kWeighsFirst) warpgroup::mma_wait<0>(scores);
+      warpgroup::mm_ABt(out, queries, shared.state_smem);
+      warpgroup::mma_commit();
+      if constexpr (!kWeighsFirst) weigh();
+      // Features of both at once are too many registers here.
+      if constexpr (kNormalize) warpgroup::mma_wait<0>(out, queries);
+      typename Sums::Keys keys_t;
+      {
+        typename Traits::Features keys;
+        warpgroup::load_products<Traits::kDim>(keys, k_smem, 0);
+        warpgroup::store(shared.keys_smem, keys);
+      }
+      RegTile<T, 16, kChunk> values;  // a row for each column of v
+      warpgroup::load_transposed(values, v_smem);
+      documents.keep_cols_after(values);
+      documents.keep_state(state);
+      publish_shared();
+      warpgroup::sync();
+      warpgroup::mma_wait<0>(out, queries);
+      documents.keep_rows_before(out);
+      warpgroup::mma_AB(out, weights, v_smem);
+      warpgroup::mma_commit();
+      warpgroup::mma_AB(state, values, shared.keys_smem);
+      if constexpr (kNormalize) sums.add(keys_t, k_smem, shared.sums, documents);
+      warpgroup::mma_commit();
+
+      warpgroup::mma_wait<1>(out, weights);
+      if constexpr (kNormalize) {
+        Output quotients;
+        warp::map(totals, totals, [](float x) { return x == 0 ? 0.0f : 1.0f / x; });
+        warp::mul_rows(quotients, out, totals);
+        warpgroup::store(shared.out_smem, quotients);
+      } else {
+        warpgroup::store(shared.out_smem, out);
+      }
+      publish_shared();
+      warpgroup::sync();
+      if (warpgroup::leader()) {
+        tma::store(params.out, shared.out_smem, place.slice * kSlice, chunk * kChunk, place.head,
+                   place.batch);
+        tma::commit();
+      }
+      if constexpr (kNormalize) {
+        warpgroup::mma_wait<0>(state, values, sums.second, keys_t);
+      } else {
+        warpgroup::mma_wait<0>(state, values);
+      }
+      shared.ring.release(stage);
+      share_state(shared, state, sums);
+    }
+    store_state<Traits>(state, params, place, segment);
+    if (warpgroup::leader()) tma::wait_read<0>();
+  }
+
+  // Of the segment's start, or null for zeros.
+  __device__ __forceinline__ static const float* sums_of(const OutputsParams& params,
+                                                         const Place& place,
+                                                         const Segment& segment) {
+    if (params.sums == nullptr) return nullptr;
+    return params.sums +
+           (static_cast<int64>(place.row(params)) * segment.count + segment.index) * kSums;
+  }
+
+  // The rounded copies that products with q read.
+  __device__ __forceinline__ static void share_state(Shared& shared, const State& state,
+                                                     const Sums& sums) {
+    warpgroup::store(shared.state_smem, state);
+    if constexpr (kNormalize) sums.share(shared.sums);
+    publish_shared();
+    if (warpgroup::leader()) tma::wait_read<0>();  // the chunk's out has left
+    warpgroup::sync();
+  }
+};
+
+template <typename Traits, bool kNormalize>
+__device__ __forceinline__ void outputs(const OutputsParams& params) {
+  block::run<Outputs<Traits, kNormalize>>(params);
+}
+
+}  // namespace tk::based_attention

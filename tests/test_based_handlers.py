@@ -1,0 +1,220 @@
+"""What the handlers of Based attention's kernels refuse, and what they launch."""
+
+import pytest
+from handler_process import Call, Gpu, both_stages, launched
+
+_INVALID, _UNIMPLEMENTED = 3, 12
+_NONE = ("float32", [0])
+_COLUMNS = {8: 48, 12: 0, 16: 160, 24: 352, 32: 576}
+# B, T, G, H, D, V: two chunks, one slice and a half, heads that share two groups.
+_SIZES = (2, 100, 2, 4, 16, 96)
+
+
+def floats(*shape):
+    return ("float32", list(shape))
+
+
+class Arrays:
+    """Of a call of these sizes."""
+
+    def __init__(self, sizes=_SIZES, segments=2, dtype="bfloat16"):
+        B, T, G, H, D, V = sizes
+        chunks = -(-T // 64)
+        self.q = (dtype, [B, T, G, D])
+        self.v = (dtype, [B, T, H, V])
+        self.counts = floats(B, 64 * chunks)
+        self.ends = floats(B, H, segments, V, _COLUMNS[D])
+        self.sums = floats(B, H, segments, 18, 16)
+        self.states = (dtype, [B, H, chunks, V, _COLUMNS[D]])
+
+
+ARRAYS = Arrays()
+OF_32 = Arrays((2, 100, 2, 4, 32, 96))
+
+
+def states(
+    a=ARRAYS,
+    *,
+    counts=_NONE,
+    start=_NONE,
+    stored=_NONE,
+    to=None,
+    reverse=False,
+    chunks_of_segment=1,
+    stages=3,
+):
+    options = {"scale": 1.0, "reverse": reverse, "chunks_of_segment": chunks_of_segment}
+    return Call(
+        "tk_based_attention_states_v1",
+        [a.q, a.v, counts, start],
+        [stored if stored != _NONE else (a.q[0], [0]), to or a.ends],
+        {"options": options, "config": {"stages": stages}},
+    )
+
+
+def outputs(
+    a=ARRAYS,
+    *,
+    k=None,
+    counts=_NONE,
+    start=_NONE,
+    sums=_NONE,
+    to=_NONE,
+    normalize=False,
+    stages=3,
+):
+    options = {"scale": 1.0, "chunks_of_segment": 1, "normalize": normalize}
+    return Call(
+        "tk_based_attention_outputs_v1",
+        [a.q, k or a.q, a.v, counts, start, sums],
+        [a.v, to],
+        {"options": options, "config": {"stages": stages}},
+    )
+
+
+def chunk_outputs(a=OF_32, *, counts=_NONE, stages=1):
+    return Call(
+        "tk_based_attention_chunk_outputs_v1",
+        [a.q, a.q, a.v, a.states, counts],
+        [a.v],
+        {"options": {"scale": 1.0}, "config": {"stages": stages}},
+    )
+
+
+def gradients(a=ARRAYS, *, states=None, counts=_NONE, stages=2):
+    return Call(
+        "tk_based_attention_gradients_v1",
+        [a.q, a.q, a.v, a.v, states or a.states, a.states, counts],
+        [a.q, a.q, a.v],
+        {"options": {"scale": 1.0}, "config": {"stages": stages}},
+    )
+
+
+def test_launches():
+    a = ARRAYS
+    calls = [
+        states(counts=a.counts, stored=a.states, reverse=True),
+        states(OF_32),
+        outputs(start=a.ends, to=a.ends),
+        outputs(counts=a.counts, sums=a.sums, normalize=True),
+        chunk_outputs(),
+        gradients(),
+    ]
+    ran = [answer for _, answer in launched(Gpu(), *calls)]
+    launches = [(x["symbol"], x["grid"]) for each in ran for x in each.of("launch")]
+    name = "tk_based_attention_"
+    assert launches == [
+        # Two slices for each of four heads; two segments.
+        (f"{name}states_d16_documents_bf16", [8, 2, 2]),
+        # Of six pieces each.
+        (f"{name}states_d32_bf16", [48, 2, 2]),
+        (f"{name}outputs_d16_bf16", [8, 2, 2]),
+        (f"{name}outputs_d16_documents_normalized_bf16", [8, 2, 2]),
+        (f"{name}chunk_outputs_d32_bf16", [2, 2, 2]),
+        (f"{name}gradients_d16_bf16", [2, 2, 2]),
+    ]
+    keys, values, stored = ran[0].of("map")
+    assert keys["dims"] == [16, 100, 2, 2]
+    assert keys["strides"] == [64, 32, 6400]
+    assert keys["box"] == [16, 64, 1, 1]
+    assert values["dims"] == [96, 100, 4, 2]
+    assert values["box"] == [64, 64, 1, 1]
+    assert stored["dims"] == [160, 96, 2 * 4 * 2]
+    assert stored["strides"] == [320, 96 * 320]
+    assert stored["box"] == [32, 64, 1]
+    assert len(ran[2].of("map")) == 4
+    assert len(ran[4].of("map")) == 5
+    assert len(ran[5].of("map")) == 9
+
+
+def test_empty_batch_launches_nothing():
+    sizes = (0, *_SIZES[1:])
+    arrays, of_32 = Arrays(sizes), Arrays((0, 100, 2, 4, 32, 96))
+    answers = Gpu().run(
+        states(arrays, stored=arrays.states),
+        outputs(arrays),
+        chunk_outputs(of_32),
+        gradients(arrays),
+    )
+    for answer in answers:
+        assert (answer.code, answer.message, answer.driver) == (0, "", [])
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "message"),
+    [
+        (
+            states(Arrays(dtype="float32")),
+            _UNIMPLEMENTED,
+            "dtype fp32; the kernels take bfloat16 and float16",
+        ),
+        (
+            outputs(Arrays((2, 100, 3, 4, 16, 96))),
+            _INVALID,
+            "v has 4 heads, which is not a multiple of the 3 of q",
+        ),
+        (
+            gradients(Arrays((2, 100, 2, 4, 12, 96))),
+            _INVALID,
+            "rows of q, (2, 100, 2, 12), are not a multiple of 16 bytes",
+        ),
+        (
+            states(to=floats(2, 4, 2, 96, 153)),
+            _INVALID,
+            "to has shape (2, 4, 2, 96, 153); expected (2, 4, 2, 96, 160)",
+        ),
+        (states(to=_NONE), _INVALID, "neither chunk_states nor to is asked for"),
+        (
+            states(chunks_of_segment=3),
+            _INVALID,
+            "chunks_of_segment is 3; expected 1 to the 2 chunks there are",
+        ),
+        (
+            states(stored=("bfloat16", [2, 4, 2, 128, 160])),
+            _INVALID,
+            "chunk_states has shape (2, 4, 2, 128, 160); expected (2, 4, 2, 96, 160)",
+        ),
+        (states(stages=9), _INVALID, "config.stages is 9; expected 1 to the 6"),
+        (
+            outputs(OF_32),
+            _UNIMPLEMENTED,
+            "outputs of 32 values; their state is chunk_outputs's",
+        ),
+        (outputs(k=("float16", ARRAYS.q[1])), _INVALID, "k has FFI data type"),
+        (outputs(sums=ARRAYS.sums), _INVALID, "sums of what is not normalized"),
+        (
+            outputs(sums=floats(2, 4, 1, 18, 16), normalize=True),
+            _INVALID,
+            "sums has shape (2, 4, 1, 18, 16); expected (2, 4, 2, 18, 16)",
+        ),
+        (
+            outputs(counts=floats(2, 4, 128)),
+            _INVALID,
+            "counts has shape (2, 4, 128); expected (2, 128)",
+        ),
+        (
+            chunk_outputs(stages=2),
+            _INVALID,
+            "config.stages is 2; expected 1 to the 1",
+        ),
+        (
+            gradients(states=OF_32.states),
+            _INVALID,
+            "states has shape (2, 4, 2, 96, 576); expected (2, 4, 2, 96, 160)",
+        ),
+        (gradients(stages=0), _INVALID, "config.stages is 0; expected 1 to the 3"),
+        (
+            gradients(Arrays((1, 1, 70000, 70000, 8, 8))),
+            _UNIMPLEMENTED,
+            "70000 groups; the kernels take up to 65535",
+        ),
+    ],
+)
+def test_refusals(call, code, message):
+    answer, ran = Gpu().run(*both_stages(call))
+    assert ran.code != 0
+    assert ran.driver == []
+    assert answer.code == code, answer.message
+    assert answer.message.startswith(f"{call.target}: ")
+    assert message in answer.message
+    assert answer.of("launch") == []

@@ -1,0 +1,118 @@
+"""Based attention by kernels: what stands between the public arrays and theirs.
+
+The platform is chosen, and the arrays alone kept for the backward pass, by linear
+attention's ``vjp.differentiable``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from tk_jax.ops import _chunks
+from tk_jax.ops.based_attention import config, order, scan
+from tk_jax.ops.linear_attention import chunk as chunks
+from tk_jax.ops.linear_attention.config import LinearAttentionOptions
+from tk_jax.ops.linear_attention.vjp import document_starts, pad_columns
+
+
+def kernel_based_attention(
+    options: LinearAttentionOptions,
+    return_state: bool,
+    q,
+    k,
+    v,
+    log_decay,
+    state,
+    segment_ids,
+    *,
+    tiles: config.ScanConfig | None = None,
+):
+    """As ``linear_attention.xla.linear_attention`` with the features, by kernels.
+
+    ``log_decay`` is None; ``state`` may be None for zeros, and the state that is
+    returned is, unless ``return_state``. ``tiles`` is for tuning.
+    """
+    del log_decay
+    *batch, seqlen, _, dim = q.shape
+    fold = functools.partial(_chunks.fold, num_batch_axes=len(batch))
+    unfold = functools.partial(_chunks.unfold, batch=batch)
+    settings = scan.Settings("based_attention", options.scale, return_state, tiles)
+    arrays = scan.Arrays(
+        *map(fold, (q, k, v)),
+        state=jax.tree.map(fold, state),
+        starts=document_starts(segment_ids, (*batch, seqlen)),
+    )
+    if not options.normalize:
+        run = _scan
+    elif config.walks(dim):
+        run = _normalized
+    else:
+        run = _scan_of_ones
+    out, state = run(settings, arrays)
+    return unfold(out), jax.tree.map(unfold, state)
+
+
+# Of these, states are as the public ones but for the folded batch: with normalization
+# a pair.
+
+
+def _scan(settings, arrays):
+    dim, value_dim = arrays.q.shape[-1], arrays.v.shape[-1]
+    out, state = scan.scan(settings, _to_kernel(arrays))
+    if state is not None:
+        state = order.to_public(state, dim)[..., :value_dim]
+    return out[..., :value_dim], state
+
+
+def _to_kernel(arrays):
+    state, dim = arrays.state, arrays.q.shape[-1]
+    if state is not None:
+        state = order.to_kernel(pad_columns(state), dim)
+    return arrays._replace(v=pad_columns(arrays.v), state=state)
+
+
+def _scan_of_ones(settings, arrays):
+    """The denominators are the outputs of values that are one."""
+    v, state = arrays.v, arrays.state
+    ones = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+    if state is not None:
+        state = jnp.concatenate([state[0], state[1][..., None]], axis=-1)
+    out, state = _scan(settings, arrays._replace(v=ones, state=state))
+    out = out.astype(jnp.float32)
+    out = chunks.divide(out[..., :-1], out[..., -1])
+    if state is not None:
+        state = state[..., :-1], state[..., -1]
+    return out.astype(v.dtype), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalized(settings, arrays):
+    """The same, divided where the outputs are; its gradients are those of the above.
+
+    A column of ones makes one more slice of values, which costs as much as the others.
+    """
+    dim, value_dim = arrays.q.shape[-1], arrays.v.shape[-1]
+    state, sums = (None, None) if arrays.state is None else arrays.state
+    given = _to_kernel(arrays._replace(state=state))._replace(sums=sums)
+    out, state, sums = scan.normalized(settings, given)
+    if state is not None:
+        state = order.to_public(state, dim)[..., :value_dim], sums
+    return out[..., :value_dim], state
+
+
+def _normalized_fwd(settings, arrays):
+    return _normalized(settings, arrays), arrays
+
+
+def _normalized_bwd(settings, arrays, cotangents):
+    def of_floats(floats):
+        return _scan_of_ones(settings, floats._replace(starts=arrays.starts))
+
+    _, pull_back = jax.vjp(of_floats, arrays._replace(starts=None))
+    return pull_back(cotangents)
+
+
+_normalized.defvjp(_normalized_fwd, _normalized_bwd)
