@@ -35,6 +35,7 @@ SETTINGS = {
     "HedgehogGradientsOptions": hedgehog_attention.HedgehogGradientsOptions,
     "MatmulOptions": matmul.MatmulOptions,
     "MatmulConfig": matmul.MatmulConfig,
+    "BasedStatesOptions": based_attention.BasedStatesOptions,
     "BasedOutputsOptions": based_attention.BasedOutputsOptions,
     "BasedConfig": based_attention.BasedConfig,
     "KernelSettings": kernel.KernelSettings,

@@ -9,6 +9,11 @@ namespace tk::ffi {
 
 // What is computed, where linear attention's options do not say it, and how a kernel runs: with the
 // fields of the dataclasses of the same names in tk_jax.ops.based_attention.config.
+struct BasedStatesOptions {
+  float scale;
+  bool reverse;
+  long chunks_of_segment;
+};
 struct BasedOutputsOptions {
   float scale;
   long chunks_of_segment;
@@ -34,6 +39,9 @@ struct BasedAttentionKernel {
 
 }  // namespace tk::ffi
 
+TK_REGISTER_SETTINGS(tk::ffi::BasedStatesOptions, StructMember<float>("scale"),
+                     StructMember<bool>("reverse"),
+                     StructMember<std::int64_t>("chunks_of_segment"));
 TK_REGISTER_SETTINGS(tk::ffi::BasedOutputsOptions, StructMember<float>("scale"),
                      StructMember<std::int64_t>("chunks_of_segment"),
                      StructMember<bool>("normalize"));

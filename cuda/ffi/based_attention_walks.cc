@@ -56,7 +56,7 @@ struct StatesBuffers {
   AnyBuffer chunk_states, to;
 };
 
-Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& options,
+Result<WalkCall> read_states(const StatesBuffers& b, const BasedStatesOptions& options,
                              const BasedConfig& config) {
   const auto sizes = read_based_attention_sizes("keys", b.keys, "values", b.values);
   if (!sizes.ok()) return sizes.error();
@@ -73,14 +73,14 @@ Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& option
   return read_walk(s, Name::kStates, b.counts, options.chunks_of_segment, config, b.from, b.to);
 }
 
-Status initialize_states(int device, const StatesBuffers& buffers, const StatesOptions& options,
-                         const BasedConfig& config) {
+Status initialize_states(int device, const StatesBuffers& buffers,
+                         const BasedStatesOptions& options, const BasedConfig& config) {
   const auto call = read_states(buffers, options, config);
   return call.ok() ? load_based_kernel(device, call->kernel) : call.error();
 }
 
 Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const StatesBuffers& b,
-                      const StatesOptions& options, const BasedConfig& config) {
+                      const BasedStatesOptions& options, const BasedConfig& config) {
   const auto call = read_states(b, options, config);
   if (!call.ok()) return call.error();
   const LinearAttentionSizes& s = call->sizes;
@@ -195,7 +195,7 @@ using Ret = xffi::Result<AnyBuffer>;
 
 xffi::Error states_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer values,
                               AnyBuffer counts, AnyBuffer from, Ret chunk_states, Ret to,
-                              StatesOptions options, BasedConfig config) {
+                              BasedStatesOptions options, BasedConfig config) {
   return to_ffi(
       kStatesName,
       initialize_states(device, {keys, values, counts, from, *chunk_states, *to}, options, config));
@@ -203,7 +203,7 @@ xffi::Error states_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer val
 
 xffi::Error states_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer keys,
                            AnyBuffer values, AnyBuffer counts, AnyBuffer from, Ret chunk_states,
-                           Ret to, StatesOptions options, BasedConfig config) {
+                           Ret to, BasedStatesOptions options, BasedConfig config) {
   return to_ffi(kStatesName, explore([&] {
                   return execute_states(device, stream,
                                         {keys, values, counts, from, *chunk_states, *to}, options,
@@ -237,7 +237,7 @@ auto bind_states(Binding binding) {
       .template Arg<AnyBuffer>()  // from, or of size 0 for zeros
       .template Ret<AnyBuffer>()  // chunk_states, or of size 0
       .template Ret<AnyBuffer>()  // to, or of size 0
-      .template Attr<StatesOptions>("options")
+      .template Attr<BasedStatesOptions>("options")
       .template Attr<BasedConfig>("config");
 }
 

@@ -56,6 +56,7 @@ nb::dict struct_fields() {
   fields["GradientsOptions"] = nb::cast(SettingsFields<GradientsOptions>::names());
   fields["GradientsConfig"] = nb::cast(SettingsFields<GradientsConfig>::names());
   fields["WalkConfig"] = nb::cast(SettingsFields<linear_attention::WalkConfig>::names());
+  fields["BasedStatesOptions"] = nb::cast(SettingsFields<BasedStatesOptions>::names());
   fields["BasedOutputsOptions"] = nb::cast(SettingsFields<BasedOutputsOptions>::names());
   fields["BasedConfig"] = nb::cast(SettingsFields<BasedConfig>::names());
   fields["HedgehogSumsOptions"] = nb::cast(SettingsFields<HedgehogSumsOptions>::names());

@@ -14,11 +14,7 @@ import jax.numpy as jnp
 
 from tk_jax import _ffi
 from tk_jax.ops.based_attention import config
-from tk_jax.ops.linear_attention.config import (
-    CHUNK,
-    GradientsOptions,
-    StatesOptions,
-)
+from tk_jax.ops.linear_attention.config import CHUNK, GradientsOptions
 
 _FLOAT = jnp.dtype(jnp.float32)
 
@@ -51,7 +47,7 @@ def states(
         values,
         _given(counts),
         _given(start),
-        options=StatesOptions(
+        options=config.BasedStatesOptions(
             scale=scale, reverse=reverse, chunks_of_segment=tiles.chunks_of_segment
         ),
         config=tiles.states,

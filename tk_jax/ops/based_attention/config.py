@@ -30,6 +30,15 @@ _LARGEST_WALKED = 16
 
 
 @dataclasses.dataclass(frozen=True)
+class BasedStatesOptions:
+    """Which states are computed: forward those of keys and values, or gradients."""
+
+    scale: float  # of the queries
+    reverse: bool
+    chunks_of_segment: int
+
+
+@dataclasses.dataclass(frozen=True)
 class BasedOutputsOptions:
     """What the outputs are."""
 
