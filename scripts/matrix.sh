@@ -29,11 +29,11 @@ for pair in "${pairs[@]}"; do
   "$home/bin/pip" install --quiet --upgrade pip
   "$home/bin/pip" wheel --quiet --no-deps --wheel-dir "$home/wheel" .
   "$home/bin/pip" install --quiet "$home"/wheel/*.whl "jax==$jax" "jaxlib==$jax" \
-    flatbuffers pytest pytest-timeout
+    flatbuffers pytest pytest-timeout pytest-xdist
   # Started elsewhere and without pyproject.toml's pythonpath, so that the clone's tk_jax folder
   # cannot stand in for the installed one.
   (cd "$home" && "$home/bin/pytest" -c "$root/pyproject.toml" --rootdir "$root" \
-    -o pythonpath= -p no:cacheprovider -m smoke \
+    -o pythonpath= -p no:cacheprovider -n 2 --dist=worksteal -m smoke \
     "$root"/tests/test_{smoke,package,doctor}.py) 2>&1 | tee "$home/log"
   report+=("$label: $(tail -n 1 "$home/log" | tr -d '=')")
 done

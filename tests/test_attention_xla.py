@@ -239,7 +239,7 @@ def test_memory_is_linear_in_the_sequence_length(implementation):
 
 @pytest.mark.slow
 def test_trains_with_8192_tokens(rng):
-    x = jnp.asarray(rng.standard_normal((1, 8192, 8, 64)), jnp.bfloat16)
+    x = jnp.asarray(rng.standard_normal((1, 8192, 2, 64)), jnp.bfloat16)
 
     @jax.jit
     def step(w, x):
@@ -254,8 +254,8 @@ def test_trains_with_8192_tokens(rng):
 
     w = jnp.eye(64, dtype=jnp.bfloat16)
     analysis = step.lower(w, x).compile().memory_analysis()
-    # The scores alone would take 1 GiB in bfloat16 and 2 GiB in float32.
-    assert analysis.temp_size_in_bytes < 2**29
+    # The scores alone would take 256 MiB in bfloat16 and 512 MiB in float32.
+    assert analysis.temp_size_in_bytes < 2**27
     w, first = step(w, x)
     _, second = step(w, x)
     assert second < first

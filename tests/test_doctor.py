@@ -63,7 +63,9 @@ def test_counts_shipped_kernels(tmp_path):
         tmp_path, TK_JAX_CUBINS=f"{folder}:{missing}", JAX_PLATFORMS="cpu"
     )
     assert f"ok       shipped    1 kernels in {folder}" in report
-    assert re.search(r"0 of \d+ of attention_fwd, .*0 of \d+ of matmul", report)
+    counted = re.search(r"0 of \d+ of attention_fwd, .*0 of \d+ of matmul", report)
+    # A kernel's digests are computed with NVRTC's version, where there is NVRTC.
+    assert bool(counted) == entry(report, "nvrtc").startswith("  ok ")
     assert f"note     shipped    {missing}, which TK_JAX_CUBINS names" in report
 
 
