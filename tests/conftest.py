@@ -10,6 +10,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 ).strip()
 
+# As early, for NumPy: products of small matrices, as expected values are, take
+# many times as long where threads of several worker processes wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import compile_gate
 import jax
 import numpy as np
