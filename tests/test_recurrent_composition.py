@@ -105,8 +105,18 @@ def test_values_and_gradients(case):
     check(kernels(case), case)
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 5])
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    ("chunks", "normalize"),
+    [
+        pytest.param(
+            chunks,
+            normalize,
+            marks=[] if chunks == 1 + normalize else pytest.mark.exhaustive,
+        )
+        for chunks in (1, 2, 5)
+        for normalize in (False, True)
+    ],
+)
 def test_segments_of_any_length(chunks, normalize):
     case = LINEAR(300, 8, 8, (1, 1), decay="mild", packed=True, normalize=normalize)
     tiles = dataclasses.replace(
@@ -121,7 +131,7 @@ def test_many_chunks_are_segments_by_default():
     check(kernels(case), case)
 
 
-@often(2, 3)
+@often(3)
 def test_vmap_over_all_arguments(case):
     arrays = given(case)
     both = [arrays, scaled(arrays, 0.5)]
