@@ -77,7 +77,8 @@ __device__ __forceinline__ void products(const KernelParams& params) {
         warpgroup::mma_AB(acc, shared.a, shared.b, accumulate), finish(acc);
         break;
       case 2:
-        warpgroup::mm_ABt(acc, shared.a, shared.bt), finish(acc);
+        warpgroup::mm_ABt(acc, warpgroup::afresh(shared.a), warpgroup::afresh(shared.bt)),
+            finish(acc);
         break;
       case 3:
         warpgroup::mma_ABt(acc, shared.a, shared.bt, accumulate), finish(acc);
