@@ -66,11 +66,7 @@ Status initialize_forward(int device_ordinal, const ForwardBuffers& buffers,
                           const attention::ForwardConfig& config) {
   const auto call = read_forward(buffers, options, config);
   if (!call.ok()) return call.error();
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel =
-      kernels.load(call->kernel.key(), **device, [&] { return call->kernel.spec(); });
-  return kernel.ok() ? Status() : kernel.error();
+  return load(kernels, call->kernel, device_ordinal);
 }
 
 Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const ForwardBuffers& b,
@@ -80,8 +76,7 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
   if (call->empty) return {};
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
-  const auto kernel =
-      find_loaded(kernels, call->kernel.key(), **device, [&] { return call->kernel.spec(); });
+  const auto kernel = find_loaded(kernels, call->kernel, **device);
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
 

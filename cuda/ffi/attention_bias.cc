@@ -74,11 +74,7 @@ Result<Call> read_call(const Buffers& b, const attention::Options& options) {
 Status initialize(int device_ordinal, const Buffers& buffers, const attention::Options& options) {
   const auto call = read_call(buffers, options);
   if (!call.ok()) return call.error();
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel =
-      kernels.load(call->kernel.key(), **device, [&] { return call->kernel.spec(); });
-  return kernel.ok() ? Status() : kernel.error();
+  return load(kernels, call->kernel, device_ordinal);
 }
 
 Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& b,
@@ -88,8 +84,7 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   if (call->empty) return {};
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
-  const auto kernel =
-      find_loaded(kernels, call->kernel.key(), **device, [&] { return call->kernel.spec(); });
+  const auto kernel = find_loaded(kernels, call->kernel, **device);
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
 

@@ -54,15 +54,12 @@ Status encode_chunk_states(TensorMap* map, const AnyBuffer& buffer, const Linear
 ProductFactors query_factors(float scale) { return {scale, 0.5f * scale * scale, scale * scale}; }
 
 Status load_based_kernel(int device_ordinal, const BasedAttentionKernel& kernel) {
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto loaded = kernels.load(kernel.key(), **device, [&] { return kernel.spec(); });
-  return loaded.ok() ? Status() : loaded.error();
+  return load(kernels, kernel, device_ordinal);
 }
 
 Result<const runtime::Kernel*> find_based_kernel(const Device& device,
                                                  const BasedAttentionKernel& kernel) {
-  return find_loaded(kernels, kernel.key(), device, [&] { return kernel.spec(); });
+  return find_loaded(kernels, kernel, device);
 }
 
 }  // namespace tk::ffi

@@ -73,6 +73,26 @@ Result<const runtime::Kernel*> find_loaded(runtime::KernelTable<Key>& table, con
                                          ": execute ran before initialize"};
 }
 
+template <typename Kernel>
+Result<const runtime::Kernel*> find_loaded(runtime::KernelTable<KernelKey>& table,
+                                           const Kernel& kernel, const Device& device) {
+  return find_loaded(table, kernel.key(), device, [&] { return kernel.spec(); });
+}
+
+// The initialize stage of a call of one kernel: loads what is not there yet.
+template <typename Key, typename MakeSpec>
+Status load(runtime::KernelTable<Key>& table, const Key& key, int device_ordinal,
+            MakeSpec&& make_spec) {
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto kernel = table.load(key, **device, make_spec);
+  return kernel.ok() ? Status() : kernel.error();
+}
+template <typename Kernel>
+Status load(runtime::KernelTable<KernelKey>& table, const Kernel& kernel, int device_ordinal) {
+  return load(table, kernel.key(), device_ordinal, [&] { return kernel.spec(); });
+}
+
 // An array that a call's kernels may touch, and whether it is there to be read.
 struct CallArray {
   const char* name;

@@ -73,14 +73,11 @@ Status encode_chunk_states(TensorMap* map, const AnyBuffer& buffer, const Hedgeh
 }
 
 Status load_hedgehog(int device_ordinal, const HedgehogKernel& kernel) {
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto loaded = kernels.load(kernel.key(), **device, [&] { return kernel.spec(); });
-  return loaded.ok() ? Status() : loaded.error();
+  return load(kernels, kernel, device_ordinal);
 }
 
 Result<const runtime::Kernel*> find_hedgehog(const Device& device, const HedgehogKernel& kernel) {
-  return find_loaded(kernels, kernel.key(), device, [&] { return kernel.spec(); });
+  return find_loaded(kernels, kernel, device);
 }
 
 }  // namespace tk::ffi

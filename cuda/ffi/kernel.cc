@@ -124,10 +124,7 @@ Status initialize(int device_ordinal, std::span<const AnyBuffer> buffers,
   const auto spec = read_spec(settings);
   if (!spec.ok()) return spec.error();
   if (const auto params = read_params(buffers, lists); !params.ok()) return params.error();
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = kernels.load(*spec, **device, [&] { return checked(*spec); });
-  return kernel.ok() ? Status() : kernel.error();
+  return load(kernels, *spec, device_ordinal, [&] { return checked(*spec); });
 }
 
 Status execute(int device_ordinal, runtime::cuda::Stream stream, std::span<const AnyBuffer> buffers,

@@ -38,21 +38,20 @@ Status check_sizes(const GateSizes& s) {
        check_grid("batch elements", s.batch)});
 }
 
-Status load(int device_ordinal, GateKernel which) {
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = kernels.load({{which}}, **device,
-                                   which == kChunkSums ? chunk_sums_spec : gate_gradients_spec);
-  return kernel.ok() ? Status() : kernel.error();
-}
+struct Gate {
+  GateKernel which;
+  KernelKey key() const { return {{which}}; }
+  Result<KernelSpec> spec() const {
+    return which == kChunkSums ? chunk_sums_spec() : gate_gradients_spec();
+  }
+};
 
 template <typename Params>
 Status launch(int device_ordinal, runtime::cuda::Stream stream, GateKernel which,
               const GateSizes& s, Params* params) {
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, KernelKey{{which}}, **device,
-                                  which == kChunkSums ? chunk_sums_spec : gate_gradients_spec);
+  const auto kernel = find_loaded(kernels, Gate{which}, **device);
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
   params->batch = static_cast<int>(s.batch);
@@ -100,7 +99,7 @@ Result<GateSizes> read_sums(const SumsBuffers& b, const ChunkSumsOptions& option
 
 Status initialize_sums(int device, const SumsBuffers& buffers, const ChunkSumsOptions& options) {
   const auto sizes = read_sums(buffers, options);
-  return sizes.ok() ? load(device, kChunkSums) : sizes.error();
+  return sizes.ok() ? load(kernels, Gate{kChunkSums}, device) : sizes.error();
 }
 
 Status execute_sums(int device, runtime::cuda::Stream stream, const SumsBuffers& b,
@@ -148,7 +147,7 @@ Result<GateSizes> read_gradients(const GradientsBuffers& b) {
 
 Status initialize_gradients(int device, const GradientsBuffers& buffers) {
   const auto sizes = read_gradients(buffers);
-  return sizes.ok() ? load(device, kGateGradients) : sizes.error();
+  return sizes.ok() ? load(kernels, Gate{kGateGradients}, device) : sizes.error();
 }
 
 Status execute_gradients(int device, runtime::cuda::Stream stream, const GradientsBuffers& b) {

@@ -67,13 +67,6 @@ runtime::Grid grid_of(const WalkCall& call) {
   return {s.num_heads * s.slices() / call.kernel.config.consumers, call.segments, s.batch};
 }
 
-Status load(int device_ordinal, const LinearAttentionWalkKernel& kernel) {
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto loaded = kernels.load(kernel.key(), **device, [&] { return kernel.spec(); });
-  return loaded.ok() ? Status() : loaded.error();
-}
-
 // -- States ---------------------------------------------------------------------------------------
 
 struct StatesBuffers {
@@ -113,7 +106,7 @@ Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& option
 Status initialize_states(int device, const StatesBuffers& buffers, const StatesOptions& options,
                          const WalkConfig& config) {
   const auto call = read_states(buffers, options, config);
-  return call.ok() ? load(device, call->kernel) : call.error();
+  return call.ok() ? load(kernels, call->kernel, device) : call.error();
 }
 
 Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const StatesBuffers& b,
@@ -124,8 +117,7 @@ Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const St
   if (s.empty()) return {};
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
-  const auto kernel =
-      find_loaded(kernels, call->kernel.key(), **device, [&] { return call->kernel.spec(); });
+  const auto kernel = find_loaded(kernels, call->kernel, **device);
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
 
@@ -180,7 +172,7 @@ Result<WalkCall> read_outputs(const OutputsBuffers& b, const OutputsOptions& opt
 Status initialize_outputs(int device, const OutputsBuffers& buffers, const OutputsOptions& options,
                           const WalkConfig& config) {
   const auto call = read_outputs(buffers, options, config);
-  return call.ok() ? load(device, call->kernel) : call.error();
+  return call.ok() ? load(kernels, call->kernel, device) : call.error();
 }
 
 Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const OutputsBuffers& b,
@@ -191,8 +183,7 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
   if (s.empty()) return {};
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
-  const auto kernel =
-      find_loaded(kernels, call->kernel.key(), **device, [&] { return call->kernel.spec(); });
+  const auto kernel = find_loaded(kernels, call->kernel, **device);
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
 

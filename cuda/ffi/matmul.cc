@@ -100,11 +100,7 @@ Status initialize(int device_ordinal, const Buffers& buffers, const matmul::Opti
                   const matmul::Config& config) {
   const auto call = read_call(buffers, options, config);
   if (!call.ok()) return call.error();
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel =
-      kernels.load(call->kernel.key(), **device, [&] { return call->kernel.spec(); });
-  if (!kernel.ok()) return kernel.error();
+  if (Status status = load(kernels, call->kernel, device_ordinal); !status.ok()) return status;
   const auto tiles = count_tiles(*call);
   return tiles.ok() ? Status() : tiles.error();
 }
@@ -116,8 +112,7 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   if (buffers.c.element_count() == 0) return {};
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
-  const auto kernel =
-      find_loaded(kernels, call->kernel.key(), **device, [&] { return call->kernel.spec(); });
+  const auto kernel = find_loaded(kernels, call->kernel, **device);
   if (!kernel.ok()) return kernel.error();
   const auto tiles = count_tiles(*call);
   if (!tiles.ok()) return tiles.error();
