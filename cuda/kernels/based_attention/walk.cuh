@@ -9,24 +9,15 @@ namespace tk::based_attention {
 
 using linear_attention::Segment;
 
-struct Place {
-  int head, slice, piece, batch;
+struct Place : linear_attention::Place {
+  int piece;
 
   // Of a head and slice the pieces are neighbours.
   template <typename Params>
   __device__ __forceinline__ static Place of(const Params& params, int pieces) {
     const int slices = ceil_div(params.value_dim, kSlice);
     const int index = grid::block_x() / pieces;
-    return {index / slices, index % slices, grid::block_x() % pieces, grid::block_z()};
-  }
-  // The head of q and k.
-  template <typename Params>
-  __device__ __forceinline__ int group(const Params& params) const {
-    return head / (params.num_heads / params.num_groups);
-  }
-  template <typename Params>
-  __device__ __forceinline__ int row(const Params& params) const {
-    return batch * params.num_heads + head;
+    return {{index / slices, index % slices, grid::block_z()}, grid::block_x() % pieces};
   }
 };
 

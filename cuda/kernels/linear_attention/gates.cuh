@@ -152,16 +152,23 @@ struct ChunkGates {
   }
 };
 
-// The state after a chunk, from that before it.
-template <typename State, typename Gates, typename KeyTile, typename ValueTile>
-__device__ __forceinline__ void step_on(State& state, const Gates& gates, const KeyTile& k_smem,
-                                        const ValueTile& v_smem) {
-  RegTile<typename ValueTile::T, 16, kChunk> values;  // a row for each column of v
+// Issues the product that makes the state after a chunk from that before it: `values`, a row for
+// each column of v, and the state are free when it has been waited for.
+template <typename State, typename Values, typename Gates, typename KeyTile, typename ValueTile>
+__device__ __forceinline__ void issue_step_on(State& state, Values& values, const Gates& gates,
+                                              const KeyTile& k_smem, const ValueTile& v_smem) {
   warpgroup::load_transposed(values, v_smem);
   gates.scale_cols_after(values);
   warp::mul(state, state, gates.total());
   warpgroup::mma_AB(state, values, k_smem);
   warpgroup::mma_commit();
+}
+// The state after a chunk, from that before it.
+template <typename State, typename Gates, typename KeyTile, typename ValueTile>
+__device__ __forceinline__ void step_on(State& state, const Gates& gates, const KeyTile& k_smem,
+                                        const ValueTile& v_smem) {
+  RegTile<typename ValueTile::T, 16, kChunk> values;
+  issue_step_on(state, values, gates, k_smem, v_smem);
   warpgroup::mma_wait<0>(state, values);
 }
 // The gradient of the state before a chunk, from that of the state after it.

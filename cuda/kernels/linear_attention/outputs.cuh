@@ -145,12 +145,8 @@ struct Outputs {
       warpgroup::mma_AB(out, weights, v_smem);
       warpgroup::mma_commit();
 
-      RegTile<T, 16, kChunk> values;  // a row for each column of v
-      warpgroup::load_transposed(values, v_smem);
-      gates.scale_cols_after(values);
-      warp::mul(state, state, gates.total());
-      warpgroup::mma_AB(state, values, k_smem);
-      warpgroup::mma_commit();
+      RegTile<T, 16, kChunk> values;
+      issue_step_on(state, values, gates, k_smem, v_smem);
 
       warpgroup::mma_wait<1>(out, weights);
       warp::mul(out, out, params.scale);
