@@ -52,6 +52,10 @@ class RecurrentCase:
     def out_shape(self) -> tuple[int, ...]:
         return self.arrays[self.like_out][0]
 
+    @property
+    def head_tokens(self) -> int:
+        return self.batch * self.seqlen * self.num_heads
+
     def bytes(self, direction: str) -> float:
         """Every array once: the operands and out; backward their gradients as well.
 
@@ -132,8 +136,7 @@ class SsdCase(RecurrentCase):
         }
 
     def flops(self, direction: str) -> float:
-        tokens = self.batch * self.seqlen * self.num_heads
-        return _scan_flops(direction, tokens, self.state_dim, self.head_dim)
+        return _scan_flops(direction, self.head_tokens, self.state_dim, self.head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +170,7 @@ class LinearAttentionCase(RecurrentCase):
         }
 
     def flops(self, direction: str) -> float:
-        tokens = self.batch * self.seqlen * self.num_heads
-        return _scan_flops(direction, tokens, self.head_dim, self.head_dim)
+        return _scan_flops(direction, self.head_tokens, self.head_dim, self.head_dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +206,10 @@ class BasedAttentionCase(RecurrentCase):
 
     def flops(self, direction: str) -> float:
         """With the symmetric half of the second-order features."""
-        tokens = self.batch * self.seqlen * self.num_heads
         d = self.feature_dim
-        return _scan_flops(direction, tokens, 1 + d + d * (d + 1) // 2, self.head_dim)
+        return _scan_flops(
+            direction, self.head_tokens, 1 + d + d * (d + 1) // 2, self.head_dim
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,9 +244,8 @@ class HedgehogAttentionCase(RecurrentCase):
 
     def flops(self, direction: str) -> float:
         """A scan of D features, the maps, and a window of 96 keys on average."""
-        tokens = self.batch * self.seqlen * self.num_heads
-        scan = _scan_flops(direction, tokens, self.head_dim, self.head_dim)
-        other = tokens * (4 * 96 * self.head_dim + 2 * self.head_dim**2)
+        scan = _scan_flops(direction, self.head_tokens, self.head_dim, self.head_dim)
+        other = self.head_tokens * (4 * 96 * self.head_dim + 2 * self.head_dim**2)
         return scan + other * (1 if direction == "fwd" else 2.5)
 
 

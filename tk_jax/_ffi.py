@@ -15,6 +15,7 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 try:
@@ -115,6 +116,17 @@ def call(target: str, out_types, *arrays: jax.Array, **settings) -> tuple:
     }
     function = jax.ffi.ffi_call(target, tuple(out_types))
     return tuple(function(*arrays, **attributes))
+
+
+def result_type(like: jax.Array, shape, dtype=np.float32):
+    """The type of a result that varies as ``like`` does; of size 0 without a shape."""
+    shape = (0,) if shape is None else shape
+    return jax.typeof(like).update(shape=shape, dtype=np.dtype(dtype))
+
+
+def optional(x: jax.Array | None, dtype=np.float32) -> jax.Array:
+    """An operand; of size 0 where there is none."""
+    return jnp.zeros((0,), dtype) if x is None else x
 
 
 def to_attribute(settings) -> dict:

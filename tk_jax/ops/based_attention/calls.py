@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import math
 
-import jax
-import jax.numpy as jnp
-
 from tk_jax import _ffi
 from tk_jax.ops.based_attention import config
 from tk_jax.ops.linear_attention.config import CHUNK, GradientsOptions
-
-_FLOAT = jnp.dtype(jnp.float32)
 
 
 def states(
@@ -40,13 +35,15 @@ def states(
     chunk_states, end = _ffi.call(
         "tk_based_attention_states_v1",
         (
-            _result(keys, _chunk_states(keys, values) if stores else None, keys.dtype),
-            _result(keys, ended),
+            _ffi.result_type(
+                keys, _chunk_states(keys, values) if stores else None, keys.dtype
+            ),
+            _ffi.result_type(keys, ended),
         ),
         keys,
         values,
-        _given(counts),
-        _given(start),
+        _ffi.optional(counts),
+        _ffi.optional(start),
         options=config.BasedStatesOptions(
             scale=scale, reverse=reverse, chunks_of_segment=tiles.chunks_of_segment
         ),
@@ -76,13 +73,13 @@ def outputs(
     ended = _segment_states(k, v, tiles) if ends else None
     out, end = _ffi.call(
         "tk_based_attention_outputs_v1",
-        (_result(q, v.shape, q.dtype), _result(q, ended)),
+        (_ffi.result_type(q, v.shape, q.dtype), _ffi.result_type(q, ended)),
         q,
         k,
         v,
-        _given(counts),
-        _given(start),
-        _given(sums),
+        _ffi.optional(counts),
+        _ffi.optional(start),
+        _ffi.optional(sums),
         options=config.BasedOutputsOptions(
             scale=scale,
             chunks_of_segment=tiles.chunks_of_segment,
@@ -97,12 +94,12 @@ def chunk_outputs(q, k, v, chunk_states, counts, tiles: config.ScanConfig, *, sc
     """out, from the states at the starts of chunks."""
     (out,) = _ffi.call(
         "tk_based_attention_chunk_outputs_v1",
-        (_result(q, v.shape, q.dtype),),
+        (_ffi.result_type(q, v.shape, q.dtype),),
         q,
         k,
         v,
         chunk_states,
-        _given(counts),
+        _ffi.optional(counts),
         options=GradientsOptions(scale=scale),
         config=tiles.outputs,
     )
@@ -124,14 +121,14 @@ def gradients(
     """dq, dk, dv of chunks between their states and those's gradients."""
     return _ffi.call(
         "tk_based_attention_gradients_v1",
-        tuple(_result(q, x.shape, q.dtype) for x in (q, k, v)),
+        tuple(_ffi.result_type(q, x.shape, q.dtype) for x in (q, k, v)),
         q,
         k,
         v,
         dout,
         chunk_states,
         chunk_dstates,
-        _given(counts),
+        _ffi.optional(counts),
         options=GradientsOptions(scale=scale),
         config=tiles.gradients,
     )
@@ -148,14 +145,3 @@ def _segment_states(keys, values, tiles) -> tuple[int, ...]:
     segments = math.ceil(-(-seqlen // CHUNK) / tiles.chunks_of_segment)
     features = config.state_columns(keys.shape[-1])
     return (batch, num_heads, segments, value_dim, features)
-
-
-def _result(like, shape, dtype=_FLOAT):
-    """The type of a result; of size 0 without a shape."""
-    shape = (0,) if shape is None else shape
-    return jax.typeof(like).update(shape=shape, dtype=jnp.dtype(dtype))
-
-
-def _given(x):
-    """An operand; of size 0 where there is none."""
-    return jnp.zeros((0,), _FLOAT) if x is None else x

@@ -24,13 +24,13 @@ def sums(k, v, k_map, first, *, chunks_of_segment: int, segments: int):
     return _ffi.call(
         "tk_hedgehog_attention_sums_v1",
         (
-            _floats(k, (*rows, v.shape[-1], FEATURES)),
-            _floats(k, (*rows, FEATURES)),
+            _ffi.result_type(k, (*rows, v.shape[-1], FEATURES)),
+            _ffi.result_type(k, (*rows, FEATURES)),
         ),
         k,
         v,
         k_map,
-        _given(first, jnp.int32),
+        _ffi.optional(first, jnp.int32),
         options=config.HedgehogSumsOptions(chunks_of_segment=chunks_of_segment),
     )
 
@@ -64,8 +64,8 @@ def outputs(
         k_map,
         alpha,
         beta,
-        _given(first, jnp.int32),
-        *map(_given, start),
+        _ffi.optional(first, jnp.int32),
+        *map(_ffi.optional, start),
         options=config.HedgehogOutputsOptions(
             scale=scale, chunks_of_segment=chunks_of_segment
         ),
@@ -97,7 +97,7 @@ def queries(
             _like(q, q.shape),
             _like(q, (*q.shape[:-1], FEATURES)),
             _like(q, (*q.shape[:-1], config.MAP)),
-            *(_floats(q, _rows(q)) for _ in range(6)),
+            *(_ffi.result_type(q, _rows(q)) for _ in range(6)),
         ),
         q,
         k,
@@ -108,7 +108,7 @@ def queries(
         normalizers,
         alpha,
         beta,
-        _given(first, jnp.int32),
+        _ffi.optional(first, jnp.int32),
         options=config.HedgehogGradientsOptions(scale=scale),
     )
     return QueryGradients(*results)
@@ -147,7 +147,7 @@ def keys(
         found.largest,
         found.peaks,
         beta,
-        _given(first, jnp.int32),
+        _ffi.optional(first, jnp.int32),
         options=config.HedgehogGradientsOptions(scale=scale),
     )
 
@@ -158,12 +158,3 @@ def _rows(q) -> tuple[int, ...]:
 
 def _like(x, shape):
     return jax.typeof(x).update(shape=shape)
-
-
-def _floats(like, shape):
-    return jax.typeof(like).update(shape=shape, dtype=jnp.dtype(jnp.float32))
-
-
-def _given(x, dtype=jnp.float32):
-    """An operand; of size 0 where there is none."""
-    return jnp.zeros((0,), dtype) if x is None else x

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 from tk_jax import _ffi
 from tk_jax.ops.linear_attention import config
 
-_FLOAT = jnp.dtype(jnp.float32)
-
 
 class Gates(NamedTuple):
     """What kernels take of gates; None where there is none."""
@@ -36,9 +34,12 @@ def chunk_sums(x, y, like, *, scale: float, least: float):
     shape = (batch, num_heads, config.padded_tokens(seqlen))
     sums, moved = _ffi.call(
         "tk_linear_attention_chunk_sums_v1",
-        (_result(like, shape), _result(like, None if y is None else shape)),
+        (
+            _ffi.result_type(like, shape),
+            _ffi.result_type(like, None if y is None else shape),
+        ),
         x,
-        _given(y),
+        _ffi.optional(y),
         options=config.ChunkSumsOptions(seqlen=seqlen, scale=scale, least=least),
     )
     return sums, None if y is None else moved
@@ -71,11 +72,11 @@ def states(
     ended = _segment_states(keys, values, tiles) if ends else None
     states, end = _ffi.call(
         "tk_linear_attention_states_v1",
-        (_result(keys, stored, keys.dtype), _result(keys, ended)),
+        (_ffi.result_type(keys, stored, keys.dtype), _ffi.result_type(keys, ended)),
         keys,
         values,
-        *map(_given, gates),
-        _given(start),
+        *map(_ffi.optional, gates),
+        _ffi.optional(start),
         options=config.StatesOptions(
             scale=scale,
             reverse=reverse,
@@ -103,13 +104,13 @@ def outputs(
     ended = _segment_states(k, v, tiles) if ends else None
     out, end = _ffi.call(
         "tk_linear_attention_outputs_v1",
-        (_result(q, v.shape, q.dtype), _result(q, ended)),
+        (_ffi.result_type(q, v.shape, q.dtype), _ffi.result_type(q, ended)),
         q,
         k,
         v,
-        *map(_given, gates),
-        _given(_padded_columns(skip)),
-        _given(start),
+        *map(_ffi.optional, gates),
+        _ffi.optional(_padded_columns(skip)),
+        _ffi.optional(start),
         options=config.OutputsOptions(
             scale=scale, chunks_of_segment=tiles.chunks_of_segment
         ),
@@ -150,10 +151,10 @@ def gradients(
     dq, dk, dv, *gate_parts, dweights, dskip = _ffi.call(
         "tk_linear_attention_gradients_v1",
         (
-            *(_result(q, x.shape, q.dtype) for x in (q, k, v)),
-            *(_result(q, rows) for _ in range(4)),
-            _result(q, None if gates.weights is None else rows),
-            _result(q, skipped),
+            *(_ffi.result_type(q, x.shape, q.dtype) for x in (q, k, v)),
+            *(_ffi.result_type(q, rows) for _ in range(4)),
+            _ffi.result_type(q, None if gates.weights is None else rows),
+            _ffi.result_type(q, skipped),
         ),
         q,
         k,
@@ -161,8 +162,8 @@ def gradients(
         dout,
         pair_states,
         pair_dstates,
-        *map(_given, gates),
-        _given(padded),
+        *map(_ffi.optional, gates),
+        _ffi.optional(padded),
         options=config.GradientsOptions(scale=scale),
         config=tiles.gradients,
     )
@@ -182,7 +183,7 @@ def gate_gradients(gate_parts, like):
     """The gradient of logarithms of decays, [B, T, H]; ``like`` is [B, T, H, ..]."""
     (dgates,) = _ffi.call(
         "tk_linear_attention_gate_gradients_v1",
-        (_result(like, like.shape[:3]),),
+        (_ffi.result_type(like, like.shape[:3]),),
         *gate_parts,
     )
     return dgates
@@ -200,14 +201,3 @@ def _padded_columns(skip):
         return None
     missing = -skip.shape[-1] % config.SLICE
     return jnp.pad(skip, ((0, 0), (0, missing))) if missing else skip
-
-
-def _result(like, shape, dtype=_FLOAT):
-    """The type of a result; of size 0 without a shape."""
-    shape = (0,) if shape is None else shape
-    return jax.typeof(like).update(shape=shape, dtype=jnp.dtype(dtype))
-
-
-def _given(x):
-    """An operand; of size 0 where there is none."""
-    return jnp.zeros((0,), _FLOAT) if x is None else x
