@@ -27,6 +27,8 @@ OP_SOURCES = [
     "ffi/linear_attention_walks.cc",
     "ffi/matmul.cc",
     "ffi/matmul_kernels.cc",
+    "ffi/state_step.cc",
+    "ffi/state_step_kernels.cc",
 ]
 
 # What a specialisation is, and where compiled ones are kept, without anything that runs them.

@@ -46,6 +46,7 @@ _NOTHING = Requirements(product=False, bulk_load=False, register_split=False)
 _HELPERS = {
     "tk_linear_attention_chunk_sums": _NOTHING,
     "tk_linear_attention_gate_gradients": _NOTHING,
+    "tk_state_step_": _NOTHING,
     "tk_attention_bwd_prepare_": Requirements(product=False, register_split=False),
     "tk_attention_bwd_finish_": Requirements(
         product=False, bulk_load=False, register_split=False

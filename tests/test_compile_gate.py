@@ -169,6 +169,11 @@ def test_every_op_is_gated():
         "tk_linear_attention_states_reverse_d256_fp16",
         "tk_matmul_nn_bf16",
         "tk_matmul_tt_fp16",
+        "tk_state_step_columns_c32_normalized_q4_fp32",
+        "tk_state_step_columns_c64_bf16",
+        "tk_state_step_columns_c64_normalized_fp32_fp16",
+        "tk_state_step_rows_c16_fp16",
+        "tk_state_step_rows_c64_bf16",
     ):
         assert expected in symbols
     names = [item.name for item in items]

@@ -5,7 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from recurrent_ops import OPS, PER_TOKEN, SETTINGS, inputs
+from recurrent_ops import OPS, SETTINGS, inputs
 
 import tk_jax
 from tk_jax import _dispatch, _ffi
@@ -447,20 +447,6 @@ def test_what_kernels_of_based_attention_lack(q, v, settings, lacking, monkeypat
     monkeypatch.setattr(_ffi, "unavailable", lambda: None)
     choice = tk_jax.explain(tk_jax.based_attention, q, q, v, **settings)
     assert choice.reason == f"the TK kernel does not support {lacking}"
-
-
-@pytest.mark.parametrize("op", ["based_attention", "linear_attention", "ssd"])
-def test_steps_have_no_kernel(op, monkeypatch):
-    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
-    arrays = inputs(op, dtype=jnp.bfloat16)
-    step = getattr(tk_jax, f"{op}_step")
-    per_token = {name: x[:, 0] for name, x in arrays.items() if name in PER_TOKEN[op]}
-    arrays = arrays | per_token
-    of_features = jnp.zeros((2, 4, 45, 6)), jnp.zeros((2, 4, 45))
-    arrays["state"] = arrays.pop("initial_state", of_features)
-    choice = tk_jax.explain(step, **arrays)
-    assert choice.cuda == "xla"
-    assert "does not support steps of one token yet" in choice.reason
 
 
 def test_explain_checks_and_takes_positions():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tk_jax import _ffi, kernel
+from tk_jax.ops import _state_step
 from tk_jax.ops.attention import config as attention
 from tk_jax.ops.attention import vjp as attention_vjp
 from tk_jax.ops.based_attention import config as based_attention
@@ -38,6 +39,8 @@ SETTINGS = {
     "BasedStatesOptions": based_attention.BasedStatesOptions,
     "BasedOutputsOptions": based_attention.BasedOutputsOptions,
     "BasedConfig": based_attention.BasedConfig,
+    "StateStepOptions": _state_step.StateStepOptions,
+    "StateStepConfig": _state_step.StateStepConfig,
     "KernelSettings": kernel.KernelSettings,
 }
 
@@ -98,7 +101,9 @@ def targets_on_cpu(monkeypatch):
     _register_on_cpu()
     call = jax.ffi.ffi_call
     monkeypatch.setattr(
-        jax.ffi, "ffi_call", lambda name, *args: call(f"{name}_probe", *args)
+        jax.ffi,
+        "ffi_call",
+        lambda name, *args, **kwargs: call(f"{name}_probe", *args, **kwargs),
     )
 
 

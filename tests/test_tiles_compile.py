@@ -12,6 +12,7 @@ import test_tiles_mask
 import test_tiles_mma
 import test_tiles_products
 import test_tiles_reduce
+import test_tiles_runs
 import test_tiles_sync
 import test_tiles_tma
 import test_tiles_triangle
@@ -32,6 +33,7 @@ MODULES = (
     test_tiles_mma,
     test_tiles_products,
     test_tiles_reduce,
+    test_tiles_runs,
     test_tiles_sync,
     test_tiles_tma,
     test_tiles_triangle,

@@ -44,6 +44,7 @@ _TARGETS = (
     "tk_linear_attention_outputs_v1",
     "tk_linear_attention_states_v1",
     "tk_matmul_v1",
+    "tk_state_step_v1",
 )
 
 
@@ -98,7 +99,9 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
     return [jax.export.DisabledSafetyCheck.custom_call(name) for name in _TARGETS]
 
 
-def call(target: str, out_types, *arrays: jax.Array, **settings) -> tuple:
+def call(
+    target: str, out_types, *arrays: jax.Array, in_place=None, **settings
+) -> tuple:
     """Calls a target; returns one array for each of ``out_types``.
 
     Args:
@@ -106,6 +109,8 @@ def call(target: str, out_types, *arrays: jax.Array, **settings) -> tuple:
       out_types: What ``jax.typeof(x).update(...)`` returns, so that a result inside
         ``shard_map`` varies over the axes that ``x`` varies over.
       *arrays: The operands.
+      in_place: ``{operand: result}``, by their numbers, of those that are one array:
+        XLA copies the operand beforehand wherever somebody still needs it.
       **settings: Attributes. A frozen dataclass becomes one dict attribute, decoded by
         the C++ struct of the same fields; an array stays an array.
     """
@@ -114,7 +119,8 @@ def call(target: str, out_types, *arrays: jax.Array, **settings) -> tuple:
         name: to_attribute(value) if dataclasses.is_dataclass(value) else value
         for name, value in settings.items()
     }
-    function = jax.ffi.ffi_call(target, tuple(out_types))
+    aliases = {} if in_place is None else {"input_output_aliases": in_place}
+    function = jax.ffi.ffi_call(target, tuple(out_types), **aliases)
     return tuple(function(*arrays, **attributes))
 
 

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 
 from tk_jax import _ffi
+from tk_jax.ops import _state_step
 from tk_jax.ops.attention import config as attention_config
 from tk_jax.ops.based_attention import config as based_attention_config
 from tk_jax.ops.hedgehog_attention import config as hedgehog_config
@@ -116,6 +117,7 @@ def _all_specialisations(tiles: Mapping[str, int]) -> Iterator[Specialisation]:
             _hedgehog_attention,
             _linear_attention,
             _matmul,
+            _state_step_kernels,
         ):
             try:
                 yield from make(dtype, tiles)
@@ -228,6 +230,17 @@ def _matmul(dtype: str, tiles: Mapping[str, int]) -> Iterator[Specialisation]:
             config=config,
         ):
             yield Specialisation("matmul", _words(config), spec)
+
+
+def _state_step_kernels(
+    dtype: str, tiles: Mapping[str, int]
+) -> Iterator[Specialisation]:
+    for key_dtype, value_dtype, settings in _state_step.kernels(dtype):
+        config = _fields(settings.pop("config"), tiles)
+        for spec in _ffi.extension().state_step_specs(
+            key_dtype=key_dtype, value_dtype=value_dtype, config=config, **settings
+        ):
+            yield Specialisation("state_step", "", spec)
 
 
 def _fields(config, tiles: Mapping[str, int]) -> dict[str, int]:

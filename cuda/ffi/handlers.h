@@ -30,6 +30,7 @@ extern const Target kLinearAttentionGradientsTarget;
 extern const Target kLinearAttentionOutputsTarget;
 extern const Target kLinearAttentionStatesTarget;
 extern const Target kMatmulTarget;
+extern const Target kStateStepTarget;
 extern const Target kKernelTarget;
 
 // All of them.
@@ -52,6 +53,7 @@ inline constexpr const Target* kTargets[] = {
     &kLinearAttentionOutputsTarget,
     &kLinearAttentionStatesTarget,
     &kMatmulTarget,
+    &kStateStepTarget,
 };
 
 }  // namespace tk::ffi

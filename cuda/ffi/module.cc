@@ -11,6 +11,7 @@
 #include "ffi/kernel_settings.h"
 #include "ffi/linear_attention_kernels.h"
 #include "ffi/matmul_kernels.h"
+#include "ffi/state_step_kernels.h"
 #include "runtime/compile.h"
 #include "runtime/driver.h"
 #include "runtime/kernel_cache.h"
@@ -62,6 +63,8 @@ nb::dict struct_fields() {
   fields["HedgehogSumsOptions"] = nb::cast(SettingsFields<HedgehogSumsOptions>::names());
   fields["HedgehogOutputsOptions"] = nb::cast(SettingsFields<HedgehogOutputsOptions>::names());
   fields["HedgehogGradientsOptions"] = nb::cast(SettingsFields<HedgehogGradientsOptions>::names());
+  fields["StateStepOptions"] = nb::cast(SettingsFields<StateStepOptions>::names());
+  fields["StateStepConfig"] = nb::cast(SettingsFields<StateStepConfig>::names());
   fields["KernelSettings"] = nb::cast(SettingsFields<KernelSettings>::names());
   return fields;
 }
@@ -252,6 +255,20 @@ nb::list matmul_specs(const std::string& dtype, bool transpose_a, bool transpose
   return specs;
 }
 
+// Of states [K, V] with `values_last`, of [V, K] without; `whole` rows of them are runs of four.
+nb::list state_step_specs(const std::string& key_dtype, const std::string& value_dtype,
+                          bool values_last, bool whole, bool normalize, long queries,
+                          const nb::dict& config) {
+  const auto type = [](const std::string& name) {
+    return name == "float32" ? runtime::DataType::kFloat32 : to_dtype(name);
+  };
+  nb::list specs;
+  specs.append(to_dict(StateStepKernel{type(key_dtype), type(value_dtype), values_last, whole,
+                                       normalize, field(config, "columns"), queries}
+                           .spec()));
+  return specs;
+}
+
 // -- Tools ----------------------------------------------------------------------------------------
 
 nb::dict compile_kernel(const nb::dict& spec_dict, bool use_cache,
@@ -364,6 +381,8 @@ NB_MODULE(_extension, module) {
              "dtype"_a, "key_dim"_a, "value_dim"_a);
   module.def("matmul_specs", &matmul_specs, nb::kw_only(), "dtype"_a, "transpose_a"_a,
              "transpose_b"_a, "config"_a);
+  module.def("state_step_specs", &state_step_specs, nb::kw_only(), "key_dtype"_a, "value_dtype"_a,
+             "values_last"_a, "whole"_a, "normalize"_a, "queries"_a, "config"_a);
 
   module.def("compile", &compile_kernel, "spec"_a, nb::kw_only(), "use_cache"_a = true,
              "ship_to"_a = nb::none(), "{cubin, log, seconds, origin}; needs no GPU");

@@ -13,6 +13,7 @@
 #include "tk/interpreter/reduce.h"
 #include "tk/interpreter/register_tile.h"
 #include "tk/interpreter/roles.h"
+#include "tk/interpreter/runs.h"
 #include "tk/interpreter/tma.h"
 #include "tk/interpreter/triangle.h"
 #else
@@ -24,6 +25,7 @@
 #include "tk/sm90/reduce.cuh"
 #include "tk/sm90/register_tile.cuh"
 #include "tk/sm90/roles.cuh"
+#include "tk/sm90/runs.cuh"
 #include "tk/sm90/tma.cuh"
 #include "tk/sm90/triangle.cuh"
 #endif

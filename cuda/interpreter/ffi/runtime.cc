@@ -27,6 +27,9 @@ interpreter::ScheduleOptions options;
 // Of the call that runs on this thread.
 thread_local interpreter::Memory memory;
 thread_local std::uint64_t seed = 0;
+// What its results that are operands too, given away by the caller, held before its first schedule:
+// the others start from there.
+thread_local std::map<void*, std::vector<std::byte>> given_away;
 
 }  // namespace
 
@@ -55,16 +58,22 @@ void declare_call_arrays(std::span<const CallArray> arrays) {
     if (!array.is_result) continue;
     void* data = array.buffer.untyped_data();
     const std::size_t bytes = array.buffer.size_bytes();
-    // A result may be an operand, given away by the caller.
-    if (!memory.overlaps(data, bytes)) std::memset(data, 0xff, bytes);
+    if (memory.overlaps(data, bytes)) {
+      const auto* begin = static_cast<const std::byte*>(data);
+      given_away.try_emplace(data, begin, begin + bytes);
+    } else {
+      std::memset(data, 0xff, bytes);
+    }
     memory.add(array.name, data, bytes, false);
   }
 }
 
 Status explore(const std::function<Status()>& call) {
   const interpreter::ScheduleOptions schedules = interpreter::schedule_options();
+  given_away.clear();
   for (std::int64_t i = 0; i < schedules.count; ++i) {
     seed = schedules.seed + i;
+    for (const auto& [data, before] : given_away) std::memcpy(data, before.data(), before.size());
     if (Status status = call(); !status.ok()) return status;
   }
   return {};

@@ -11,9 +11,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from tk_jax import _check, _dispatch
-from tk_jax.ops import _chunks
+from tk_jax.ops import _chunks, _state_step
 from tk_jax.ops import _sequence_checks as checks
-from tk_jax.ops.hedgehog_attention import config, vjp, xla
+from tk_jax.ops.hedgehog_attention import config, step, vjp, xla
 from tk_jax.ops.hedgehog_attention.config import HedgehogState
 from tk_jax.ops.linear_attention.vjp import differentiable
 
@@ -194,6 +194,11 @@ def hedgehog_attention_step(
     is the first ``state``; zeros start a sequence. The state that is returned has the
     shapes and dtypes of the one taken, so that its buffers can be donated.
 
+    On Hopper GPUs a TK kernel updates the sums in place for bfloat16, float16 and
+    float32, any window and maps, and up to 8 heads of queries to one of keys; the
+    latest two windows are XLA's, as is everything elsewhere. Derivatives are XLA's, in
+    both modes and of any order.
+
     Args:
       q: Queries ``[..., H, D]``.
       k: Keys ``[..., K, D]``.
@@ -205,7 +210,7 @@ def hedgehog_attention_step(
       beta: As there.
       window: As there.
       scale: As there.
-      implementation: As there; there is no kernel for steps, which XLA computes.
+      implementation: As there.
 
     Returns:
       ``out [..., H, V]`` in the dtype of the inputs, and the next state.
@@ -249,9 +254,22 @@ def hedgehog_attention_step(
         implementation=implementation,
     )
     _dispatch.warn_of_fallback(call.choice)
-    q, k, v = (x[..., None, :, :] for x in inputs[:3])
-    out, state = _hedgehog_attention(call, inputs._replace(q=q, k=k, v=v))
-    return out[..., 0, :, :], state
+    return _hedgehog_attention_step(call, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hedgehog_attention_step(call, inputs):
+    with jax.named_scope("tk_jax.hedgehog_attention_step"):
+        inputs = inputs._replace(state=HedgehogState(*inputs.state))
+        inputs = _dispatch.vary_together_in(inputs)
+        run_xla = functools.partial(step.xla_step, call.options)
+        if call.choice.cuda == "xla" or inputs.q.size == 0:
+            out, state = run_xla(inputs)
+        else:
+            run_tk = functools.partial(step.kernel_step, call.options)
+            out, state = _state_step.run_chosen(call.choice, run_tk, run_xla, inputs)
+        out = checkpoint_name(out, "tk_hedgehog_attention_out")
+        return out, checkpoint_name(state, "tk_hedgehog_attention_state")
 
 
 def _as_weight(value):
@@ -310,7 +328,9 @@ def _plan_step(
     arrays = (q, k, v, q_map, k_map, _as_weight(alpha), _as_weight(beta))
     options = _check_call(op, arrays, window, scale)
     _check_state(op, "state", state, k, v, q_map, window, 2)
-    lacking = config.step_unsupported()
+    lacking = _state_step.unsupported(
+        v.shape, 2 * q_map.shape[-1], v.dtype, queries=q.shape[-2] // k.shape[-2]
+    )
     return Call(options, _dispatch.choose(op, implementation, lacking), True)
 
 

@@ -162,8 +162,3 @@ def exceeded_limit(batch: int, seqlen: int, heads: int) -> str | None:
         if size > limit:
             return f"{name} of {size} (it takes up to {limit})"
     return None
-
-
-def step_unsupported() -> str:
-    """The same for a step of one token."""
-    return "steps of one token yet (there is no kernel for decoding)"

@@ -222,8 +222,3 @@ def exceeded_limit(q_shape, v_shape) -> str | None:
         if size > limit:
             return f"{name} of {size} (it takes up to {limit})"
     return None
-
-
-def step_unsupported() -> str:
-    """The same for a step of one token."""
-    return "steps of one token yet (there is no kernel for decoding)"

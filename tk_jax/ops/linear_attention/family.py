@@ -7,13 +7,14 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from tk_jax import _check, _dispatch
-from tk_jax.ops import _chunks
+from tk_jax.ops import _chunks, _state_step
 from tk_jax.ops import _sequence_checks as checks
 from tk_jax.ops._chunks import NormalizedState
-from tk_jax.ops.linear_attention import vjp, xla
+from tk_jax.ops.linear_attention import chunk, vjp, xla
 from tk_jax.ops.linear_attention.config import LinearAttentionOptions
 
 
@@ -76,6 +77,16 @@ def plan(
     )
 
 
+def plan_step(op: Op, name: str, q, k, v, **settings) -> Call:
+    """The same for a step of one token."""
+
+    def unsupported(_):
+        dim = op.num_features(q.shape[-1])
+        return _state_step.unsupported(v.shape, dim, v.dtype)
+
+    return plan(op, name, unsupported, q, k, v, **settings)
+
+
 def check_state(call: Call, name: str, argument: str, state, q, v, num_axes) -> None:
     """``num_axes`` are those of v that are no batch dimensions."""
     batch = v.shape[: v.ndim - num_axes]
@@ -126,8 +137,68 @@ def _xla(call, arrays):
     return out, state if call.return_final_state else None
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def run_step(call: Call, q, k, v, log_decay, state):
-    """A sequence of one token, whose arrays have no axis T."""
+    """One token, whose arrays have no axis T: out and the next state."""
+    op = call.op
+    with jax.named_scope(f"tk_jax.{op.name}_step"):
+        arrays = _dispatch.vary_together_in((q, k, v, log_decay, state))
+        run_xla = functools.partial(_xla_step, call)
+        if call.choice.cuda == "xla" or v.size == 0:
+            out, state = run_xla(arrays)
+        else:
+            run_tk = functools.partial(_kernel_step, call)
+            out, state = _state_step.run_chosen(call.choice, run_tk, run_xla, arrays)
+        out = checkpoint_name(out, f"tk_{op.name}_out")
+        state = checkpoint_name(state, f"tk_{op.name}_state")
+        return out, NormalizedState(*state) if call.options.normalize else state
+
+
+def _xla_step(call, arrays):
+    """A sequence of one token."""
+    q, k, v, log_decay, state = arrays
     q, k, v = (x[..., None, :, :] for x in (q, k, v))
-    out, state = run(call, q, k, v, log_decay, state, None)
+    if log_decay is not None and log_decay.ndim > 1:
+        log_decay = log_decay[..., None, :]
+    out, state = xla.linear_attention(
+        call.options, q, k, v, log_decay, state, None, features=call.op.features
+    )
     return out[..., 0, :, :], state
+
+
+def _kernel_step(call, arrays):
+    q, k, v, log_decay, state = arrays
+    batch = v.shape[:-2]
+    fold = functools.partial(_chunks.fold, num_batch_axes=len(batch))
+    unfold = functools.partial(_chunks.unfold, batch=batch)
+    scale, features, normalize = (
+        call.options.scale,
+        call.op.features,
+        call.options.normalize,
+    )
+    if features is not chunk.DOT:
+        q = features.queries(q.astype(jnp.float32) * scale)
+        k = features.keys(k.astype(jnp.float32))
+        scale = 1.0
+    decays = None
+    if log_decay is not None:
+        decays = jnp.exp(log_decay.astype(jnp.float32))
+        decays = decays[None] if decays.ndim == 1 else fold(decays)
+    sums, normalizer = state if normalize else (state, None)
+    found = _state_step.state_step(
+        _state_step.StateStepOptions(
+            scale=scale, values_last=True, normalize=normalize, divide=normalize
+        ),
+        _state_step.Arrays(
+            q=fold(q),
+            k=fold(k),
+            v=fold(v),
+            state=fold(sums),
+            normalizer=None if normalizer is None else fold(normalizer),
+            decays=decays,
+        ),
+    )
+    state = unfold(found.state)
+    if normalize:
+        state = state, unfold(found.normalizer)
+    return unfold(found.out), state

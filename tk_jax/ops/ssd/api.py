@@ -10,11 +10,11 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from tk_jax import _check, _dispatch
-from tk_jax.ops import _chunks
+from tk_jax.ops import _chunks, _state_step
 from tk_jax.ops import _sequence_checks as checks
-from tk_jax.ops.linear_attention.config import step_unsupported, unsupported
+from tk_jax.ops.linear_attention.config import unsupported
 from tk_jax.ops.linear_attention.vjp import differentiable
-from tk_jax.ops.ssd import config, vjp, xla
+from tk_jax.ops.ssd import config, step, vjp, xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,9 +202,14 @@ def ssd_step(
 
     The arguments are those of that function without the axis T, and its ``final_state``
     is the first ``state``; zeros start a sequence. The state that is returned has the
-    shape and dtype of the one taken, so that its buffer can be donated. What mamba-ssm
-    calls ``selective_state_update``, for one dt to a head. Runs in XLA operations on
-    every platform: there is no TK kernel for a step yet.
+    shape and dtype of the one taken: where that is donated (or carried by a scan), it
+    is updated in place, and copied first otherwise. What mamba-ssm calls
+    ``selective_state_update``, for one dt to a head.
+
+    A TK kernel runs it on Hopper GPUs for bfloat16, float16 and float32 with states of
+    any size, which it reads and writes once, XLA operations elsewhere; step sizes and
+    the gate z are XLA's. Derivatives are XLA's everywhere, in both modes and of any
+    order.
 
     Args:
       x: ``[..., H, P]``.
@@ -218,8 +223,7 @@ def ssd_step(
       dt_bias: ``[H]``.
       dt_softplus: As there.
       dt_limit: As there.
-      implementation: ``None`` and ``"xla"`` run XLA; ``"tk"`` and ``"interpret"``
-        raise, as there is no kernel yet.
+      implementation: As there.
 
     Returns:
       ``y [..., H, P]`` in the dtype of ``x``, and the next state.
@@ -249,11 +253,21 @@ def ssd_step(
         implementation=implementation,
     )
     _dispatch.warn_of_fallback(call.choice)
-    x, B, C = (a[..., None, :, :] for a in (inputs.x, inputs.B, inputs.C))
-    z = None if inputs.z is None else inputs.z[..., None, :, :]
-    inputs = inputs._replace(x=x, B=B, C=C, z=z, dt=inputs.dt[..., None, :])
-    y, state = _ssd(call, inputs)
-    return y[..., 0, :, :], state
+    return _ssd_step(call, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _ssd_step(call, inputs):
+    with jax.named_scope("tk_jax.ssd_step"):
+        inputs = _dispatch.vary_together_in(inputs)
+        run_xla = functools.partial(step.xla_step, call.options)
+        if call.choice.cuda == "xla" or inputs.x.size == 0:
+            y, state = run_xla(inputs)
+        else:
+            run_tk = functools.partial(step.kernel_step, call.options)
+            y, state = _state_step.run_chosen(call.choice, run_tk, run_xla, inputs)
+        y = checkpoint_name(y, "tk_ssd_out")
+        return y, checkpoint_name(state, "tk_ssd_state")
 
 
 def _plan(
@@ -305,9 +319,8 @@ def _plan_step(
     checks.check_first(op, "x", x, "H, P")
     _check_arrays(op, x, dt, A, B, C, D, z, dt_bias)
     _check_state(op, "state", state, x, B, 2)
-    return _make_call(
-        op, dt_softplus, dt_limit, implementation, True, step_unsupported()
-    )
+    lacking = _state_step.unsupported(x.shape, B.shape[-1], x.dtype)
+    return _make_call(op, dt_softplus, dt_limit, implementation, True, lacking)
 
 
 def _make_call(op, dt_softplus, dt_limit, implementation, final, lacking) -> Call:

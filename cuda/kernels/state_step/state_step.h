@@ -1,0 +1,65 @@
+// What host and device agree on for steps of one token: launch parameters and budgets.
+//
+// Plain C++: included by the FFI handlers and by the kernels.
+//
+//   S <- exp(g) S + w v k^T,   out = scale S q + skip * v        for each head
+//
+// The state is read and written once, in place where both are one array, and everything else is
+// small beside it. Two layouts: in "rows" a row of S is one value's, [V, K] (the state-space dual);
+// in "columns" a column is, [K, V] (linear attention and what puts features before it).
+//
+// Shapes: k [B, Gk, K], q [B, Gq, K], v [B, H, V], out [B, Ho, V]. Head h of the states reads key
+// h / (H / Gk). In columns it may have several queries, which are then its own: Ho = Gq = R H; with
+// one, Ho = H and it is query h / (H / Gq).
+#pragma once
+
+namespace tk::state_step {
+
+constexpr int kThreads = 128;
+constexpr int kRows = 64;       // of a state, that a block has at once
+constexpr int kMaxQueries = 8;  // of a state
+// That share a multiprocessor: 85 registers a thread.
+constexpr int kResidentBlocks = 6;
+
+// An array [B, H, ..] of which some axes may be there for all: strides of those are 0.
+struct Gate {
+  const float* data;  // or null
+  long batch_stride, head_stride, value_stride;
+};
+
+// Kernels: "kernels/state_step/rows.cuh"
+//   tk::state_step::rows<tk::state_step::Traits<TKey, TValue, kCols, kWhole>>
+// "kernels/state_step/columns.cuh"
+//   tk::state_step::columns<tk::state_step::ColumnsTraits<TKey, TValue, kCols, kWhole, kNormalize,
+//   kQueries>>
+// with tiles of kCols columns of the state; kWhole where a row is whole runs of sixteen bytes.
+// Grid: B * H * parts blocks of kThreads. Parts are runs of rows ("rows") or columns of the state.
+struct StepParams {
+  const void* q;
+  const void* k;
+  const void* v;
+  Gate decays;   // exp(g), [B, H]; 0 forgets whatever the state is, NaN too
+  Gate weights;  // w, [B, H]; rows alone
+  Gate skip;     // [B, H, V]; rows alone
+  // [B, H, V, K] or [B, H, K, V]: before and after, perhaps the same.
+  const float* from;
+  float* to;
+  // With kNormalize z <- exp(g) z + k, [B, H, K].
+  const float* normalizer_from;
+  float* normalizer_to;
+  void* out;
+  float* sums;  // scale z q, [B, Ho]: if null, out is divided by them, and 0 where they are
+  int num_heads, key_heads, query_heads;
+  int key_dim, value_dim;
+  int parts;            // of a state
+  int columns_of_part;  // with kNormalize all: z is one block's
+  float scale;
+};
+
+// Of columns: what each warp sums of its rows.
+constexpr int columns_shared_bytes(long columns, long queries, bool normalize) {
+  return static_cast<int>(kThreads / 32 * 4 * queries * (columns + (normalize ? 16 : 0))) + 16 +
+         1024;
+}
+
+}  // namespace tk::state_step

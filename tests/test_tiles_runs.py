@@ -1,0 +1,58 @@
+"""Moves of float tiles and of vectors of columns in runs of four."""
+
+import numpy as np
+import pytest
+from tiles import BF16, FLOAT, FP16, NAMES, assert_same, integers, kernel
+
+pytestmark = pytest.mark.usefixtures("tile_implementation")
+
+# The type of the vector, columns of the tile, whether rows are whole runs.
+CASES = [
+    (FLOAT, 16, "true"),
+    (BF16, 64, "true"),
+    (FP16, 32, "true"),
+    (FLOAT, 64, "false"),
+    (BF16, 16, "false"),
+    (FP16, 48, "false"),
+]
+RUNS = {case: kernel("runs", "runs", *case, threads=128) for case in CASES}
+
+
+@pytest.mark.parametrize("at", [(0, 0), (20, 8), (70, 4)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_runs(rng, case, at):
+    """What is outside reads as zero, or as the number given, and is not written."""
+    name, width, whole = case
+    dtype, (row, col) = NAMES[name], at
+    rows, cols = 81, width + (4 if whole == "true" else 3)
+    x = integers(rng, (rows, cols))
+    y = integers(rng, (cols,), dtype)
+    other, end = 9.0, width - 5
+    f32 = np.float32
+    tile, same, twice, sums, order = RUNS[case](
+        [
+            ((rows, cols), f32),
+            ((rows, cols), f32),
+            ((cols,), dtype),
+            ((cols,), f32),
+            ((16, width), f32),
+        ],
+        x,
+        y,
+        scalars=(row, col, other, end),
+    )
+    here = np.s_[row : row + 64, col : col + width]
+    kept = np.arange(cols) - col < end
+    expected = np.full((rows, cols), 7, f32)
+    expected[here] = np.where(kept, x * y.astype(f32), other)[here]
+    assert_same(tile, expected)
+    assert_same(same, expected)
+
+    inside = np.s_[col : col + width]
+    assert_same(twice[inside], 2 * y.astype(f32)[inside])
+    assert_same(sums[inside], x[row : row + 16, inside].sum(0))
+    places = np.arange(width)
+    within = places % 16
+    places += within % 8 // 2 * 4 + within // 8 * 2 + within % 2 - within
+    padded = np.append(y.astype(f32)[col:], np.full(width, other))
+    assert_same(order, np.broadcast_to(padded[places], (16, width)))
