@@ -18,8 +18,8 @@ namespace tk::state_step {
 constexpr int kThreads = 128;
 constexpr int kRows = 64;       // of a state, that a block has at once
 constexpr int kMaxQueries = 8;  // of a state
-// That share a multiprocessor: 85 registers a thread.
-constexpr int kResidentBlocks = 6;
+// That share a multiprocessor, at least: 128 registers a thread.
+constexpr int kResidentBlocks = 4;
 
 // An array [B, H, ..] of which some axes may be there for all: strides of those are 0.
 struct Gate {

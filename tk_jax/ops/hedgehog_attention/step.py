@@ -48,13 +48,14 @@ def kernel_step(options: HedgehogOptions, inputs: xla.Inputs):
     state = HedgehogState(*(fold(x) for x in inputs.state))
     # [K heads, R queries of each]
     heads = (num_kv_heads, num_heads // num_kv_heads)
-    product = functools.partial(
-        jnp.einsum,
-        precision=_chunks.precision(q.dtype),
-        preferred_element_type=jnp.float32,
-    )
     k_map = inputs.k_map.astype(k.dtype)
     q_map = inputs.q_map.astype(q.dtype).reshape(*heads, *inputs.q_map.shape[1:])
+    precision = _chunks.precision(q.dtype)
+
+    def product(equation, *operands):
+        operands = (x.astype(jnp.float32) for x in operands)
+        return jnp.einsum(equation, *operands, precision=precision)
+
     alpha, beta = (
         jnp.broadcast_to(x.astype(jnp.float32), num_heads).reshape(*heads, 1)
         for x in (inputs.alpha, inputs.beta)
@@ -78,7 +79,7 @@ def kernel_step(options: HedgehogOptions, inputs: xla.Inputs):
     p = beta * jnp.exp(s - s.max(-1, keepdims=True))
     phi_k = _features(product("bjkd,kdf->bjkf", keys, k_map))
     p = p + jnp.where(far, product("bkrf,bjkf->bkrj", phi_q, phi_k), 0)
-    numerators = product("bkrj,bjkv->bkrv", p, values.astype(jnp.float32))
+    numerators = product("bkrj,bjkv->bkrv", p, values)
     numerators += found.out.reshape(numerators.shape)
     out = divide(numerators, p.sum(-1) + found.sums.reshape(p.shape[:-1]))
     out = out.reshape(*batch, num_heads, v.shape[-1]).astype(v.dtype)
