@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from recurrent_cases import rounded
+from recurrent_cases import quick_jit, rounded
 from tolerance import assert_close
 
 import tk_jax
@@ -130,8 +130,9 @@ def arrays_of(case: Case, seed: int = 0) -> dict:
             q, k = np.abs(q) + 0.1, np.abs(k)
             z = np.abs(normal(state.shape[:-1]))
         else:
-            keys = normal((case.batch, heads, case.key_dim))
-            z = np.asarray(TAYLOR.keys(jnp.float32(keys)))  # those of a token
+            # What the weights of a query sum up to, mostly that of the first feature.
+            z = 0.1 * normal(state.shape[:-1])
+            z[..., 0] = 5
         state = (state, z)
     arrays = {"q": q, "k": k, "v": v, "state": state}
     if case.op == "linear_attention":
@@ -203,7 +204,7 @@ def exact_step(case: Case, arrays: dict):
         # (test_hedgehog_attention.py).
         with jax.enable_x64(True):
             arrays = jax.tree.map(jnp.asarray, arrays)
-            return jax.jit(step(case, "xla"))(**arrays)
+            return quick_jit(step(case, "xla"))(**arrays)
     return {
         "ssd": _ssd,
         "linear_attention": _linear_attention,
@@ -262,8 +263,8 @@ def _based_attention(case, q, k, v, state):
 def check(fn, case: Case, arrays: dict | None = None) -> None:
     """``fn`` against the recurrence in float64, measured by plain XLA's errors."""
     arrays = given(case, arrays)
-    got = jax.jit(fn)(**arrays)
-    low = jax.jit(step(case, "xla"))(**arrays)
+    got = quick_jit(fn)(**arrays)
+    low = quick_jit(step(case, "xla"))(**arrays)
     exact = exact_step(case, arrays)
     structures = {jax.tree.structure(x) for x in (got, low)}
     assert len(structures) == 1
@@ -271,4 +272,7 @@ def check(fn, case: Case, arrays: dict | None = None) -> None:
         zip(*map(jax.tree.leaves, (got, exact, low)), strict=True)
     ):
         assert x.dtype == z.dtype
+        if x.dtype == jnp.int32:
+            np.testing.assert_array_equal(x, y)
+            continue
         assert_close(x, y, z, what=f"{case}: result {index}")
