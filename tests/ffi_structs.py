@@ -106,17 +106,15 @@ class Memory:
     def struct(self, cls: type, *values):
         return cls(ctypes.sizeof(cls), None, *values)
 
-    def buffers(self, arrays: list, address: int, step: int):
-        """Arrays of (dtype, shape), ``step`` bytes apart from ``address`` on."""
-        addresses = []
-        for i, (dtype, shape) in enumerate(arrays):
+    def buffers(self, arrays: list, addresses: list[int]):
+        """Arrays of (dtype, shape), at an address each."""
+        pointers = []
+        for (dtype, shape), address in zip(arrays, addresses, strict=True):
             dims = self.array(ctypes.c_int64, shape)
-            buffer = self.struct(
-                _Buffer, _TYPES[dtype], address + i * step, len(shape), dims
-            )
-            addresses.append(self.keep(buffer))
+            buffer = self.struct(_Buffer, _TYPES[dtype], address, len(shape), dims)
+            pointers.append(self.keep(buffer))
         kinds = self.array(ctypes.c_int, [_BUFFER] * len(arrays))
-        items = self.array(ctypes.c_void_p, addresses)
+        items = self.array(ctypes.c_void_p, pointers)
         return self.struct(_Arrays, len(arrays), kinds, items)
 
     def span(self, text: str) -> int:

@@ -33,6 +33,7 @@ class Call:
     rets: list
     attributes: dict
     stage: str = "execute"
+    in_place: dict = dataclasses.field(default_factory=dict)  # {result: argument}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +151,8 @@ class _Runtime:
             ctypes.addressof(self.api),
             None,
             ffi_structs.STAGES[call["stage"]],
-            memory.buffers(call["args"], FIRST_ADDRESS, FIRST_ADDRESS),
-            memory.buffers(
-                call["rets"], FIRST_ADDRESS * (1 + len(call["args"])), FIRST_ADDRESS
-            ),
+            memory.buffers(call["args"], _addresses(0, len(call["args"]))),
+            memory.buffers(call["rets"], _addresses_of_results(call)),
             memory.attributes(call["attributes"]),
             None,
         )
@@ -161,6 +160,17 @@ class _Runtime:
         frame.struct_size = ffi_structs.Frame.future.offset
         error = handler(memory.keep(frame))
         return self.errors[error - 1] if error else (0, "")
+
+
+def _addresses(first: int, count: int) -> list[int]:
+    return [FIRST_ADDRESS * (1 + first + i) for i in range(count)]
+
+
+def _addresses_of_results(call: dict) -> list[int]:
+    addresses = _addresses(len(call["args"]), len(call["rets"]))
+    for result, argument in call["in_place"].items():
+        addresses[int(result)] = _addresses(argument, 1)[0]  # json: keys are text
+    return addresses
 
 
 def _pointer(capsule) -> int:

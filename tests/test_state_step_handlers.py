@@ -36,6 +36,7 @@ def step(
     divide=False,
     columns=64,
     query_heads=None,
+    in_place=None,
     **arrays,
 ):
     """``arrays`` are given by name where they are not what they should be."""
@@ -71,6 +72,7 @@ def step(
         given[:8],
         given[8:],
         {"options": options, "config": {"columns": columns}},
+        in_place={2: 6, 3: 7} if in_place is None else in_place,
     )
 
 
@@ -101,6 +103,18 @@ def test_empty_batch_launches_nothing():
     nothing = dataclasses.replace(SIZES, batch=0)
     (answer,) = Gpu().run(step(nothing))
     assert (answer.code, answer.message, answer.driver) == (0, "", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "in_place"),
+    [("next_state is not where state", {3: 7}), ("next_normalizer is not", {2: 6})],
+)
+def test_states_are_in_place(name, in_place):
+    call = step(values_last=True, normalize=True, divide=True, in_place=in_place)
+    _, ran = Gpu().run(*both_stages(call))
+    assert ran.code == _INVALID
+    assert name in ran.message
+    assert ran.of("launch") == []
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,13 @@ Status check_divides(const char* name, std::int64_t heads, std::int64_t all) {
                  " heads; expected a divisor of the " + std::to_string(all) + " heads of v");
 }
 
+// The kernel knows one address for what is before and after.
+Status check_in_place(const char* name, const AnyBuffer& next, const char* of,
+                      const AnyBuffer& buffer) {
+  if (!is_given(buffer) || next.untyped_data() == buffer.untyped_data()) return {};
+  return invalid(std::string(name) + " is not where " + of + " is; expected one aliased with it");
+}
+
 Result<Sizes> read(const Buffers& b, const StateStepOptions& options) {
   if (Status status =
           first_error({check_rank("q", b.q, 3), check_rank("k", b.k, 3), check_rank("v", b.v, 3)});
@@ -148,6 +155,12 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
   if (s.empty()) return {};
+  if (Status status = first_error(
+          {check_in_place("next_state", b.next_state, "state", b.state),
+           check_in_place("next_normalizer", b.next_normalizer, "normalizer", b.normalizer)});
+      !status.ok()) {
+    return status;
+  }
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
   const auto kernel = find_loaded(kernels, kernel_of(s, options, config), **device);
@@ -172,11 +185,9 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   params.decays = gate(b.decays);
   params.weights = gate(b.weights);
   params.skip = gate(b.skip);
-  params.from = floats(b.state);
-  params.to = floats(b.next_state);
+  params.state = floats(b.state);
   if (options.normalize) {
-    params.normalizer_from = floats(b.normalizer);
-    params.normalizer_to = floats(b.next_normalizer);
+    params.normalizer = floats(b.normalizer);
     if (!options.divide) params.sums = floats(b.sums);
   }
   params.out = b.out.untyped_data();

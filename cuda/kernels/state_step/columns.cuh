@@ -36,8 +36,6 @@ struct Columns {
   static constexpr int kQueries = Traits::kQueries;
   static constexpr int kWarps = kThreads / 32;
 
-  // A sum of numbers of rows is that of any column of the tile that has them in each.
-  using SumCols = PerCol<16>;
   struct Sums {
     SharedVec<float, 16> vec[kWarps][kQueries];
   };
@@ -87,27 +85,27 @@ struct Columns {
   __device__ __forceinline__ void walk(Shared& shared, int col) const {
     const int key_dim = params.key_dim, value_dim = params.value_dim;
     const int64 matrix = state * key_dim * value_dim;
-    const GlobalView<const float> from{params.from + matrix, key_dim, value_dim, value_dim};
-    const GlobalView<float> to{params.to + matrix, key_dim, value_dim, value_dim};
+    const GlobalView<float> view{params.state + matrix, key_dim, value_dim, value_dim};
     const auto k = place.shared_row<TKey>(params, params.k, params.key_heads, key_dim);
 
+    // First of all what is large: whatever is computed from the rest waits for that.
+    RegTile<float, 16, kCols> tile;
+    warpgroup::load_runs<kWhole>(tile, view, 0, col);
     PerCol<kCols> values, totals[kQueries];
-    SumCols sums[kQueries];
+    PerRow<16> row_sums[kQueries];
     warp::load_runs<kWhole>(
         values, place.shared_row<TValue>(params, params.v, params.num_heads, value_dim), col, 0.0f);
 #pragma unroll
     for (int r = 0; r < kQueries; ++r) {
       warp::zero(totals[r]);
-      warp::zero(sums[r]);
+      warp::zero(row_sums[r]);
     }
 #pragma unroll 1
-    for (int row = 0; row < key_dim; row += kRows) {
-      RegTile<float, 16, kCols> tile;
+    for (int row = 0;;) {
       PerRow<16> keys;
-      warpgroup::load_runs<kWhole>(tile, from, row, col);
       warpgroup::load(keys, k, row, 0.0f);
       step_on(tile, decay, keys, values);
-      warpgroup::store_runs<kWhole>(to, tile, row, col);
+      warpgroup::store_runs<kWhole>(view, tile, row, col);
       // Rows that are not there have no part in the sums, not even as infinity times zero.
       if (row + kRows > key_dim) warpgroup::keep_rows_before(tile, key_dim - row, 0.0f);
       if constexpr (Traits::kNormalize) {
@@ -121,19 +119,22 @@ struct Columns {
         warp::mul_rows(products, tile, queries);
         warp::fold_col_sum(totals[r], products);
         if constexpr (Traits::kNormalize) {
-          if (col == 0) fold_sum(sums[r], queries, keys);
+          if (col == 0) {
+            warp::zip(queries, queries, keys, [](float q, float z) { return q * z; });
+            warp::zip(row_sums[r], row_sums[r], queries, [](float x, float y) { return x + y; });
+          }
         }
       }
+      row += kRows;
+      if (row >= key_dim) break;
+      warpgroup::load_runs<kWhole>(tile, view, row, col);
     }
 #pragma unroll
     for (int r = 0; r < kQueries; ++r) {
       warp::finish_col_sum(totals[r]);
       warp::store(shared.totals[warp::index()][r], totals[r]);
       if constexpr (Traits::kNormalize) {
-        if (col == 0) {
-          warp::finish_col_sum(sums[r]);
-          warp::store(shared.sums.vec[warp::index()][r], sums[r]);
-        }
+        if (col == 0) store_sum(shared.sums.vec[warp::index()][r], row_sums[r]);
       }
     }
   }
@@ -142,23 +143,23 @@ struct Columns {
   __device__ __forceinline__ void step_normalizer(PerRow<16>& keys, int row) const {
     PerRow<16> z;
     const int64 offset = state * params.key_dim;
-    warpgroup::load(z, GlobalVec<const float>{params.normalizer_from + offset, params.key_dim}, row,
+    warpgroup::load(z, GlobalVec<const float>{params.normalizer + offset, params.key_dim}, row,
                     0.0f);
     warp::zip(keys, z, keys, [=, this](float x, float added) { return stepped(decay, x, added); });
     warpgroup::for_each(keys,
                         [=, this](int i, float x) { return row + i < params.key_dim ? x : 0.0f; });
     warp::sync();  // every thread has read before one writes
-    warpgroup::store(GlobalVec<float>{params.normalizer_to + offset, params.key_dim}, keys, row);
+    warpgroup::store(GlobalVec<float>{params.normalizer + offset, params.key_dim}, keys, row);
   }
-  // sums += rows of x times rows of y.
-  __device__ __forceinline__ static void fold_sum(SumCols& sums, const PerRow<16>& x,
-                                                  const PerRow<16>& y) {
-    PerRow<16> product;
-    warp::zip(product, x, y, [](float a, float b) { return a * b; });
+  // The sum of a warp's rows is that of any column of a tile that has them in each.
+  __device__ __forceinline__ static void store_sum(SharedVec<float, 16>& dst,
+                                                   const PerRow<16>& rows) {
     RegTile<float, 16, 16> tile;
+    PerCol<16> sums;
     warp::zero(tile);
-    warp::map_rows(tile, tile, product, [](float, float z) { return z; });
-    warp::fold_col_sum(sums, tile);
+    warp::map_rows(tile, tile, rows, [](float, float x) { return x; });
+    warp::col_sum(sums, tile);
+    warp::store(dst, sums);
   }
 
   // A warp: one query's outputs.

@@ -5,9 +5,9 @@
 // (Dao and Gu, "Transformers are SSMs", 2024, section 3, with one token; what mamba-ssm calls
 // selective_state_update.) Grid: 64 rows of the state of a head to a block of one warpgroup,
 // without roles or shared memory; a warp has 16 rows and walks their columns kCols at a time. A
-// thread has kCols / 2 numbers of the state in flight, and five or more blocks share a
-// multiprocessor: 80 KB, five times what hides the memory's latency. Limit: memory, the state once
-// in and once out.
+// thread has kCols / 2 numbers of the state in flight, 96 registers, and five blocks share a
+// multiprocessor: 80 KB, several times what hides the memory's latency. Limit: memory, the state
+// once in and once out.
 #pragma once
 
 #include "kernels/state_step/step.cuh"
@@ -32,12 +32,14 @@ __device__ __forceinline__ void rows(const StepParams& params) {
   const int first = place.part * kRows;
   const int64 state = place.state(params);
   const int64 matrix = state * params.value_dim * params.key_dim;
-  const GlobalView<const float> from{params.from + matrix, params.value_dim, params.key_dim,
-                                     params.key_dim};
-  const GlobalView<float> to{params.to + matrix, params.value_dim, params.key_dim, params.key_dim};
+  const GlobalView<float> view{params.state + matrix, params.value_dim, params.key_dim,
+                               params.key_dim};
   const auto q = place.shared_row<TKey>(params, params.q, params.query_heads, params.key_dim);
   const auto k = place.shared_row<TKey>(params, params.k, params.key_heads, params.key_dim);
 
+  // First of all what is large: whatever is computed from the rest waits for that.
+  RegTile<float, 16, kCols> tile;
+  warpgroup::load_runs<kWhole>(tile, view, first, 0);
   const float decay = place.value(params.decays, 1.0f);
   PerRow<16> values, weighted, total;
   warpgroup::load(values,
@@ -47,18 +49,19 @@ __device__ __forceinline__ void rows(const StepParams& params) {
   warp::map(weighted, values, [=](float v) { return v * weight; });
   warp::zero(total);
 #pragma unroll 1
-  for (int col = 0; col < params.key_dim; col += kCols) {
-    RegTile<float, 16, kCols> tile;
+  for (int col = 0;;) {
     PerCol<kCols> keys, queries;
-    warpgroup::load_runs<kWhole>(tile, from, first, col);
     warp::load_runs<kWhole>(keys, k, col, 0.0f);
     warp::load_runs<kWhole>(queries, q, col, 0.0f);
     step_on(tile, decay, weighted, keys);
-    warpgroup::store_runs<kWhole>(to, tile, first, col);
+    warpgroup::store_runs<kWhole>(view, tile, first, col);
     // Columns that are not there have no part in the sum, not even as infinity times zero.
     if (col + kCols > params.key_dim) warp::keep_runs_before(tile, params.key_dim - col, 0.0f);
     warp::mul_cols(tile, tile, queries);
     warp::fold_row_sum(total, tile);
+    col += kCols;
+    if (col >= params.key_dim) break;
+    warpgroup::load_runs<kWhole>(tile, view, first, col);
   }
   warp::finish_row_sum(total);
   warp::map(total, total, [=](float x) { return x * params.scale; });

@@ -4,9 +4,9 @@
 //
 //   S <- exp(g) S + w v k^T,   out = scale S q + skip * v        for each head
 //
-// The state is read and written once, in place where both are one array, and everything else is
-// small beside it. Two layouts: in "rows" a row of S is one value's, [V, K] (the state-space dual);
-// in "columns" a column is, [K, V] (linear attention and what puts features before it).
+// The state is read once and written once, in place, and everything else is small beside it. Two
+// layouts: in "rows" a row of S is one value's, [V, K] (the state-space dual); in "columns" a
+// column is, [K, V] (linear attention and what puts features before it).
 //
 // Shapes: k [B, Gk, K], q [B, Gq, K], v [B, H, V], out [B, Ho, V]. Head h of the states reads key
 // h / (H / Gk). In columns it may have several queries, which are then its own: Ho = Gq = R H; with
@@ -18,8 +18,11 @@ namespace tk::state_step {
 constexpr int kThreads = 128;
 constexpr int kRows = 64;       // of a state, that a block has at once
 constexpr int kMaxQueries = 8;  // of a state
-// That share a multiprocessor, at least: 128 registers a thread.
-constexpr int kResidentBlocks = 4;
+// Blocks that share a multiprocessor, at least: as many as nothing is spilled with.
+constexpr int resident_blocks(bool values_last, bool whole, bool normalize, long queries) {
+  if (!whole || queries > 1) return 3;
+  return values_last && !normalize ? 4 : 5;
+}
 
 // An array [B, H, ..] of which some axes may be there for all: strides of those are 0.
 struct Gate {
@@ -38,15 +41,11 @@ struct StepParams {
   const void* q;
   const void* k;
   const void* v;
-  Gate decays;   // exp(g), [B, H]; 0 forgets whatever the state is, NaN too
-  Gate weights;  // w, [B, H]; rows alone
-  Gate skip;     // [B, H, V]; rows alone
-  // [B, H, V, K] or [B, H, K, V]: before and after, perhaps the same.
-  const float* from;
-  float* to;
-  // With kNormalize z <- exp(g) z + k, [B, H, K].
-  const float* normalizer_from;
-  float* normalizer_to;
+  Gate decays;        // exp(g), [B, H]; 0 forgets whatever the state is, NaN too
+  Gate weights;       // w, [B, H]; rows alone
+  Gate skip;          // [B, H, V]; rows alone
+  float* state;       // [B, H, V, K] or [B, H, K, V], before and after
+  float* normalizer;  // with kNormalize z <- exp(g) z + k, [B, H, K]
   void* out;
   float* sums;  // scale z q, [B, Ho]: if null, out is divided by them, and 0 where they are
   int num_heads, key_heads, query_heads;

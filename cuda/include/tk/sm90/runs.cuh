@@ -8,6 +8,7 @@
 #pragma once
 
 #include "tk/sm90/copy.cuh"
+#include "tk/sm90/ptx/global.cuh"
 
 namespace tk {
 namespace detail {
@@ -28,10 +29,9 @@ __device__ __forceinline__ float4 load_run(const T* place) {
 template <typename T>
 __device__ __forceinline__ void store_run(T* place, const float4& run) {
   if constexpr (kSame<T, float>) {
-    *reinterpret_cast<float4*>(place) = run;
+    ptx::store_global_f32x4(place, run);
   } else {
-    *reinterpret_cast<uint2*>(place) =
-        make_uint2(ptx::pack<T>(run.x, run.y), ptx::pack<T>(run.z, run.w));
+    ptx::store_global_u32x2(place, ptx::pack<T>(run.x, run.y), ptx::pack<T>(run.z, run.w));
   }
 }
 
