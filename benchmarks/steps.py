@@ -240,6 +240,8 @@ def main(argv=None, *, find_gpu=results.find_gpu) -> int:
                 failed |= name == "tk"
             else:
                 names.append(name)
+        if not names:
+            continue
         times = time_case(case, names, rounds=options.rounds, seconds=options.seconds)
         for name, samples in times.items():
             median = statistics.median(samples)

@@ -142,6 +142,33 @@ def test_gradient_of_a_bias(head_dim, mask, features):
     assert not verdict.problems, "\n".join(verdict.problems)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("values_last", "normalize", "whole", "queries", "columns"),
+    [
+        (False, False, False, 1, 64),
+        (True, False, False, 1, 64),
+        (True, True, False, 1, 64),
+        (True, True, True, 2, 64),
+        (True, True, False, 8, 16),
+    ],
+    ids=str,
+)
+def test_steps_of_any_size(values_last, normalize, whole, queries, columns):
+    """States whose rows are not whole runs of sixteen bytes, and several queries."""
+    (spec,) = _ffi.extension().state_step_specs(
+        key_dtype="float32",
+        value_dtype="float32",
+        values_last=values_last,
+        whole=whole,
+        normalize=normalize,
+        queries=queries,
+        config={"columns": columns},
+    )
+    verdict = compile_gate.judge(spec, _NOTHING)
+    assert not verdict.problems, "\n".join(verdict.problems)
+
+
 def test_every_op_is_gated():
     items = list(specialisations())
     symbols = {item.symbol for item in items}
