@@ -19,6 +19,7 @@ OP_SOURCES = [
     "ffi/hedgehog_attention_forward.cc",
     "ffi/hedgehog_attention_kernels.cc",
     "ffi/hedgehog_attention_problem.cc",
+    "ffi/hedgehog_attention_step.cc",
     "ffi/kernel.cc",
     "ffi/linear_attention_gates.cc",
     "ffi/linear_attention_gradients.cc",

@@ -16,7 +16,6 @@ from tk_jax.ops.based_attention.features import TAYLOR
 
 EXACT = ("dt", "A", "D", "dt_bias", "log_decay", "state", "alpha", "beta")
 MAPS = ("q_map", "k_map")
-HEDGEHOG = {"window": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +39,20 @@ class Case:
         return "-".join(map(str, words))
 
     @property
+    def window(self) -> int:
+        """Hedgehog's: that of its kernel of windows, with the maps that it takes."""
+        return 64 if self.key_dim == 64 else 2
+
+    @property
+    def head_dim(self) -> int:
+        return 72 if self.key_dim == 64 else 8
+
+    @property
     def settings(self):
         if self.op == "ssd":
             return {"dt_softplus": self.gate}
         if self.op == "hedgehog_attention":
-            return HEDGEHOG
+            return {"window": self.window}
         return {"normalize": self.normalize}
 
     @property
@@ -87,14 +95,23 @@ CASES = [
     BASED(16, 20, (2, 2), "float16", batch=1, decay="none"),
     HEDGEHOGS(5, 12, (4, 2), decay="none"),
     HEDGEHOGS(12, 7, (3, 3), "float32", batch=1, decay="none"),
+    HEDGEHOGS(64, 64, (2, 1), batch=4, decay="none"),
+    HEDGEHOGS(64, 72, (2, 2), "float16", batch=1, decay="none"),
 ]
 
 
 def specs_of(cases):
     """What the cases' calls ask for, by kernel."""
-    specs = [
-        _ffi.extension().state_step_specs(**case.settings_of_state)[0] for case in cases
-    ]
+    extension = _ffi.extension()
+    specs = [extension.state_step_specs(**case.settings_of_state)[0] for case in cases]
+    for case in cases:
+        if case.op == "hedgehog_attention" and case.key_dim == 64:
+            specs += extension.hedgehog_attention_specs(
+                kernel="step",
+                dtype=case.dtype,
+                key_dim=case.head_dim,
+                value_dim=case.value_dim,
+            )
     return list({spec["function"]: spec for spec in specs}.values())
 
 
@@ -149,9 +166,10 @@ def _hedgehog_arrays(case, rng):
     """A state that has had some tokens; sequences of different lengths."""
     heads, kv_heads = case.heads
     normal = rng.standard_normal
-    tokens = 2 * HEDGEHOG["window"]
+    window, head_dim = case.window, case.head_dim
+    tokens = 2 * window
     rows, features = (case.batch, kv_heads), 2 * case.key_dim
-    lengths = np.array([9, 4, 2, 0], np.int32)[: case.batch]
+    lengths = np.array([4 * window + 1, tokens, window, 0], np.int32)[: case.batch]
     old = (lengths > tokens)[:, None, None]
     steps_back = np.arange(tokens - 1, -1, -1)
     own = (steps_back < lengths[:, None])[..., None, None]
@@ -159,16 +177,16 @@ def _hedgehog_arrays(case, rng):
     state = tk_jax.HedgehogState(
         sums=np.where(old[..., None], normal((*rows, features, case.value_dim)), 0),
         normalizer=np.where(old, 3 * phi, 0),
-        keys=np.where(own, normal((case.batch, tokens, kv_heads, 8)), 0),
+        keys=np.where(own, normal((case.batch, tokens, kv_heads, head_dim)), 0),
         values=np.where(own, normal((case.batch, tokens, kv_heads, case.value_dim)), 0),
         length=lengths,
     )
     return {
-        "q": normal((case.batch, heads, 8)),
-        "k": normal((*rows, 8)),
+        "q": normal((case.batch, heads, head_dim)),
+        "k": normal((*rows, head_dim)),
         "v": normal((*rows, case.value_dim)),
-        "q_map": normal((heads, 8, case.key_dim)),
-        "k_map": normal((kv_heads, 8, case.key_dim)),
+        "q_map": normal((heads, head_dim, case.key_dim)) / head_dim**0.5,
+        "k_map": normal((kv_heads, head_dim, case.key_dim)) / head_dim**0.5,
         "alpha": rng.random(heads),
         "beta": rng.random(heads),
         "state": state,

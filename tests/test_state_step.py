@@ -12,7 +12,6 @@ from recurrent_cases import quick_jit
 from state_step_cases import (
     BASED,
     CASES,
-    HEDGEHOG,
     HEDGEHOGS,
     LINEAR,
     SSD,
@@ -31,7 +30,8 @@ from tk_jax.ops.hedgehog_attention import hedgehog_attention_reference
 on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the interpreter runs on the CPU alone"
 )
-ROWS, COLUMNS, NORMALIZED = CASES[0], CASES[4], CASES[5]
+ROWS, COLUMNS, NORMALIZED, HEDGEHOG = CASES[0], CASES[4], CASES[5], CASES[11]
+WINDOWS = CASES[13]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_values(case):
 
 
 @marked
-@pytest.mark.parametrize("case", [ROWS, NORMALIZED, CASES[-2]], ids=str)
+@pytest.mark.parametrize("case", [ROWS, NORMALIZED, HEDGEHOG], ids=str)
 def test_schedules_change_nothing_and_start_from_the_same_state(case):
     arrays = given(case)
 
@@ -155,7 +155,7 @@ def test_vmap_over_each_argument_and_over_all(case):
 
 
 @marked
-@pytest.mark.parametrize("case", [ROWS, NORMALIZED, CASES[-2]], ids=str)
+@pytest.mark.parametrize("case", [ROWS, NORMALIZED, HEDGEHOG], ids=str)
 def test_derivatives_are_those_of_xla(case):
     arrays = given(case)
     length = None
@@ -194,7 +194,7 @@ def test_derivatives_are_those_of_xla(case):
 @marked
 def test_hedgehog_steps_are_the_sequence():
     """Through blocks, and from nothing on."""
-    case = CASES[-2]
+    case = HEDGEHOG
     rng = np.random.default_rng(0)
     heads, kv_heads = case.heads
     tokens = {
@@ -218,7 +218,7 @@ def test_hedgehog_steps_are_the_sequence():
         token = {name: x[:, t] for name, x in tokens.items()}
         out, state = run(**token, **others, state=state)
         outs.append(out)
-    reference = functools.partial(hedgehog_attention_reference, **HEDGEHOG)
+    reference = functools.partial(hedgehog_attention_reference, **case.settings)
     expected, sums = quick_jit(reference)(**tokens, **others)
     np.testing.assert_allclose(jnp.stack(outs, 1), expected, rtol=1e-4, atol=1e-5)
     for x, y in zip(state[:2], sums, strict=True):

@@ -36,6 +36,7 @@ _TARGETS = (
     "tk_hedgehog_attention_keys_v1",
     "tk_hedgehog_attention_outputs_v1",
     "tk_hedgehog_attention_queries_v1",
+    "tk_hedgehog_attention_step_v1",
     "tk_hedgehog_attention_sums_v1",
     "tk_kernel_v1",
     "tk_linear_attention_chunk_sums_v1",

@@ -23,6 +23,7 @@ extern const Target kBasedAttentionStatesTarget;
 extern const Target kHedgehogKeysTarget;
 extern const Target kHedgehogOutputsTarget;
 extern const Target kHedgehogQueriesTarget;
+extern const Target kHedgehogStepTarget;
 extern const Target kHedgehogSumsTarget;
 extern const Target kLinearAttentionChunkSumsTarget;
 extern const Target kLinearAttentionGateGradientsTarget;
@@ -45,6 +46,7 @@ inline constexpr const Target* kTargets[] = {
     &kHedgehogKeysTarget,
     &kHedgehogOutputsTarget,
     &kHedgehogQueriesTarget,
+    &kHedgehogStepTarget,
     &kHedgehogSumsTarget,
     &kKernelTarget,
     &kLinearAttentionChunkSumsTarget,

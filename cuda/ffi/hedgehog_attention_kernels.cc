@@ -46,6 +46,9 @@ Result<KernelSpec> HedgehogKernel::spec() const {
       case Kind::kQueries:
         return {"queries", "GradientsTraits", "QueriesParams", hedgehog_attention::kQueriesThreads,
                 hedgehog_attention::queries_shared_bytes(key_dim, value_dim)};
+      case Kind::kStep:
+        return {"step", "StepTraits", "StepParams", hedgehog_attention::kStepThreads,
+                hedgehog_attention::step_shared_bytes(key_dim, value_dim)};
       default:
         return {"keys", "GradientsTraits", "KeysParams", hedgehog_attention::kKeysThreads,
                 hedgehog_attention::keys_shared_bytes(key_dim, value_dim)};
@@ -63,6 +66,7 @@ Result<KernelSpec> HedgehogKernel::spec() const {
   spec.params_type = std::string("tk::hedgehog_attention::") + entry.params;
   spec.threads = entry.threads;
   spec.shared_bytes = entry.shared_bytes;
+  if (kind == Kind::kStep) spec.min_blocks = hedgehog_attention::kStepBlocks;
   if (Status status = runtime::check_spec(spec); !status.ok()) return status.error();
   return spec;
 }

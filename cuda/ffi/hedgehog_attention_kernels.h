@@ -21,7 +21,7 @@ struct HedgehogGradientsOptions {
 };
 
 struct HedgehogKernel {
-  enum class Kind { kSums, kOutputs, kQueries, kKeys };
+  enum class Kind { kSums, kOutputs, kQueries, kKeys, kStep };
 
   Kind kind;
   runtime::DataType dtype;

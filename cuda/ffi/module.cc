@@ -213,6 +213,7 @@ nb::list hedgehog_attention_specs(const std::string& kernel, const std::string& 
     if (kernel == "outputs") return Kind::kOutputs;
     if (kernel == "queries") return Kind::kQueries;
     if (kernel == "keys") return Kind::kKeys;
+    if (kernel == "step") return Kind::kStep;
     throw nb::value_error(("no kernel is called " + kernel).c_str());
   }();
   nb::list specs;

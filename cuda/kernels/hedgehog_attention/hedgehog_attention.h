@@ -15,6 +15,7 @@
 //   outputs   out
 //   queries   dq, and what depends on queries alone
 //   keys      dk, dv
+//   step      one token: the latest two windows, in place, and its out
 //
 // Shapes: q, out [B, T, H, D or V]; k, v [B, T, K, ..], K dividing H; maps [H or K, D, kMap];
 // states [.., V, kFeatures], tokens of vectors [.., padded] where padded is T rounded up to whole
@@ -155,6 +156,33 @@ constexpr int keys_shared_bytes(long key_dim, long value_dim) {
   return static_cast<int>(2 * (kChunk * ((2 + kTokenStages) * (key_dim + value_dim) + 2 * kChunk) +
                                key_dim * kMap + value_dim * kFeatures)) +
          (kFeatures + kTokenStages * 4 * kChunk) * 4 + kSharedSlack;
+}
+
+// -- step -----------------------------------------------------------------------------------------
+// Kernel: "kernels/hedgehog_attention/step.cuh"
+//   tk::hedgehog_attention::step<tk::hedgehog_attention::StepTraits<T, kKeyDim, kValueDim>>
+// Grid: K, 1, B. Vectors are padded with zeros to the dimensions of tiles.
+struct StepParams {
+  TensorMap keys, values;    // [B, 2 kChunk, K, ..], before and after: as OutputsParams' k, v
+  TensorMap k_map;           // as OutputsParams
+  const float* query;        // [B, H, kKeyDim]: scale q
+  const float* features;     // [B, H, kFeatures]: alpha phi(q)
+  const float* token_key;    // [B, K, kKeyDim]
+  const float* token_value;  // [B, K, kValueDim]
+  const float* beta;         // [H]
+  const float* sums;         // [B, H, V]: of weights times values that are older
+  const float* divisors;     // [B, H]: of weights of what is older
+  const int* length;         // [B]: of the sequence before the token
+  void* out;                 // [B, H, V]
+  int num_heads, num_kv_heads, value_dim;
+};
+constexpr int kStepThreads = 128;
+constexpr int kStepBlocks = 2;  // that share a multiprocessor
+constexpr int step_shared_bytes(long key_dim, long value_dim) {
+  return static_cast<int>(2 * (2 * kChunk * (key_dim + value_dim) + key_dim * kMap) +
+                          4 * (2 * key_dim + value_dim + kFeatures + 4 * value_dim) +
+                          2 * 2 * kChunk * 4) +
+         kSharedSlack;
 }
 
 }  // namespace tk::hedgehog_attention

@@ -24,7 +24,7 @@ SLICE = 64
 DIM_STEP = 8
 # Those that are compiled ahead: dimensions of keys and of values.
 KERNEL_DIMS = ((64, 64), (64, 128), (128, 64), (128, 128))
-KERNELS = ("sums", "outputs", "queries", "keys")
+KERNELS = ("sums", "outputs", "queries", "keys", "step")
 # Grids have up to this many blocks along two of their axes ...
 MAX_GRID = 65535
 # ... and kernels count rows in 32 bits.

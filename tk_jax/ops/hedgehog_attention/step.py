@@ -1,22 +1,33 @@
-"""One token of Hedgehog attention: by the kernel of steps, and in XLA operations.
+"""One token of Hedgehog attention: by two kernels, and in XLA operations.
 
 The token that leaves the latest two windows is added to the sums, where the queries
 find it and all that is older: to them it is far wherever blocks begin. That is the
-kernel's part (:mod:`tk_jax.ops._state_step`), which reads and writes the sums once, for
-all the query heads that share them. The windows, which move on by a token, and what
-queries see in them are XLA's.
+kernel of steps (:mod:`tk_jax.ops._state_step`), which reads and writes the sums once,
+for all the query heads that share them. A second kernel moves the windows on by the
+token and lets the queries see them, where it takes them (``_takes_windows``); XLA does
+it elsewhere.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
 
+from tk_jax import _ffi
 from tk_jax.ops import _chunks, _state_step
 from tk_jax.ops.hedgehog_attention import xla
 from tk_jax.ops.hedgehog_attention.config import (
+    CHUNK,
+    DIM_STEP,
+    KERNEL_DTYPES,
+    MAP,
+    MAX_DIM,
+    MAX_GRID,
     HedgehogOptions,
     HedgehogState,
     xla_config,
@@ -37,7 +48,7 @@ def xla_step(options: HedgehogOptions, inputs: xla.Inputs):
 
 
 def kernel_step(options: HedgehogOptions, inputs: xla.Inputs):
-    """As ``xla_step``, with the sums by the kernel.
+    """As ``xla_step``, by the kernels.
 
     As other kernels do, it rounds the maps to the dtype of the tokens.
     """
@@ -57,10 +68,119 @@ def kernel_step(options: HedgehogOptions, inputs: xla.Inputs):
         return jnp.einsum(equation, *operands, precision=precision)
 
     alpha, beta = (
-        jnp.broadcast_to(x.astype(jnp.float32), num_heads).reshape(*heads, 1)
+        jnp.broadcast_to(x.astype(jnp.float32), num_heads)
         for x in (inputs.alpha, inputs.beta)
     )
+    q = q.reshape(-1, *heads, q.shape[-1])
+    phi_q = _features(product("bkrd,krdf->bkrf", q, q_map))
+    phi_q = phi_q * alpha.reshape(*heads, 1)
+    found = _sums(options, state, phi_q, k_map, product)
+    if _takes_windows(options, k, v, k_map):
+        seen = _kernel_windows(options, state, q, k, v, phi_q, k_map, beta, found)
+    else:
+        beta = beta.reshape(*heads, 1)
+        seen = _xla_windows(options, state, q, k, v, phi_q, k_map, beta, found, product)
+    out, keys, values = seen
+    out = out.reshape(*batch, num_heads, v.shape[-1])
+    state = HedgehogState(found.state, found.normalizer, keys, values, state.length + 1)
+    return out, HedgehogState(*(_chunks.unfold(x, batch) for x in state))
 
+
+# -- The latest two windows: out [B, H, V], and the windows with the token ------------
+
+
+def _takes_windows(options, k, v, k_map) -> bool:
+    """Whether the kernel has them."""
+    dims = (k.shape[-1], v.shape[-1])
+    return (
+        k.dtype in KERNEL_DTYPES
+        and options.window == CHUNK
+        and k_map.shape[-1] == MAP
+        and all(dim <= MAX_DIM and dim % DIM_STEP == 0 for dim in dims)
+        and k.shape[0] <= MAX_GRID
+    )
+
+
+class Windows(NamedTuple):
+    """The operands of the kernel; vectors are padded to whole tiles."""
+
+    query: jax.Array  # float32 [B, H, D]: scaled
+    features: jax.Array  # float32 [B, H, 2 F]: of the queries, times alpha
+    token_key: jax.Array  # float32 [B, K, D]
+    token_value: jax.Array  # float32 [B, K, V]
+    keys: jax.Array  # [B, 2 window, K, D]
+    values: jax.Array  # [B, 2 window, K, V]
+    k_map: jax.Array  # [K, D, F]
+    beta: jax.Array  # float32 [H]
+    sums: jax.Array  # float32 [B, H, V]: what the queries find of what is older
+    divisors: jax.Array  # float32 [B, H]
+    length: jax.Array  # int32 [B]
+
+
+def _kernel_windows(options, state, q, k, v, phi_q, k_map, beta, found):
+    def vectors(x):
+        x = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
+        return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % CHUNK)))
+
+    return _windows(
+        Windows(
+            query=vectors(q.astype(jnp.float32) * options.scale),
+            features=vectors(phi_q),
+            token_key=vectors(k),
+            token_value=vectors(v),
+            keys=state.keys,
+            values=state.values,
+            k_map=k_map,
+            beta=beta,
+            sums=found.out,
+            divisors=found.sums,
+            length=state.length,
+        )
+    )
+
+
+@custom_vmap
+def _windows(arrays: Windows):
+    batch, num_heads = arrays.query.shape[:2]
+    keys, values = arrays.keys, arrays.values
+    out = (batch, num_heads, values.shape[-1])
+    return _ffi.call(
+        "tk_hedgehog_attention_step_v1",
+        tuple(
+            _ffi.result_type(keys, shape, keys.dtype)
+            for shape in (out, keys.shape, values.shape)
+        ),
+        *arrays,
+        in_place={4: 1, 5: 2},
+    )
+
+
+@_windows.def_vmap
+def _more_windows(axis_size, in_batched, arrays: Windows):
+    """As a larger batch, or one after another where parameters differ."""
+    (batched,) = in_batched
+
+    def whole(x, is_batched):
+        return x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+
+    if batched.k_map or batched.beta:
+        results = lax.map(_windows, jax.tree.map(whole, arrays, batched))
+    else:
+        folded = {
+            name: x
+            if name in ("k_map", "beta")
+            else whole(x, getattr(batched, name)).reshape(
+                -1, *x.shape[1 + getattr(batched, name) :]
+            )
+            for name, x in arrays._asdict().items()
+        }
+        results = tuple(
+            x.reshape(axis_size, -1, *x.shape[1:]) for x in _windows(Windows(**folded))
+        )
+    return results, (True, True, True)
+
+
+def _xla_windows(options, state, q, k, v, phi_q, k_map, beta, found, product):
     def latest(window, token):
         """The latest tokens, [B, 2 window, K, ..], with the new one."""
         window = jnp.concatenate([window[:, 1:], token[:, None]], axis=1)
@@ -69,10 +189,6 @@ def kernel_step(options: HedgehogOptions, inputs: xla.Inputs):
         return jnp.where(own[..., None, None], window, 0)
 
     keys, values = latest(state.keys, k), latest(state.values, v)
-    q = q.reshape(-1, *heads, q.shape[-1])
-    phi_q = _features(product("bkrd,krdf->bkrf", q, q_map)) * alpha
-    found = _sums(options, state, phi_q, k_map, product)
-
     near, far = _visible(options, state.length)
     s = product("bkrd,bjkd->bkrj", q, keys) * options.scale
     s = jnp.where(near, s, -jnp.inf)
@@ -82,9 +198,7 @@ def kernel_step(options: HedgehogOptions, inputs: xla.Inputs):
     numerators = product("bkrj,bjkv->bkrv", p, values)
     numerators += found.out.reshape(numerators.shape)
     out = divide(numerators, p.sum(-1) + found.sums.reshape(p.shape[:-1]))
-    out = out.reshape(*batch, num_heads, v.shape[-1]).astype(v.dtype)
-    state = HedgehogState(found.state, found.normalizer, keys, values, state.length + 1)
-    return out, HedgehogState(*(_chunks.unfold(x, batch) for x in state))
+    return out.astype(v.dtype), keys, values
 
 
 def _features(y):
