@@ -47,6 +47,8 @@ _HELPERS = {
     "tk_linear_attention_chunk_sums": _NOTHING,
     "tk_linear_attention_gate_gradients": _NOTHING,
     "tk_state_step_": _NOTHING,
+    # One warpgroup, without roles.
+    "tk_hedgehog_attention_step_": Requirements(register_split=False),
     "tk_attention_bwd_prepare_": Requirements(product=False, register_split=False),
     "tk_attention_bwd_finish_": Requirements(
         product=False, bulk_load=False, register_split=False

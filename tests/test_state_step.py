@@ -58,7 +58,7 @@ def test_values(case):
 
 
 @marked
-@pytest.mark.parametrize("case", [ROWS, NORMALIZED, HEDGEHOG], ids=str)
+@pytest.mark.parametrize("case", [ROWS, NORMALIZED, HEDGEHOG, WINDOWS], ids=str)
 def test_schedules_change_nothing_and_start_from_the_same_state(case):
     arrays = given(case)
 
@@ -73,7 +73,7 @@ def test_schedules_change_nothing_and_start_from_the_same_state(case):
 
 
 @marked
-@pytest.mark.parametrize("case", [ROWS, NORMALIZED], ids=str)
+@pytest.mark.parametrize("case", [ROWS, NORMALIZED, WINDOWS], ids=str)
 def test_a_state_that_is_given_away_is_updated_in_place(case):
     arrays = given(case)
     expected = quick_jit(step(case))(**arrays)
@@ -82,8 +82,9 @@ def test_a_state_that_is_given_away_is_updated_in_place(case):
         np.testing.assert_array_equal(np.float32(x), np.float32(y))
     function = quick_jit(step(case), donate_argnames="state")
     text = function.lower(**arrays).compile().as_text()
-    sizes = ",".join(map(str, jax.tree.leaves(arrays["state"])[0].shape))
-    assert not re.search(rf"f32\[{sizes}\]\S* copy\(", text)
+    for x in jax.tree.leaves(arrays["state"]):
+        sizes = ",".join(map(str, x.shape))
+        assert x.ndim < 4 or not re.search(rf"f\d+\[{sizes}\]\S* copy\(", text)
 
     arrays["state"] = jax.tree.map(jnp.copy, arrays["state"])
     before = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(arrays["state"])]
@@ -125,7 +126,7 @@ def test_a_scan_carries_the_state_in_place():
 
 
 @marked
-@pytest.mark.parametrize("case", [ROWS, NORMALIZED], ids=str)
+@pytest.mark.parametrize("case", [ROWS, NORMALIZED, WINDOWS], ids=str)
 def test_vmap_over_each_argument_and_over_all(case):
     arrays = given(case)
 
@@ -300,16 +301,26 @@ LARGE = [
 def test_one_call_is_all_that_touches_the_state(case):
     arrays = jax.eval_shape(functools.partial(given, case))
     text = lowered_for_cuda(step(case, "tk"), **arrays)
-    (call,) = re.findall(r".*custom_call @tk_state_step_v1.*", text)
-    assert "output_operand_alias" in call
-    sizes = "x".join(map(str, jax.tree.leaves(arrays["state"])[0].shape))
-    lines = [line for line in text.splitlines() if f"<{sizes}xf32>" in line]
-    # Beside it functions, their calls and returns, and the choice of the platform.
-    for line in lines:
-        assert re.search(r"tk_state_step_v1|func\.func|call @|return|\}\) :", line), (
-            line
-        )
-    assert lowered_for_cuda(step(case, None), **arrays).count("tk_state_step_v1") == 1
+    expected = {"tk_state_step_v1": 1}
+    if case.normalize or case.op == "hedgehog_attention":
+        expected["tk_state_step_v1"] = 2
+    if case.op == "hedgehog_attention":
+        expected["tk_hedgehog_attention_step_v1"] = 2
+    found = re.findall(r"custom_call @(tk_\w+)\(.*", text)
+    assert sorted(found) == sorted(expected)
+    for target, count in expected.items():
+        (call,) = re.findall(rf".*custom_call @{target}.*", text)
+        assert call.count("output_operand_alias<") == count
+    # Beside them functions, their calls and returns, the choice of the platform; and
+    # the oldest token is taken from the windows.
+    allowed = r"custom_call @tk_|func\.func|call @|return|\}\) :|stablehlo.slice.*\[0:"
+    for x in jax.tree.leaves(arrays["state"]):
+        sizes = "x".join(map(str, x.shape))
+        for line in text.splitlines():
+            if x.ndim == 4 and re.search(rf"<{sizes}x\w+>", line):
+                assert re.search(allowed, line), line
+    default = lowered_for_cuda(step(case, None), **arrays)
+    assert re.findall(r"custom_call @(tk_\w+)\(.*", default) == found
 
 
 @pytest.mark.parametrize("op", ["ssd", "linear_attention", "based_attention"])

@@ -76,6 +76,34 @@ def step(
     )
 
 
+def windows(
+    batch=2, queries=2, D=80, V=96, *, dtype="bfloat16", in_place=None, **arrays
+):
+    """The other kernel of Hedgehog's steps: B, H = 2 R, K = 2, windows of 64."""
+    heads = 2 * queries
+    usual = {
+        "query": floats(batch, heads, 128),
+        "features": floats(batch, heads, 128),
+        "token_key": floats(batch, 2, 128),
+        "token_value": floats(batch, 2, 128),
+        "keys": (dtype, [batch, 128, 2, D]),
+        "values": (dtype, [batch, 128, 2, V]),
+        "k_map": (dtype, [2, D, 64]),
+        "beta": floats(heads),
+        "sums": floats(batch, heads, V),
+        "divisors": floats(batch, heads),
+        "length": ("int32", [batch]),
+        "out": (dtype, [batch, heads, V]),
+        "next_keys": (dtype, [batch, 128, 2, D]),
+        "next_values": (dtype, [batch, 128, 2, V]),
+    }
+    assert arrays.keys() <= usual.keys()
+    given = list((usual | arrays).values())
+    aliases = {1: 4, 2: 5} if in_place is None else in_place
+    target = "tk_hedgehog_attention_step_v1"
+    return Call(target, given[:11], given[11:], {}, in_place=aliases)
+
+
 def test_launches():
     several = dataclasses.replace(SIZES, queries=4)
     odd = dataclasses.replace(SIZES, key_dim=7, value_dim=9)
@@ -85,6 +113,7 @@ def test_launches():
         step(values_last=True, normalize=True, divide=True, key_dtype="float32"),
         step(several, values_last=True, normalize=True, dtype="float32", columns=32),
         step(odd, dtype="float16", columns=16, decays=_NONE),
+        windows(),
     ]
     ran = [answer for _, answer in launched(Gpu(), *calls)]
     launches = [(x["symbol"], x["grid"]) for each in ran for x in each.of("launch")]
@@ -96,21 +125,33 @@ def test_launches():
         (f"{name}columns_c64_normalized_fp32_bf16", [8, 1, 1]),
         (f"{name}columns_c32_normalized_q4_fp32", [8, 1, 1]),
         (f"{name}rows_c16_odd_fp16", [8, 1, 1]),
+        ("tk_hedgehog_attention_step_d128_v128_bf16", [2, 1, 2]),
     ]
+    keys, values, k_map = ran[-1].of("map")
+    assert (keys["dims"], keys["box"]) == ([80, 128, 2, 2], [64, 64, 1, 1])
+    assert values["dims"] == [96, 128, 2, 2]
+    assert (k_map["dims"], k_map["box"]) == ([64, 80, 2], [64, 128, 1])
 
 
 def test_empty_batch_launches_nothing():
     nothing = dataclasses.replace(SIZES, batch=0)
-    (answer,) = Gpu().run(step(nothing))
-    assert (answer.code, answer.message, answer.driver) == (0, "", [])
+    for answer in Gpu().run(step(nothing), windows(0)):
+        assert (answer.code, answer.message, answer.driver) == (0, "", [])
 
 
 @pytest.mark.parametrize(
-    ("name", "in_place"),
-    [("next_state is not where state", {3: 7}), ("next_normalizer is not", {2: 6})],
+    ("call", "name"),
+    [
+        (step(in_place={}), "next_state is not where state"),
+        (
+            step(values_last=True, normalize=True, divide=True, in_place={2: 6}),
+            "next_normalizer is not where normalizer",
+        ),
+        (windows(in_place={2: 5}), "next_keys is not where keys"),
+        (windows(in_place={1: 4}), "next_values is not where values"),
+    ],
 )
-def test_states_are_in_place(name, in_place):
-    call = step(values_last=True, normalize=True, divide=True, in_place=in_place)
+def test_states_are_in_place(call, name):
     _, ran = Gpu().run(*both_stages(call))
     assert ran.code == _INVALID
     assert name in ran.message
@@ -206,6 +247,33 @@ def test_states_are_in_place(name, in_place):
             "expected nothing but the batch to be empty",
         ),
         (
+            windows(query=floats(2, 4, 80)),
+            _INVALID,
+            "query has shape (2, 4, 80); expected (2, 4, 128)",
+        ),
+        (
+            windows(
+                keys=("bfloat16", [2, 64, 2, 80]), values=("bfloat16", [2, 64, 2, 96])
+            ),
+            _INVALID,
+            "keys has shape (2, 64, 2, 80); expected (2, 128, 2, 80)",
+        ),
+        (
+            windows(length=floats(2)),
+            _INVALID,
+            "length has FFI data type",
+        ),
+        (
+            windows(D=84),
+            _INVALID,
+            "are not a multiple of 16 bytes",
+        ),
+        (
+            windows(dtype="float32"),
+            _UNIMPLEMENTED,
+            "the kernels take bfloat16 and float16",
+        ),
+        (
             step(dataclasses.replace(SIZES, batch=2**20, heads=2**10, value_dim=32)),
             _UNIMPLEMENTED,
             "more than 2^31 - 1 blocks",
@@ -217,6 +285,6 @@ def test_refusals(call, code, message):
     assert ran.code != 0
     assert ran.driver == []
     assert answer.code == code, answer.message
-    assert answer.message.startswith("tk_state_step_v1: ")
+    assert answer.message.startswith(f"{call.target}: ")
     assert message in answer.message
     assert answer.of("launch") == []
