@@ -177,6 +177,17 @@ def call_gradients_of_based_attention():
     return gradients(jnp.zeros((2, 100, 2, 16), jnp.bfloat16), v)
 
 
+def call_state_step():
+    q = jnp.zeros((2, 2, 64), jnp.bfloat16)
+    v = jnp.zeros((2, 4, 80), jnp.bfloat16)
+    return _state_step.state_step(
+        _state_step.StateStepOptions(0.25, True, True, True),
+        _state_step.Arrays(
+            q, q, v, jnp.zeros((2, 4, 64, 80)), normalizer=jnp.zeros((2, 4, 64))
+        ),
+    )
+
+
 def call_kernel():
     x = jnp.zeros((64, 64), jnp.bfloat16)
     return kernel.call_kernel(
@@ -201,6 +212,7 @@ def call_kernel_without_maps_and_scalars():
         call_based_attention,
         call_based_attention_of_more_features,
         call_gradients_of_based_attention,
+        call_state_step,
         call_kernel,
         call_kernel_without_maps_and_scalars,
     ],

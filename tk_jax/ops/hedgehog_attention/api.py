@@ -195,9 +195,11 @@ def hedgehog_attention_step(
     shapes and dtypes of the one taken, so that its buffers can be donated.
 
     On Hopper GPUs a TK kernel updates the sums in place for bfloat16, float16 and
-    float32, any window and maps, and up to 8 heads of queries to one of keys; the
-    latest two windows are XLA's, as is everything elsewhere. Derivatives are XLA's, in
-    both modes and of any order.
+    float32, any window and maps, and up to 8 heads of queries to one of keys; another
+    one the latest two windows, for the dtypes, window, maps and dims of
+    :func:`tk_jax.hedgehog_attention`'s kernels where D and V are multiples of 8. Other
+    windows are XLA's, as is everything elsewhere. Derivatives are XLA's, in both modes
+    and of any order.
 
     Args:
       q: Queries ``[..., H, D]``.
