@@ -93,10 +93,18 @@ CASES = [
     LINEAR(1, 1, (1, 1), "float32", decay="none", normalize=True),
     BASED(8, 64, (1, 2), decay="none", normalize=True),
     BASED(16, 20, (2, 2), "float16", batch=1, decay="none"),
-    HEDGEHOGS(5, 12, (4, 2), decay="none"),
-    HEDGEHOGS(12, 7, (3, 3), "float32", batch=1, decay="none"),
     HEDGEHOGS(64, 64, (2, 1), batch=4, decay="none"),
+]
+# Its windows are XLA's.
+SMALL_WINDOWS = HEDGEHOGS(5, 12, (4, 2), decay="none")
+MORE = [
+    SMALL_WINDOWS,
+    HEDGEHOGS(12, 7, (3, 3), "float32", batch=1, decay="none"),
     HEDGEHOGS(64, 72, (2, 2), "float16", batch=1, decay="none"),
+    HEDGEHOGS(64, 128, (8, 1), batch=2, decay="none"),
+    LINEAR(200, 30, (2, 2), "float16"),
+    SSD(256, 40, (1, 1), "float32", skip="P"),
+    BASED(24, 33, (1, 1), decay="none", normalize=True),
 ]
 
 

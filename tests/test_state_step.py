@@ -14,6 +14,8 @@ from state_step_cases import (
     CASES,
     HEDGEHOGS,
     LINEAR,
+    MORE,
+    SMALL_WINDOWS,
     SSD,
     arrays_of,
     check,
@@ -30,14 +32,16 @@ from tk_jax.ops.hedgehog_attention import hedgehog_attention_reference
 on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="the interpreter runs on the CPU alone"
 )
-ROWS, COLUMNS, NORMALIZED, HEDGEHOG = CASES[0], CASES[4], CASES[5], CASES[11]
-WINDOWS = CASES[13]
+EXHAUSTIVE = pytest.mark.exhaustive
+ROWS, COLUMNS, NORMALIZED, WINDOWS = CASES[0], CASES[4], CASES[5], CASES[11]
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(request):
     """Many kernels of a header take little longer to compile than one."""
-    specs = sorted(specs_of(CASES), key=lambda spec: spec["header"])
+    exhaustive = request.config.getoption("--exhaustive")
+    cases = CASES + (MORE if exhaustive else [SMALL_WINDOWS])
+    specs = sorted(specs_of(cases), key=lambda spec: spec["header"])
     for _, group in itertools.groupby(specs, lambda spec: spec["header"]):
         _ffi.interpreter().compile(list(group))
 
@@ -52,13 +56,15 @@ def marked(function):
 
 
 @marked
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", CASES + [pytest.param(case, marks=EXHAUSTIVE) for case in MORE], ids=str
+)
 def test_values(case):
     check(step(case), case)
 
 
 @marked
-@pytest.mark.parametrize("case", [ROWS, NORMALIZED, HEDGEHOG, WINDOWS], ids=str)
+@pytest.mark.parametrize("case", [ROWS, NORMALIZED, SMALL_WINDOWS, WINDOWS], ids=str)
 def test_schedules_change_nothing_and_start_from_the_same_state(case):
     arrays = given(case)
 
@@ -126,9 +132,14 @@ def test_a_scan_carries_the_state_in_place():
 
 
 @marked
-@pytest.mark.parametrize("case", [ROWS, NORMALIZED, WINDOWS], ids=str)
-def test_vmap_over_each_argument_and_over_all(case):
+@pytest.mark.parametrize(
+    ("case", "some"),
+    [(ROWS, ()), (NORMALIZED, ()), (WINDOWS, ("k_map",))],
+    ids=str,
+)
+def test_vmap_over_each_argument_and_over_all(case, some):
     arrays = given(case)
+    some = some or tuple(arrays)
 
     def halved(x):
         return (0.5 * x).astype(x.dtype)
@@ -136,7 +147,7 @@ def test_vmap_over_each_argument_and_over_all(case):
     @quick_jit
     def both(arrays):
         results = []
-        for names in [*((name,) for name in arrays), tuple(arrays)]:
+        for names in [*((name,) for name in some), tuple(arrays)]:
             part = {name: arrays[name] for name in names}
             others = {k: x for k, x in arrays.items() if k not in names}
 
@@ -156,8 +167,17 @@ def test_vmap_over_each_argument_and_over_all(case):
 
 
 @marked
-@pytest.mark.parametrize("case", [ROWS, NORMALIZED, HEDGEHOG], ids=str)
-def test_derivatives_are_those_of_xla(case):
+@pytest.mark.parametrize(
+    ("case", "derivatives"),
+    [
+        (ROWS, ["reverse"]),
+        (NORMALIZED, ["reverse", "forward"]),
+        pytest.param(NORMALIZED, ["second"], marks=EXHAUSTIVE),
+        pytest.param(SMALL_WINDOWS, ["reverse"], marks=EXHAUSTIVE),
+    ],
+    ids=str,
+)
+def test_derivatives_are_those_of_xla(case, derivatives):
     arrays = given(case)
     length = None
     if case.op == "hedgehog_attention":
@@ -173,17 +193,20 @@ def test_derivatives_are_those_of_xla(case):
             if jnp.issubdtype(x.dtype, jnp.floating)
         )
 
-    def derivatives(implementation):
+    def derive(implementation):
         fn = functools.partial(loss, implementation)
         gradient = jax.grad(fn)
-        if case != NORMALIZED:
-            return gradient(arrays)
-        return jax.jvp(fn, (arrays,), (arrays,)), jax.jvp(
-            gradient, (arrays,), (arrays,)
-        )
+        return [
+            {
+                "reverse": lambda: gradient(arrays),
+                "forward": lambda: jax.jvp(fn, (arrays,), (arrays,))[1],
+                "second": lambda: jax.jvp(gradient, (arrays,), (arrays,))[1],
+            }[kind]()
+            for kind in derivatives
+        ]
 
     got, expected = (
-        quick_jit(derivatives, static_argnums=0)(x) for x in ("interpret", "xla")
+        quick_jit(derive, static_argnums=0)(x) for x in ("interpret", "xla")
     )
     for x, y in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         scale = float(jnp.abs(y.astype(jnp.float32)).max())
@@ -195,7 +218,7 @@ def test_derivatives_are_those_of_xla(case):
 @marked
 def test_hedgehog_steps_are_the_sequence():
     """Through blocks, and from nothing on."""
-    case = HEDGEHOG
+    case = SMALL_WINDOWS
     rng = np.random.default_rng(0)
     heads, kv_heads = case.heads
     tokens = {
@@ -255,7 +278,7 @@ def test_a_decay_of_zero_forgets_what_is_not_a_number():
 
 
 @marked
-@pytest.mark.parametrize("case", [COLUMNS, ROWS], ids=str)
+@pytest.mark.parametrize("case", [COLUMNS], ids=str)
 def test_batches_of_any_rank_and_of_nothing(case):
     arrays = given(case)
     shared = ("A", "D", "dt_bias")
@@ -336,6 +359,8 @@ def test_float64_is_xla(op, monkeypatch):
         for implementation in ("tk", "interpret"):
             with pytest.raises(NotImplementedError, match=re.escape(lacking)):
                 step(case, implementation)(**arrays)
+        if op != "linear_attention":
+            return
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         monkeypatch.setattr(_dispatch, "_unsupported_gpu", lambda: None)
         monkeypatch.setattr(_dispatch, "_warned", set())

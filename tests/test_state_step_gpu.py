@@ -9,6 +9,7 @@ from state_step_cases import (
     CASES,
     HEDGEHOGS,
     LINEAR,
+    MORE,
     SSD,
     check,
     given,
@@ -29,7 +30,7 @@ LARGER = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES + LARGER, ids=str)
+@pytest.mark.parametrize("case", CASES + MORE + LARGER, ids=str)
 def test_values(case):
     check(step(case, "tk"), case)
 
