@@ -151,7 +151,7 @@ struct Step {
     for (int r = 0; r < queries; ++r) {
       shared.query_full.wait(r & 1);
       attend(mapped, first + r, load_scalar(params.beta + head * queries + r));
-      block::sync();
+      // All have read the query: they have met since.
       if (r + 1 < queries && warpgroup::leader()) load_query(first + r + 1);
     }
     if (warpgroup::leader()) tma::wait_read<0>();
