@@ -79,7 +79,7 @@ FLA = Package(
     "the folder that fla is in; default: as installed",
     "fla",
     "fla/ops/__init__.py",
-    ("torch", "triton"),
+    ("torch", "triton", "einops"),
 )
 THUNDERKITTENS = Package(
     "thunderkittens",
