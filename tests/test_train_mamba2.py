@@ -182,11 +182,12 @@ def test_flags_override_the_preset_and_bad_ones_are_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.exhaustive  # of compare() the GPT's test says the same
 def test_comparison_is_against_a_second_seed(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     result = comparison.compare(
-        MODEL,
+        dataclasses.replace(MODEL, num_layers=1),
         dataclasses.replace(TRAIN, steps=4),
         setting="implementation",
         names=["xla"],
