@@ -50,8 +50,9 @@ def _every_length():
 LENGTHS = list(_every_length())
 LARGER = [
     # Enough heads to fill the GPU, and so few that sequences are cut.
-    Case(1000, 16, 64, (16, 16), batch=16, packed=True),
-    Case(1000, 16, 128, (4, 16), batch=4, normalize=True),
+    Case(200, 16, 64, (16, 16), batch=9, packed=True),
+    Case(200, 16, 128, (4, 16), batch=5, normalize=True),
+    Case(1000, 16, 128, (4, 16), normalize=True),
     Case(1000, 8, 64, (2, 4), "float16", batch=2, packed=True),
     Case(1000, 32, 64, (2, 4), normalize=True, packed=True),
     Case(4000, 16, 64, (1, 1), normalize=True, packed=True),

@@ -29,7 +29,7 @@ LENGTHS = [Case(n, 128, 128, (2, 1)) for n in checks.LENGTHS]
 LARGER = [
     # Enough heads to fill the GPU, and so few that sequences are cut.
     Case(1000, 128, 128, (16, 4), batch=2),
-    Case(1000, 128, 128, (16, 16), batch=8),
+    Case(500, 128, 128, (16, 16), batch=9),
     Case(2000, 128, 128, (2, 2), "float16"),
     Case(4000, 64, 64, (1, 1)),
 ]

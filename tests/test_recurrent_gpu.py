@@ -41,11 +41,11 @@ LARGER = [
     # Enough heads to fill the GPU, and so few that sequences are cut.
     SSD(1000, 128, 64, (1, 16), batch=2, skip="H", gate=True),
     SSD(1000, 128, 64, (8, 16), "float16", batch=2, skip="P", packed=True),
-    SSD(1000, 128, 64, (1, 32), batch=8, skip="H"),
+    SSD(200, 128, 64, (1, 32), batch=9, skip="H"),
     SSD(4000, 64, 64, (1, 1), gate=True),
     LINEAR(1000, 128, 128, (4, 8), decay="mild", packed=True),
     LINEAR(1000, 128, 128, (8, 8), "float16", decay="head"),
-    LINEAR(1000, 64, 64, (16, 32), batch=8),
+    LINEAR(200, 64, 64, (16, 32), batch=9),
     LINEAR(4000, 64, 64, (1, 2), decay="mild", packed=True),
     LINEAR(1000, 256, 128, (1, 2), decay="head"),
     LINEAR(500, 128, 128, (8, 8), decay="mild", normalize=True),
