@@ -352,14 +352,16 @@ def programs_of(function, torch, **options):
     return torch_programs.TorchPrograms(rival, ("fwd", "bwd"))
 
 
-def test_a_profiler_that_sees_nothing_leaves_the_wall_clock(torch):
-    torch.kernel_us = 0.0
+@pytest.mark.parametrize("kernel_us", [0.0, "not permitted"])
+def test_a_profiler_that_sees_nothing_leaves_the_wall_clock(torch, kernel_us, capsys):
+    torch.kernel_us = kernel_us
     programs = programs_of(jnp.sin, torch, clock="kernels")
     programs.leave_out_backward()
     programs.first_calls([jnp.ones(4)], jnp.ones(4))
     assert programs.clock == "wall"
     calls = programs.calls([([jnp.ones(4)], jnp.ones(4))])
     assert list(calls) == ["fwd"] and not hasattr(calls["fwd"], "sample")
+    assert "from the profiler, timed as it is: " in capsys.readouterr().out
 
 
 def test_a_backward_pass_that_raises_leaves_the_forward_one(torch):
