@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from recurrent_cases import quick_jit
 from state_step_cases import (
     BASED,
@@ -60,6 +62,21 @@ def marked(function):
     "case", CASES + [pytest.param(case, marks=EXHAUSTIVE) for case in MORE], ids=str
 )
 def test_values(case):
+    check(step(case), case)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        if case in (ROWS, NORMALIZED, WINDOWS)
+        else pytest.param(case, marks=EXHAUSTIVE)
+        for case in CASES + MORE
+    ],
+    ids=str,
+)
+def test_what_the_gpu_executes(case, ptx):
     check(step(case), case)
 
 
@@ -170,7 +187,7 @@ def test_vmap_over_each_argument_and_over_all(case, some):
 @pytest.mark.parametrize(
     ("case", "derivatives"),
     [
-        (ROWS, ["reverse"]),
+        pytest.param(ROWS, ["reverse"], marks=EXHAUSTIVE),
         (NORMALIZED, ["reverse", "forward"]),
         pytest.param(NORMALIZED, ["second"], marks=EXHAUSTIVE),
         pytest.param(SMALL_WINDOWS, ["reverse"], marks=EXHAUSTIVE),
@@ -278,6 +295,24 @@ def test_a_decay_of_zero_forgets_what_is_not_a_number():
     got = quick_jit(step(COLUMNS))(**arrays | {"state": zeros + jnp.nan})
     for x, y in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         np.testing.assert_array_equal(np.float32(x), np.float32(y))
+
+
+@marked
+def test_shard_map_over_batch_and_heads(cpu_devices):
+    arrays = given(COLUMNS)
+    types = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("batch", "heads"), types, devices=cpu_devices[:4])
+    for implementation in (None, "interpret"):
+        run = step(COLUMNS, implementation)
+        sharded = jax.shard_map(
+            lambda arrays, run=run: run(**arrays),
+            mesh=mesh,
+            in_specs=P("batch", "heads"),
+            out_specs=P("batch", "heads"),
+        )
+        got, expected = quick_jit(sharded)(arrays), quick_jit(run)(**arrays)
+        for x, y in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+            np.testing.assert_allclose(np.float32(x), np.float32(y), atol=1e-6)
 
 
 @marked
