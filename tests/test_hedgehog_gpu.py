@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from hedgehog_kernel_cases import (
     CASES,
+    DOCUMENT_STATES,
+    DOCUMENTS,
     EXACT,
     MORE,
+    MORE_DOCUMENT_STATES,
+    MORE_DOCUMENTS,
     MORE_STATES,
     STATES,
     Case,
@@ -24,15 +28,24 @@ LARGER = [
     Case(1000, 128, 128, (16, 4), batch=2),
     Case(2000, 128, 128, (2, 2), "float16"),
     Case(4000, 64, 64, (1, 1)),
+    Case(1000, 128, 128, (16, 4), batch=2, documents=(300, 41, 1, 7, 500)),
+    Case(3000, 128, 128, (2, 2), "float16", documents=(2000, 3, 64, 1, 400)),
+    Case(4000, 64, 64, (1, 1), documents=(20,)),
 ]
 
 
-@pytest.mark.parametrize("case", CASES + MORE + LARGER, ids=str)
+@pytest.mark.parametrize(
+    "case", CASES + MORE + DOCUMENTS + MORE_DOCUMENTS + LARGER, ids=str
+)
 def test_values_and_gradients(case):
     check(public(case, "tk"), case)
 
 
-@pytest.mark.parametrize("case", STATES + MORE_STATES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    STATES + MORE_STATES + DOCUMENT_STATES + MORE_DOCUMENT_STATES,
+    ids=str,
+)
 def test_states_and_their_gradients(case):
     check(public(case, "tk"), case, public(case, "xla"))
 

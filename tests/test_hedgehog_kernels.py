@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from hedgehog_kernel_cases import (
     CASES,
+    DOCUMENT_STATES,
+    DOCUMENTS,
     EXACT,
     MORE,
+    MORE_DOCUMENT_STATES,
+    MORE_DOCUMENTS,
     MORE_STATES,
     STATES,
     Case,
@@ -33,6 +37,13 @@ EXHAUSTIVE = pytest.mark.exhaustive
 # In segments of so many chunks; the last one's sums are made of two pieces.
 SEGMENTED = Case(400)
 SEGMENTS = ((SEGMENTED, 1), (SEGMENTED, 3), (Case(513), 8))
+# The same of packed documents, which some segments have several of and some a part.
+PACKED = Case(450, documents=(3, 300, 10, 130))
+PACKED_SEGMENTS = (
+    (PACKED, 2),
+    pytest.param(PACKED, 1, marks=EXHAUSTIVE),
+    pytest.param(Case(1100, documents=(900, 1)), 8, marks=EXHAUSTIVE),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,8 +51,9 @@ def compiled(request):
     """Many kernels of a header take little longer to compile than one."""
     if jax.default_backend() != "cpu":
         return
-    more = MORE if request.config.getoption("--exhaustive") else []
-    cases = [*CASES, *STATES, *more, *(case for case, _ in SEGMENTS)]
+    cases = [*CASES, *STATES, *DOCUMENTS, *(case for case, _ in SEGMENTS)]
+    if request.config.getoption("--exhaustive"):
+        cases += [*MORE, *MORE_DOCUMENTS, *MORE_DOCUMENT_STATES]
     specs = itertools.chain.from_iterable(map(specs_of, cases))
     specs = {spec["function"]: spec for spec in specs}.values()
     by_header = functools.partial(sorted, key=lambda spec: spec["header"])
@@ -54,6 +66,30 @@ def compiled(request):
 )
 def test_values_and_gradients(case):
     check(public(case), case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    DOCUMENTS + [pytest.param(case, marks=EXHAUSTIVE) for case in MORE_DOCUMENTS],
+    ids=str,
+)
+def test_packed_documents(case):
+    check(public(case), case)
+
+
+@pytest.mark.parametrize(("case", "chunks"), PACKED_SEGMENTS, ids=str)
+def test_packed_documents_in_segments(case, chunks):
+    check(in_segments(case, chunks), case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    DOCUMENT_STATES
+    + [pytest.param(case, marks=EXHAUSTIVE) for case in MORE_DOCUMENT_STATES],
+    ids=str,
+)
+def test_packed_documents_after_a_state(case):
+    check(public(case), case, public(case, "xla"))
 
 
 @pytest.mark.parametrize(("case", "chunks"), SEGMENTS, ids=str)
@@ -171,7 +207,6 @@ LACKING = [
         "keys of 136 dimensions (it takes up to 128)",
     ),
     ({"v": (1, 8, 1, 136)}, {}, "values of 136 dimensions (it takes up to 128)"),
-    ({}, {"segment_ids": (1, 8)}, "segment_ids (in whose segments windows begin"),
 ]
 
 
