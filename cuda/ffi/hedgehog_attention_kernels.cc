@@ -47,10 +47,10 @@ Result<KernelSpec> HedgehogKernel::spec() const {
       case Kind::kOutputs:
         return {"outputs", "OutputsTraits", "OutputsParams",
                 hedgehog_attention::walk_threads(consumers),
-                hedgehog_attention::outputs_shared_bytes(key_dim, consumers)};
+                hedgehog_attention::outputs_shared_bytes(key_dim, consumers, documents)};
       case Kind::kQueries:
         return {"queries", "GradientsTraits", "QueriesParams", hedgehog_attention::kQueriesThreads,
-                hedgehog_attention::queries_shared_bytes(key_dim, value_dim)};
+                hedgehog_attention::queries_shared_bytes(key_dim, value_dim, documents)};
       case Kind::kDocumentStates:
       case Kind::kReverseDocumentStates:
         return {"document_states", "DocumentStatesTraits", "DocumentStatesParams",
@@ -58,7 +58,7 @@ Result<KernelSpec> HedgehogKernel::spec() const {
                 hedgehog_attention::document_states_shared_bytes(key_dim, consumers, reverse)};
       default:
         return {"keys", "GradientsTraits", "KeysParams", hedgehog_attention::kKeysThreads,
-                hedgehog_attention::keys_shared_bytes(key_dim, value_dim)};
+                hedgehog_attention::keys_shared_bytes(key_dim, value_dim, documents)};
     }
   }();
   KernelSpec spec;

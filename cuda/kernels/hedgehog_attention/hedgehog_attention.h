@@ -115,9 +115,10 @@ struct OutputsParams {
 
 // Both have a consumer for each slice of values.
 constexpr int walk_threads(long consumers) { return static_cast<int>(128 * (1 + consumers)); }
-constexpr int kKeyStages = 3;    // of the ring of k and v: two are in use
-constexpr int kQueryStages = 2;  // of q, whose place out takes
-constexpr int kStateStages = 3;  // of the ring of keys and values
+constexpr int kKeyStages = 3;       // of the ring of k and v: two are in use
+constexpr int kQueryStages = 2;     // of q, whose place out takes
+constexpr int kStateStages = 3;     // of the ring of keys and values
+constexpr int kWindowBytes = 1024;  // Documents' windows, at most
 constexpr int kNormalizerBytes = (4 + 1) * kFeatures * 4;
 constexpr int sums_shared_bytes(long key_dim, long consumers) {
   return static_cast<int>(2 *
@@ -125,12 +126,12 @@ constexpr int sums_shared_bytes(long key_dim, long consumers) {
                            kChunk * kFeatures)) +
          kNormalizerBytes + kSharedSlack;
 }
-constexpr int outputs_shared_bytes(long key_dim, long consumers) {
+constexpr int outputs_shared_bytes(long key_dim, long consumers, bool documents) {
   return static_cast<int>(2 * (2 * key_dim * kMap +
                                kQueryStages * kChunk * larger(key_dim, consumers * kSlice) +
                                kKeyStages * kChunk * (key_dim + consumers * kSlice) +
                                kChunk * kFeatures + consumers * kSlice * kFeatures)) +
-         kNormalizerBytes + 4 * kChunk * 4 + kSharedSlack;
+         kNormalizerBytes + 4 * kChunk * 4 + (documents ? kWindowBytes : 0) + kSharedSlack;
 }
 
 // -- queries --------------------------------------------------------------------------------------
@@ -193,15 +194,16 @@ struct KeysParams {
 constexpr int kQueriesThreads = 2 * 128;
 constexpr int kKeysThreads = 3 * 128;
 constexpr int kTokenStages = 2;  // of the ring of q and dout
-constexpr int queries_shared_bytes(long key_dim, long value_dim) {
+constexpr int queries_shared_bytes(long key_dim, long value_dim, bool documents) {
   return static_cast<int>(2 * (kChunk * (3 * key_dim + 3 * value_dim + kFeatures + kMap) +
                                key_dim * kMap + value_dim * kFeatures)) +
-         (2 * kChunk * kMap + kFeatures) * 4 + kSharedSlack;
+         (2 * kChunk * kMap + kFeatures) * 4 + (documents ? kWindowBytes : 0) + kSharedSlack;
 }
-constexpr int keys_shared_bytes(long key_dim, long value_dim) {
+constexpr int keys_shared_bytes(long key_dim, long value_dim, bool documents) {
   return static_cast<int>(2 * (kChunk * ((2 + kTokenStages) * (key_dim + value_dim) + 2 * kChunk) +
                                key_dim * kMap + value_dim * kFeatures)) +
-         (kFeatures + kTokenStages * 4 * kChunk) * 4 + kSharedSlack;
+         (kFeatures + kTokenStages * 4 * kChunk) * 4 + (documents ? kWindowBytes : 0) +
+         kSharedSlack;
 }
 
 // -- document_states ------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ struct Keys {
     Ring ring;
     RowWindows<kDocuments, 1> windows;
   };
-  static_assert(sizeof(Shared) + 1024 <= keys_shared_bytes(kKeyDim, kValueDim),
+  static_assert(sizeof(Shared) + 1024 <= keys_shared_bytes(kKeyDim, kValueDim, kDocuments),
                 "hedgehog_attention.h's keys_shared_bytes covers the kernel's shared memory");
   static constexpr int kStageBytes = KeyTile::kBytes + ValueTile::kBytes + 4 * TokenVec::kBytes;
 

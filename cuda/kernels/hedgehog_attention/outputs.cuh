@@ -72,7 +72,7 @@ struct Outputs {
     KeyRing kv_ring;
     Windows windows;
   };
-  static_assert(sizeof(Shared) + 1024 <= outputs_shared_bytes(kKeyDim, kConsumers),
+  static_assert(sizeof(Shared) + 1024 <= outputs_shared_bytes(kKeyDim, kConsumers, kDocuments),
                 "hedgehog_attention.h's outputs_shared_bytes covers the kernel's shared memory");
   static constexpr int kStageBytes = KeyTile::kBytes + kConsumers * ValueTile::kBytes;
 

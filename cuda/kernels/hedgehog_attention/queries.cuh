@@ -51,7 +51,7 @@ struct Queries {
     Barrier all_full;
     RowWindows<kDocuments, 1> windows;
   };
-  static_assert(sizeof(Shared) + 1024 <= queries_shared_bytes(kKeyDim, kValueDim),
+  static_assert(sizeof(Shared) + 1024 <= queries_shared_bytes(kKeyDim, kValueDim, kDocuments),
                 "hedgehog_attention.h's queries_shared_bytes covers the kernel's shared memory");
 
   struct Place {
