@@ -176,7 +176,7 @@ struct DocumentStates {
     const FeatureTile& phi_smem = shared.of_keys.phi_smem;
     warpgroup::mm_AB(scores, shared.keys_smem[stage], shared.of_keys.map_smem);
     warpgroup::mma_commit();
-    warpgroup::mma_wait<0>(scores);
+    warpgroup::mma_wait<0>(scores, state);
     meet<kConsumers>(kFeaturesFree);  // the last tile's are read, and z is
 #pragma unroll
     for (int i = 0; i < 2 / kConsumers; ++i) {
