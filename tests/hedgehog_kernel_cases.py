@@ -65,15 +65,15 @@ STATES = [Case(70, heads=(2, 1), batch=3, lengths=(0, 37, 300))]
 MORE_STATES = [Case(130, 128, 128, (2, 1), "float16", 2, lengths=(128, 129))]
 # One token and none more, ends of windows and next to them, some longer than three.
 DOCUMENTS = [
-    Case(1, documents=(1,)),
     Case(63, 40, 24, (2, 1), documents=(1, 30)),
     Case(65, documents=(1, 64), size=30.0),
-    Case(64, dtype="float16", documents=(1,)),
-    Case(330, heads=(2, 1), batch=2, documents=(200, 1, 63, 70, 2)),
     Case(200, 128, 128, (2, 1), "float16", documents=(3, 150, 5)),
 ]
 MORE_DOCUMENTS = [
+    Case(1, documents=(1,)),
+    Case(64, dtype="float16", documents=(1,)),
     Case(200, documents=(200,)),
+    Case(330, heads=(2, 1), batch=2, documents=(200, 1, 63, 70, 2)),
     Case(200, 72, 40, (4, 2), "float16", batch=2, documents=(64, 65, 1)),
     Case(700, 128, 128, (2, 2), documents=(5, 400, 128, 129)),
     Case(193, 128, 64, (3, 1), documents=(20,)),

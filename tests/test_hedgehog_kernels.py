@@ -38,10 +38,10 @@ EXHAUSTIVE = pytest.mark.exhaustive
 SEGMENTED = Case(400)
 SEGMENTS = ((SEGMENTED, 1), (SEGMENTED, 3), (Case(513), 8))
 # The same of packed documents, which some segments have several of and some a part.
-PACKED = Case(450, documents=(3, 300, 10, 130))
+PACKED = Case(400, heads=(2, 1), batch=2, documents=(3, 280, 70, 130))
 PACKED_SEGMENTS = (
     (PACKED, 2),
-    pytest.param(PACKED, 1, marks=EXHAUSTIVE),
+    pytest.param(Case(450, documents=(3, 300, 10, 130)), 1, marks=EXHAUSTIVE),
     pytest.param(Case(1100, documents=(900, 1)), 8, marks=EXHAUSTIVE),
 )
 

@@ -183,19 +183,20 @@ struct Outputs {
     meet<kConsumers>(kFeaturesReady);
     shared.head_full.wait(0);
 
+    DocumentTile tile = {}, next = {};
+    if constexpr (kDocuments) {
+      next = DocumentTile::of(params.documents, place.batch, segment.first);
+    }
     typename QueryRing::State q_stage, q_done;
     typename KeyRing::State last, stage;  // of k and v: the chunk before, and this one
     stage.advance();
     shared.kv_ring.wait(last);
     for (int chunk = segment.first; chunk < segment.end; ++chunk) {
-      DocumentTile tile = {};
-      bool next_is_far = true;
-      int token = chunk * kChunk;
       if constexpr (kDocuments) {
-        tile = DocumentTile::of(params.documents, place.batch, chunk);
-        next_is_far = DocumentTile::is_far(params.documents, place.batch, chunk + 1);
-        token = tile.first;
+        tile = next;
+        next = DocumentTile::of(params.documents, place.batch, chunk + 1);
       }
+      const int token = kDocuments ? tile.first : chunk * kChunk;
       const auto q_smem = q_view(shared, q_stage.stage);
       const KeyTile& last_k_smem = shared.k_smem[last.stage];
       const ValueTile& last_v_smem = shared.v_smem[last.stage][consumer];
@@ -228,7 +229,7 @@ struct Outputs {
                      sign_index<kConsumers>(consumer, i), token - kChunk, first);
       }
       if constexpr (kDocuments) {
-        if (!next_is_far) forget_normalizer(shared, consumer);
+        if (!next.is_far()) forget_normalizer(shared, consumer);
       }
       publish_shared();
 
@@ -301,7 +302,7 @@ struct Outputs {
       store_out(params, shared, place, consumer, q_stage.stage, token, out, tile);
       q_stage.advance();
       if constexpr (kDocuments) {
-        if (!next_is_far) warp::zero(state);
+        if (!next.is_far()) warp::zero(state);
       }
       share_state(state_smem, state);
     }
