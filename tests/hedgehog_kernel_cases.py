@@ -65,13 +65,13 @@ STATES = [Case(70, heads=(2, 1), batch=3, lengths=(0, 37, 300))]
 MORE_STATES = [Case(130, 128, 128, (2, 1), "float16", 2, lengths=(128, 129))]
 # One token and none more, ends of windows and next to them, some longer than three.
 DOCUMENTS = [
-    Case(63, 40, 24, (2, 1), documents=(1, 30)),
-    Case(65, documents=(1, 64), size=30.0),
     Case(200, 128, 128, (2, 1), "float16", documents=(3, 150, 5)),
 ]
 MORE_DOCUMENTS = [
     Case(1, documents=(1,)),
+    Case(63, 40, 24, (2, 1), documents=(1, 30)),
     Case(64, dtype="float16", documents=(1,)),
+    Case(65, documents=(1, 64), size=30.0),
     Case(200, documents=(200,)),
     Case(330, heads=(2, 1), batch=2, documents=(200, 1, 63, 70, 2)),
     Case(200, 72, 40, (4, 2), "float16", batch=2, documents=(64, 65, 1)),
@@ -81,9 +81,10 @@ MORE_DOCUMENTS = [
     Case(1000, documents=(1, 2, 3, 500, 64, 300)),
 ]
 DOCUMENT_STATES = [
-    Case(210, heads=(2, 1), batch=3, lengths=(0, 37, 300), documents=(170, 1, 20, 140)),
+    Case(100, heads=(2, 1), batch=2, lengths=(37, 300), documents=(70, 30)),
 ]
 MORE_DOCUMENT_STATES = [
+    Case(210, heads=(2, 1), batch=3, lengths=(0, 37, 300), documents=(170, 1, 20, 140)),
     Case(130, 128, 128, (2, 1), "float16", 2, lengths=(128, 129), documents=(130,)),
     Case(
         300, 128, 64, (1, 1), batch=4, lengths=(64, 1, 191, 500), documents=(2, 260, 9)

@@ -45,7 +45,7 @@ EXHAUSTIVE = pytest.mark.exhaustive
 SEGMENTED = Case(400)
 SEGMENTS = ((SEGMENTED, 1), (SEGMENTED, 3), (Case(513), 8))
 # The same of packed documents, which some segments have several of and some a part.
-PACKED = Case(400, heads=(2, 1), batch=2, documents=(3, 280, 70, 130))
+PACKED = Case(400, 40, 24, (2, 1), batch=2, documents=(3, 280, 70, 130))
 PACKED_SEGMENTS = (
     (PACKED, 2),
     pytest.param(Case(450, documents=(3, 300, 10, 130)), 1, marks=EXHAUSTIVE),
@@ -58,7 +58,7 @@ def compiled(request):
     """Many kernels of a header take little longer to compile than one."""
     if jax.default_backend() != "cpu":
         return
-    cases = [*CASES, *STATES, *DOCUMENTS, *(case for case, _ in SEGMENTS)]
+    cases = [*CASES, *STATES, *DOCUMENTS, PACKED, *(case for case, _ in SEGMENTS)]
     if request.config.getoption("--exhaustive"):
         cases += [*MORE, *MORE_DOCUMENTS, *MORE_DOCUMENT_STATES]
     specs = itertools.chain.from_iterable(map(specs_of, cases))
