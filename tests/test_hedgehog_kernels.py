@@ -77,6 +77,18 @@ def test_values_and_gradients(case):
 
 @pytest.mark.parametrize(
     "case",
+    [
+        case if case in CASES[-1:] else pytest.param(case, marks=EXHAUSTIVE)
+        for case in CASES + DOCUMENTS
+    ],
+    ids=str,
+)
+def test_what_the_gpu_executes(case, ptx):
+    check(public(case), case)
+
+
+@pytest.mark.parametrize(
+    "case",
     DOCUMENTS + [pytest.param(case, marks=EXHAUSTIVE) for case in MORE_DOCUMENTS],
     ids=str,
 )
