@@ -138,7 +138,18 @@ def test_final_state_without_an_initial_one(seqlen):
         assert relative_rms(x, y) <= BARS[case.dtype][0]
 
 
-@pytest.mark.parametrize("case", [Case(129, 128, 128, (2, 1), "float16")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(129, 128, 128, (2, 1), "float16"),
+        pytest.param(
+            Case(270, 128, 128, (2, 1), "float16", documents=(10, 200)),
+            marks=EXHAUSTIVE,
+        ),
+        pytest.param(Case(270, documents=(200, 1, 9)), marks=EXHAUSTIVE),
+    ],
+    ids=str,
+)
 def test_schedules_change_nothing(case):
     arrays = rounded(arrays_of(case), case.dtype, EXACT)
 
@@ -343,7 +354,11 @@ def test_what_the_kernels_lack(shapes, settings, lacking):
     choice = tk_jax.explain(op, **arrays, alpha=1.0, beta=1.0, **settings)
     assert choice.cuda == "xla" and lacking in choice.reason
     supported = tk_jax.explain(
-        op, *(jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in SUPPORTED), alpha=1, beta=1
+        op,
+        *(jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in SUPPORTED),
+        alpha=1,
+        beta=1,
+        segment_ids=jax.ShapeDtypeStruct((8,), jnp.int32),
     )
     assert supported.cuda == "tk"
 
