@@ -180,7 +180,11 @@ def test_launches_of_packed_documents():
 
 def test_empty_batch_launches_nothing():
     a = Arrays((0, *_SIZES[1:]))
-    answers = Gpu().run(sums(a), outputs(a), queries(a), keys(a), document_states(a))
+    packed = {"documents": a.documents}
+    answers = Gpu().run(
+        *(sums(a), outputs(a), queries(a), keys(a), document_states(a)),
+        *(outputs(a, shares=2, **packed), queries(a, **packed), keys(a, **packed)),
+    )
     for answer in answers:
         assert (answer.code, answer.message, answer.driver) == (0, "", [])
 

@@ -54,8 +54,9 @@ def test_forward_is_one_kernel_and_copies_no_tokens():
         assert not re.search(rf"stablehlo.{copy}.*4x300x40x128xbf16", text)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("batch", [(), (2, 3), (0,)], ids=str)
-def test_any_batch_with_a_state(batch):
+def test_any_batch_with_a_state(batch, packed):
     q, k = struct(*batch, 70, 4, 64), struct(*batch, 70, 2, 64)
     maps = (struct(heads, 64, 64, dtype=jnp.float32) for heads in (4, 2))
     floats = ((*batch, 2, 128, 64), (*batch, 2, 128))
@@ -65,16 +66,21 @@ def test_any_batch_with_a_state(batch):
         struct(*batch, dtype=jnp.int32),
     )
 
-    def total(floating, length):
+    def total(floating, length, ids):
         *tokens, state = floating
         out, final = run(
-            *tokens, initial_state=(*state, length), return_final_state=True
+            *tokens,
+            initial_state=(*state, length),
+            return_final_state=True,
+            segment_ids=ids,
         )
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(final.sums)
 
     found = jax.grad(total)
-    text = lowered(found, (q, k, k, *maps, state[:4]), state[4])
-    assert targets(text) == ["states", "queries", "states", "keys"]
+    ids = struct(70, dtype=jnp.int32) if packed else None
+    text = lowered(found, (q, k, k, *maps, state[:4]), state[4], ids)
+    states = "document_states" if packed else "states"
+    assert targets(text) == [states, "queries", states, "keys"]
 
 
 def test_packed_documents():

@@ -48,8 +48,9 @@ Result<Call> read(const Buffers& b, const HedgehogDocumentStatesOptions& options
                    std::to_string(options.shares) + " there are");
   }
   if (Status status = first_error(
-          {check_documents(b.documents, s), check_shares(options.shares, s),
-           check_first(b.first, s),
+          {b.documents.given() ? check_documents(b.documents, s)
+                               : Status(invalid("tiles are not given")),
+           check_shares(options.shares, s), check_first(b.first, s),
            options.reverse
                ? first_error({check_like("keys", b.keys, b.values,
                                          {s.batch, s.seqlen, s.num_heads, kFeatures}),
@@ -73,7 +74,6 @@ Result<Call> read(const Buffers& b, const HedgehogDocumentStatesOptions& options
       !status.ok()) {
     return status.error();
   }
-  if (!b.documents.given() && !s.empty()) return invalid("tiles are not given");
   return Call{s, s.kernel(options.reverse ? Kind::kReverseDocumentStates : Kind::kDocumentStates),
               states};
 }

@@ -33,7 +33,8 @@ Result<HedgehogSizes> read_hedgehog_sizes(const AnyBuffer& k, const AnyBuffer& v
 // hedgehog_attention::Documents has them.
 struct DocumentBuffers {
   AnyBuffer tiles, counts, windows;
-  bool given() const { return is_given(tiles); }
+  // Also for a batch that is empty.
+  bool given() const { return tiles.dimensions().size() > 1; }
 };
 Status check_documents(const DocumentBuffers& b, const HedgehogSizes& s);
 hedgehog_attention::Documents kernel_documents(const DocumentBuffers& b, const HedgehogSizes& s,

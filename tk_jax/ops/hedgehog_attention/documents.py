@@ -31,7 +31,7 @@ def find_tiles(positions) -> Tiles:
 
     What each row begins with is a window's start.
     """
-    seqlen = positions.shape[1]
+    batch, seqlen = positions.shape
     most = config.most_tiles(seqlen)
     token = jnp.arange(seqlen, dtype=jnp.int32)
     is_start = positions % config.CHUNK == 0
@@ -46,8 +46,8 @@ def find_tiles(positions) -> Tiles:
     is_tile = tokens > 0
     position = jnp.where(is_tile, _at(positions, first), 0)
     row = jnp.arange(config.CHUNK, dtype=jnp.int32)
-    rows = (first[:, :, None] + row).reshape(first.shape[0], -1)
-    windows = _at(window, rows).reshape(*first.shape, -1) - first[:, :, None]
+    rows = (first[:, :, None] + row).reshape(batch, first.shape[1] * config.CHUNK)
+    windows = _at(window, rows).reshape(*first.shape, config.CHUNK) - first[:, :, None]
     windows = jnp.where(row < tokens[:, :, None], windows, -1)
     of_first_window = jnp.sum(windows == 0, axis=-1, dtype=jnp.int32)
     flags = (position >= 2 * config.CHUNK) * config.FAR_TILE
@@ -57,7 +57,9 @@ def find_tiles(positions) -> Tiles:
     documents = calls.Documents(
         tiles=jnp.stack(numbers, axis=-1).astype(jnp.int32),
         counts=jnp.sum(is_tile, axis=1, dtype=jnp.int32),
-        windows=windows[:, :most].reshape(first.shape[0], -1).astype(jnp.float32),
+        windows=windows[:, :most]
+        .reshape(batch, most * config.CHUNK)
+        .astype(jnp.float32),
     )
     return Tiles(documents, first - position)
 
@@ -108,7 +110,7 @@ def _chained(first, kept, added):
     first = jnp.zeros_like(added[:, :, 0]) if first is None else first
     values = jnp.concatenate([first[:, :, None], added], axis=2)
     kept = jnp.pad(kept, ((0, 0), (1, 0)))
-    kept = kept.reshape(kept.shape[0], 1, -1, *[1] * (values.ndim - 3))
+    kept = jnp.expand_dims(kept, (1, *range(3, values.ndim)))
 
     def after(one, other):
         return one[0] & other[0], other[1] + jnp.where(other[0], one[1], 0)
