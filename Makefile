@@ -22,6 +22,7 @@ test: lint
 
 # The same sources built by Bazel, which needs the dependencies and not the package.
 bazel-test: $(VENV)/.dependencies
+	sh scripts/lint_build_files.sh
 	sh scripts/bazel_test.sh $(abspath $(BIN)/python)
 
 lint: $(VENV)/.installed-test,demo
@@ -29,6 +30,7 @@ lint: $(VENV)/.installed-test,demo
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 	$(BIN)/pre-commit validate-config
+	sh scripts/lint_build_files.sh
 
 format: $(VENV)/.installed-test,demo
 	$(BIN)/ruff check --fix .

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 import tk_jax
-from benchmarks import recurrent, torch_rivals
+from benchmarks import packages, recurrent, recurrent_rivals, torch_rivals
 from benchmarks.cases import AttentionCase, MatmulCase
 from benchmarks.programs import Programs
 from benchmarks.recurrent import UnsupportedCaseError
+from benchmarks.torch_programs import TorchPrograms, TorchRival
 
 # Beyond this, XLA's own attention would not fit beside its gradients.
 _MAX_XLA_SCORES_BYTES = 10 * 2**30
@@ -133,7 +134,8 @@ def _matmul_cublas(case: MatmulCase) -> Callable:
 
 # Ours with gradients summed in any order; forward it is "tk".
 ANY_ORDER = "tk[any-order]"
-# Name: (what it needs installed, how it is built for a case).
+# Name: (what it needs, as the name of a package or one of benchmarks.packages; how it
+# is built for a case).
 IMPLEMENTATIONS = {
     "attention": {
         "tk": (None, _attention_tk),
@@ -149,17 +151,24 @@ IMPLEMENTATIONS = {
         "tk": (None, _matmul_tk),
         "cublas": (None, _matmul_cublas),
     },
-    **recurrent.IMPLEMENTATIONS,
+    **{
+        op: known | recurrent_rivals.RIVALS[op]
+        for op, known in recurrent.IMPLEMENTATIONS.items()
+    },
 }
 # Slow, and compared with once: runs when it is asked for.
 _NOT_BY_DEFAULT = ("xla",)
+_RECURRENT_TORCH = sorted(
+    {name for op in recurrent_rivals.RIVALS.values() for name in op}
+)
 # These are functions of torch's tensors.
-_TORCH = ("flash-attn-4",)
+_TORCH = ("flash-attn-4", *_RECURRENT_TORCH)
 # These compile and first run one by one, after the others. XLA times candidates for
 # its matrix products while it compiles them: beside other work on the GPU it would
 # choose a worse one. flash-attn3-jax, first called while other threads work, has
-# returned wrong gradients, broken cuDNN's graph captures and crashed.
-COMPILED_ALONE = ("cublas", "xla", "flash-attn3-jax")
+# returned wrong gradients, broken cuDNN's graph captures and crashed. Triton too times
+# candidates.
+COMPILED_ALONE = ("cublas", "xla", "flash-attn3-jax", *_RECURRENT_TORCH)
 
 
 def installed(op: str) -> list[str]:
@@ -167,29 +176,53 @@ def installed(op: str) -> list[str]:
     return [
         name
         for name, (package, _) in IMPLEMENTATIONS[op].items()
-        if name not in _NOT_BY_DEFAULT and _is_installed(package)
+        if name not in _NOT_BY_DEFAULT and _lacking(package) is None
     ]
 
 
-def _is_installed(package: str | None) -> bool:
-    try:
-        return package is None or importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # Of a package above it.
-        return False
+def absent(op: str) -> dict[str, str]:
+    """The others that would run by default, and what they lack."""
+    lacking = {
+        name: _lacking(package)
+        for name, (package, _) in IMPLEMENTATIONS[op].items()
+        if name not in _NOT_BY_DEFAULT
+    }
+    return {name: reason for name, reason in lacking.items() if reason is not None}
+
+
+def options(op: str) -> set[str]:
+    """Of those that say where a package is, what concerns an op."""
+    needed = (package for package, _ in IMPLEMENTATIONS[op].values())
+    return {x.option for x in needed if isinstance(x, packages.Package)}
+
+
+def _lacking(package: str | packages.Package | None) -> str | None:
+    if isinstance(package, packages.Package):
+        return package.lacking()
+    if package is None or packages.is_importable(package):
+        return None
+    return f"the package {package} is not installed"
 
 
 def programs(op: str, name: str, case, directions, backward: str):
     """What runs a case, or :class:`UnsupportedCaseError`."""
     package, builder = IMPLEMENTATIONS[op][name]
-    if not _is_installed(package):
-        raise UnsupportedCaseError(f"the package {package} is not installed")
+    if lacking := _lacking(package):
+        raise UnsupportedCaseError(lacking)
     if name == ANY_ORDER:
         directions = [direction for direction in directions if direction == "bwd"]
         if not directions:
             raise UnsupportedCaseError("forward it is tk")
         backward = "direct"
     if name in _TORCH:
-        return torch_rivals.TorchPrograms(builder(case), case, directions)
+        rival = builder(case)
+        if not isinstance(rival, TorchRival):
+            rival = TorchRival(rival, clock="wall")
+        if not rival.has_backward:
+            directions = [direction for direction in directions if direction == "fwd"]
+        if not directions:
+            raise UnsupportedCaseError("it has no backward pass")
+        return TorchPrograms(rival, directions)
     try:
         return Programs(builder(case), case, directions, backward)
     except NotImplementedError as reason:

@@ -24,6 +24,8 @@ class Programs:
     Made (traced and lowered: Python) and compiled (XLA, beside other work) apart.
     """
 
+    clock = "wall"
+
     def __init__(
         self,
         function: Callable,
@@ -85,6 +87,11 @@ class Programs:
         self._lowered[name] = jax.jit(function).lower(*args)
         self.compile_s[name] = time.perf_counter() - start
         return self._lowered[name]
+
+    def leave_out_backward(self) -> None:
+        """Of a rival whose gradients are wrong."""
+        self.directions = tuple(x for x in self.directions if x != "bwd")
+        self.direct = self.difference = False
 
     def compile(self) -> None:
         """XLA's part, which needs neither Python's lock nor the GPU for long."""

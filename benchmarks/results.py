@@ -14,6 +14,7 @@ import subprocess
 
 import jax
 
+from benchmarks import packages
 from benchmarks.cases import Case
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -31,6 +32,9 @@ _PACKAGES = (
     "flash-attn-4",
     "nvidia-cutlass-dsl",
     "quack-kernels",
+    "triton",
+    "mamba-ssm",
+    "fla-core",
 )
 # The direction of rows that hold the cost of a call over its kernel.
 DISPATCH = "dispatch"
@@ -58,6 +62,9 @@ class Row:
     method: str
     # Backward by difference, where the direct time is what median_us has.
     difference_us: float | None = None
+    # "graph": of a captured CUDA graph, replayed. "kernels": their times alone. Where
+    # there is none, the wall clock of calls as they are.
+    clock: str | None = None
     # What a call takes beyond its kernel; of direction "dispatch".
     overhead_us: float | None = None
     # Where they are not those of the document: of a run that others were merged into.
@@ -80,6 +87,7 @@ def make_row(
     method: str,
     difference: float | None = None,
     overhead: float | None = None,
+    clock: str = "wall",
 ) -> Row:
     median = statistics.median(seconds)
     return Row(
@@ -93,6 +101,7 @@ def make_row(
         compile_s=round(compile_s, 2),
         method=method,
         difference_us=None if difference is None else round(difference * 1e6, 2),
+        clock=None if clock == "wall" else clock,
         overhead_us=None if overhead is None else round(overhead * 1e6, 2),
     )
 
@@ -192,7 +201,7 @@ def read_for_merging(path: pathlib.Path, gpu: str) -> dict | None:
 
 
 def _row_dict(row: Row) -> dict:
-    optional = ("difference_us", "overhead_us", "commit", "date")
+    optional = ("difference_us", "clock", "overhead_us", "commit", "date")
     found = dataclasses.asdict(row)
     return {
         name: value
@@ -230,4 +239,4 @@ def find_versions() -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return versions | packages.versions()

@@ -22,6 +22,7 @@ from benchmarks import (
     dispatch,
     gate,
     implementations,
+    packages,
     recurrent,
     results,
     timing,
@@ -37,6 +38,7 @@ _ROTATED_BYTES = 256e6
 def main(argv=None, *, find_gpu=results.find_gpu, measure=timing.measure) -> int:
     """Returns 0; 1 where one of ours was wrong or failed; 2 where nothing could run."""
     args = parse_args(argv)
+    packages.set_folders(args.folders)
     try:
         cases = case_sets.select_cases(
             args.op, args.cases, quick=args.quick, set_name=args.set
@@ -50,6 +52,7 @@ def main(argv=None, *, find_gpu=results.find_gpu, measure=timing.measure) -> int
     if args.dry_run:
         print(*cases, sep="\n")
         print("implementations:", *names, *variants)
+        _print_absent(args)
         return 0
     if implementations.uses_torch(names):
         # Before jax starts: torch needs memory beside it.
@@ -58,11 +61,20 @@ def main(argv=None, *, find_gpu=results.find_gpu, measure=timing.measure) -> int
     if gpu is None:
         print("benchmarks: needs an NVIDIA GPU, and jax finds none", file=sys.stderr)
         return 2
+    _print_absent(args)
     try:
         return Benchmark(args, cases, names, variants, gpu, measure).run()
     except results.MergeError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+
+
+def _print_absent(args) -> None:
+    """The rivals that a run without --impls would have, were they here."""
+    if args.impls:
+        return
+    for name, reason in implementations.absent(args.op).items():
+        print(f"absent: {name}, {reason}")
 
 
 def parse_args(argv) -> argparse.Namespace:
@@ -106,6 +118,14 @@ def parse_args(argv) -> argparse.Namespace:
     )
     add("--commit", help="the commit to record, where the source is no git checkout")
     add("--dry-run", action="store_true", help="list what would run")
+    for package in packages.ALL:
+        add(
+            f"--{package.option}",
+            type=pathlib.Path,
+            metavar="FOLDER",
+            dest=package.option,
+            help=package.help,
+        )
     args = parser.parse_args(argv)
     args.backward = args.backward or ("direct" if args.quick else "both")
     args.rounds = args.rounds or (3 if args.quick else 5)
@@ -117,6 +137,14 @@ def parse_args(argv) -> argparse.Namespace:
         parser.error("--tk-bwd-configs: matmul's gradients are matmuls")
     if args.op in recurrent.CASE_TYPES and (args.tk_configs or args.tk_bwd_configs):
         parser.error(f"--tk-configs: {args.op} has no tiles to choose")
+    args.folders = {
+        package.option: getattr(args, package.option) for package in packages.ALL
+    }
+    for option, folder in args.folders.items():
+        if folder is not None and option not in implementations.options(args.op):
+            parser.error(f"--{option}: no rival of {args.op} takes it")
+        if folder is not None and not folder.is_dir():
+            parser.error(f"--{option}: {folder} is no folder")
     if args.op != "attention" and args.dispatch:
         parser.error("--dispatch: is measured with attention")
     return args
@@ -261,7 +289,16 @@ class Benchmark:
                 prepared.futures[entry].result()
             else:
                 programs.compile()
-            wrong = prepared.gate.complaints(*programs.first_calls(*inputs))
+            out, gradients = programs.first_calls(*inputs)
+            wrong = prepared.gate.complaints(out, gradients)
+            rival = not implementations.is_ours(str(entry))
+            if wrong and rival and "fwd" in programs.directions:
+                # What is wrong with gradients does not concern the forward pass.
+                complaints, wrong = wrong, prepared.gate.complaints(out)
+                if not wrong:
+                    programs.leave_out_backward()
+                    reason = "; ".join(complaints)
+                    print(f"{case}  {entry}: bwd WRONG, not timed: {reason}")
         except implementations.UnsupportedCaseError as reason:
             print(f"{case}  {entry}: left out, {reason}")
             return None
@@ -338,6 +375,7 @@ class Benchmark:
             compile_s=programs.compile_s[direction],
             method="direct" if direct else "difference",
             difference=difference,
+            clock=programs.clock,
         )
 
     def _print(self, rows: list[results.Row]) -> None:
@@ -350,14 +388,14 @@ class Benchmark:
                 )
                 continue
             rival = results.best_rival(rows, row, implementations.is_ours)
-            ratio = ""
+            ratio, clock = "", f"  by {row.clock}" if row.clock else ""
             if rival and implementations.is_ours(row.implementation):
                 speed = rival.median_us / row.median_us
                 ratio = f"  {speed:.3f}x {rival.implementation}"
             print(
                 f"{row.case}  {row.direction}  {row.implementation:<16}"
                 f"{row.median_us:>10.1f} us {row.tflops:>7.1f} TFLOP/s"
-                f"  compile {row.compile_s:.1f} s{ratio}",
+                f"  compile {row.compile_s:.1f} s{clock}{ratio}",
                 flush=True,
             )
 

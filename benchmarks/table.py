@@ -10,7 +10,7 @@ import pathlib
 import re
 import sys
 
-from benchmarks import implementations, results
+from benchmarks import implementations, recurrent, results
 from benchmarks.cases import CASE_TYPES, AttentionCase, Case
 from benchmarks.results import Row
 
@@ -20,7 +20,12 @@ _PACKAGES = {
     "cublas": "nvidia-cublas",
     "jla": "jax-linear-attention",
     "xla": "jaxlib",
+    "fla": "fla-core",
+    "fla-parallel": "fla-core",
+    "fla-fused-chunk": "fla-core",
+    "thunderkittens[bhtd]": "thunderkittens",
 }
+_DIRECTIONS = {"fwd": "forward", "bwd": "backward"}
 
 
 def main(argv=None) -> int:
@@ -64,11 +69,13 @@ def render(document: dict, op: str) -> str:
     if op == "attention":
         cases.sort(key=_order)
     directions = CASE_TYPES[op].directions
+    if op in recurrent.CASE_TYPES:
+        return "\n".join(_times(document, rows, cases, directions)) + "\n"
     # Any order only where it was measured.
     any_order = any(row.implementation == implementations.ANY_ORDER for row in rows)
     titles = ["head dim, heads, T, mask" if op == "attention" else "M, N, K"]
     for direction in directions:
-        titles.append({"fwd": "forward", "bwd": "backward"}[direction])
+        titles.append(_DIRECTIONS[direction])
         titles += ["any order"] if direction == "bwd" and any_order else []
         titles.append("best of the others")
     lines = [
@@ -86,6 +93,40 @@ def render(document: dict, op: str) -> str:
         lines.append(_line(cells))
     lines += _dispatch_lines(document["rows"])
     return "\n".join(lines) + "\n"
+
+
+def _times(document: dict, rows: list[Row], cases, directions) -> list[str]:
+    """Of everyone: what is memory-bound has no flops to speak of."""
+    found = {(row.case, row.direction, row.implementation): row for row in rows}
+    columns = [
+        (direction, name)
+        for direction in directions
+        for name in dict.fromkeys(
+            row.implementation for row in rows if row.direction == direction
+        )
+    ]
+    titles = [f"{_DIRECTIONS[direction]} {name}" for direction, name in columns]
+    lines = [
+        f"{document['gpu']}, {document['date']}, median microseconds; in brackets how "
+        "many times as fast ours is.",
+        f"{_versions(document, rows)}.",
+        "",
+        _line(["sizes", *titles]),
+        _line(["---"] * (1 + len(titles))),
+    ]
+    for case in cases:
+        cells = []
+        for direction, name in columns:
+            row, ours = (found.get((str(case), direction, x)) for x in (name, "tk"))
+            if row is None:
+                cells.append("-")
+            elif ours is None or implementations.is_ours(name):
+                cells.append(f"{row.median_us:.0f}")
+            else:
+                ratio = row.median_us / ours.median_us
+                cells.append(f"{row.median_us:.0f} ({ratio:.2f})")
+        lines.append(_line([str(case).replace("-", " "), *cells]))
+    return lines
 
 
 def _line(cells: list[str]) -> str:
@@ -153,8 +194,8 @@ def _versions(document: dict, rows: list[Row]) -> str:
     commits = dict.fromkeys(
         row.commit or document["commit"] for row in document["rows"]
     )
-    commits = ", ".join(re.sub(r"^([0-9a-f]{10})[0-9a-f]+", r"\1", x) for x in commits)
-    return f"{', '.join(parts)}; commit {commits}"
+    text = f"{', '.join(parts)}; commit {', '.join(commits)}"
+    return re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", text)
 
 
 def _dispatch_lines(rows: list[Row]) -> list[str]:

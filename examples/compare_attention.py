@@ -8,64 +8,20 @@ baseline is trained a second time from another seed, and the distance between it
 curves is the spread. Writes comparison.json and comparison.png under --out_dir.
 """
 
-import dataclasses
-import pathlib
-import sys
+import functools
 
-from absl import app, flags
+from absl import app
 
-from gpt.comparison import compare, table
+from gpt import comparison_flags
 from gpt.settings import ATTENTIONS, PRESETS
 
-_PRESET = flags.DEFINE_enum("preset", "gpt2-124m", tuple(PRESETS), "model and training")
-_ATTENTIONS = flags.DEFINE_list("attentions", "tk,cudnn,xla", "attentions to compare")
-_BASELINE = flags.DEFINE_enum(
-    "baseline", "xla", ATTENTIONS, "the attention that runs from a second seed too"
-)
-_STEPS = flags.DEFINE_integer("steps", 300, "steps of each run", lower_bound=2)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "sequences a step", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "seed of the parameters", lower_bound=0)
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "folder of *.py files; default: the standard library"
-)
-_OUT_DIR = flags.DEFINE_string("out_dir", "runs/comparison", "where results go")
 
-
-def main(argv):
-    if len(argv) > 1:
-        sys.exit(f"compare_attention: unexpected argument {argv[1]!r}")
-    settings, train = PRESETS[_PRESET.value]
-    try:
-        result = compare(
-            settings,
-            dataclasses.replace(
-                train,
-                steps=_STEPS.value,
-                batch_size=_BATCH_SIZE.value,
-                seed=_SEED.value,
-            ),
-            attentions=_ATTENTIONS.value,
-            baseline=_BASELINE.value,
-            out_dir=pathlib.Path(_OUT_DIR.value),
-            data_dir=_DATA_DIR.value and pathlib.Path(_DATA_DIR.value),
-        )
-    except ValueError as error:
-        sys.exit(f"compare_attention: {error}")
-    print(
-        f"{result['num_parameters']:,} parameters on {result['device']}, "
-        f"{result['total_seconds']:.0f} s in all\n{table(result)}"
-    )
-    too_far = [
-        label
-        for label, run in result["runs"].items()
-        if run["seed"] == train.seed and run["relative_to_spread"]["mean_abs"] > 1
-    ]
-    if too_far:
-        sys.exit(
-            "compare_attention: further from the baseline than a second seed of it: "
-            + "; ".join(too_far)
-        )
+def main(run, argv):
+    run("compare_attention", argv)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run = comparison_flags.define(
+        PRESETS, "gpt2-124m", "attention", ATTENTIONS, "tk,cudnn,xla"
+    )
+    app.run(functools.partial(main, run))

@@ -35,20 +35,6 @@ if ! command -v bazel >/dev/null; then
     skip "bazel-bootstrap cannot be installed (build/bazel-install.log)"
 fi
 
-# BUILD files are formatted by buildifier, which comes from npm.
-buildifier=build/buildifier/node_modules/.bin/buildifier
-install_buildifier() {
-  command -v npm >/dev/null &&
-    npm install --silent --no-save --prefix build/buildifier @bazel/buildifier@8.2.1
-}
-if [ -x "$buildifier" ] || install_buildifier; then
-  git ls-files '*.bzl' '*.bazel' WORKSPACE '*/WORKSPACE' |
-    xargs "$buildifier" -mode=check -lint=warn \
-      -warnings=-native-py,-native-cc-common,-native-cc-info,-unnamed-macro
-else
-  echo "Bazel: BUILD files not linted: buildifier cannot be installed from npm"
-fi
-
 # A server from before would be reached over a network that is about to be gone.
 run() {
   folder="$1"

@@ -182,14 +182,14 @@ def definition(dtype):
     return run
 
 
-def check(fn, case: Case, exact=None) -> None:
+def check(fn, case: Case, exact=None, arrays: dict | None = None) -> None:
     """Against float64, by the bars of recurrent ops and by plain low precision.
 
     ``exact`` is the definition unless something else is given that says as much.
     """
     value_bar, gradient_bar, _ = BARS[case.dtype]
     with jax.enable_x64(True):
-        given = rounded(arrays_of(case), case.dtype, EXACT)
+        given = rounded(arrays or arrays_of(case), case.dtype, EXACT)
         wide = as_floats(given, jnp.float64)
         results = values_and_gradients(fn, given)
         exact = values_and_gradients(exact or definition("float64"), wide)

@@ -84,7 +84,6 @@ def compare(fn, reference, arrays: dict, dtype, exact=(), gates=()) -> None:
 
     Both return (out, state). Names in ``gates`` have the wider bar.
     """
-    value_bar, gradient_bar, gate_bar = BARS[jnp.dtype(dtype).name]
     with jax.enable_x64(True):
         given = rounded(arrays, dtype, exact)
         got, gradients = values_and_gradients(fn, given)
@@ -97,21 +96,29 @@ def compare(fn, reference, arrays: dict, dtype, exact=(), gates=()) -> None:
             given,
         )
         expected, exact_gradients = values_and_gradients(reference, wide)
-        for index, (x, y) in enumerate(
-            zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-        ):
-            error = relative_rms(x, y)
-            assert error <= value_bar, f"result {index}: {error:.1e}"
         for name, gradient in gradients.items():
-            bar = gate_bar if name in gates else gradient_bar
-            for x, y in zip(
-                jax.tree.leaves(gradient),
-                jax.tree.leaves(exact_gradients[name]),
-                strict=True,
-            ):
-                assert x.dtype == jax.tree.leaves(given[name])[0].dtype
-                error = relative_rms(x, y)
-                assert error <= bar, f"gradient of {name}: {error:.1e}"
+            leaves = map(jax.tree.leaves, (gradient, given[name]))
+            for x, y in zip(*leaves, strict=True):
+                assert x.dtype == y.dtype
+        assert_within_bars((got, gradients), (expected, exact_gradients), dtype, gates)
+
+
+def assert_within_bars(got, exact, dtype, gates=()) -> None:
+    """Of pairs of results and, by name, gradients; those of ``gates`` have a wider bar.
+
+    What is zero in ``exact`` has to be.
+    """
+    value_bar, gradient_bar, gate_bar = BARS[jnp.dtype(dtype).name]
+    for index, (x, y) in enumerate(
+        zip(*map(jax.tree.leaves, (got[0], exact[0])), strict=True)
+    ):
+        error = relative_rms(x, y)
+        assert error <= value_bar, f"result {index}: {error:.1e}"
+    for name, expected in exact[1].items():
+        bar = gate_bar if name in gates else gradient_bar
+        for x, y in zip(*map(jax.tree.leaves, (got[1][name], expected)), strict=True):
+            error = relative_rms(x, y)
+            assert error <= bar, f"gradient of {name}: {error:.1e}"
 
 
 def segments(rng, batch: int, seqlen: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import pytest
 import recurrent_kernel_model as model
 from recurrent_cases import (
     BARS,
+    assert_within_bars,
     decays,
     relative_rms,
     rounded,
@@ -28,6 +29,8 @@ from tk_jax.ops.ssd.vjp import kernel_ssd
 from tk_jax.ops.ssd.xla import Inputs
 
 EXACT = ("log_decay", "initial_state", "dt", "A", "D", "dt_bias")
+# Of these, gradients have a wider bar.
+GATES = ("log_decay", "dt", "A", "dt_bias")
 PER_TOKEN = ("q", "k", "v", "log_decay", "segment_ids", "x", "dt", "B", "C", "z")
 TIME_AXES = dict.fromkeys(PER_TOKEN, 1)
 
@@ -209,6 +212,7 @@ def check(fn, case: Case, arrays: dict | None = None, floors=()) -> None:
     for x, y in zip(*map(jax.tree.leaves, (got, low)), strict=True):
         assert x.dtype == y.dtype
     assert_all_close(case.dtype, got, exact, low, floors)
+    assert_within_bars(got, exact, case.dtype, GATES)
 
 
 def specs_of(case: Case, tiles: config.ScanConfig | None = None):

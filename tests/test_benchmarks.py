@@ -1,13 +1,12 @@
 """The benchmarks: command line, gate and result file, on the CPU with a fake clock."""
 
-import contextlib
 import functools
 import json
 import os
 import pathlib
 import sys
-import types
 
+import fake_torch
 import jax
 import pytest
 
@@ -159,62 +158,14 @@ def test_backward_by_difference_only(on_cpu, tmp_path):
     assert "difference_us" not in row
 
 
-class FakeTorch(types.ModuleType):
-    """As much of torch as TorchPrograms uses, on jax's arrays."""
-
-    class Tensor:
-        def __init__(self, array, origin=None):
-            self.array, self.origin = array, origin  # origin: function and operands
-            self.requires_grad = False
-
-        def requires_grad_(self, value):
-            self.requires_grad = value
-            return self
-
-        def detach(self):
-            return self
-
-        def contiguous(self):
-            return self.array
-
-    def __init__(self):
-        super().__init__("torch")
-        self.recording, self.waits = True, 0
-        self.cuda = self.autograd = self  # torch.cuda.synchronize, torch.autograd.grad
-
-    def from_dlpack(self, array):
-        assert array.is_ready()
-        return self.Tensor(array)
-
-    @contextlib.contextmanager
-    def no_grad(self):
-        self.recording = False
-        yield
-        self.recording = True
-
-    def synchronize(self):
-        self.waits += 1
-
-    def grad(self, out, operands, dout, retain_graph=False):
-        function, made_of = out.origin
-        assert all(a is b for a, b in zip(made_of, operands, strict=True))
-        _, pull_back = jax.vjp(function, *(x.array for x in operands))
-        return [self.Tensor(x) for x in pull_back(dout.array)]
-
-
 def test_rivals_of_torch(on_cpu, monkeypatch, tmp_path):
-    torch = FakeTorch()
+    torch = fake_torch.FakeTorch()
     monkeypatch.setitem(sys.modules, "torch", torch)
 
     def build(case):
         function = functools.partial(tk_jax.attention, is_causal=case.is_causal)
 
-        def run(*tensors):
-            recorded = torch.recording and all(x.requires_grad for x in tensors)
-            out = function(*(x.array for x in tensors))
-            return torch.Tensor(out, (function, tensors) if recorded else None)
-
-        return run
+        return functools.partial(fake_torch.apply, function)
 
     known = implementations.IMPLEMENTATIONS["attention"]
     monkeypatch.setitem(known, "flash-attn-4", (None, build))

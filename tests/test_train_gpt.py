@@ -278,7 +278,7 @@ class TestComparison:
         result = comparison.compare(
             MODEL,
             TRAIN,
-            attentions=["auto", "xla"],
+            names=["auto", "xla"],
             baseline="xla",
             out_dir=tmp_path,
             data_dir=source_folder,
@@ -297,5 +297,5 @@ class TestComparison:
     def test_baseline_must_be_compared(self, tmp_path):
         with pytest.raises(ValueError, match="baseline 'xla' among them"):
             comparison.compare(
-                MODEL, TRAIN, attentions=["auto"], baseline="xla", out_dir=tmp_path
+                MODEL, TRAIN, names=["auto"], baseline="xla", out_dir=tmp_path
             )

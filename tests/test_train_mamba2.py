@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from gpt_cases import EXAMPLES, write_source
 
 import tk_jax
 import train_mamba2
+from gpt import comparison
 from gpt.mamba2 import Mamba2, Mamba2Block
 from gpt.mamba2_settings import PRESETS, Mamba2Settings, Mamba2TrainSettings
 from gpt.settings import RunSettings
@@ -162,24 +164,52 @@ def test_preset_has_the_parameters_of_the_papers_130m():
     assert count_parameters(shapes.params) == expected
 
 
+def run_script(name, *options):
+    command = [sys.executable, str(EXAMPLES / name), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
 def test_flags_override_the_preset_and_bad_ones_are_one_line(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(EXAMPLES / "train_mamba2.py"),
-            "--implementation=tk",
-            "--model_dim=32",
-            "--head_dim=7",
-            f"--out_dir={tmp_path}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
+    sizes = ["--model_dim=32", "--head_dim=7"]
+    done = run_script(
+        "train_mamba2.py", "--implementation=tk", *sizes, f"--out_dir={tmp_path}"
     )
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
         "train_mamba2: head_dim is 7; expected a divisor of expand * model_dim, "
         "which is 64"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.exhaustive  # of compare() the GPT's test says the same
+def test_comparison_is_against_a_second_seed(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    result = comparison.compare(
+        dataclasses.replace(MODEL, num_layers=1),
+        dataclasses.replace(TRAIN, steps=4),
+        setting="implementation",
+        names=["xla"],
+        baseline="xla",
+        out_dir=tmp_path,
+        data_dir=write_source(source),
+        make_trainer=functools.partial(Trainer, make_model=Mamba2),
+    )
+    assert list(result["runs"]) == ["xla, seed 0", "xla, seed 1"]
+    first, second = result["runs"].values()
+    assert first["implementation"] == "xla" and first["distance"]["max_abs"] == 0
+    assert second["relative_to_spread"]["mean_abs"] == 1
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert written["model"]["state_dim"] == 4 and len(first["losses"]) == 4
+
+
+def test_comparison_of_what_does_not_exist_is_one_line(tmp_path):
+    options = ["--implementations=xla,cuda", "--steps=2", f"--out_dir={tmp_path}"]
+    done = run_script("compare_ssd.py", *options)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        "compare_ssd: implementation is 'cuda'; expected one of ('auto', 'tk', 'xla')"
     )
     assert not list(tmp_path.iterdir())
 

@@ -1,9 +1,13 @@
-"""Loss curves and step times of several attentions, against the spread of two seeds."""
+"""Loss curves and step times of one model, computed in several ways.
+
+How far two of them may differ is the spread of two seeds.
+"""
 
 import dataclasses
 import json
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt import data, plot
-from gpt.settings import ModelSettings, TrainSettings
+from gpt.settings import OptimizerSettings
 from gpt.training import Trainer, count_parameters, run_steps
 
 _WARMUP = 5  # steps left out of the step times
@@ -59,23 +63,29 @@ def distance(losses: list[float], other: list[float]) -> dict[str, float]:
 
 
 def compare(
-    settings: ModelSettings,
-    train: TrainSettings,
+    settings,
+    train: OptimizerSettings,
     *,
-    attentions: list[str],
+    setting: str = "attention",
+    names: list[str],
     baseline: str,
     out_dir: pathlib.Path,
     data_dir: pathlib.Path | None = None,
+    make_trainer: Callable[..., Trainer] | None = None,
 ) -> dict[str, Any]:
-    """Runs all, writes comparison.json and comparison.png, returns what was written."""
-    if baseline not in attentions or len(set(attentions)) != len(attentions):
+    """Runs all, writes comparison.json and comparison.png, returns what was written.
+
+    ``setting`` is the one of ``train`` that ``names`` are values of.
+    """
+    if baseline not in names or len(set(names)) != len(names):
         raise ValueError(
-            f"attentions is {attentions}; expected no duplicate, and the baseline "
+            f"{setting}s is {names}; expected no duplicate, and the baseline "
             f"{baseline!r} among them"
         )
+    make_trainer = make_trainer or Trainer
     trainers = {  # built first, so that a wrong name costs no training
-        name: Trainer(settings, dataclasses.replace(train, attention=name))
-        for name in attentions
+        name: make_trainer(settings, dataclasses.replace(train, **{setting: name}))
+        for name in names
     }
     stream = data.load_corpus(data_dir).train
     data.check_length(stream, settings.seqlen)
@@ -86,7 +96,7 @@ def compare(
         step_function, compile_seconds = trainer.compile_step(shapes, stream)
         for seed in (train.seed, train.seed + 1)[: 1 + (name == baseline)]:
             label = f"{name}, seed {seed}"
-            runs[label] = {"attention": name, "compile_seconds": compile_seconds}
+            runs[label] = {setting: name, "compile_seconds": compile_seconds}
             runs[label] |= train_once(trainer, step_function, seed, stream, label)
     reference = runs[f"{baseline}, seed {train.seed}"]
     other_seed = runs[f"{baseline}, seed {train.seed + 1}"]
@@ -114,6 +124,25 @@ def compare(
         curves, f"{baseline}, seed {train.seed}", out_dir / "comparison.png"
     )
     return result
+
+
+def report(program: str, result: dict[str, Any]) -> None:
+    """Prints the table; a run that is too far from the baseline ends the program."""
+    print(
+        f"{result['num_parameters']:,} parameters on {result['device']}, "
+        f"{result['total_seconds']:.0f} s in all\n{table(result)}"
+    )
+    too_far = [
+        label
+        for label, run in result["runs"].items()
+        if run["seed"] == result["train"]["seed"]
+        and run["relative_to_spread"]["mean_abs"] > 1
+    ]
+    if too_far:
+        sys.exit(
+            f"{program}: further from the baseline than a second seed of it: "
+            + "; ".join(too_far)
+        )
 
 
 def table(result: dict[str, Any]) -> str:
