@@ -102,6 +102,23 @@ MUTATIONS = [
         "return q_blocks - first_q_block(n) - 1;",
         file=_TURNS,
     ),
+    _backward(
+        "a causal key block waits for a turn that nobody passes",
+        "return n;",
+        "return n + 1;",
+        file=_TURNS,
+    ),
+    _backward(
+        "turns of causal key blocks go down, as they do not start",
+        "return n;",
+        "return kv_blocks - 1 - n;",
+        file=_TURNS,
+    ),
+    _backward(
+        "causal queries are copied upwards",
+        "for (int m = first + steps - 1; m >= first; --m) {",
+        "for (int m = first; m < first + steps; ++m) {",
+    ),
     _backward("two storers take every step", "if (step == storer)", "if (true)"),
     _backward(
         "prepare's barrier is not published", "publish_barriers();", file=_PREPARE

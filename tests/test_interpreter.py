@@ -79,6 +79,12 @@ def test_what_the_gpu_executes_of_matmul(ptx):
     test_matmul((False, True), (129, 255, 193))
 
 
+def test_without_a_mask_where_whole_heads_leave_multiprocessors_idle():
+    """Three blocks of keys on four multiprocessors go through the causal kernel."""
+    test_attention_and_its_gradients(Case(1, 100, 300, 4, 4, 64))
+    test_attention_and_its_gradients(Case(2, 65, 260, 4, 2, 128, gain=30.0))
+
+
 def test_attention_in_any_order():
     case = Case(2, 65, 65, 2, 1, 64, "causal")
     inputs = case.inputs()

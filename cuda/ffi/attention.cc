@@ -177,13 +177,51 @@ Result<BackwardCall> read_backward(const BackwardBuffers& b, const attention::Op
   return BackwardCall{s, *extras, kernels, *empty};
 }
 
+// Tiles that run at once.
+std::int64_t resident_tiles(const BackwardCall& call, const runtime::Device& device) {
+  const AttentionBackwardKernels& k = call.kernels;
+  return device.multiprocessors *
+         attention::backward_resident_blocks(k.narrow_head_dim(), k.config.block_kv);
+}
+
+// The grid that attention.h asks for at BackwardParams.
+std::int64_t backward_blocks(const BackwardCall& call, std::int64_t resident) {
+  const Sizes& s = call.sizes;
+  const AttentionBackwardKernels& k = call.kernels;
+  const std::int64_t key_blocks = ceil_div(s.seqlen_kv, k.config.block_kv);
+  const std::int64_t tiles = key_blocks * s.num_kv_heads * s.batch;
+  if (k.mask != attention::Mask::kNone || (k.features & attention::kMapFeatures) != 0) {
+    return tiles;
+  }
+  if (!k.deterministic) return std::min(tiles, resident);
+  const std::int64_t whole_heads = resident / key_blocks * key_blocks;
+  return std::min({tiles, resident, std::max(key_blocks, whole_heads)});
+}
+
+// In a fixed order and without a mask, blocks of whole heads run together. Where these leave a
+// tenth of the multiprocessors idle, the causal kernel, told that every query sees all keys, is
+// better: it starts blocks one by one.
+void settle_mask(BackwardCall* call, const runtime::Device& device) {
+  AttentionBackwardKernels& k = call->kernels;
+  if (call->empty || k.wide() || !k.deterministic || k.mask != attention::Mask::kNone ||
+      (k.features & attention::kHidingFeatures) != 0) {
+    return;
+  }
+  const std::int64_t resident = resident_tiles(*call, device);
+  const std::int64_t blocks = backward_blocks(*call, resident);
+  k.mask = attention::Mask::kCausal;
+  const std::int64_t tiles = backward_blocks(*call, resident);
+  if (tiles < 2 * resident || 10 * blocks >= 9 * resident) k.mask = attention::Mask::kNone;
+}
+
 Status initialize_backward(int device_ordinal, const BackwardBuffers& buffers,
                            const attention::Options& options,
                            const attention::BackwardConfig& config) {
-  const auto call = read_backward(buffers, options, config);
+  auto call = read_backward(buffers, options, config);
   if (!call.ok()) return call.error();
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
+  settle_mask(&*call, **device);
   const AttentionBackwardKernels& k = call->kernels;
   const auto prepare = kernels.load(k.prepare_key(), **device, [&] { return k.prepare_spec(); });
   if (!prepare.ok()) return prepare.error();
@@ -223,22 +261,10 @@ Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream strea
                          {s.padded_q() / attention::kFragmentRows, s.num_heads, s.batch}, &params);
 }
 
-// The grid that attention.h asks for at BackwardParams.
-std::int64_t backward_blocks(const Sizes& s, unsigned features, const attention::Options& options,
-                             std::int64_t key_blocks, std::int64_t resident) {
-  const std::int64_t tiles = key_blocks * s.num_kv_heads * s.batch;
-  if (mask_of(options) != attention::Mask::kNone || (features & attention::kMapFeatures) != 0) {
-    return tiles;
-  }
-  if (!options.deterministic) return std::min(tiles, resident);
-  const std::int64_t whole_heads = resident / key_blocks * key_blocks;
-  return std::min({tiles, resident, std::max(key_blocks, whole_heads)});
-}
-
 Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
                    const BackwardBuffers& b, const BackwardCall& call,
                    const attention::Options& options, const attention::BackwardConfig& config,
-                   int multiprocessors) {
+                   const runtime::Device& device) {
   const Sizes& s = call.sizes;
   attention::BackwardParams params = {};
   if (Status status =
@@ -255,18 +281,21 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.dq_acc = static_cast<float*>(b.dq_acc.untyped_data());
   params.dq_order = static_cast<int*>(b.dq_order.untyped_data());
   set_problem(&params, s, call.extras, options);
+  // Of a mask that hides nothing: settle_mask.
+  if (call.kernels.mask != mask_of(options)) params.last_offset = static_cast<int>(s.seqlen_kv);
   const std::int64_t key_blocks = ceil_div(s.seqlen_kv, config.block_kv);
-  const std::int64_t resident =
-      multiprocessors *
-      attention::backward_resident_blocks(call.kernels.narrow_head_dim(), config.block_kv);
+  const std::int64_t resident = resident_tiles(call, device);
   params.padded_q = static_cast<int>(s.padded_q());
   params.q_blocks = static_cast<int>(ceil_div(s.seqlen_q, config.block_q));
   params.kv_blocks = static_cast<int>(key_blocks);
+  params.heads_of_group = static_cast<int>(s.num_heads / s.num_kv_heads);
   params.tiles = static_cast<int>(key_blocks * s.num_kv_heads * s.batch);
   params.turn_group = static_cast<int>(std::min(key_blocks, resident));
-  return runtime::launch(kernel, stream,
-                         {backward_blocks(s, call.kernels.features, options, key_blocks, resident)},
-                         &params);
+  params.tile_rows = static_cast<int>(s.num_kv_heads * s.batch);
+  params.rows_together = static_cast<int>(std::min<std::int64_t>(
+      params.tile_rows, attention::causal_rows_together(s.padded_q(), s.num_heads / s.num_kv_heads,
+                                                        call.kernels.narrow_head_dim())));
+  return runtime::launch(kernel, stream, {backward_blocks(call, resident)}, &params);
 }
 
 // As attention.h describes BackwardParams for backward_wide.cuh.
@@ -292,6 +321,7 @@ Status launch_wide(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.padded_q = static_cast<int>(s.padded_q());
   params.q_blocks = static_cast<int>(ceil_div(s.seqlen_q, config.block_q));
   params.kv_blocks = static_cast<int>(key_blocks);
+  params.heads_of_group = static_cast<int>(s.num_heads / s.num_kv_heads);
   params.tiles = static_cast<int>(tiles);
   params.turn_group = 1;
   const std::int64_t cluster = attention::backward_wide_cluster(config);
@@ -337,11 +367,12 @@ Status launch_finish(const runtime::Kernel& kernel, runtime::cuda::Stream stream
 Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const BackwardBuffers& b,
                         const attention::Options& options,
                         const attention::BackwardConfig& config) {
-  const auto call = read_backward(b, options, config);
+  auto call = read_backward(b, options, config);
   if (!call.ok()) return call.error();
   if (call->empty) return {};
   const auto device = runtime::open_device(device_ordinal);
   if (!device.ok()) return device.error();
+  settle_mask(&*call, **device);
   const AttentionBackwardKernels& k = call->kernels;
   const auto prepare =
       find_loaded(kernels, k.prepare_key(), **device, [&] { return k.prepare_spec(); });
@@ -380,7 +411,7 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
     return launch_wide_dq(**last, stream, b, *call, options, config, multiprocessors);
   }
   const Sizes& s = call->sizes;
-  if (Status status = launch_main(**main, stream, b, *call, options, config, multiprocessors);
+  if (Status status = launch_main(**main, stream, b, *call, options, config, **device);
       !status.ok()) {
     return status;
   }

@@ -32,6 +32,9 @@ std::string check_backward(const Attention& s, std::uint64_t seed) {
     params.kv_blocks = key_blocks;
     params.tiles = tiles;
     params.turn_group = min(key_blocks, kMultiprocessors);
+    params.heads_of_group = s.num_heads / s.num_kv_heads;
+    params.tile_rows = s.num_kv_heads * s.batch;
+    params.rows_together = min(2, params.tile_rows);
     const int whole_heads = max(key_blocks, kMultiprocessors / key_blocks * key_blocks);
     const int blocks =
         kMask != attention::Mask::kNone ? tiles : min(tiles, min(kMultiprocessors, whole_heads));

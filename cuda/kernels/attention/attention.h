@@ -218,13 +218,24 @@ struct BackwardParams {
   // What follows from the sizes comes ready made: the copying warps have few registers.
   int padded_q;  // padded_queries(T)
   int q_blocks, kv_blocks;
-  int tiles;  // kv_blocks * K * B
+  int heads_of_group;  // H / K
+  int tiles;           // kv_blocks * K * B
   // Key blocks of a head that take turns at dq among themselves: min(key_blocks, SMs), as many as
   // surely run at once.
   int turn_group;
+  // K * B, and how many of these have their key blocks side by side: by causal_rows_together.
+  int tile_rows, rows_together;
   float scale;
   Extras extras;
 };
+// Of how many key/value heads causal key blocks are walked side by side: the more, the more evenly
+// they fill the multiprocessors, as long as what they read and add to stays in L2.
+constexpr long kBytesTogether = 64l << 20;
+constexpr long causal_rows_together(long padded_q, long heads_of_group, long head_dim) {
+  // q and dout, and dq in fp32.
+  const long bytes = padded_q * heads_of_group * head_dim * (2 + 2 + 4);
+  return bytes < kBytesTogether ? kBytesTogether / bytes : 1;
+}
 // How many steps' dq can be on their way out, each with a storing warp of its own where the order
 // is fixed. A second one fits at D = 128 alone.
 constexpr int backward_dq_stages(long head_dim) { return head_dim == 128 ? 2 : 1; }

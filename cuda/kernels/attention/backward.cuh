@@ -114,17 +114,30 @@ struct Backward {
   struct Walk {
     const BackwardParams& params;
     QTurns turns;
-    grid::Rounds rounds;
+    Select<QTurns::kAscending, grid::OneEach, grid::Rounds> rounds;
 
     __device__ __forceinline__ explicit Walk(const BackwardParams& p) : params(p) {
       turns = {p.q_blocks,
                p.kv_blocks,
                p.turn_group,
                {p.seqlen_q, p.seqlen_kv, p.first_offset, p.last_offset}};
-      rounds = {grid::block_x(), grid::blocks_x(), p.tiles};
+      if constexpr (QTurns::kAscending) {
+        rounds = {grid::block_x()};
+      } else {
+        rounds = {grid::block_x(), grid::blocks_x(), p.tiles};
+      }
     }
     // From here on, turns are those of the tile.
     __device__ __forceinline__ Tile tile() {
+      if constexpr (QTurns::kAscending) {
+        const grid::MatrixTile place = grid::grouped_tile(rounds.index(), params.tile_rows,
+                                                          params.kv_blocks, params.rows_together);
+        const int batch = place.row / params.num_kv_heads;
+        if constexpr ((kFeatures & kLengths) != 0) {
+          turns.set_bounds(bounds_of<kFeatures>(params, batch));
+        }
+        return {place.col, place.row - batch * params.num_kv_heads, batch};
+      }
       grid::HeadTile place =
           grid::sequential_tile(rounds.index(), params.kv_blocks, params.num_kv_heads);
       // Turns go down the key blocks: whoever others wait for has started before them.
@@ -138,7 +151,7 @@ struct Backward {
     }
   };
 
-  // The steps of a tile: every query head of the group, and for each its query blocks.
+  // The steps of a tile, as query_steps.cuh has them, with fewer registers.
   template <typename F>
   __device__ __forceinline__ static void for_each_step(const Walk& walk, const Tile& tile, F&& f) {
     if constexpr (QTurns::kMapped) {
@@ -148,9 +161,15 @@ struct Backward {
       }
       return;
     }
-    const int group = walk.params.num_heads / walk.params.num_kv_heads;
+    const int group = walk.params.heads_of_group;
     const int first = walk.turns.first_q_block(tile.n);
     const int steps = walk.turns.steps(tile.n);
+    if constexpr (QTurns::kAscending) {
+      for (int m = first + steps - 1; m >= first; --m) {
+        for (int i = 0; i < group; ++i) f(tile.kv_head * group + i, m);
+      }
+      return;
+    }
     for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
       for (int step = 0; step < steps; ++step) f(head, walk.turns.q_block(first, step));
     }

@@ -7,7 +7,32 @@
 
 namespace tk::attention {
 
-// Without a map: a counter.
+// Down from the last query block to the first, and for each every head: the steps of all key blocks
+// are the same, as far as they go.
+template <typename QTurns>
+struct StepsDown {
+  int block, first_block;
+  int head, first_head, end_head;
+
+  template <typename Params>
+  __device__ __forceinline__ StepsDown(const QTurns& turns, const Params& params, int n,
+                                       int kv_head, int)
+      : block(turns.first_q_block(n) + turns.steps(n) - 1), first_block(turns.first_q_block(n)) {
+    const int group = params.heads_of_group;
+    head = first_head = kv_head * group;
+    end_head = head + group;
+  }
+  __device__ __forceinline__ bool valid() const { return block >= first_block; }
+  __device__ __forceinline__ int q_block() const { return block; }
+  __device__ __forceinline__ void next() {
+    if (++head == end_head) {
+      head = first_head;
+      --block;
+    }
+  }
+};
+
+// Head after head, up the query blocks: a counter.
 template <typename QTurns>
 struct CountedSteps {
   const QTurns& turns;
@@ -21,8 +46,8 @@ struct CountedSteps {
       : turns(turns),
         first(turns.first_q_block(n)),
         steps(turns.steps(n)),
-        left(params.num_heads / params.num_kv_heads * steps),
-        head(params.num_heads / params.num_kv_heads * kv_head) {}
+        left(params.heads_of_group * steps),
+        head(params.heads_of_group * kv_head) {}
   __device__ __forceinline__ bool valid() const { return left > 0; }
   __device__ __forceinline__ int q_block() const { return turns.q_block(first, step); }
   __device__ __forceinline__ void next() {
@@ -50,7 +75,7 @@ struct MappedSteps {
         batch(batch),
         first(turns.first_q_block(n)),
         end(first + turns.steps(n)) {
-    const int group = params.num_heads / params.num_kv_heads;
+    const int group = params.heads_of_group;
     head = kv_head * group;
     end_head = head + group;
     blocks.start(first, end, row());
@@ -71,6 +96,7 @@ struct MappedSteps {
 };
 
 template <typename QTurns>
-using QuerySteps = Select<QTurns::kMapped, MappedSteps, CountedSteps<QTurns>>;
+using QuerySteps = Select<QTurns::kMapped, MappedSteps,
+                          Select<QTurns::kAscending, StepsDown<QTurns>, CountedSteps<QTurns>>>;
 
 }  // namespace tk::attention

@@ -4,7 +4,10 @@
 // where blocks that run together are never at the same query block at the same time, each a step
 // behind the one before it, and add in just that order.
 //
-// A mask, or a block map: key block n starts at the first query block that sees it and goes up; a
+// A causal mask: key blocks with most to do are started first, those of all heads side by side, so
+// that none of them is left over at the end. All go down from the last query block, for which turns
+// go from the lowest n up: whoever started together is soon apart by the time that a turn takes.
+// A band, or a block map: key block n starts at the first query block that sees it and goes up; a
 // higher n starts further on, or later. All started together, the higher n is always ahead: turns
 // go from the highest n down. Otherwise: of a group of blocks that run together, each starts at a
 // different query block, evenly spread, goes up and wraps round: turns go by arrival. Groups follow
@@ -19,8 +22,9 @@ namespace tk::attention {
 template <Mask kMask, unsigned kFeatures, int kBlockQ, int kBlockKv>
 struct Turns {
   static constexpr bool kMapped = (kFeatures & kMapFeatures) != 0;
-  // Whether turns go from the last key block down, rather than by arrival.
-  static constexpr bool kDescending = kMask != Mask::kNone || kMapped;
+  // Whether turns go from the first key block up, or from the last down, rather than by arrival.
+  static constexpr bool kAscending = kMask == Mask::kCausal && !kMapped;
+  static constexpr bool kDescending = !kAscending && (kMask != Mask::kNone || kMapped);
 
   int q_blocks;   // query blocks of the sequence
   int kv_blocks;  // key blocks
@@ -69,7 +73,9 @@ struct Turns {
 
   // How many key blocks add to query block m before key block n does. `row` is m's, of a map.
   __device__ __forceinline__ int turn(int n, int m, const MapRow& row) const {
-    if constexpr (kDescending) {
+    if constexpr (kAscending) {
+      return n;  // whoever sees a key sees those before it
+    } else if constexpr (kDescending) {
       Bounds whole_block = bounds;
       whole_block.seqlen_q = (m + 1) * kBlockQ;
       const VisibleKeys keys = visible_keys<kMask>(m * kBlockQ, kBlockQ, whole_block);

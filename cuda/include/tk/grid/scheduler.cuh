@@ -18,6 +18,16 @@ struct Rounds {
   __device__ __forceinline__ void next() { ++round; }
 };
 
+// A tile for each block of the grid, which start in their order as multiprocessors become free.
+struct OneEach {
+  int worker;
+  bool left = true;
+
+  __device__ __forceinline__ int index() const { return worker; }
+  __device__ __forceinline__ bool valid() const { return left; }
+  __device__ __forceinline__ void next() { left = false; }
+};
+
 struct HeadTile {
   int block, head, batch;
 };
