@@ -282,7 +282,12 @@ CASE_SETS = {
         "grid": _grid(BasedAttentionCase, (4, 4096, 16, 16, 64), (16, 3072, 16, 16, 64))
     },
     "hedgehog_attention": {
-        "grid": _grid(HedgehogAttentionCase, (4, 4096, 16, 128), (16, 3072, 16, 128))
+        "grid": lambda: [
+            HedgehogAttentionCase(4, 4096, 16, 128),
+            HedgehogAttentionCase(16, 3072, 16, 128),
+            # None of which begins where a chunk does.
+            HedgehogAttentionCase(4, 4096, 16, 128, documents=15),
+        ]
     },
 }
 

@@ -16,6 +16,7 @@ OP_SOURCES = [
     "ffi/based_attention_walks.cc",
     "ffi/ffi_util.cc",
     "ffi/hedgehog_attention_backward.cc",
+    "ffi/hedgehog_attention_documents.cc",
     "ffi/hedgehog_attention_forward.cc",
     "ffi/hedgehog_attention_kernels.cc",
     "ffi/hedgehog_attention_problem.cc",

@@ -35,6 +35,9 @@ class Case:
     batch: int = 1
     size: float = 1.0  # of queries
     lengths: tuple[int, ...] = ()  # of what an initial state stands for
+    # Lengths of packed documents, of which there are as many as there is room for; each
+    # element of the batch begins with another one.
+    documents: tuple[int, ...] = ()
 
     def __str__(self):
         fields = dataclasses.asdict(self).items()
@@ -60,6 +63,33 @@ MORE = [
 ]
 STATES = [Case(70, heads=(2, 1), batch=3, lengths=(0, 37, 300))]
 MORE_STATES = [Case(130, 128, 128, (2, 1), "float16", 2, lengths=(128, 129))]
+# One token and none more, ends of windows and next to them, some longer than three.
+DOCUMENTS = [
+    Case(200, 128, 128, (2, 1), "float16", documents=(3, 150, 5)),
+]
+MORE_DOCUMENTS = [
+    Case(1, documents=(1,)),
+    Case(63, 40, 24, (2, 1), documents=(1, 30)),
+    Case(64, dtype="float16", documents=(1,)),
+    Case(65, documents=(1, 64), size=30.0),
+    Case(200, documents=(200,)),
+    Case(330, heads=(2, 1), batch=2, documents=(200, 1, 63, 70, 2)),
+    Case(200, 72, 40, (4, 2), "float16", batch=2, documents=(64, 65, 1)),
+    Case(700, 128, 128, (2, 2), documents=(5, 400, 128, 129)),
+    Case(193, 128, 64, (3, 1), documents=(20,)),
+    Case(400, 64, 128, (2, 1), "float16", batch=3, documents=(1, 1, 390, 7, 100)),
+    Case(1000, documents=(1, 2, 3, 500, 64, 300)),
+]
+DOCUMENT_STATES = [
+    Case(100, heads=(2, 1), batch=2, lengths=(37, 300), documents=(70, 30)),
+]
+MORE_DOCUMENT_STATES = [
+    Case(210, heads=(2, 1), batch=3, lengths=(0, 37, 300), documents=(170, 1, 20, 140)),
+    Case(130, 128, 128, (2, 1), "float16", 2, lengths=(128, 129), documents=(130,)),
+    Case(
+        300, 128, 64, (1, 1), batch=4, lengths=(64, 1, 191, 500), documents=(2, 260, 9)
+    ),
+]
 
 
 def arrays_of(case: Case) -> dict:
@@ -80,6 +110,8 @@ def arrays_of(case: Case) -> dict:
         "alpha": 3 * rng.random(num_heads) + 0.1,
         "beta": rng.random(num_heads) + 0.1,
     }
+    if case.documents:
+        arrays["segment_ids"] = segment_ids(case)
     if case.lengths:
         latest = (case.batch, 2 * config.CHUNK, num_kv_heads)
         sums = (case.batch, num_kv_heads, 2 * config.MAP)
@@ -90,6 +122,24 @@ def arrays_of(case: Case) -> dict:
             "values": normal(*latest, case.value_dim),
         }
     return arrays
+
+
+def segment_ids(case: Case) -> np.ndarray:
+    """Some ids come again, and they are in no order."""
+    count = len(case.documents)
+
+    def row(first):
+        lengths = [case.documents[(first + i) % count] for i in range(case.seqlen)]
+        return np.repeat(5 * np.arange(case.seqlen) % 7, lengths)[: case.seqlen]
+
+    return np.array([row(i) for i in range(case.batch)], np.int32)
+
+
+def as_floats(arrays: dict, dtype) -> dict:
+    return {
+        name: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        for name, x in arrays.items()
+    }
 
 
 def public(case: Case, implementation: str = "interpret", final: bool | None = None):
@@ -115,7 +165,7 @@ def public(case: Case, implementation: str = "interpret", final: bool | None = N
 def in_segments(case: Case, chunks: int):
     def run(**arrays):
         options = config.HedgehogOptions(case.key_dim**-0.5, config.CHUNK)
-        inputs = Inputs(**arrays, state=None, segment_ids=None)
+        inputs = Inputs(**{"state": None, "segment_ids": None} | arrays)
         out, _ = kernel_hedgehog_attention(
             options, False, inputs, chunks_of_segment=chunks
         )
@@ -126,7 +176,7 @@ def in_segments(case: Case, chunks: int):
 
 def definition(dtype):
     def run(**arrays):
-        arrays = {name: x.astype(dtype) for name, x in arrays.items()}
+        arrays = as_floats(arrays, dtype)
         return (hedgehog_attention_reference(**arrays, dtype=jnp.dtype(dtype))[0],)
 
     return run
@@ -140,7 +190,7 @@ def check(fn, case: Case, exact=None, arrays: dict | None = None) -> None:
     value_bar, gradient_bar, _ = BARS[case.dtype]
     with jax.enable_x64(True):
         given = rounded(arrays or arrays_of(case), case.dtype, EXACT)
-        wide = {name: x.astype(jnp.float64) for name, x in given.items()}
+        wide = as_floats(given, jnp.float64)
         results = values_and_gradients(fn, given)
         exact = values_and_gradients(exact or definition("float64"), wide)
         low = None
@@ -168,14 +218,17 @@ def check(fn, case: Case, exact=None, arrays: dict | None = None) -> None:
 
 def specs_of(case: Case):
     """What a call and its gradient will ask for, as the names of kernels."""
-    names = list(config.KERNELS)
-    for kernel in names:
+    documents = bool(case.documents)
+    for kernel in config.DOCUMENT_KERNELS if documents else config.KERNELS:
         yield from _ffi.extension().hedgehog_attention_specs(
             kernel=kernel,
             dtype=case.dtype,
             key_dim=case.key_dim,
             value_dim=case.value_dim,
+            documents=documents,
         )
+    if documents:
+        return
     seqlen = case.seqlen + (3 * config.CHUNK if case.lengths else 0)
     for heads, kernel in zip(
         reversed(case.heads), ("states", "reverse_states"), strict=True

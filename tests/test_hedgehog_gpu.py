@@ -9,8 +9,12 @@ import pytest
 import recurrent_gpu_checks as checks
 from hedgehog_kernel_cases import (
     CASES,
+    DOCUMENT_STATES,
+    DOCUMENTS,
     EXACT,
     MORE,
+    MORE_DOCUMENT_STATES,
+    MORE_DOCUMENTS,
     MORE_STATES,
     STATES,
     Case,
@@ -32,6 +36,9 @@ LARGER = [
     Case(500, 128, 128, (16, 16), batch=9),
     Case(2000, 128, 128, (2, 2), "float16"),
     Case(4000, 64, 64, (1, 1)),
+    Case(1000, 128, 128, (16, 4), batch=2, documents=(300, 41, 1, 7, 500)),
+    Case(3000, 128, 128, (2, 2), "float16", documents=(2000, 3, 64, 1, 400)),
+    Case(4000, 64, 64, (1, 1), documents=(20,)),
 ]
 SPLIT = [
     (Case(300, 64, 64, (2, 1)), [1, 100]),
@@ -43,6 +50,7 @@ SPLIT = [
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
     cases = [*CASES, *MORE, *STATES, *MORE_STATES, *LENGTHS, *LARGER]
+    cases += [*DOCUMENTS, *MORE_DOCUMENTS, *DOCUMENT_STATES, *MORE_DOCUMENT_STATES]
     cases += [case for case, _ in SPLIT]
     checks.compile_kernels(itertools.chain.from_iterable(map(specs_of, cases)))
 
@@ -52,12 +60,18 @@ def poisoned_memory():
     checks.poison()
 
 
-@pytest.mark.parametrize("case", CASES + MORE + LENGTHS + LARGER, ids=str)
+@pytest.mark.parametrize(
+    "case", CASES + MORE + LENGTHS + DOCUMENTS + MORE_DOCUMENTS + LARGER, ids=str
+)
 def test_values_and_gradients(case):
     check(public(case, "tk"), case)
 
 
-@pytest.mark.parametrize("case", STATES + MORE_STATES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    STATES + MORE_STATES + DOCUMENT_STATES + MORE_DOCUMENT_STATES,
+    ids=str,
+)
 def test_states_and_their_gradients(case):
     check(public(case, "tk"), case, public(case, "xla"))
 
@@ -85,6 +99,25 @@ def test_split_sequence_is_the_whole_one(case, at):
         return (jnp.concatenate(outs, 1),)
 
     check(in_pieces, case)
+
+
+def test_packed_documents_are_as_if_each_were_alone():
+    case = Case(checks.DOCUMENT_ENDS[-1], 128, 128, (2, 1))
+
+    def run(**arrays):
+        out, state = tk_jax.hedgehog_attention(
+            **arrays, return_final_state=True, implementation="tk"
+        )
+        return out, tuple(state[:4])
+
+    checks.check_documents(
+        run,
+        arrays_of(case) | {"initial_state": None},
+        dict.fromkeys("qkv", 1),
+        case.dtype,
+        EXACT,
+        ("alpha", "beta"),
+    )
 
 
 def test_without_far_keys():

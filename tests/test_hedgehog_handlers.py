@@ -6,6 +6,7 @@ from handler_process import Call, Gpu, both_stages, launched
 _INVALID, _UNIMPLEMENTED = 3, 12
 _NONE = ("float32", [0])
 _ALL = ("int32", [0])  # in place of the first tokens
+_UNPACKED = (_ALL, _ALL, _NONE)  # in place of packed documents' tiles
 # B, T, H, K, D, V: three chunks, two heads that share keys, one slice and a half.
 _SIZES = (2, 150, 4, 2, 80, 96)
 
@@ -26,6 +27,15 @@ class Arrays:
         self.weight = floats(H)
         self.first = ("int32", [B])
         self.rows = floats(B, H, 64 * chunks)
+        most = 2 * (T // 65) + 1
+        self.documents = (
+            ("int32", [B, most + 2, 4]),
+            ("int32", [B]),
+            floats(B, 64 * most),
+        )
+        self.tile_rows = floats(B, H, 64 * most)
+        self.q_states = (dtype, [B, H, chunks, columns, 128])
+        self.q_normalizers = floats(B, H, chunks, 128)
         self.states = (dtype, [B, K, chunks, columns, 128])
         self.normalizers = floats(B, K, chunks, 128)
         self.starts = floats(B, K, segments, V, 128), floats(B, K, segments, 128)
@@ -48,40 +58,69 @@ def sums(a=ARRAYS, *, first=_ALL, chunks=2, ends=None):
 
 
 def outputs(
-    a=ARRAYS, *, v=None, q_map=None, first=_ALL, starts=(_NONE, _NONE), chunks=2
+    a=ARRAYS,
+    *,
+    v=None,
+    q_map=None,
+    first=_ALL,
+    starts=(_NONE, _NONE),
+    chunks=2,
+    documents=_UNPACKED,
+    shares=0,
 ):
     return Call(
         "tk_hedgehog_attention_outputs_v1",
         [
             *(a.q, a.k, v or a.v, q_map or a.q_map, a.k_map),
-            *(a.weight, a.weight, first, *starts),
+            *(a.weight, a.weight, first, *starts, *documents),
         ],
         [a.out],
-        {"options": {"scale": 1.0, "chunks_of_segment": chunks}},
+        {"options": {"scale": 1.0, "chunks_of_segment": chunks, "shares": shares}},
     )
 
 
-def queries(a=ARRAYS, *, states=None, largest=None):
+def queries(a=ARRAYS, *, states=None, largest=None, documents=_UNPACKED):
+    rows = a.rows if documents is _UNPACKED else a.tile_rows
     return Call(
         "tk_hedgehog_attention_queries_v1",
         [
             *(a.q, a.k, a.v, a.out, a.q_map, states or a.states, a.normalizers),
-            *(a.weight, a.weight, _ALL),
+            *(a.weight, a.weight, _ALL, *documents),
         ],
-        [a.q, a.features, a.q_scores, largest or a.rows, *[a.rows] * 5],
+        [a.q, a.features, a.q_scores, largest or rows, *[rows] * 5],
         {"options": {"scale": 1.0}},
     )
 
 
-def keys(a=ARRAYS, *, divisors=None, dk=None):
+def keys(a=ARRAYS, *, divisors=None, dk=None, documents=_UNPACKED):
+    rows = a.rows if documents is _UNPACKED else a.tile_rows
     return Call(
         "tk_hedgehog_attention_keys_v1",
         [
             *(a.q, a.k, a.v, a.out, a.k_map, a.states, a.normalizers),
-            *(divisors or a.rows, *[a.rows] * 3, a.weight, a.first),
+            *(divisors or rows, *[rows] * 3, a.weight, a.first, *documents),
         ],
         [dk or a.k, a.v, a.k_scores],
         {"options": {"scale": 1.0}},
+    )
+
+
+def document_states(
+    a=ARRAYS, *, reverse=False, shares=2, stored=True, starts=(_NONE,) * 2, ends=None
+):
+    states, normalizers = a.states, a.normalizers
+    keys, values, k_map, delta = a.k, a.v, a.k_map, _NONE
+    if reverse:
+        states, normalizers = a.q_states, a.q_normalizers
+        keys, values, k_map, delta = a.features, a.out, (a.k[0], [0]), a.tile_rows
+    return Call(
+        "tk_hedgehog_attention_document_states_v1",
+        [keys, values, k_map, delta, _ALL, *starts, *a.documents],
+        [
+            *((states, normalizers) if stored else ((a.k[0], [0]), _NONE)),
+            *(ends or (_NONE, _NONE)),
+        ],
+        {"options": {"reverse": reverse, "shares": shares}},
     )
 
 
@@ -117,9 +156,35 @@ def test_launches():
     assert (states["dims"], states["box"]) == ([128, 2 * 2 * 3 * 128], [64, 64])
 
 
+def test_launches_of_packed_documents():
+    a = ARRAYS
+    calls = [
+        outputs(documents=a.documents, starts=a.starts, shares=4),
+        document_states(stored=False, ends=a.ends),
+        document_states(reverse=True),
+        keys(documents=a.documents),
+    ]
+    ran = [answer for _, answer in launched(Gpu(), *calls)]
+    launches = [(x["symbol"], x["grid"]) for each in ran for x in each.of("launch")]
+    name = "tk_hedgehog_attention_"
+    assert launches == [
+        (f"{name}outputs_d128_v128_documents_bf16", [4, 2, 2]),
+        (f"{name}document_states_d128_v128_bf16", [2, 1, 2]),
+        (f"{name}document_states_reverse_d128_v128_bf16", [4, 2, 2]),
+        (f"{name}keys_d128_v128_documents_bf16", [5, 2, 2]),
+    ]
+    features, dout, states = ran[2].of("map")
+    assert (features["dims"], dout["dims"]) == ([128, 150, 4, 2], [96, 150, 4, 2])
+    assert states["dims"] == [128, 2 * 4 * 3 * 128]
+
+
 def test_empty_batch_launches_nothing():
     a = Arrays((0, *_SIZES[1:]))
-    answers = Gpu().run(sums(a), outputs(a), queries(a), keys(a))
+    packed = {"documents": a.documents}
+    answers = Gpu().run(
+        *(sums(a), outputs(a), queries(a), keys(a), document_states(a)),
+        *(outputs(a, shares=2, **packed), queries(a, **packed), keys(a, **packed)),
+    )
     for answer in answers:
         assert (answer.code, answer.message, answer.driver) == (0, "", [])
 
@@ -183,6 +248,41 @@ def test_empty_batch_launches_nothing():
             queries(largest=floats(2, 4, 150)),
             _INVALID,
             "largest has shape (2, 4, 150); expected (2, 4, 192)",
+        ),
+        (
+            outputs(documents=(ARRAYS.documents[0], _ALL, _NONE), chunks=1, shares=1),
+            _INVALID,
+            "counts has shape (0); expected (2)",
+        ),
+        (
+            outputs(documents=ARRAYS.documents, chunks=2, shares=3),
+            _INVALID,
+            "chunks_of_segment is 2; expected a divisor of the 3 shares",
+        ),
+        (
+            outputs(documents=ARRAYS.documents, chunks=1, shares=6),
+            _INVALID,
+            "shares is 6; expected 1 to the 5 tiles there may be",
+        ),
+        (
+            queries(documents=ARRAYS.documents, largest=ARRAYS.rows),
+            _INVALID,
+            "largest has shape (2, 4, 192); expected (2, 4, 320)",
+        ),
+        (
+            document_states(stored=False),
+            _INVALID,
+            "neither stored nor to is asked for",
+        ),
+        (
+            document_states(shares=1, starts=ARRAYS.starts),
+            _INVALID,
+            "states are of 2 shares; expected 1 to the 1 there are",
+        ),
+        (
+            document_states(starts=(ARRAYS.starts[0], _NONE)),
+            _INVALID,
+            "states and their normalizers go together",
         ),
         (
             keys(dk=ARRAYS.q),

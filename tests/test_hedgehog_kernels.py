@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from hedgehog_kernel_cases import (
     CASES,
+    DOCUMENT_STATES,
+    DOCUMENTS,
     EXACT,
     MORE,
+    MORE_DOCUMENT_STATES,
+    MORE_DOCUMENTS,
     MORE_STATES,
     STATES,
     Case,
@@ -21,7 +25,14 @@ from hedgehog_kernel_cases import (
     public,
     specs_of,
 )
-from recurrent_cases import BARS, relative_rms, rounded, values_and_gradients
+from recurrent_cases import (
+    BARS,
+    quick_jit,
+    relative_rms,
+    rounded,
+    values_and_gradients,
+    weights_like,
+)
 
 import tk_jax
 from tk_jax import _ffi
@@ -33,6 +44,13 @@ EXHAUSTIVE = pytest.mark.exhaustive
 # In segments of so many chunks; the last one's sums are made of two pieces.
 SEGMENTED = Case(400)
 SEGMENTS = ((SEGMENTED, 1), (SEGMENTED, 3), (Case(513), 8))
+# The same of packed documents, which some segments have several of and some a part.
+PACKED = Case(400, 40, 24, (2, 1), batch=2, documents=(3, 280, 70, 130))
+PACKED_SEGMENTS = (
+    (PACKED, 2),
+    pytest.param(Case(450, documents=(3, 300, 10, 130)), 1, marks=EXHAUSTIVE),
+    pytest.param(Case(1100, documents=(900, 1)), 8, marks=EXHAUSTIVE),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,8 +58,9 @@ def compiled(request):
     """Many kernels of a header take little longer to compile than one."""
     if jax.default_backend() != "cpu":
         return
-    more = MORE if request.config.getoption("--exhaustive") else []
-    cases = [*CASES, *STATES, *more, *(case for case, _ in SEGMENTS)]
+    cases = [*CASES, *STATES, *DOCUMENTS, PACKED, *(case for case, _ in SEGMENTS)]
+    if request.config.getoption("--exhaustive"):
+        cases += [*MORE, *MORE_DOCUMENTS, *MORE_DOCUMENT_STATES]
     specs = itertools.chain.from_iterable(map(specs_of, cases))
     specs = {spec["function"]: spec for spec in specs}.values()
     by_header = functools.partial(sorted, key=lambda spec: spec["header"])
@@ -60,12 +79,36 @@ def test_values_and_gradients(case):
     "case",
     [
         case if case in CASES[-1:] else pytest.param(case, marks=EXHAUSTIVE)
-        for case in CASES
+        for case in CASES + DOCUMENTS
     ],
     ids=str,
 )
 def test_what_the_gpu_executes(case, ptx):
     check(public(case), case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    DOCUMENTS + [pytest.param(case, marks=EXHAUSTIVE) for case in MORE_DOCUMENTS],
+    ids=str,
+)
+def test_packed_documents(case):
+    check(public(case), case)
+
+
+@pytest.mark.parametrize(("case", "chunks"), PACKED_SEGMENTS, ids=str)
+def test_packed_documents_in_segments(case, chunks):
+    check(in_segments(case, chunks), case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    DOCUMENT_STATES
+    + [pytest.param(case, marks=EXHAUSTIVE) for case in MORE_DOCUMENT_STATES],
+    ids=str,
+)
+def test_packed_documents_after_a_state(case):
+    check(public(case), case, public(case, "xla"))
 
 
 @pytest.mark.parametrize(("case", "chunks"), SEGMENTS, ids=str)
@@ -95,7 +138,18 @@ def test_final_state_without_an_initial_one(seqlen):
         assert relative_rms(x, y) <= BARS[case.dtype][0]
 
 
-@pytest.mark.parametrize("case", [Case(129, 128, 128, (2, 1), "float16")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(129, 128, 128, (2, 1), "float16"),
+        pytest.param(
+            Case(270, 128, 128, (2, 1), "float16", documents=(10, 200)),
+            marks=EXHAUSTIVE,
+        ),
+        pytest.param(Case(270, documents=(200, 1, 9)), marks=EXHAUSTIVE),
+    ],
+    ids=str,
+)
 def test_schedules_change_nothing(case):
     arrays = rounded(arrays_of(case), case.dtype, EXACT)
 
@@ -169,6 +223,99 @@ def test_vmap_of_gradients_is_a_larger_call(mapped):
             )
 
 
+def _pulled_back(case, arrays, cotangent):
+    def run(arrays, cotangent):
+        (out,), pull_back = jax.vjp(lambda x: public(case)(**x), arrays)
+        return out, pull_back((cotangent.astype(out.dtype),))[0]
+
+    return quick_jit(run)(arrays, jnp.asarray(cotangent))
+
+
+@EXHAUSTIVE
+def test_each_document_is_as_if_it_were_alone():
+    """Two rows, and the same tokens in one row, after ten others."""
+    length, others = 150, 10
+    alone = Case(length, heads=(2, 1), batch=2)
+    arrays = rounded(arrays_of(alone), alone.dtype, EXACT)
+    cotangent = weights_like(arrays["q"])
+    expected = _pulled_back(alone, arrays, cotangent)
+
+    def pack(x):
+        rows = jnp.asarray(x).reshape(1, 2 * length, *x.shape[2:])
+        return jnp.concatenate([rows[:, :others] * 3, rows], axis=1)
+
+    case = Case(2 * length + others, heads=(2, 1), documents=(others, length))
+    names = ("q", "k", "v")
+    packed = arrays | {name: pack(arrays[name]) for name in names}
+    ids = jnp.arange(2 * length + others) >= jnp.array([[others], [others + length]])
+    ids = jnp.sum(ids, axis=0, dtype=jnp.int32)
+    cotangent = pack(cotangent).at[:, :others].set(0)
+
+    def run(packed, cotangent):
+        def call(packed):
+            return public(case)(**packed, segment_ids=ids)[0]
+
+        out, pull_back = jax.vjp(call, packed)
+        return out, pull_back(cotangent.astype(out.dtype))[0]
+
+    out, gradients = quick_jit(run)(packed, cotangent)
+
+    def rows(x):
+        return np.float32(x[:, others:].reshape(2, length, *x.shape[2:]))
+
+    np.testing.assert_allclose(rows(out), np.float32(expected[0]), rtol=1e-2, atol=1e-3)
+    for name, x in gradients.items():
+        got = rows(x) if name in names else np.float32(x)
+        want = np.float32(expected[1][name])
+        assert np.abs(got - want).max() <= 1e-2 * np.abs(want).max(), name
+        if name in names:
+            assert (x[:, :others] == 0).all(), name
+
+
+def test_a_token_that_is_not_a_number_reaches_no_document_further_on():
+    case = Case(400, documents=(150, 70, 180))
+    arrays = rounded(arrays_of(case), case.dtype, EXACT)
+    run = quick_jit(public(case))
+    (expected,) = run(**arrays)
+    for name in ("q", "k", "v"):
+        (out,) = run(**(arrays | {name: arrays[name].at[:, 20].set(jnp.nan)}))
+        assert jnp.isnan(out[:, 20]).all()
+        # Within the document its keys are seen by all that follow.
+        last = 64 if name == "q" else 150
+        np.testing.assert_array_equal(
+            np.float32(out[:, last + 64 :]), np.float32(expected[:, last + 64 :])
+        )
+
+
+@EXHAUSTIVE
+@pytest.mark.parametrize("mapped", [("q",), ("q_map",), ("q", "q_map")], ids=str)
+@pytest.mark.parametrize("ids_mapped", [False, True])
+def test_vmap_of_documents_is_a_larger_call(mapped, ids_mapped):
+    case = Case(200, heads=(2, 1), documents=(150, 7))
+    arrays = rounded(arrays_of(case), case.dtype, EXACT)
+    ids = jnp.asarray(arrays.pop("segment_ids"))
+    ids = jnp.stack([ids, jnp.roll(ids, 30)]) if ids_mapped else ids
+    stacked = {name: jnp.stack([arrays[name], arrays[name] * 0.5]) for name in mapped}
+
+    def gradients(changed, ids):
+        def loss(arrays):
+            (out,) = public(case)(**arrays, segment_ids=ids)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+        return jax.grad(loss)(arrays | changed)
+
+    got = quick_jit(jax.vmap(gradients, in_axes=(0, 0 if ids_mapped else None)))(
+        stacked, ids
+    )
+    one = quick_jit(gradients)
+    for i in range(2):
+        changed = {name: x[i] for name, x in stacked.items()}
+        for name, x in one(changed, ids[i] if ids_mapped else ids).items():
+            np.testing.assert_allclose(
+                np.float32(got[name][i]), np.float32(x), rtol=2e-2, atol=1e-4
+            )
+
+
 LACKING = [
     ({}, {"window": 32}, "a window of 32 (it takes 64)"),
     ({"q_map": (2, 64, 32), "k_map": (1, 64, 32)}, {}, "maps of 32 columns"),
@@ -183,7 +330,6 @@ LACKING = [
         "keys of 136 dimensions (it takes up to 128)",
     ),
     ({"v": (1, 8, 1, 136)}, {}, "values of 136 dimensions (it takes up to 128)"),
-    ({}, {"segment_ids": (1, 8)}, "segment_ids (in whose segments windows begin"),
 ]
 
 
@@ -208,7 +354,11 @@ def test_what_the_kernels_lack(shapes, settings, lacking):
     choice = tk_jax.explain(op, **arrays, alpha=1.0, beta=1.0, **settings)
     assert choice.cuda == "xla" and lacking in choice.reason
     supported = tk_jax.explain(
-        op, *(jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in SUPPORTED), alpha=1, beta=1
+        op,
+        *(jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in SUPPORTED),
+        alpha=1,
+        beta=1,
+        segment_ids=jax.ShapeDtypeStruct((8,), jnp.int32),
     )
     assert supported.cuda == "tk"
 

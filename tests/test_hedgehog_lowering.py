@@ -54,8 +54,9 @@ def test_forward_is_one_kernel_and_copies_no_tokens():
         assert not re.search(rf"stablehlo.{copy}.*4x300x40x128xbf16", text)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("batch", [(), (2, 3), (0,)], ids=str)
-def test_any_batch_with_a_state(batch):
+def test_any_batch_with_a_state(batch, packed):
     q, k = struct(*batch, 70, 4, 64), struct(*batch, 70, 2, 64)
     maps = (struct(heads, 64, 64, dtype=jnp.float32) for heads in (4, 2))
     floats = ((*batch, 2, 128, 64), (*batch, 2, 128))
@@ -65,16 +66,50 @@ def test_any_batch_with_a_state(batch):
         struct(*batch, dtype=jnp.int32),
     )
 
-    def total(floating, length):
+    def total(floating, length, ids):
         *tokens, state = floating
         out, final = run(
-            *tokens, initial_state=(*state, length), return_final_state=True
+            *tokens,
+            initial_state=(*state, length),
+            return_final_state=True,
+            segment_ids=ids,
         )
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(final.sums)
 
     found = jax.grad(total)
-    text = lowered(found, (q, k, k, *maps, state[:4]), state[4])
-    assert targets(text) == ["states", "queries", "states", "keys"]
+    ids = struct(70, dtype=jnp.int32) if packed else None
+    text = lowered(found, (q, k, k, *maps, state[:4]), state[4], ids)
+    states = "document_states" if packed else "states"
+    assert targets(text) == [states, "queries", states, "keys"]
+
+
+def test_packed_documents():
+    q, k, v, *maps = arrays()
+    ids = struct(4, 300, dtype=jnp.int32)
+
+    def total(floating, ids):
+        out = run(*floating, segment_ids=ids)
+        return jnp.sum(out.astype(jnp.float32))
+
+    text = lowered(jax.grad(total), (q, k, v, *maps), ids)
+    found = ["document_states", "queries", "document_states", "keys"]
+    assert targets(text) == found
+    # Windows of at most 2 * (300 // 65) + 1 tiles, and no copies of tokens.
+    assert "tensor<4x576xf32>" in text
+    for copy in ("transpose", "pad", "slice", "concatenate"):
+        assert not re.search(rf"stablehlo.{copy}.*4x300x40x128xbf16", text)
+
+
+def test_packed_documents_of_few_heads_are_cut_into_segments():
+    ids = struct(4, 4096, dtype=jnp.int32)
+    text = lowered(
+        lambda ids, *arrays: run(*arrays, segment_ids=ids),
+        ids,
+        *arrays(4, 4096, 16, 16),
+    )
+    assert targets(text) == ["document_states", "outputs"]
+    # The first of two segments, in halves.
+    assert "tensor<4x16x2x128x128xf32>" in text
 
 
 def test_few_heads_are_cut_into_segments():
@@ -112,25 +147,30 @@ def test_without_an_implementation_each_platform_has_its_own():
     assert targets(lowered(chosen, *arrays(), platform="cpu")) == []
 
 
-def test_over_a_mesh():
+@pytest.mark.parametrize("packed", [False, True])
+def test_over_a_mesh(packed):
     """The kernels are called for the heads of each device."""
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.sharding.AbstractMesh((2, 4), ("batch", "heads"), axis_types=auto)
     P = jax.sharding.PartitionSpec
     tokens, maps = P("batch", None, "heads"), P("heads")
-    specs = (tokens, tokens, tokens, maps, maps)
+    specs = (tokens, tokens, tokens, maps, maps, P("batch"))
 
     def loss(*arrays):
         def local(*arrays):
-            final = run(*arrays, return_final_state=True)
+            *arrays, ids = arrays
+            ids = ids if packed else None
+            final = run(*arrays, return_final_state=True, segment_ids=ids)
             total = sum(jnp.sum(x.astype(jnp.float32)) for x in jax.tree.leaves(final))
             return jax.lax.psum(total, ("batch", "heads"))
 
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(*arrays)
 
-    text = lowered(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *arrays())
+    ids = struct(4, 300, dtype=jnp.int32)
+    text = lowered(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *arrays(), ids)
     assert "tensor<2x300x10x128xbf16>" in text
     assert set(targets(text)) >= {"queries", "keys"}
+    assert ("document_states" in targets(text)) == packed
 
 
 def test_cpu_refuses_the_kernels():

@@ -24,9 +24,11 @@ def test_this_runtime_accepts_every_handler():
         "tk_based_attention_gradients_v1",
         "tk_based_attention_outputs_v1",
         "tk_based_attention_states_v1",
+        "tk_hedgehog_attention_document_states_v1",
         "tk_hedgehog_attention_keys_v1",
         "tk_hedgehog_attention_outputs_v1",
         "tk_hedgehog_attention_queries_v1",
+        "tk_hedgehog_attention_step_v1",
         "tk_hedgehog_attention_sums_v1",
         "tk_kernel_v1",
         "tk_linear_attention_chunk_sums_v1",
@@ -35,6 +37,7 @@ def test_this_runtime_accepts_every_handler():
         "tk_linear_attention_outputs_v1",
         "tk_linear_attention_states_v1",
         "tk_matmul_v1",
+        "tk_state_step_v1",
     ]
     for name, stages in registrations.items():
         jax.ffi.register_ffi_target(f"{name}_probe", stages, platform="cpu")

@@ -34,6 +34,7 @@ SETTINGS = {
     "HedgehogSumsOptions": hedgehog_attention.HedgehogSumsOptions,
     "HedgehogOutputsOptions": hedgehog_attention.HedgehogOutputsOptions,
     "HedgehogGradientsOptions": hedgehog_attention.HedgehogGradientsOptions,
+    "HedgehogDocumentStatesOptions": hedgehog_attention.HedgehogDocumentStatesOptions,
     "MatmulOptions": matmul.MatmulOptions,
     "MatmulConfig": matmul.MatmulConfig,
     "BasedStatesOptions": based_attention.BasedStatesOptions,

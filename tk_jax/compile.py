@@ -209,11 +209,17 @@ def _linear_attention(dtype: str, tiles: Mapping[str, int]) -> Iterator[Speciali
 
 
 def _hedgehog_attention(dtype: str, _: Mapping[str, int]) -> Iterator[Specialisation]:
-    for kernel, (key_dim, value_dim) in itertools.product(
-        hedgehog_config.KERNELS, hedgehog_config.KERNEL_DIMS
+    kernels = [(name, False) for name in hedgehog_config.KERNELS]
+    kernels += [(name, True) for name in hedgehog_config.DOCUMENT_KERNELS]
+    for (kernel, documents), (key_dim, value_dim) in itertools.product(
+        kernels, hedgehog_config.KERNEL_DIMS
     ):
         for spec in _ffi.extension().hedgehog_attention_specs(
-            kernel=kernel, dtype=dtype, key_dim=key_dim, value_dim=value_dim
+            kernel=kernel,
+            dtype=dtype,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            documents=documents,
         ):
             yield Specialisation("hedgehog_attention", "", spec)
 

@@ -20,6 +20,7 @@ extern const Target kBasedAttentionChunkOutputsTarget;
 extern const Target kBasedAttentionGradientsTarget;
 extern const Target kBasedAttentionOutputsTarget;
 extern const Target kBasedAttentionStatesTarget;
+extern const Target kHedgehogDocumentStatesTarget;
 extern const Target kHedgehogKeysTarget;
 extern const Target kHedgehogOutputsTarget;
 extern const Target kHedgehogQueriesTarget;
@@ -43,6 +44,7 @@ inline constexpr const Target* kTargets[] = {
     &kBasedAttentionGradientsTarget,
     &kBasedAttentionOutputsTarget,
     &kBasedAttentionStatesTarget,
+    &kHedgehogDocumentStatesTarget,
     &kHedgehogKeysTarget,
     &kHedgehogOutputsTarget,
     &kHedgehogQueriesTarget,

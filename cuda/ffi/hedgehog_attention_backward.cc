@@ -16,7 +16,8 @@ using hedgehog_attention::kMap;
 
 // A number for each token of each head of q.
 Status check_vector(const char* name, const AnyBuffer& buffer, const HedgehogSizes& s) {
-  return check_floats(name, buffer, {s.batch, s.num_heads, s.padded()});
+  return check_floats(name, buffer,
+                      {s.batch, s.num_heads, s.places() * hedgehog_attention::kChunk});
 }
 // A state for each chunk, and its normalizer.
 Status check_states(const char* name, const AnyBuffer& states, const char* normalizers_name,
@@ -32,6 +33,7 @@ Status check_states(const char* name, const AnyBuffer& states, const char* norma
 
 struct QueriesBuffers {
   AnyBuffer q, k, v, dout, q_map, states, normalizers, alpha, beta, first;
+  DocumentBuffers documents;
   AnyBuffer dq, features, dscores, largest, peaks, dbeta, dalpha, divisors, delta;
 };
 
@@ -39,9 +41,11 @@ Result<HedgehogSizes> read_queries(const QueriesBuffers& b) {
   if (Status status = check_rank("q", b.q, 4); !status.ok()) return status.error();
   const auto sizes = read_hedgehog_sizes(b.k, b.v, dim(b.q, 2));
   if (!sizes.ok()) return sizes.error();
-  const HedgehogSizes& s = *sizes;
+  HedgehogSizes s = *sizes;
+  s.documents = b.documents.given();
   if (Status status = first_error(
-          {check_like("q", b.q, b.k, {s.batch, s.seqlen, s.num_heads, s.key_dim}),
+          {check_documents(b.documents, s),
+           check_like("q", b.q, b.k, {s.batch, s.seqlen, s.num_heads, s.key_dim}),
            check_like("dout", b.dout, b.k, {s.batch, s.seqlen, s.num_heads, s.value_dim}),
            check_like("q_map", b.q_map, b.k, {s.num_heads, s.key_dim, kMap}),
            check_states("states", b.states, "normalizers", b.normalizers, b.k, s),
@@ -86,6 +90,9 @@ Status execute_queries(int device_ordinal, runtime::cuda::Stream stream, const Q
                   {"alpha", b.alpha, false},
                   {"beta", b.beta, false},
                   {"first", b.first, false},
+                  {"tiles", b.documents.tiles, false},
+                  {"counts", b.documents.counts, false},
+                  {"windows", b.documents.windows, false},
                   {"dq", b.dq, true},
                   {"features", b.features, true},
                   {"dscores", b.dscores, true},
@@ -119,7 +126,11 @@ Status execute_queries(int device_ordinal, runtime::cuda::Stream stream, const Q
   set_sizes(&params, s);
   params.num_heads = static_cast<int>(s.num_heads);
   params.scale = options.scale;
-  return runtime::launch(**kernel, stream, {s.chunks(), s.num_heads, s.batch}, &params);
+  params.documents = kernel_documents(b.documents, s, 1, 1);
+  params.dq_rows = token_rows(b.dq);
+  params.features_rows = token_rows(b.features);
+  params.dscores_rows = token_rows(b.dscores);
+  return runtime::launch(**kernel, stream, {s.places(), s.num_heads, s.batch}, &params);
 }
 
 // -- Keys -----------------------------------------------------------------------------------------
@@ -127,6 +138,7 @@ Status execute_queries(int device_ordinal, runtime::cuda::Stream stream, const Q
 struct KeysBuffers {
   AnyBuffer q, k, v, dout, k_map, dstates, dnormalizers, divisors, delta, largest, peaks, beta,
       first;
+  DocumentBuffers documents;
   AnyBuffer dk, dv, dscores;
 };
 
@@ -134,9 +146,11 @@ Result<HedgehogSizes> read_keys(const KeysBuffers& b) {
   if (Status status = check_rank("q", b.q, 4); !status.ok()) return status.error();
   const auto sizes = read_hedgehog_sizes(b.k, b.v, dim(b.q, 2));
   if (!sizes.ok()) return sizes.error();
-  const HedgehogSizes& s = *sizes;
+  HedgehogSizes s = *sizes;
+  s.documents = b.documents.given();
   if (Status status = first_error(
-          {check_like("q", b.q, b.k, {s.batch, s.seqlen, s.num_heads, s.key_dim}),
+          {check_documents(b.documents, s),
+           check_like("q", b.q, b.k, {s.batch, s.seqlen, s.num_heads, s.key_dim}),
            check_like("dout", b.dout, b.k, {s.batch, s.seqlen, s.num_heads, s.value_dim}),
            check_like("k_map", b.k_map, b.k, {s.num_kv_heads, s.key_dim, kMap}),
            check_states("dstates", b.dstates, "dnormalizers", b.dnormalizers, b.k, s),
@@ -182,6 +196,9 @@ Status execute_keys(int device_ordinal, runtime::cuda::Stream stream, const Keys
                   {"peaks", b.peaks, false},
                   {"beta", b.beta, false},
                   {"first", b.first, false},
+                  {"tiles", b.documents.tiles, false},
+                  {"counts", b.documents.counts, false},
+                  {"windows", b.documents.windows, false},
                   {"dk", b.dk, true},
                   {"dv", b.dv, true},
                   {"dscores", b.dscores, true}});
@@ -206,7 +223,11 @@ Status execute_keys(int device_ordinal, runtime::cuda::Stream stream, const Keys
   set_sizes(&params, s);
   params.num_heads = static_cast<int>(s.num_heads);
   params.scale = options.scale;
-  return runtime::launch(**kernel, stream, {s.chunks(), s.num_kv_heads, s.batch}, &params);
+  params.documents = kernel_documents(b.documents, s, 1, 1);
+  params.dk_rows = token_rows(b.dk);
+  params.dv_rows = token_rows(b.dv);
+  params.dscores_rows = token_rows(b.dscores);
+  return runtime::launch(**kernel, stream, {s.places(), s.num_kv_heads, s.batch}, &params);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------
@@ -216,27 +237,62 @@ using Ret = xffi::Result<AnyBuffer>;
 xffi::Error queries_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
                                AnyBuffer dout, AnyBuffer q_map, AnyBuffer states,
                                AnyBuffer normalizers, AnyBuffer alpha, AnyBuffer beta,
-                               AnyBuffer first, Ret dq, Ret features, Ret dscores, Ret largest,
+                               AnyBuffer first, AnyBuffer tiles, AnyBuffer counts,
+                               AnyBuffer windows, Ret dq, Ret features, Ret dscores, Ret largest,
                                Ret peaks, Ret dbeta, Ret dalpha, Ret divisors, Ret delta,
                                HedgehogGradientsOptions) {
-  return to_ffi(kQueriesName,
-                initialize_queries(device, {q, k, v, dout, q_map, states, normalizers, alpha, beta,
-                                            first, *dq, *features, *dscores, *largest, *peaks,
-                                            *dbeta, *dalpha, *divisors, *delta}));
+  return to_ffi(kQueriesName, initialize_queries(device, {q,
+                                                          k,
+                                                          v,
+                                                          dout,
+                                                          q_map,
+                                                          states,
+                                                          normalizers,
+                                                          alpha,
+                                                          beta,
+                                                          first,
+                                                          {tiles, counts, windows},
+                                                          *dq,
+                                                          *features,
+                                                          *dscores,
+                                                          *largest,
+                                                          *peaks,
+                                                          *dbeta,
+                                                          *dalpha,
+                                                          *divisors,
+                                                          *delta}));
 }
 
 xffi::Error queries_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
                             AnyBuffer k, AnyBuffer v, AnyBuffer dout, AnyBuffer q_map,
                             AnyBuffer states, AnyBuffer normalizers, AnyBuffer alpha,
-                            AnyBuffer beta, AnyBuffer first, Ret dq, Ret features, Ret dscores,
-                            Ret largest, Ret peaks, Ret dbeta, Ret dalpha, Ret divisors, Ret delta,
+                            AnyBuffer beta, AnyBuffer first, AnyBuffer tiles, AnyBuffer counts,
+                            AnyBuffer windows, Ret dq, Ret features, Ret dscores, Ret largest,
+                            Ret peaks, Ret dbeta, Ret dalpha, Ret divisors, Ret delta,
                             HedgehogGradientsOptions options) {
   return to_ffi(kQueriesName, explore([&] {
-                  return execute_queries(
-                      device, stream,
-                      {q, k, v, dout, q_map, states, normalizers, alpha, beta, first, *dq,
-                       *features, *dscores, *largest, *peaks, *dbeta, *dalpha, *divisors, *delta},
-                      options);
+                  return execute_queries(device, stream,
+                                         {q,
+                                          k,
+                                          v,
+                                          dout,
+                                          q_map,
+                                          states,
+                                          normalizers,
+                                          alpha,
+                                          beta,
+                                          first,
+                                          {tiles, counts, windows},
+                                          *dq,
+                                          *features,
+                                          *dscores,
+                                          *largest,
+                                          *peaks,
+                                          *dbeta,
+                                          *dalpha,
+                                          *divisors,
+                                          *delta},
+                                         options);
                 }));
 }
 
@@ -253,6 +309,9 @@ auto bind_queries(Binding binding) {
       .template Arg<AnyBuffer>()  // alpha
       .template Arg<AnyBuffer>()  // beta
       .template Arg<AnyBuffer>()  // first, or of size 0
+      .template Arg<AnyBuffer>()  // tiles, or of size 0
+      .template Arg<AnyBuffer>()  // counts, or of size 0
+      .template Arg<AnyBuffer>()  // windows, or of size 0
       .template Ret<AnyBuffer>()  // dq
       .template Ret<AnyBuffer>()  // features
       .template Ret<AnyBuffer>()  // dscores
@@ -276,22 +335,52 @@ xffi::Error keys_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBu
                             AnyBuffer dout, AnyBuffer k_map, AnyBuffer dstates,
                             AnyBuffer dnormalizers, AnyBuffer divisors, AnyBuffer delta,
                             AnyBuffer largest, AnyBuffer peaks, AnyBuffer beta, AnyBuffer first,
-                            Ret dk, Ret dv, Ret dscores, HedgehogGradientsOptions) {
-  return to_ffi(kKeysName,
-                initialize_keys(device, {q, k, v, dout, k_map, dstates, dnormalizers, divisors,
-                                         delta, largest, peaks, beta, first, *dk, *dv, *dscores}));
+                            AnyBuffer tiles, AnyBuffer counts, AnyBuffer windows, Ret dk, Ret dv,
+                            Ret dscores, HedgehogGradientsOptions) {
+  return to_ffi(kKeysName, initialize_keys(device, {q,
+                                                    k,
+                                                    v,
+                                                    dout,
+                                                    k_map,
+                                                    dstates,
+                                                    dnormalizers,
+                                                    divisors,
+                                                    delta,
+                                                    largest,
+                                                    peaks,
+                                                    beta,
+                                                    first,
+                                                    {tiles, counts, windows},
+                                                    *dk,
+                                                    *dv,
+                                                    *dscores}));
 }
 
 xffi::Error keys_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
                          AnyBuffer k, AnyBuffer v, AnyBuffer dout, AnyBuffer k_map,
                          AnyBuffer dstates, AnyBuffer dnormalizers, AnyBuffer divisors,
                          AnyBuffer delta, AnyBuffer largest, AnyBuffer peaks, AnyBuffer beta,
-                         AnyBuffer first, Ret dk, Ret dv, Ret dscores,
-                         HedgehogGradientsOptions options) {
+                         AnyBuffer first, AnyBuffer tiles, AnyBuffer counts, AnyBuffer windows,
+                         Ret dk, Ret dv, Ret dscores, HedgehogGradientsOptions options) {
   return to_ffi(kKeysName, explore([&] {
                   return execute_keys(device, stream,
-                                      {q, k, v, dout, k_map, dstates, dnormalizers, divisors, delta,
-                                       largest, peaks, beta, first, *dk, *dv, *dscores},
+                                      {q,
+                                       k,
+                                       v,
+                                       dout,
+                                       k_map,
+                                       dstates,
+                                       dnormalizers,
+                                       divisors,
+                                       delta,
+                                       largest,
+                                       peaks,
+                                       beta,
+                                       first,
+                                       {tiles, counts, windows},
+                                       *dk,
+                                       *dv,
+                                       *dscores},
                                       options);
                 }));
 }
@@ -312,6 +401,9 @@ auto bind_keys(Binding binding) {
       .template Arg<AnyBuffer>()  // peaks
       .template Arg<AnyBuffer>()  // beta
       .template Arg<AnyBuffer>()  // first, or of size 0
+      .template Arg<AnyBuffer>()  // tiles, or of size 0
+      .template Arg<AnyBuffer>()  // counts, or of size 0
+      .template Arg<AnyBuffer>()  // windows, or of size 0
       .template Ret<AnyBuffer>()  // dk
       .template Ret<AnyBuffer>()  // dv
       .template Ret<AnyBuffer>()  // dscores

@@ -94,18 +94,37 @@ Status execute_sums(int device_ordinal, runtime::cuda::Stream stream, const Sums
 
 struct OutputsBuffers {
   AnyBuffer q, k, v, q_map, k_map, alpha, beta, first, sums, normalizer;
+  DocumentBuffers documents;
   AnyBuffer out;
 };
+
+std::int64_t segments_of(const HedgehogSizes& s, const HedgehogOutputsOptions& options) {
+  return s.documents ? options.shares / options.chunks_of_segment
+                     : ceil_div(s.chunks(), options.chunks_of_segment);
+}
+
+// Of segments of whole shares.
+Status check_document_segments(const HedgehogOutputsOptions& options, const HedgehogSizes& s) {
+  if (options.chunks_of_segment < 1 || options.shares % options.chunks_of_segment != 0) {
+    return invalid("chunks_of_segment is " + std::to_string(options.chunks_of_segment) +
+                   "; expected a divisor of the " + std::to_string(options.shares) + " shares");
+  }
+  return check_shares(options.shares, s);
+}
 
 Result<HedgehogSizes> read_outputs(const OutputsBuffers& b, const HedgehogOutputsOptions& options) {
   if (Status status = check_rank("q", b.q, 4); !status.ok()) return status.error();
   const auto sizes = read_hedgehog_sizes(b.k, b.v, dim(b.q, 2));
   if (!sizes.ok()) return sizes.error();
-  const HedgehogSizes& s = *sizes;
-  if (Status status = check_segments(options.chunks_of_segment, s); !status.ok()) {
+  HedgehogSizes s = *sizes;
+  s.documents = b.documents.given();
+  if (Status status = first_error({check_documents(b.documents, s),
+                                   s.documents ? check_document_segments(options, s)
+                                               : check_segments(options.chunks_of_segment, s)});
+      !status.ok()) {
     return status.error();
   }
-  const std::int64_t segments = ceil_div(s.chunks(), options.chunks_of_segment);
+  const std::int64_t segments = segments_of(s, options);
   if (is_given(b.sums) != is_given(b.normalizer)) return invalid("sums and normalizer go together");
   if (Status status = first_error(
           {check_like("q", b.q, b.k, {s.batch, s.seqlen, s.num_heads, s.key_dim}),
@@ -152,6 +171,9 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
                   {"first", b.first, false},
                   {"sums", b.sums, false},
                   {"normalizer", b.normalizer, false},
+                  {"tiles", b.documents.tiles, false},
+                  {"counts", b.documents.counts, false},
+                  {"windows", b.documents.windows, false},
                   {"out", b.out, true}});
   hedgehog_attention::OutputsParams params = {};
   if (Status status =
@@ -171,8 +193,9 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
   params.num_heads = static_cast<int>(s.num_heads);
   params.chunks_of_segment = static_cast<int>(options.chunks_of_segment);
   params.scale = options.scale;
-  return runtime::launch(**kernel, stream,
-                         {s.num_heads, ceil_div(s.chunks(), options.chunks_of_segment), s.batch},
+  params.documents = kernel_documents(b.documents, s, options.shares, options.chunks_of_segment);
+  params.out_rows = token_rows(b.out);
+  return runtime::launch(**kernel, stream, {s.num_heads, segments_of(s, options), s.batch},
                          &params);
 }
 
@@ -198,22 +221,45 @@ xffi::Error sums_execute(std::int32_t device, runtime::cuda::Stream stream, AnyB
 
 xffi::Error outputs_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
                                AnyBuffer q_map, AnyBuffer k_map, AnyBuffer alpha, AnyBuffer beta,
-                               AnyBuffer first, AnyBuffer sums, AnyBuffer normalizer, Ret out,
+                               AnyBuffer first, AnyBuffer sums, AnyBuffer normalizer,
+                               AnyBuffer tiles, AnyBuffer counts, AnyBuffer windows, Ret out,
                                HedgehogOutputsOptions options) {
-  return to_ffi(
-      kOutputsName,
-      initialize_outputs(
-          device, {q, k, v, q_map, k_map, alpha, beta, first, sums, normalizer, *out}, options));
+  return to_ffi(kOutputsName, initialize_outputs(device,
+                                                 {q,
+                                                  k,
+                                                  v,
+                                                  q_map,
+                                                  k_map,
+                                                  alpha,
+                                                  beta,
+                                                  first,
+                                                  sums,
+                                                  normalizer,
+                                                  {tiles, counts, windows},
+                                                  *out},
+                                                 options));
 }
 
 xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
                             AnyBuffer k, AnyBuffer v, AnyBuffer q_map, AnyBuffer k_map,
                             AnyBuffer alpha, AnyBuffer beta, AnyBuffer first, AnyBuffer sums,
-                            AnyBuffer normalizer, Ret out, HedgehogOutputsOptions options) {
+                            AnyBuffer normalizer, AnyBuffer tiles, AnyBuffer counts,
+                            AnyBuffer windows, Ret out, HedgehogOutputsOptions options) {
   return to_ffi(kOutputsName, explore([&] {
-                  return execute_outputs(
-                      device, stream,
-                      {q, k, v, q_map, k_map, alpha, beta, first, sums, normalizer, *out}, options);
+                  return execute_outputs(device, stream,
+                                         {q,
+                                          k,
+                                          v,
+                                          q_map,
+                                          k_map,
+                                          alpha,
+                                          beta,
+                                          first,
+                                          sums,
+                                          normalizer,
+                                          {tiles, counts, windows},
+                                          *out},
+                                         options);
                 }));
 }
 
@@ -242,6 +288,9 @@ auto bind_outputs(Binding binding) {
       .template Arg<AnyBuffer>()  // first, or of size 0
       .template Arg<AnyBuffer>()  // sums, or of size 0 for zeros
       .template Arg<AnyBuffer>()  // normalizer, or of size 0 for zeros
+      .template Arg<AnyBuffer>()  // tiles, or of size 0
+      .template Arg<AnyBuffer>()  // counts, or of size 0
+      .template Arg<AnyBuffer>()  // windows, or of size 0
       .template Ret<AnyBuffer>()  // out
       .template Attr<HedgehogOutputsOptions>("options");
 }

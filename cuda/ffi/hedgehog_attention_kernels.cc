@@ -21,13 +21,21 @@ Status check_tiles(const HedgehogKernel& kernel) {
 }  // namespace
 
 KernelKey HedgehogKernel::key() const {
-  return {{static_cast<int>(kind), static_cast<int>(dtype), key_dim, value_dim}};
+  return {{static_cast<int>(kind), static_cast<int>(dtype), key_dim, value_dim, documents}};
 }
 
 Result<KernelSpec> HedgehogKernel::spec() const {
   if (Status status = check_tiles(*this); !status.ok()) return status.error();
   const std::int64_t consumers = hedgehog_attention::slices(value_dim);
-  const bool walks = kind == Kind::kSums || kind == Kind::kOutputs;
+  const bool states = kind == Kind::kDocumentStates || kind == Kind::kReverseDocumentStates;
+  const bool reverse = kind == Kind::kReverseDocumentStates;
+  // Keys are features there, whatever they were made of.
+  const std::int64_t key_dim = reverse ? hedgehog_attention::kFeatures : this->key_dim;
+  const bool walks = kind == Kind::kSums || kind == Kind::kOutputs || states;
+  const bool has_flag = kind != Kind::kSums && kind != Kind::kStep;
+  if (documents && (kind == Kind::kSums || kind == Kind::kStep)) {
+    return invalid("sums or steps of packed documents");
+  }
   struct Entry {
     const char* name;
     const char* traits;
@@ -42,26 +50,32 @@ Result<KernelSpec> HedgehogKernel::spec() const {
       case Kind::kOutputs:
         return {"outputs", "OutputsTraits", "OutputsParams",
                 hedgehog_attention::walk_threads(consumers),
-                hedgehog_attention::outputs_shared_bytes(key_dim, consumers)};
+                hedgehog_attention::outputs_shared_bytes(key_dim, consumers, documents)};
       case Kind::kQueries:
         return {"queries", "GradientsTraits", "QueriesParams", hedgehog_attention::kQueriesThreads,
-                hedgehog_attention::queries_shared_bytes(key_dim, value_dim)};
+                hedgehog_attention::queries_shared_bytes(key_dim, value_dim, documents)};
       case Kind::kStep:
         return {"step", "StepTraits", "StepParams", hedgehog_attention::kStepThreads,
                 hedgehog_attention::step_shared_bytes(key_dim, value_dim)};
+      case Kind::kDocumentStates:
+      case Kind::kReverseDocumentStates:
+        return {"document_states", "DocumentStatesTraits", "DocumentStatesParams",
+                hedgehog_attention::walk_threads(consumers),
+                hedgehog_attention::document_states_shared_bytes(key_dim, consumers, reverse)};
       default:
         return {"keys", "GradientsTraits", "KeysParams", hedgehog_attention::kKeysThreads,
-                hedgehog_attention::keys_shared_bytes(key_dim, value_dim)};
+                hedgehog_attention::keys_shared_bytes(key_dim, value_dim, documents)};
     }
   }();
   KernelSpec spec;
-  spec.symbol = std::string("tk_hedgehog_attention_") + entry.name + "_d" +
-                std::to_string(key_dim) + "_v" + std::to_string(value_dim) + "_" +
-                type_suffix(dtype);
+  spec.symbol = std::string("tk_hedgehog_attention_") + entry.name + (reverse ? "_reverse" : "") +
+                "_d" + std::to_string(key_dim) + "_v" + std::to_string(value_dim) +
+                (documents && !states ? "_documents_" : "_") + type_suffix(dtype);
   spec.header = std::string("kernels/hedgehog_attention/") + entry.name + ".cuh";
   spec.function = std::string("tk::hedgehog_attention::") + entry.name +
                   "<tk::hedgehog_attention::" + entry.traits + "<" + type_name(dtype) + ", " +
                   std::to_string(key_dim) + ", " + std::to_string(walks ? consumers : value_dim) +
+                  (has_flag ? std::string(", ") + bool_name(states ? reverse : documents) : "") +
                   ">>";
   spec.params_type = std::string("tk::hedgehog_attention::") + entry.params;
   spec.threads = entry.threads;

@@ -14,18 +14,33 @@ struct HedgehogSumsOptions {
 };
 struct HedgehogOutputsOptions {
   float scale;
-  long chunks_of_segment;
+  long chunks_of_segment;  // of packed documents: shares of tiles
+  long shares;             // 0 where documents are not packed
 };
 struct HedgehogGradientsOptions {
   float scale;
 };
 
+struct HedgehogDocumentStatesOptions {
+  bool reverse;
+  long shares;
+};
+
 struct HedgehogKernel {
-  enum class Kind { kSums, kOutputs, kQueries, kKeys, kStep };
+  enum class Kind {
+    kSums,
+    kOutputs,
+    kQueries,
+    kKeys,
+    kDocumentStates,
+    kReverseDocumentStates,
+    kStep
+  };
 
   Kind kind;
   runtime::DataType dtype;
-  std::int64_t key_dim, value_dim;  // of tiles
+  std::int64_t key_dim, value_dim;  // of tiles; kFeatures in reverse
+  bool documents;                   // packed, for those kernels that have both
 
   KernelKey key() const;
   Result<KernelSpec> spec() const;
@@ -35,5 +50,8 @@ struct HedgehogKernel {
 
 TK_REGISTER_SETTINGS(tk::ffi::HedgehogSumsOptions, StructMember<std::int64_t>("chunks_of_segment"));
 TK_REGISTER_SETTINGS(tk::ffi::HedgehogOutputsOptions, StructMember<float>("scale"),
-                     StructMember<std::int64_t>("chunks_of_segment"));
+                     StructMember<std::int64_t>("chunks_of_segment"),
+                     StructMember<std::int64_t>("shares"));
 TK_REGISTER_SETTINGS(tk::ffi::HedgehogGradientsOptions, StructMember<float>("scale"));
+TK_REGISTER_SETTINGS(tk::ffi::HedgehogDocumentStatesOptions, StructMember<bool>("reverse"),
+                     StructMember<std::int64_t>("shares"));

@@ -45,6 +45,52 @@ Status check_first(const AnyBuffer& first, const HedgehogSizes& s) {
   return is_given(first) ? check_dims("first", first, {s.batch}) : Status();
 }
 
+Status check_documents(const DocumentBuffers& b, const HedgehogSizes& s) {
+  if (!b.given()) {
+    return first_error({check_dtype("tiles", b.tiles, xffi::DataType::S32),
+                        check_dtype("counts", b.counts, xffi::DataType::S32),
+                        check_dtype("windows", b.windows, xffi::DataType::F32),
+                        is_given(b.counts) || is_given(b.windows)
+                            ? Status(invalid("tiles, counts and windows go together"))
+                            : Status()});
+  }
+  if (int_product({s.batch, s.num_heads, s.most_tiles(), hedgehog_attention::kChunk}) < 0) {
+    return unsupported("more than 2^31 - 1 rows of tiles");
+  }
+  return first_error(
+      {check_dtype("tiles", b.tiles, xffi::DataType::S32),
+       check_dims("tiles", b.tiles,
+                  {s.batch, s.most_tiles() + 2, hedgehog_attention::kTileNumbers}),
+       check_dtype("counts", b.counts, xffi::DataType::S32),
+       check_dims("counts", b.counts, {s.batch}),
+       check_floats("windows", b.windows, {s.batch, s.most_tiles() * hedgehog_attention::kChunk})});
+}
+
+hedgehog_attention::Documents kernel_documents(const DocumentBuffers& b, const HedgehogSizes& s,
+                                               std::int64_t shares,
+                                               std::int64_t shares_of_segment) {
+  if (!b.given()) return {};
+  return {static_cast<const int*>(b.tiles.untyped_data()),
+          static_cast<const int*>(b.counts.untyped_data()),
+          floats(b.windows),
+          static_cast<int>(s.most_tiles()),
+          static_cast<int>(shares),
+          static_cast<int>(shares_of_segment)};
+}
+
+hedgehog_attention::TokenRows token_rows(const AnyBuffer& buffer) {
+  return {buffer.untyped_data(), static_cast<int>(dim(buffer, 2)),
+          static_cast<int>(dim(buffer, 3))};
+}
+
+Status check_shares(std::int64_t shares, const HedgehogSizes& s) {
+  if (shares < 1 || shares > s.most_tiles()) {
+    return invalid("shares is " + std::to_string(shares) + "; expected 1 to the " +
+                   std::to_string(s.most_tiles()) + " tiles there may be");
+  }
+  return check_grid("shares", shares);
+}
+
 Status check_segments(std::int64_t chunks_of_segment, const HedgehogSizes& s) {
   if (chunks_of_segment < 1 || chunks_of_segment > s.chunks()) {
     return invalid("chunks_of_segment is " + std::to_string(chunks_of_segment) +

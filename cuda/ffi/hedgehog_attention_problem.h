@@ -15,8 +15,12 @@ struct HedgehogSizes {
   std::int64_t padded() const { return chunks() * hedgehog_attention::kChunk; }
   std::int64_t padded_values() const { return hedgehog_attention::tile_dim(value_dim); }
   bool empty() const { return batch == 0; }
+  bool documents = false;  // are packed
+  std::int64_t most_tiles() const { return hedgehog_attention::most_tiles(seqlen); }
+  // Chunks, or tiles at most, of kChunk tokens each.
+  std::int64_t places() const { return documents ? most_tiles() : chunks(); }
   HedgehogKernel kernel(HedgehogKernel::Kind kind) const {
-    return {kind, dtype, hedgehog_attention::tile_dim(key_dim), padded_values()};
+    return {kind, dtype, hedgehog_attention::tile_dim(key_dim), padded_values(), documents};
   }
 };
 
@@ -25,12 +29,27 @@ struct HedgehogSizes {
 Result<HedgehogSizes> read_hedgehog_sizes(const AnyBuffer& k, const AnyBuffer& v,
                                           std::int64_t num_heads);
 
+// How documents are packed, all of size 0 where they are not: which tiles there are, as
+// hedgehog_attention::Documents has them.
+struct DocumentBuffers {
+  AnyBuffer tiles, counts, windows;
+  // Also for a batch that is empty.
+  bool given() const { return tiles.dimensions().size() > 1; }
+};
+Status check_documents(const DocumentBuffers& b, const HedgehogSizes& s);
+hedgehog_attention::Documents kernel_documents(const DocumentBuffers& b, const HedgehogSizes& s,
+                                               std::int64_t shares, std::int64_t shares_of_segment);
+// An array [B, T, heads, dim].
+hedgehog_attention::TokenRows token_rows(const AnyBuffer& buffer);
+
 // int32 [B], or of size 0 where all tokens are there.
 Status check_first(const AnyBuffer& first, const HedgehogSizes& s);
 inline const int* optional_ints(const AnyBuffer& buffer) {
   return is_given(buffer) ? static_cast<const int*>(buffer.untyped_data()) : nullptr;
 }
 Status check_segments(std::int64_t chunks_of_segment, const HedgehogSizes& s);
+// As many shares as segments may be made of.
+Status check_shares(std::int64_t shares, const HedgehogSizes& s);
 
 // A map over [B, T, heads, D], boxes of 64 tokens; over maps [heads, D, kMap], a head to a box; and
 // over the states of chunks, [B, K, chunks, padded values, kFeatures].

@@ -63,6 +63,8 @@ nb::dict struct_fields() {
   fields["HedgehogSumsOptions"] = nb::cast(SettingsFields<HedgehogSumsOptions>::names());
   fields["HedgehogOutputsOptions"] = nb::cast(SettingsFields<HedgehogOutputsOptions>::names());
   fields["HedgehogGradientsOptions"] = nb::cast(SettingsFields<HedgehogGradientsOptions>::names());
+  fields["HedgehogDocumentStatesOptions"] =
+      nb::cast(SettingsFields<HedgehogDocumentStatesOptions>::names());
   fields["StateStepOptions"] = nb::cast(SettingsFields<StateStepOptions>::names());
   fields["StateStepConfig"] = nb::cast(SettingsFields<StateStepConfig>::names());
   fields["KernelSettings"] = nb::cast(SettingsFields<KernelSettings>::names());
@@ -206,19 +208,21 @@ nb::list linear_attention_specs(const std::string& kernel, const std::string& dt
 
 // Of the kernels named by `kernel`.
 nb::list hedgehog_attention_specs(const std::string& kernel, const std::string& dtype, long key_dim,
-                                  long value_dim) {
+                                  long value_dim, bool documents) {
   using Kind = HedgehogKernel::Kind;
   const auto kind = [&] {
     if (kernel == "sums") return Kind::kSums;
     if (kernel == "outputs") return Kind::kOutputs;
     if (kernel == "queries") return Kind::kQueries;
     if (kernel == "keys") return Kind::kKeys;
+    if (kernel == "document_states") return Kind::kDocumentStates;
+    if (kernel == "reverse_document_states") return Kind::kReverseDocumentStates;
     if (kernel == "step") return Kind::kStep;
     throw nb::value_error(("no kernel is called " + kernel).c_str());
   }();
   nb::list specs;
   specs.append(to_dict(HedgehogKernel{kind, to_dtype(dtype), hedgehog_attention::tile_dim(key_dim),
-                                      hedgehog_attention::tile_dim(value_dim)}
+                                      hedgehog_attention::tile_dim(value_dim), documents}
                            .spec()));
   return specs;
 }
@@ -379,7 +383,7 @@ NB_MODULE(_extension, module) {
   module.def("based_attention_specs", &based_attention_specs, nb::kw_only(), "kernel"_a, "dtype"_a,
              "dim"_a, "documents"_a, "normalize"_a, "config"_a);
   module.def("hedgehog_attention_specs", &hedgehog_attention_specs, nb::kw_only(), "kernel"_a,
-             "dtype"_a, "key_dim"_a, "value_dim"_a);
+             "dtype"_a, "key_dim"_a, "value_dim"_a, "documents"_a = false);
   module.def("matmul_specs", &matmul_specs, nb::kw_only(), "dtype"_a, "transpose_a"_a,
              "transpose_b"_a, "config"_a);
   module.def("state_step_specs", &state_step_specs, nb::kw_only(), "key_dtype"_a, "value_dtype"_a,

@@ -8,17 +8,19 @@
 // Of features e = softmax(y), with gradients g: dy = e (g - sum of e g).
 #pragma once
 
+#include "kernels/hedgehog_attention/documents.cuh"
 #include "kernels/hedgehog_attention/features.cuh"
 #include "kernels/hedgehog_attention/window.cuh"
 #include "tk/tk.cuh"
 
 namespace tk::hedgehog_attention {
 
-template <typename T_, int kKeyDim_, int kValueDim_>
+template <typename T_, int kKeyDim_, int kValueDim_, bool kDocuments_>
 struct GradientsTraits {
   using T = T_;
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr int kValueDim = kValueDim_;
+  static constexpr bool kDocuments = kDocuments_;
 };
 
 // What is known of a chunk's queries.

@@ -14,6 +14,8 @@
 // Budget at D = V = 128: 172 KB of shared memory; 64 registers of dk or dv, 32 each of weights,
 // their gradients, features and theirs a thread. Limit: memory, and the latency of one chain for
 // each multiprocessor.
+// Packed documents: a block has a tile of keys, which that tile's queries see near and, where it
+// continues a document, the next one's; others see them from afar where the one after that is far.
 #pragma once
 
 #include "kernels/hedgehog_attention/gradients.cuh"
@@ -26,6 +28,7 @@ struct Keys {
   using T = typename Traits::T;
   static constexpr int kKeyDim = Traits::kKeyDim;
   static constexpr int kValueDim = Traits::kValueDim;
+  static constexpr bool kDocuments = Traits::kDocuments;
   static constexpr int kConsumers = 2;
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
@@ -56,8 +59,9 @@ struct Keys {
     MapVec dnormalizer[2];
     Barrier keys_full;
     Ring ring;
+    RowWindows<kDocuments, 1> windows;
   };
-  static_assert(sizeof(Shared) + 1024 <= keys_shared_bytes(kKeyDim, kValueDim),
+  static_assert(sizeof(Shared) + 1024 <= keys_shared_bytes(kKeyDim, kValueDim, kDocuments),
                 "hedgehog_attention.h's keys_shared_bytes covers the kernel's shared memory");
   static constexpr int kStageBytes = KeyTile::kBytes + ValueTile::kBytes + 4 * TokenVec::kBytes;
 
@@ -65,6 +69,9 @@ struct Keys {
     int chunk, kv_head, batch;
     int group, first_head;  // query heads
     int query_chunks;       // that see the keys near
+    int token;              // the first one
+    bool far;               // whether queries see the keys from afar
+    DocumentTile tile = {}, next = {};
 
     __device__ __forceinline__ explicit Place(const KeysParams& params) {
       chunk = grid::block_x();
@@ -72,7 +79,32 @@ struct Keys {
       batch = grid::block_z();
       group = params.num_heads / params.num_kv_heads;
       first_head = kv_head * group;
-      query_chunks = min(2, params.chunks - chunk);
+      if constexpr (kDocuments) {
+        tile = DocumentTile::of(params.documents, batch, chunk);
+        next = DocumentTile::of(params.documents, batch, chunk + 1);
+        query_chunks = next.continued > 0 ? 2 : 1;
+        token = tile.first;
+        far = DocumentTile::is_far(params.documents, batch, chunk + 2);
+      } else {
+        query_chunks = min(2, params.chunks - chunk);
+        token = chunk * kChunk;
+        far = true;
+      }
+    }
+    // Of the i-th chunk of queries.
+    __device__ __forceinline__ int query_token(int i) const {
+      if constexpr (kDocuments) {
+        return i == 0 ? tile.first : next.first;
+      } else {
+        return (chunk + i) * kChunk;
+      }
+    }
+    __device__ __forceinline__ auto queries(int i, int first, const Shared& shared) const {
+      if constexpr (kDocuments) {
+        return DocumentTokens(i == 0 ? tile : next, first, shared.windows.rows[0]);
+      } else {
+        return Tokens{query_token(i), first};
+      }
     }
   };
 
@@ -83,46 +115,57 @@ struct Keys {
 
   __device__ __forceinline__ static void load(const KeysParams& params, Shared& shared) {
     const Place place(params);
-    const int token = place.chunk * kChunk;
+    const int token = place.token;
     Barrier& keys_full = shared.keys_full;
-    keys_full.expect(KeyTile::kBytes + ValueTile::kBytes + MapTile::kBytes + StateTile::kBytes +
-                     2 * MapVec::kBytes);
+    keys_full.expect(KeyTile::kBytes + ValueTile::kBytes + MapTile::kBytes +
+                     (place.far ? StateTile::kBytes + 2 * MapVec::kBytes : 0) +
+                     RowWindows<kDocuments, 1>::kBytes);
     tma::load(shared.k_smem, params.k, keys_full, tma::Keep::kBriefly, 0, token, place.kv_head,
               place.batch);
     tma::load(shared.v_smem, params.v, keys_full, tma::Keep::kBriefly, 0, token, place.kv_head,
               place.batch);
     tma::load(shared.map_smem, params.k_map, keys_full, tma::Keep::kLong, 0, 0, place.kv_head);
-    // The next chunk's queries still see the keys near: the state's gradient is that after it.
-    const int state = (place.batch * params.num_kv_heads + place.kv_head) * params.chunks +
-                      min(place.chunk + 1, params.chunks - 1);
-#pragma unroll
-    for (int i = 0; i < kValueDim / kSlice; ++i) {
-      tma::load(shared.dstate_smem.template rows<kSlice>(i), params.dstates, keys_full,
-                tma::Keep::kBriefly, 0, state * kValueDim + i * kSlice);
+    if constexpr (kDocuments) {
+      tma::load(shared.windows.rows[0], windows_of(params.documents, place.batch, place.chunk),
+                keys_full);
     }
-    const float* dnormalizer = params.dnormalizers + static_cast<int64>(state) * kFeatures;
-    tma::load(shared.dnormalizer[0], dnormalizer, keys_full);
-    tma::load(shared.dnormalizer[1], dnormalizer + kMap, keys_full);
+    if (place.far) load_state(params, shared, place);
 
     typename Ring::State stage;
     for (int head = place.first_head; head < place.first_head + place.group; ++head) {
       for (int i = 0; i < place.query_chunks; ++i, stage.advance()) {
         const int chunk = place.chunk + i;
+        const int query_token = place.query_token(i);
         shared.ring.acquire(stage, kStageBytes);
         Barrier& full = shared.ring.full(stage);
-        tma::load(shared.q_smem[stage.stage], params.q, full, tma::Keep::kNormal, 0, chunk * kChunk,
+        tma::load(shared.q_smem[stage.stage], params.q, full, tma::Keep::kNormal, 0, query_token,
                   head, place.batch);
         tma::load(shared.dout_smem[stage.stage], params.dout, full, tma::Keep::kNormal, 0,
-                  chunk * kChunk, head, place.batch);
+                  query_token, head, place.batch);
+        const int chunks = kDocuments ? params.documents.most : params.chunks;
         const int64 first =
-            ((static_cast<int64>(place.batch) * params.num_heads + head) * params.chunks + chunk) *
-            kChunk;
+            ((static_cast<int64>(place.batch) * params.num_heads + head) * chunks + chunk) * kChunk;
         tma::load(shared.divisors[stage.stage], params.divisors + first, full);
         tma::load(shared.delta[stage.stage], params.delta + first, full);
         tma::load(shared.largest[stage.stage], params.largest + first, full);
         tma::load(shared.peaks[stage.stage], params.peaks + first, full);
       }
     }
+  }
+
+  __device__ __forceinline__ static void load_state(const KeysParams& params, Shared& shared,
+                                                    const Place& place) {
+    // The next chunk's queries still see the keys near: the state's gradient is that after it.
+    const int state = (place.batch * params.num_kv_heads + place.kv_head) * params.chunks +
+                      (kDocuments ? place.token / kChunk : min(place.chunk + 1, params.chunks - 1));
+#pragma unroll
+    for (int i = 0; i < kValueDim / kSlice; ++i) {
+      tma::load(shared.dstate_smem.template rows<kSlice>(i), params.dstates, shared.keys_full,
+                tma::Keep::kBriefly, 0, state * kValueDim + i * kSlice);
+    }
+    const float* dnormalizer = params.dnormalizers + static_cast<int64>(state) * kFeatures;
+    tma::load(shared.dnormalizer[0], dnormalizer, shared.keys_full);
+    tma::load(shared.dnormalizer[1], dnormalizer + kMap, shared.keys_full);
   }
 
   __device__ __forceinline__ static void compute(const KeysParams& params, Shared& shared,
@@ -144,7 +187,7 @@ struct Keys {
     for (int head = place.first_head; head < place.first_head + place.group; ++head) {
       for (int i = 0; i < place.query_chunks; ++i, stage.advance()) {
         shared.ring.wait(stage);
-        step(head, stage.stage, Tokens{(place.chunk + i) * kChunk, first}, i == 0);
+        step(head, stage.stage, place.queries(i, first, shared), i == 0);
         shared.ring.release(stage);
       }
     }
@@ -154,7 +197,7 @@ struct Keys {
     const Place place(params);
     ValueSum dv;
     warp::zero(dv);
-    walk(params, shared, place, [&](int head, int stage, const Tokens& tokens, bool own) {
+    walk(params, shared, place, [&](int head, int stage, const auto& tokens, bool own) {
       Square scores, weights;
       warpgroup::mm_ABt(scores, shared.q_smem[stage], shared.k_smem);
       warpgroup::mma_commit();
@@ -168,6 +211,20 @@ struct Keys {
       add_transposed(dv, shared.weights_smem, weights, shared.dout_smem[stage]);
     });
 
+    if (place.far) add_far_dv(params, shared, place, dv);
+    if constexpr (kDocuments) {
+      if (!place.tile.is_full()) {
+        warpgroup::store(
+            tile_rows<T>(params.dv_rows, place.tile, params.seqlen, place.kv_head, place.batch), dv,
+            0, 0);
+        return;
+      }
+    }
+    store(params.dv, shared.dv_smem, dv, place);
+  }
+
+  __device__ __forceinline__ static void add_far_dv(const KeysParams& params, Shared& shared,
+                                                    const Place& place, ValueSum& dv) {
     Square scores;
     warpgroup::mm_AB(scores, shared.k_smem, shared.map_smem);
     warpgroup::mma_commit();
@@ -184,14 +241,13 @@ struct Keys {
       warpgroup::mma_commit();
       warpgroup::mma_wait<0>(dv, phi);
     }
-    store(params.dv, shared.dv_smem, dv, place);
   }
 
   __device__ __forceinline__ static void sum_dk(const KeysParams& params, Shared& shared) {
     const Place place(params);
     KeySum dk;
     warp::zero(dk);
-    walk(params, shared, place, [&](int head, int stage, const Tokens& tokens, bool own) {
+    walk(params, shared, place, [&](int head, int stage, const auto& tokens, bool own) {
       Square scores, products, weights, gradients;
       warpgroup::mm_ABt(scores, shared.q_smem[stage], shared.k_smem);
       warpgroup::mma_commit();
@@ -211,6 +267,36 @@ struct Keys {
       add_transposed(dk, shared.ds_smem, gradients, shared.q_smem[stage]);
     });
 
+    Operand dscores;
+    if (place.far) {
+      add_far_dk(params, shared, place, dk, dscores);
+    } else {
+      warp::zero(dscores);
+    }
+    if constexpr (kDocuments) {
+      if (!place.tile.is_full()) {
+        const auto rows = [&](const TokenRows& array) {
+          return tile_rows<T>(array, place.tile, params.seqlen, place.kv_head, place.batch);
+        };
+        warpgroup::store(rows(params.dk_rows), dk, 0, 0);
+        warpgroup::store(rows(params.dscores_rows), dscores, 0, 0);
+        return;
+      }
+    }
+    warpgroup::sync();  // ds is read
+    warpgroup::store(shared.ds_smem, dscores);
+    store(params.dk, shared.dk_smem, dk, place);
+    if (warpgroup::leader()) {
+      tma::store(params.dscores, shared.ds_smem, 0, place.token, place.kv_head, place.batch);
+      tma::commit();
+      tma::wait_read<0>();
+    }
+  }
+
+  // And the gradient of k W.
+  __device__ __forceinline__ static void add_far_dk(const KeysParams& params, Shared& shared,
+                                                    const Place& place, KeySum& dk,
+                                                    Operand& dscores) {
     Square scores, sum;
     PerRow<16> unused;
     warp::zero(unused);
@@ -231,27 +317,18 @@ struct Keys {
       softmax_gradients(gradients, phi, unused, sign_of(sign));
       warp::add(sum, sum, gradients);
     }
-    Operand dscores;
     warp::convert(dscores, sum);
     warpgroup::mma_ABt(dk, dscores, shared.map_smem);
     warpgroup::mma_commit();
     warpgroup::mma_wait<0>(dk, dscores);
-    warpgroup::sync();  // ds is read
-    warpgroup::store(shared.ds_smem, dscores);
-    store(params.dk, shared.dk_smem, dk, place);
-    if (warpgroup::leader()) {
-      tma::store(params.dscores, shared.ds_smem, 0, place.chunk * kChunk, place.kv_head,
-                 place.batch);
-      tma::commit();
-      tma::wait_read<0>();
-    }
   }
 
   // exp(s - m).
+  template <typename TokensOf>
   __device__ __forceinline__ static void weigh_scores(Square& weights, const Square& scores,
                                                       const KeysParams& params,
                                                       const Shared& shared, int stage,
-                                                      const Tokens& tokens, bool own) {
+                                                      const TokensOf& tokens, bool own) {
     PerRow<16> largest;
     warpgroup::load(largest, shared.largest[stage]);
     if (own) {
@@ -279,7 +356,7 @@ struct Keys {
                                                       const KeysParams& params, const Place& place,
                                                       int sign) {
     softmax(phi, scores, sign);
-    drop_rows(phi, place.chunk * kChunk, first_token(params.first, place.batch));
+    drop_rows(phi, place.token, first_token(params.first, place.batch));
   }
 
   template <typename Tile, typename Sum>
@@ -289,7 +366,7 @@ struct Keys {
     publish_shared();
     warpgroup::sync();
     if (warpgroup::leader()) {
-      tma::store(map, smem, 0, place.chunk * kChunk, place.kv_head, place.batch);
+      tma::store(map, smem, 0, place.token, place.kv_head, place.batch);
       tma::commit();
       tma::wait_read<0>();
     }
@@ -298,6 +375,9 @@ struct Keys {
 
 template <typename Traits>
 __device__ __forceinline__ void keys(const KeysParams& params) {
+  if constexpr (Traits::kDocuments) {
+    if (is_beyond(params.documents, grid::block_x(), grid::block_z())) return;
+  }
   block::run<Keys<Traits>>(params);
 }
 

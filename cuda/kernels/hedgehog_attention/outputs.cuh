@@ -13,19 +13,22 @@
 // = 128: 214 KB of shared memory: 32 of maps, 32 of q, 96 of k and v, 16 of phi(k), 32 of copies of
 // S; 64 registers of S, 32 each of scores, weights, out and phi(q) a thread. Limit: the chain of
 // products and softmaxes within a chunk, see docs/kernels/hedgehog_attention.md.
+// Packed documents: the same for tiles. S and z start anew where the next tile is no far one.
 #pragma once
 
+#include "kernels/hedgehog_attention/documents.cuh"
 #include "kernels/hedgehog_attention/walk.cuh"
 #include "kernels/hedgehog_attention/window.cuh"
 #include "tk/tk.cuh"
 
 namespace tk::hedgehog_attention {
 
-template <typename T_, int kKeyDim_, int kConsumers_>
+template <typename T_, int kKeyDim_, int kConsumers_, bool kDocuments_>
 struct OutputsTraits {
   using T = T_;
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr int kConsumers = kConsumers_;
+  static constexpr bool kDocuments = kDocuments_;
   static_assert(kConsumers == 1 || kConsumers == 2, "a consumer has 64 columns of up to 128");
 };
 
@@ -34,6 +37,7 @@ struct Outputs {
   using T = typename Traits::T;
   static constexpr int kKeyDim = Traits::kKeyDim;
   static constexpr int kConsumers = Traits::kConsumers;
+  static constexpr bool kDocuments = Traits::kDocuments;
   static constexpr int kProducerRegisters = kConsumers == 1 ? 56 : 24;
   static constexpr int kConsumerRegisters = 240;
   // Whether k W is computed while phi(q) is: one consumer, which has both signs, would spill.
@@ -50,6 +54,7 @@ struct Outputs {
   using KeyRing = Pipeline<kKeyStages>;
   using State = RegTile<float, 16, kFeatures>;
   using Operand = RegTile<T, 16, 64>;
+  using Windows = RowWindows<kDocuments, kQueryStages>;
 
   struct Shared {
     MapTile q_map_smem, k_map_smem;
@@ -65,8 +70,9 @@ struct Outputs {
     Barrier head_full;
     QueryRing q_ring;
     KeyRing kv_ring;
+    Windows windows;
   };
-  static_assert(sizeof(Shared) + 1024 <= outputs_shared_bytes(kKeyDim, kConsumers),
+  static_assert(sizeof(Shared) + 1024 <= outputs_shared_bytes(kKeyDim, kConsumers, kDocuments),
                 "hedgehog_attention.h's outputs_shared_bytes covers the kernel's shared memory");
   static constexpr int kStageBytes = KeyTile::kBytes + kConsumers * ValueTile::kBytes;
 
@@ -82,6 +88,13 @@ struct Outputs {
       return (static_cast<int64>(batch) * params.num_kv_heads + kv_head) * segment.count +
              segment.index;
     }
+    __device__ __forceinline__ Segment segment(const OutputsParams& params) const {
+      if constexpr (kDocuments) {
+        return document_segment(params.documents, batch);
+      } else {
+        return Segment::of(params);
+      }
+    }
   };
 
   __device__ __forceinline__ static void init(const OutputsParams&, Shared& shared) {
@@ -92,7 +105,7 @@ struct Outputs {
 
   __device__ __forceinline__ static void load(const OutputsParams& params, Shared& shared) {
     const Place place(params);
-    const Segment segment = Segment::of(params);
+    const Segment segment = place.segment(params);
     const bool starts = params.normalizer == nullptr;
     shared.head_full.expect(2 * MapTile::kBytes + (starts ? 0 : 2 * MapVec::kBytes));
     tma::load(shared.q_map_smem, params.q_map, shared.head_full, tma::Keep::kLong, 0, 0,
@@ -107,7 +120,7 @@ struct Outputs {
     typename QueryRing::State q_state;
     typename KeyRing::State kv_state;
     for (int chunk = segment.first - 1; chunk < segment.end; ++chunk) {
-      const int token = chunk * kChunk;
+      const int token = first_token_of(params, place, segment, chunk);
       shared.kv_ring.acquire(kv_state, kStageBytes);
       Barrier& full = shared.kv_ring.full(kv_state);
       tma::load(shared.k_smem[kv_state.stage], params.k, full, tma::Keep::kNormal, 0, token,
@@ -119,10 +132,28 @@ struct Outputs {
       }
       kv_state.advance();
       if (chunk < segment.first) continue;
-      shared.q_ring.acquire(q_state, KeyTile::kBytes);
+      shared.q_ring.acquire(q_state, KeyTile::kBytes + Windows::kBytes);
+      if constexpr (kDocuments) {
+        tma::load(shared.windows.rows[q_state.stage],
+                  windows_of(params.documents, place.batch, chunk), shared.q_ring.full(q_state));
+      }
       tma::load(q_view(shared, q_state.stage), params.q, shared.q_ring.full(q_state),
                 tma::Keep::kBriefly, 0, token, place.head, place.batch);
       q_state.advance();
+    }
+  }
+
+  // Of the chunk, or of the tile; a segment's first one has kChunk tokens before it.
+  __device__ __forceinline__ static int first_token_of(const OutputsParams& params,
+                                                       const Place& place, const Segment& segment,
+                                                       int chunk) {
+    if constexpr (kDocuments) {
+      const int* tiles = params.documents.tiles;
+      const int tile = place.batch * (params.documents.most + 2) + max(chunk, segment.first);
+      const int token = load_scalar(tiles + static_cast<int64>(tile) * kTileNumbers);
+      return chunk < segment.first ? token - kChunk : token;
+    } else {
+      return chunk * kChunk;
     }
   }
 
@@ -133,7 +164,7 @@ struct Outputs {
   __device__ __forceinline__ static void compute(const OutputsParams& params, Shared& shared,
                                                  int consumer) {
     const Place place(params);
-    const Segment segment = Segment::of(params);
+    const Segment segment = place.segment(params);
     const int first = first_token(params.first, place.batch);
     const float alpha = load_scalar(params.alpha + place.head);
     const float beta = load_scalar(params.beta + place.head);
@@ -152,12 +183,20 @@ struct Outputs {
     meet<kConsumers>(kFeaturesReady);
     shared.head_full.wait(0);
 
+    DocumentTile tile = {}, next = {};
+    if constexpr (kDocuments) {
+      next = DocumentTile::of(params.documents, place.batch, segment.first);
+    }
     typename QueryRing::State q_stage, q_done;
     typename KeyRing::State last, stage;  // of k and v: the chunk before, and this one
     stage.advance();
     shared.kv_ring.wait(last);
     for (int chunk = segment.first; chunk < segment.end; ++chunk) {
-      const int token = chunk * kChunk;
+      if constexpr (kDocuments) {
+        tile = next;
+        next = DocumentTile::of(params.documents, place.batch, chunk + 1);
+      }
+      const int token = kDocuments ? tile.first : chunk * kChunk;
       const auto q_smem = q_view(shared, q_stage.stage);
       const KeyTile& last_k_smem = shared.k_smem[last.stage];
       const ValueTile& last_v_smem = shared.v_smem[last.stage][consumer];
@@ -175,8 +214,8 @@ struct Outputs {
 
       warp::zero(far);
       warpgroup::mma_wait<kKeysBesideQueries ? 1 : 0>(q_scores);
-      query_features(phi_plus, far, q_scores, shared, 0, alpha, consumer);
-      query_features(phi_minus, far, q_scores, shared, 1, alpha, consumer);
+      query_features(phi_plus, far, q_scores, shared, 0, alpha, consumer, tile);
+      query_features(phi_minus, far, q_scores, shared, 1, alpha, consumer, tile);
       if constexpr (!kKeysBesideQueries) issue_key_scores();
       warpgroup::mm_ABt(out, phi_plus, state_smem.template cols<kMap>(0));
       warpgroup::mma_ABt(out, phi_minus, state_smem.template cols<kMap>(1));
@@ -189,11 +228,14 @@ struct Outputs {
         key_features(shared.phi_smem, shared.normalizer, k_scores,
                      sign_index<kConsumers>(consumer, i), token - kChunk, first);
       }
+      if constexpr (kDocuments) {
+        if (!next.is_far()) forget_normalizer(shared, consumer);
+      }
       publish_shared();
 
       shared.kv_ring.wait(stage);
       PerRow<16> divisors;
-      const Tokens tokens = {token, first};
+      const auto tokens = tokens_of(shared, q_stage.stage, tile, token, first);
       if constexpr (kConsumers == 2) {
         Square scores;
         const int mine = consumer == 0 ? last.stage : stage.stage;
@@ -257,8 +299,11 @@ struct Outputs {
       last = stage;
       stage.advance();
       warp::mul_rows(out, out, divisors);
-      store_out(params, shared, place, consumer, q_stage.stage, chunk, out);
+      store_out(params, shared, place, consumer, q_stage.stage, token, out, tile);
       q_stage.advance();
+      if constexpr (kDocuments) {
+        if (!next.is_far()) warp::zero(state);
+      }
       share_state(state_smem, state);
     }
     shared.kv_ring.release(last);
@@ -277,16 +322,37 @@ struct Outputs {
     }
   }
 
+  // z starts anew: each warp clears what it added to.
+  __device__ __forceinline__ static void forget_normalizer(Shared& shared, int consumer) {
+#pragma unroll
+    for (int i = 0; i < 2 / kConsumers; ++i) {
+      const int sign = sign_index<kConsumers>(consumer, i);
+      shared.normalizer.clear(sign);
+      if ((warp::index() & 3) == 0) shared.normalizer.clear_before(sign);
+    }
+  }
+
+  __device__ __forceinline__ static auto tokens_of(const Shared& shared, int stage,
+                                                   const DocumentTile& tile, int token, int first) {
+    if constexpr (kDocuments) {
+      return DocumentTokens(tile, first, shared.windows.rows[stage]);
+    } else {
+      return Tokens{token, first};
+    }
+  }
+
   // alpha phi(q) of a sign, and where that is the consumer's its product with z, which joins each
   // lane's part of `far`.
   __device__ __forceinline__ static void query_features(Operand& phi, PerRow<16>& far,
                                                         const Square& scores, const Shared& shared,
-                                                        int sign, float alpha, int consumer) {
+                                                        int sign, float alpha, int consumer,
+                                                        const DocumentTile& tile) {
     Square features;
     PerRow<16> scale;
     exponentials(features, scale, scores, sign);
     warp::pin(scale);  // one sign after the other: both are many registers
     warp::map(scale, scale, [=](float x) { return x * alpha; });
+    if constexpr (kDocuments) keep_continued(scale, tile);
     if (kConsumers == 1 || sign == consumer) {
       PerCol<kMap> normalizer;
       shared.normalizer.load(normalizer, sign);
@@ -303,9 +369,10 @@ struct Outputs {
   }
 
   // Of two consumers: the scores of one chunk's keys, and their largest.
+  template <typename TokensOf>
   __device__ __forceinline__ static void scale_half(Square& dst, PerRow<16>& largest,
                                                     const Square& scores, float scale_log2,
-                                                    const Tokens& tokens, int consumer) {
+                                                    const TokensOf& tokens, int consumer) {
     if (consumer == 0) {
       scale_last_scores(dst, scores, scale_log2, tokens);
     } else {
@@ -323,10 +390,11 @@ struct Outputs {
   }
 
   // Weights of the keys of the last chunk and of this one, of which divisors are the sums.
+  template <typename TokensOf>
   __device__ __forceinline__ static void weigh_keys(Operand& last_weights, Operand& weights,
                                                     PerRow<16>& divisors, const Square& last_scores,
                                                     const Square& scores, float scale_log2,
-                                                    float beta, const Tokens& tokens) {
+                                                    float beta, const TokensOf& tokens) {
     Square last, own;
     scale_last_scores(last, last_scores, scale_log2, tokens);
     scale_own_scores(own, scores, scale_log2, tokens);
@@ -344,13 +412,22 @@ struct Outputs {
 
   __device__ __forceinline__ static void store_out(const OutputsParams& params, Shared& shared,
                                                    const Place& place, int consumer, int stage,
-                                                   int chunk, const Square& out) {
+                                                   int token, const Square& out,
+                                                   const DocumentTile& tile) {
+    if constexpr (kDocuments) {
+      if (!tile.is_full()) {
+        warpgroup::store(
+            tile_rows<T>(params.out_rows, tile, params.seqlen, place.head, place.batch), out, 0,
+            consumer * kSlice);
+        return;
+      }
+    }
     const auto out_smem = shared.rows_smem[stage].template cols<kSlice>(consumer);
     warpgroup::store(out_smem, out);
     publish_shared();
     warpgroup::sync();
     if (warpgroup::leader()) {
-      tma::store(params.out, out_smem, consumer * kSlice, chunk * kChunk, place.head, place.batch);
+      tma::store(params.out, out_smem, consumer * kSlice, token, place.head, place.batch);
       tma::commit();
     }
   }
@@ -376,6 +453,10 @@ struct Outputs {
 
 template <typename Traits>
 __device__ __forceinline__ void outputs(const OutputsParams& params) {
+  if constexpr (Traits::kDocuments) {
+    const Segment segment = document_segment(params.documents, grid::block_z());
+    if (segment.first >= segment.end) return;
+  }
   block::run<Outputs<Traits>>(params);
 }
 

@@ -10,6 +10,7 @@
 // Roles: a producer warp loads all that the chunk needs, once; one consumer warpgroup computes.
 // Budget at D = V = 128: 170 KB of shared memory; 64 registers of dq, 64 of weights, 64 of their
 // gradients a thread. Limit: memory, and the latency of one chain for each multiprocessor.
+// Packed documents: a block has a tile; one that is not far needs no features, and leaves zeros.
 #pragma once
 
 #include "kernels/hedgehog_attention/gradients.cuh"
@@ -22,6 +23,7 @@ struct Queries {
   using T = typename Traits::T;
   static constexpr int kKeyDim = Traits::kKeyDim;
   static constexpr int kValueDim = Traits::kValueDim;
+  static constexpr bool kDocuments = Traits::kDocuments;
   static constexpr int kConsumers = 1;
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = 240;
@@ -47,23 +49,45 @@ struct Queries {
     WaitingTile from_state_smem, from_normalizer_smem;
     MapVec normalizer[2];
     Barrier all_full;
+    RowWindows<kDocuments, 1> windows;
   };
-  static_assert(sizeof(Shared) + 1024 <= queries_shared_bytes(kKeyDim, kValueDim),
+  static_assert(sizeof(Shared) + 1024 <= queries_shared_bytes(kKeyDim, kValueDim, kDocuments),
                 "hedgehog_attention.h's queries_shared_bytes covers the kernel's shared memory");
 
   struct Place {
     int chunk, head, kv_head, batch;
-    int row;  // of [B, H]
+    int row;    // of [B, H]
+    int token;  // the first one
+    bool far;   // whether queries see anything from afar
+    DocumentTile tile = {};
     __device__ __forceinline__ explicit Place(const QueriesParams& params) {
       chunk = grid::block_x();
       head = grid::block_y();
       kv_head = head / (params.num_heads / params.num_kv_heads);
       batch = grid::block_z();
       row = batch * params.num_heads + head;
+      if constexpr (kDocuments) {
+        tile = DocumentTile::of(params.documents, batch, chunk);
+        token = tile.first;
+        far = tile.is_far();
+      } else {
+        token = chunk * kChunk;
+        far = true;
+      }
     }
     template <typename U>
     __device__ __forceinline__ GlobalVec<U> tokens(const QueriesParams& params, U* array) const {
-      return {array + (static_cast<int64>(row) * params.chunks + chunk) * kChunk, kChunk};
+      const int chunks = kDocuments ? params.documents.most : params.chunks;
+      return {array + (static_cast<int64>(row) * chunks + chunk) * kChunk, kChunk};
+    }
+    __device__ __forceinline__ auto queries(const QueriesParams& params,
+                                            const Shared& shared) const {
+      const int first = first_token(params.first, batch);
+      if constexpr (kDocuments) {
+        return DocumentTokens(tile, first, shared.windows.rows[0]);
+      } else {
+        return Tokens{token, first};
+      }
     }
   };
 
@@ -73,13 +97,14 @@ struct Queries {
 
   __device__ __forceinline__ static void load(const QueriesParams& params, Shared& shared) {
     const Place place(params);
-    const int token = place.chunk * kChunk;
+    const int token = place.token;
     Barrier& full = shared.all_full;
     const auto load = [&](const auto& tile, const TensorMap& map, int token, int head) {
       tma::load(tile, map, full, tma::Keep::kNormal, 0, token, head, place.batch);
     };
-    full.expect(3 * KeyTile::kBytes + 3 * ValueTile::kBytes + MapTile::kBytes + StateTile::kBytes +
-                2 * MapVec::kBytes);
+    full.expect(3 * KeyTile::kBytes + 3 * ValueTile::kBytes + MapTile::kBytes +
+                (place.far ? StateTile::kBytes + 2 * MapVec::kBytes : 0) +
+                RowWindows<kDocuments, 1>::kBytes);
     load(shared.q_smem, params.q, token, place.head);
     load(shared.dout_smem, params.dout, token, place.head);
     load(shared.last_k_smem, params.k, token - kChunk, place.kv_head);
@@ -87,9 +112,14 @@ struct Queries {
     load(shared.last_v_smem, params.v, token - kChunk, place.kv_head);
     load(shared.v_smem, params.v, token, place.kv_head);
     tma::load(shared.map_smem, params.q_map, full, tma::Keep::kLong, 0, 0, place.head);
+    if constexpr (kDocuments) {
+      tma::load(shared.windows.rows[0], windows_of(params.documents, place.batch, place.chunk),
+                full);
+      if (!place.far) return;
+    }
     // The window has the last chunk, and the state what is before it.
     const int state = (place.batch * params.num_kv_heads + place.kv_head) * params.chunks +
-                      max(place.chunk - 1, 0);
+                      (kDocuments ? token / kChunk : max(place.chunk - 1, 0));
 #pragma unroll
     for (int i = 0; i < kValueDim / kSlice; ++i) {
       tma::load(shared.state_smem.template rows<kSlice>(i), params.states, full, tma::Keep::kNormal,
@@ -114,7 +144,11 @@ struct Queries {
     {
       Far far;
       shared.all_full.wait(0);
-      features(shared, far, alpha);
+      if (place.far) {
+        features(shared, place, far, alpha);
+      } else {
+        no_features(shared, far);
+      }
       window(params, shared, place, far, alpha, rows, last_ds, ds);
     }
     score_gradients_of_map(dscores, shared, rows, alpha);
@@ -124,13 +158,19 @@ struct Queries {
     warpgroup::mma_commit();
     divide_features(shared, rows);
     warpgroup::mma_wait<0>(dq, last_ds, ds, dscores);
+    if constexpr (kDocuments) {
+      if (!place.tile.is_full()) {
+        store_tile(params, shared, place, dq, dscores);
+        return;
+      }
+    }
     warpgroup::store(shared.dscores_smem, dscores);
     warpgroup::sync();  // the products of all warps have read q
     warpgroup::store(shared.q_smem, dq);
     publish_shared();
     warpgroup::sync();
     if (warpgroup::leader()) {
-      const int token = place.chunk * kChunk;
+      const int token = place.token;
       tma::store(params.dq, shared.q_smem, 0, token, place.head, place.batch);
       tma::store(params.features, shared.phi_smem, 0, token, place.head, place.batch);
       tma::store(params.dscores, shared.dscores_smem, 0, token, place.head, place.batch);
@@ -139,8 +179,40 @@ struct Queries {
     }
   }
 
+  // As far as there are tokens of the tile.
+  __device__ __forceinline__ static void store_tile(const QueriesParams& params,
+                                                    const Shared& shared, const Place& place,
+                                                    const Sum& dq, const Operand& dscores) {
+    const auto rows = [&](const TokenRows& array) {
+      return tile_rows<T>(array, place.tile, params.seqlen, place.head, place.batch);
+    };
+    warpgroup::store(rows(params.dq_rows), dq, 0, 0);
+    warpgroup::store(rows(params.dscores_rows), dscores, 0, 0);
+#pragma unroll
+    for (int sign = 0; sign < 2; ++sign) {
+      Operand phi;
+      warpgroup::load(phi, shared.phi_smem.template cols<kMap>(sign));
+      warpgroup::store(rows(params.features_rows), phi, 0, sign * kMap);
+    }
+  }
+
+  // Where nothing is far.
+  __device__ __forceinline__ static void no_features(Shared& shared, Far& far) {
+    warp::zero(far.state_sum);
+    warp::zero(far.normalizer_sum);
+    Square nothing;
+    warp::zero(nothing);
+    warpgroup::store(shared.from_state_smem, nothing);
+    warpgroup::store(shared.from_normalizer_smem, nothing);
+#pragma unroll
+    for (int sign = 0; sign < 2; ++sign) {
+      warpgroup::store(shared.phi_smem.template cols<kMap>(sign), nothing);
+    }
+  }
+
   // All about features that needs no divisors; alpha phi(q) to shared memory.
-  __device__ __forceinline__ static void features(Shared& shared, Far& far, float alpha) {
+  __device__ __forceinline__ static void features(Shared& shared, const Place& place, Far& far,
+                                                  float alpha) {
     Square scores, from_state, from_normalizer;
     warpgroup::mm_AB(scores, shared.q_smem, shared.map_smem);
     warpgroup::mma_commit();
@@ -168,7 +240,16 @@ struct Queries {
       softmax_gradients(gradients, phi, far.state_sum, sign_of(sign));
       warp::add(from_state, from_state, gradients);
       warp::mul(phi, phi, alpha);
+      if constexpr (kDocuments) {
+        warpgroup::keep_rows_before(phi, place.tile.continued, 0.0f);
+      }
       warpgroup::store(shared.phi_smem.template cols<kMap>(sign), phi);
+    }
+    if constexpr (kDocuments) {
+      warpgroup::keep_rows_before(from_state, place.tile.continued, 0.0f);
+      warpgroup::keep_rows_before(from_normalizer, place.tile.continued, 0.0f);
+      keep_continued(far.state_sum, place.tile);
+      keep_continued(far.normalizer_sum, place.tile);
     }
     warpgroup::store(shared.from_state_smem, from_state);
     warpgroup::store(shared.from_normalizer_smem, from_normalizer);
@@ -192,7 +273,7 @@ struct Queries {
   __device__ __forceinline__ static void window(const QueriesParams& params, const Shared& shared,
                                                 const Place& place, const Far& far, float alpha,
                                                 QueryRows& rows, Operand& last_ds, Operand& ds) {
-    const Tokens tokens = {place.chunk * kChunk, first_token(params.first, place.batch)};
+    const auto tokens = place.queries(params, shared);
     const float beta = load_scalar(params.beta + place.head);
     Square last_weights, weights, last_gradients, gradients;
     {
@@ -284,6 +365,9 @@ struct Queries {
 
 template <typename Traits>
 __device__ __forceinline__ void queries(const QueriesParams& params) {
+  if constexpr (Traits::kDocuments) {
+    if (is_beyond(params.documents, grid::block_x(), grid::block_z())) return;
+  }
   block::run<Queries<Traits>>(params);
 }
 

@@ -60,8 +60,8 @@ def hedgehog_attention(
     function, and gradients flow through it, as in LoLCATs.
 
     Runs TK kernels on Hopper GPUs for bfloat16 and float16, a window of 64, F = 64, D
-    and V up to 128 and without ``segment_ids``, forward and backward, and XLA
-    operations elsewhere, in chunks. The kernels round the maps to the dtype of the
+    and V up to 128, forward and backward, and XLA operations elsewhere, in chunks. The
+    kernels round the maps to the dtype of the
     tokens; sums are float32 (float64 for float64 inputs). Memory is linear in T, and
     between the passes nothing is kept but the arguments.
 
@@ -107,7 +107,7 @@ def hedgehog_attention(
       ValueError: shapes or dtypes do not fit each other, T, H, K, D, V or F is zero (a
         batch may be), or a setting has an unknown value.
       NotImplementedError: ``implementation="tk"`` or ``"interpret"`` and the kernels
-        lack something, such as float32 or ``segment_ids``.
+        lack something, such as float32.
 
     Zhang et al., "The Hedgehog & the Porcupine" (2024), section 4; Zhang et al.,
     "LoLCATs" (2024), section 3.2, with the window that ThunderKittens has (Spector et
@@ -305,9 +305,7 @@ def _plan(
     if initial_state is not None:
         _check_state(op, "initial_state", initial_state, k, v, q_map, window, 3)
     checks.check_segment_ids(op, segment_ids, q.shape[:-2])
-    lacking = config.unsupported(
-        options, q, k, v, q_map, segment_ids, initial_state is not None
-    )
+    lacking = config.unsupported(options, q, k, v, q_map, initial_state is not None)
     return Call(options, _dispatch.choose(op, implementation, lacking), final)
 
 

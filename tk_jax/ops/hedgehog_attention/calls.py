@@ -1,8 +1,8 @@
-"""The calls of Hedgehog attention's four kernels, one function each.
+"""The calls of Hedgehog attention's five kernels, one function each.
 
 Shapes and what is computed stand in ``cuda/kernels/hedgehog_attention``. Numbers of
-tokens are float32 and [B, H, padded], where T is padded to whole chunks; states are
-[.., V, 2 F].
+tokens are float32 and [B, H, padded], where T is padded to whole chunks, or 64 to each
+tile of packed documents; states are [.., V, 2 F].
 """
 
 from __future__ import annotations
@@ -16,6 +16,20 @@ from tk_jax import _ffi
 from tk_jax.ops.hedgehog_attention import config
 
 FEATURES = 2 * config.MAP
+
+
+class Documents(NamedTuple):
+    """How documents are packed: which tiles there are."""
+
+    tiles: jax.Array  # int32 [B, most + 2, 4]
+    counts: jax.Array  # int32 [B]
+    windows: jax.Array  # float32 [B, most * 64]
+
+
+def _operands(documents: Documents | None):
+    if documents is not None:
+        return documents
+    return [_ffi.optional(None, x) for x in (jnp.int32, jnp.int32, jnp.float32)]
 
 
 def sums(k, v, k_map, first, *, chunks_of_segment: int, segments: int):
@@ -48,11 +62,14 @@ def outputs(
     *,
     scale: float,
     chunks_of_segment: int,
+    documents: Documents | None = None,
+    shares: int = 0,
 ):
     """out.
 
     ``start`` is what segments begin with: sums [B, K, segments, V, 2 F] and normalizer
-    [B, K, segments, 2 F]; both None for zeros.
+    [B, K, segments, 2 F]; both None for zeros. With ``documents``, segments are of
+    ``chunks_of_segment`` of the ``shares`` that tiles are dealt out in.
     """
     (out,) = _ffi.call(
         "tk_hedgehog_attention_outputs_v1",
@@ -66,8 +83,9 @@ def outputs(
         beta,
         _ffi.optional(first, jnp.int32),
         *map(_ffi.optional, start),
+        *_operands(documents),
         options=config.HedgehogOutputsOptions(
-            scale=scale, chunks_of_segment=chunks_of_segment
+            scale=scale, chunks_of_segment=chunks_of_segment, shares=shares
         ),
     )
     return out
@@ -88,16 +106,17 @@ class QueryGradients(NamedTuple):
 
 
 def queries(
-    q, k, v, dout, q_map, states, normalizers, alpha, beta, first, scale
+    q, k, v, dout, q_map, states, normalizers, alpha, beta, first, scale, documents=None
 ) -> QueryGradients:
     """From the states at the starts of chunks, and their normalizers."""
+    rows = _rows(q, documents)
     results = _ffi.call(
         "tk_hedgehog_attention_queries_v1",
         (
             _like(q, q.shape),
             _like(q, (*q.shape[:-1], FEATURES)),
             _like(q, (*q.shape[:-1], config.MAP)),
-            *(_ffi.result_type(q, _rows(q)) for _ in range(6)),
+            *(_ffi.result_type(q, rows) for _ in range(6)),
         ),
         q,
         k,
@@ -109,6 +128,7 @@ def queries(
         alpha,
         beta,
         _ffi.optional(first, jnp.int32),
+        *_operands(documents),
         options=config.HedgehogGradientsOptions(scale=scale),
     )
     return QueryGradients(*results)
@@ -126,6 +146,7 @@ def keys(
     beta,
     first,
     scale,
+    documents=None,
 ):
     """dk, dv and the gradient of k times its map, [B, T, K, F]."""
     return _ffi.call(
@@ -148,11 +169,64 @@ def keys(
         found.peaks,
         beta,
         _ffi.optional(first, jnp.int32),
+        *_operands(documents),
         options=config.HedgehogGradientsOptions(scale=scale),
     )
 
 
-def _rows(q) -> tuple[int, ...]:
+def document_states(
+    keys,
+    values,
+    documents: Documents,
+    *,
+    shares: int,
+    k_map=None,
+    delta=None,
+    first=None,
+    start=(None, None),
+    stored: bool = False,
+    ended: int | None = None,
+):
+    """Sums before far tiles, and at the ends of shares, each with its normalizer.
+
+    Forward of k, v and ``k_map``. In reverse, of features, dout and ``delta``: the
+    gradients after the tiles that far ones see from afar, and at the starts of shares.
+    ``start`` is what shares begin with, [B, heads, shares, V, 2 F] and [.., 2 F]. With
+    ``stored``, states are [B, heads, chunks, padded V, 2 F] with what each chunk's tile
+    has, if one that begins there has any; with ``ended``, those of the first so many
+    shares are returned too.
+    """
+    batch, seqlen, heads, value_dim = values.shape
+    rows = (batch, heads, -(-seqlen // config.CHUNK))
+    columns = -(-value_dim // config.SLICE) * config.SLICE
+    ends = (batch, heads, ended)
+    shapes = (
+        (*rows, columns, FEATURES) if stored else None,
+        (*rows, FEATURES) if stored else None,
+        None if ended is None else (*ends, value_dim, FEATURES),
+        None if ended is None else (*ends, FEATURES),
+    )
+    dtypes = (keys.dtype, *[jnp.float32] * 3)
+    results = _ffi.call(
+        "tk_hedgehog_attention_document_states_v1",
+        [_ffi.result_type(keys, *pair) for pair in zip(shapes, dtypes, strict=True)],
+        keys,
+        values,
+        _ffi.optional(k_map, keys.dtype),
+        _ffi.optional(delta),
+        _ffi.optional(first, jnp.int32),
+        *map(_ffi.optional, start),
+        *documents,
+        options=config.HedgehogDocumentStatesOptions(
+            reverse=delta is not None, shares=shares
+        ),
+    )
+    return results[:2], results[2:]
+
+
+def _rows(q, documents) -> tuple[int, ...]:
+    if documents is not None:
+        return (q.shape[0], q.shape[2], documents.windows.shape[1])
     return (q.shape[0], q.shape[2], config.padded_tokens(q.shape[1]))
 
 

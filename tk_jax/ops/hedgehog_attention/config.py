@@ -25,6 +25,17 @@ DIM_STEP = 8
 # Those that are compiled ahead: dimensions of keys and of values.
 KERNEL_DIMS = ((64, 64), (64, 128), (128, 64), (128, 128))
 KERNELS = ("sums", "outputs", "queries", "keys", "step")
+# Those for packed documents, some of which are others of the same name.
+DOCUMENT_KERNELS = (
+    "outputs",
+    "queries",
+    "keys",
+    "document_states",
+    "reverse_document_states",
+)
+# As hedgehog_attention.h has them: flags of tiles of packed documents.
+FAR_TILE = 1
+ONE_WINDOW = 2
 # Grids have up to this many blocks along two of their axes ...
 MAX_GRID = 65535
 # ... and kernels count rows in 32 bits.
@@ -87,7 +98,8 @@ class HedgehogOutputsOptions:
     """What the outputs are."""
 
     scale: float
-    chunks_of_segment: int
+    chunks_of_segment: int  # of packed documents: shares of tiles
+    shares: int = 0  # 0 where documents are not packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +107,14 @@ class HedgehogGradientsOptions:
     """Of what the gradients are."""
 
     scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class HedgehogDocumentStatesOptions:
+    """Which states of packed documents are computed."""
+
+    reverse: bool
+    shares: int
 
 
 # Blocks that are there at once: one for each multiprocessor.
@@ -110,6 +130,11 @@ def chunks_of_segment(batch: int, seqlen: int, heads: int) -> int:
     segments = _RESIDENT // max(1, batch * heads)
     segments = min(segments, chunks // _LEAST_CHUNKS_OF_SEGMENT)
     return -(-chunks // max(1, segments))
+
+
+def segments(batch: int, seqlen: int, heads: int) -> int:
+    """How many segments of so many chunks there are."""
+    return -(-seqlen // CHUNK // chunks_of_segment(batch, seqlen, heads))
 
 
 def pieces_of_segment(batch: int, seqlen: int, heads: int, of_segment: int) -> int:
@@ -128,8 +153,13 @@ def padded_tokens(seqlen: int) -> int:
     return -(-seqlen // CHUNK) * CHUNK
 
 
+def most_tiles(seqlen: int) -> int:
+    """Tiles of packed documents, at most: two in a row have more than a chunk."""
+    return 2 * (seqlen // (CHUNK + 1)) + 1
+
+
 def unsupported(
-    options: HedgehogOptions, q, k, v, q_map, segment_ids, has_state: bool
+    options: HedgehogOptions, q, k, v, q_map, has_state: bool
 ) -> str | None:
     """What the kernels lack for a call, in words: this is the one place that knows.
 
@@ -145,8 +175,6 @@ def unsupported(
     for name, dim in (("keys", k.shape[-1]), ("values", v.shape[-1])):
         if dim > MAX_DIM:
             return f"{name} of {dim} dimensions (it takes up to {MAX_DIM})"
-    if segment_ids is not None:
-        return "segment_ids (in whose segments windows begin anywhere)"
     seqlen = q.shape[-3] + (3 * CHUNK if has_state else 0)
     return exceeded_limit(math.prod(q.shape[:-3]), seqlen, q.shape[-2])
 

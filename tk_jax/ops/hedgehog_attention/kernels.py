@@ -10,6 +10,9 @@ chunk's queries; the gradients of the sums, back from the end (the same kernel, 
 phi(q) over the divisors and dout); and the gradients of a chunk's keys and values. The
 gradients of the maps are products over all tokens of what the two kernels of gradients
 leave behind, and XLA's.
+
+With packed documents, tiles are what chunks are otherwise (``documents.py``), and the
+sums of both directions come from a kernel of their own.
 """
 
 from __future__ import annotations
@@ -23,14 +26,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from tk_jax.ops.hedgehog_attention import calls, config
+from tk_jax.ops.hedgehog_attention import calls, config, documents
 from tk_jax.ops.linear_attention import calls as linear_calls
 from tk_jax.ops.linear_attention import config as linear_config
 from tk_jax.ops.linear_attention import scan
 
 
 class Arrays(NamedTuple):
-    """The arrays of a call; the last three may be None. D and V are multiples of 8."""
+    """The arrays of a call; the last four may be None. D and V are multiples of 8."""
 
     q: jax.Array  # [B, T, H, D]
     k: jax.Array  # [B, T, K, D]
@@ -42,6 +45,8 @@ class Arrays(NamedTuple):
     sums: jax.Array | None = None  # float32 [B, K, V, 2 F]: before the first token
     normalizer: jax.Array | None = None  # float32 [B, K, 2 F]
     first: jax.Array | None = None  # int32 [B]: the first token that is one
+    # int32 [B, T]: tokens of its document before each, where several are packed
+    positions: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +93,11 @@ attend.defvjp(_attend_fwd, _attend_bwd)
 
 # What each head has for itself, for all elements of the batch alike.
 _SHARED = ("q_map", "k_map", "alpha", "beta")
+# What all heads have together, for each element of the batch.
+_PLACES = ("first", "positions")
 # Where heads are: in the arguments, and in gradients that are not summed yet.
-_HEADS = Arrays(2, 2, 2, 0, 0, 0, 0, 1, 1, None)
-_GRADIENT_HEADS = Arrays(2, 2, 2, 1, 1, 1, 1, 1, 1, None)
+_HEADS = Arrays(2, 2, 2, 0, 0, 0, 0, 1, 1, None, None)
+_GRADIENT_HEADS = Arrays(2, 2, 2, 1, 1, 1, 1, 1, 1, None, None)
 _COTANGENT_HEADS = (2,)
 
 
@@ -112,11 +119,13 @@ def _mapped(run, result_heads):
         cotangents = jax.tree.map(whole, cotangents, cotangents_batched)
         if not any(getattr(batched, name) for name in _SHARED):
             results = _over_batches(mapped, axis_size, batched, arrays, cotangents)
-        elif arrays.first is None or not batched.first:
+        elif not any(getattr(batched, name) for name in _PLACES):
+            places = {name: getattr(arrays, name) for name in _PLACES}
+            none = dict.fromkeys(_PLACES)
             everything = jax.tree.map(
-                whole, arrays._replace(first=None), batched._replace(first=None)
+                whole, arrays._replace(**none), batched._replace(**none)
             )
-            everything = everything._replace(first=arrays.first)
+            everything = everything._replace(**places)
             results = _over_heads(
                 mapped, axis_size, everything, cotangents, result_heads
             )
@@ -187,6 +196,8 @@ def _run_forward(settings, arrays, _):
         batch, seqlen, num_heads
     )
     of_segment = min(of_segment, -(-seqlen // config.CHUNK))
+    if arrays.positions is not None:
+        return (_run_documents_forward(settings, arrays, of_segment),)
     out = calls.outputs(
         *arrays[:7],
         arrays.first,
@@ -195,6 +206,23 @@ def _run_forward(settings, arrays, _):
         chunks_of_segment=of_segment,
     )
     return (out,)
+
+
+def _run_documents_forward(settings, arrays, of_segment):
+    tiles = documents.find_tiles(arrays.positions)
+    segments = -(-arrays.k.shape[1] // config.CHUNK // of_segment)
+    pieces = 1
+    if segments > 1:
+        pieces = config.pieces_of_segment(*arrays.k.shape[:3], of_segment)
+    return calls.outputs(
+        *arrays[:7],
+        arrays.first,
+        documents.starts_of_segments(arrays, tiles, segments, pieces),
+        scale=settings.scale,
+        chunks_of_segment=pieces,
+        documents=tiles.documents,
+        shares=segments * pieces,
+    )
 
 
 def _segment_starts(arrays, of_segment):
@@ -228,23 +256,35 @@ def _segment_starts(arrays, of_segment):
 def _run_backward(settings, arrays, cotangents) -> Arrays:
     """Gradients; of maps, alpha and beta for each element of the batch."""
     (dout,) = cotangents
-    seqlen, num_heads = arrays.q.shape[1:3]
-    num_kv_heads = arrays.k.shape[2]
-    phi_k = _key_features(arrays)
-    states = _chunk_states(arrays, phi_k.astype(arrays.k.dtype))
+    num_heads, num_kv_heads = arrays.q.shape[2], arrays.k.shape[2]
+    packed = tiles = None
+    if arrays.positions is None:
+        phi_k = _key_features(arrays)
+        states = _chunk_states(arrays, phi_k.astype(arrays.k.dtype))
+        normalizers = _before_chunks(arrays, phi_k)
+    else:
+        tiles = documents.find_tiles(arrays.positions)
+        packed = tiles.documents
+        states, normalizers = documents.states(arrays, tiles)
     found = calls.queries(
         *arrays[:3],
         dout,
         arrays.q_map,
         states,
-        _before_chunks(arrays, phi_k),
+        normalizers,
         arrays.alpha,
         arrays.beta,
         arrays.first,
         settings.scale,
+        packed,
     )
-    dstates, dsums = _chunk_state_gradients(arrays, found.features, dout)
-    dnormalizers, dnormalizer = _normalizer_gradients(found.features, found.delta)
+    if tiles is None:
+        dstates, dsums = _chunk_state_gradients(arrays, found.features, dout)
+        dnormalizers, dnormalizer = _normalizer_gradients(found.features, found.delta)
+    else:
+        (dstates, dnormalizers), (dsums, dnormalizer) = documents.state_gradients(
+            arrays, tiles, found.features, found.delta, dout
+        )
 
     def over_group(x):
         if num_heads == num_kv_heads:
@@ -263,7 +303,16 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
         arrays.beta,
         arrays.first,
         settings.scale,
+        packed,
     )
+
+    def over_tokens(x):
+        if tiles is None:
+            x = x[..., : arrays.q.shape[1]]
+        else:
+            x = documents.of_tokens(tiles, x)
+        return jnp.sum(x, axis=-1)
+
     of_map = functools.partial(_wide_product, "bthd,bthf->bhdf")
     return Arrays(
         q=found.dq,
@@ -271,8 +320,8 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
         v=dv,
         q_map=of_map(arrays.q, found.dscores),
         k_map=of_map(arrays.k, dscores),
-        alpha=jnp.sum(found.dalpha[..., :seqlen], axis=-1),
-        beta=jnp.sum(found.dbeta[..., :seqlen], axis=-1),
+        alpha=over_tokens(found.dalpha),
+        beta=over_tokens(found.dbeta),
         sums=None if arrays.sums is None else over_group(dsums),
         normalizer=None if arrays.sums is None else over_group(dnormalizer),
         first=None,

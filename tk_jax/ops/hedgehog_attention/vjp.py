@@ -55,12 +55,16 @@ def kernel_hedgehog_attention(
     Maps are rounded to the dtype of the tokens. The kernels' windows are chunks of the
     sequence. A state's latest tokens go before it, so far back that chunks are the
     windows of the whole sequence; what there is before the first token of all is not
-    seen.
+    seen. With ``segment_ids``, that is so for the first segment, and in the others
+    windows begin where they do.
     """
     *batch, seqlen, num_heads, _ = inputs.q.shape
     fold = functools.partial(_chunks.fold, num_batch_axes=len(batch))
     q, k, v = (fold(x) for x in inputs[:3])
-    state = inputs.state
+    state, starts = inputs.state, None
+    if inputs.segment_ids is not None:
+        starts = _chunks.segment_starts(inputs.segment_ids, (*batch, seqlen))
+        starts = fold(starts)
     if state is not None:
         state = HedgehogState(*(fold(x) for x in state))
         # Within two windows there is nothing older.
@@ -79,7 +83,11 @@ def kernel_hedgehog_attention(
         beta=_for_heads(inputs.beta, num_heads),
     )
     if state is not None:
-        arrays = _continued(arrays, state)
+        arrays = _continued(arrays, state, starts)
+    elif starts is not None:
+        none = jnp.zeros(starts.shape[:1], jnp.int32)
+        positions = xla.token_positions(none, starts, starts.shape)
+        arrays = arrays._replace(positions=positions)
     settings = kernels.Settings(options.scale, chunks_of_segment)
     out = kernels.attend(settings, _padded(arrays))[..., : v.shape[-1]]
     if state is not None:
@@ -87,7 +95,7 @@ def kernel_hedgehog_attention(
     out = out.reshape(*batch, *out.shape[1:])
     if not return_state:
         return out, None
-    final = _final_state(inputs.k_map, k, v, state)
+    final = _final_state(inputs.k_map, k, v, state, starts)
     return out, HedgehogState(*(_chunks.unfold(x, batch) for x in final))
 
 
@@ -112,11 +120,19 @@ def _padded(arrays: kernels.Arrays) -> kernels.Arrays:
     )
 
 
-def _continued(arrays: kernels.Arrays, state: HedgehogState) -> kernels.Arrays:
+def _continued(
+    arrays: kernels.Arrays, state: HedgehogState, starts=None
+) -> kernels.Arrays:
     """With a state's tokens before the others, and its sums before those."""
     phase = state.length % CHUNK
     size = _WINDOWS + CHUNK + arrays.q.shape[1]
     first = phase + jnp.maximum(_WINDOWS - state.length, 0)
+    positions = None
+    if starts is not None:
+        starts = _put(starts, phase + _WINDOWS, size)
+        # What the sums are of is two windows away at least.
+        before = jnp.full_like(state.length, _WINDOWS)
+        positions = xla.token_positions(before, starts, starts.shape)
     return arrays._replace(
         q=_put(arrays.q, phase + _WINDOWS, size),
         k=_put(jnp.concatenate([state.keys, arrays.k], axis=1), phase, size),
@@ -124,6 +140,7 @@ def _continued(arrays: kernels.Arrays, state: HedgehogState) -> kernels.Arrays:
         sums=jnp.swapaxes(state.sums, -1, -2),
         normalizer=state.normalizer,
         first=first.astype(jnp.int32),
+        positions=positions,
     )
 
 
@@ -143,7 +160,9 @@ def _taken(x, start, size):
     return jax.vmap(take)(x, start)
 
 
-def _final_state(k_map, k, v, state: HedgehogState | None) -> HedgehogState:
+def _final_state(
+    k_map, k, v, state: HedgehogState | None, starts=None
+) -> HedgehogState:
     """What is left for the tokens that follow: as xla.py says."""
     batch, seqlen = k.shape[:2]
     if state is None:
@@ -154,8 +173,13 @@ def _final_state(k_map, k, v, state: HedgehogState | None) -> HedgehogState:
         length = state.length
         k = jnp.concatenate([state.keys, k], axis=1)
         v = jnp.concatenate([state.values, v], axis=1)
-    # Of the tokens here, those before the latest two windows, as far as they are there.
-    is_token = jnp.arange(_WINDOWS + seqlen) >= _WINDOWS - length[:, None]
+    if starts is None:
+        length = length + seqlen
+    else:
+        length = xla.token_positions(length, starts, starts.shape)[:, -1] + 1
+    # Of the tokens here, those before the latest two windows, as far as they are there
+    # and of the last segment.
+    is_token = jnp.arange(_WINDOWS + seqlen) >= _WINDOWS + seqlen - length[:, None]
     is_token = is_token[..., None, None]
     dtype = _chunks.sum_dtype(k.dtype)
     product = functools.partial(jnp.einsum, precision=_chunks.precision(k.dtype))
@@ -165,11 +189,16 @@ def _final_state(k_map, k, v, state: HedgehogState | None) -> HedgehogState:
     phi = jnp.where(is_token[:, :seqlen], phi, 0)
     sums, normalizer = product("btkf,btkv->bkfv", phi, old_v), phi.sum(1)
     if state is not None:
-        sums, normalizer = sums + state.sums, normalizer + state.normalizer
+        older, older_normalizer = state.sums, state.normalizer
+        if starts is not None:
+            is_same = ~jnp.any(starts, axis=1)[:, None, None]
+            older = jnp.where(is_same[..., None], older, 0)
+            older_normalizer = jnp.where(is_same, older_normalizer, 0)
+        sums, normalizer = sums + older, normalizer + older_normalizer
     return HedgehogState(
         sums,
         normalizer,
         jnp.where(is_token[:, seqlen:], k[:, seqlen:], 0),
         jnp.where(is_token[:, seqlen:], v[:, seqlen:], 0),
-        length + seqlen,
+        length,
     )

@@ -76,7 +76,7 @@ def _folded(options, config, inputs):
         "q": q.reshape(*q.shape[:2], *heads, q.shape[-1]),
         "k": k,
         "v": v,
-        "positions": _positions(state.length, starts, q.shape[:2]),
+        "positions": token_positions(state.length, starts, q.shape[:2]),
     }
     latest = jnp.arange(-2 * options.window, 0, dtype=jnp.int32)
     carry = _Carry(*state[:4], state.length[:, None] + latest)
@@ -96,7 +96,7 @@ def _folded(options, config, inputs):
     return out, HedgehogState(*(_chunks.unfold(x, batch) for x in final))
 
 
-def _positions(length, starts, shape):
+def token_positions(length, starts, shape):
     """int32 [B, T]: how many tokens of its segment precede each."""
     token = jnp.arange(shape[1], dtype=jnp.int32)
     continued = length[:, None] + token
