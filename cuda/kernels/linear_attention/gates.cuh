@@ -97,21 +97,12 @@ struct ChunkGates {
     }
   }
 
-  // Values of rows that are tokens, times their weights.
-  __device__ __forceinline__ void weigh(PerRow<16>& rows) const {
+  // Of each of a warpgroup's rows, which are tokens: its weight.
+  __device__ __forceinline__ void load_weights(PerRow<16>& rows) const {
     if constexpr ((kFeatures & kWeights) != 0) {
-      PerRow<16> w;
-      warpgroup::load(w, weights);
-      warp::mul(rows, rows, w);
-    }
-  }
-  // A tile whose rows are tokens, times their weights.
-  template <typename Tile>
-  __device__ __forceinline__ void weigh_rows(Tile& tile) const {
-    if constexpr ((kFeatures & kWeights) != 0) {
-      PerRow<16> w;
-      warpgroup::load(w, weights);
-      warp::mul_rows(tile, tile, w);
+      warpgroup::load(rows, weights);
+    } else {
+      warp::fill(rows, 1.0f);
     }
   }
 

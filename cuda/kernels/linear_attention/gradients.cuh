@@ -105,15 +105,9 @@ struct Gradients {
     __device__ __forceinline__ int row(const GradientsParams& params, int head) const {
       return batch * params.num_heads + head;
     }
-    // Where a head's 64 numbers of the chunk lie in [B, H, padded].
-    __device__ __forceinline__ GlobalVec<float> tokens(const GradientsParams& params, float* array,
-                                                       int head) const {
-      const int64 first = (static_cast<int64>(row(params, head)) * params.chunks + chunk) * kChunk;
-      return {array + first, kChunk};
-    }
-    // Whether a head is of the group, that before it being: a bound would take a register.
-    __device__ __forceinline__ static bool has_next(const GradientsParams& params, int head) {
-      return head % params.group_heads != 0;
+    // Which of all heads' chunks, [B, H, chunks], a head's is.
+    __device__ __forceinline__ int64 index(const GradientsParams& params, int head) const {
+      return static_cast<int64>(row(params, head)) * params.chunks + chunk;
     }
     // Of parts, the first does what all would do alike.
     __device__ __forceinline__ bool leads() const { return kParts == 1 || part == 0; }
@@ -220,12 +214,11 @@ struct Gradients {
         shared.ring.release(state);
       }
       if (place.leads()) {
-        warp::finish_row_sum(as_query);
-        warp::finish_row_sum(through);
-        warpgroup::store(place.tokens(params, params.as_query, head), as_query, 0);
-        warpgroup::store(place.tokens(params, params.through, head), through, 0);
+        const int64 index = place.index(params, head);
+        store_sums(params.as_query, index, as_query);
+        store_sums(params.through, index, through);
       }
-    } while (place.has_next(params, ++head));
+    } while (++head < place.first_head + place.heads);
 
     Operand scaled;
     warp::mul(scaled, m, params.scale);
@@ -250,8 +243,10 @@ struct Gradients {
     typename Ring::State state;
     int head = place.first_head;
     do {
-      KeySums sums;
-      sums.clear();
+      PerRow<16> given, kept, to_state, weights;  // sums over slices
+      warp::zero(given);
+      warp::zero(kept);
+      warp::zero(to_state);
       for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
         const Step& step = shared.steps[state.stage];
         const auto k_smem = warpgroup::afresh(shared.k_smem);
@@ -264,22 +259,19 @@ struct Gradients {
         warpgroup::mma_commit();
         warpgroup::mma_wait<1>(dp);
         Operand p;
-        PerRow<16> given, kept, to_state, after;
-        warp::zero(given);
-        warp::zero(kept);
-        warp::zero(to_state);
         step.gates.fold_transposed(p, given, kept, dp, scores);
+        PerRow<16> after;
         step.gates.after(after);
         Operand v;
         warpgroup::load(v, step.v_smem);
         warpgroup::mma_wait<0>(from_state);
         fold_dot(to_state, v, from_state, after);
-        sums.add(step.gates, given, kept, to_state);
         Square& du = dp;  // whose registers are free
         warp::mul_rows(du, from_state, after);
         warpgroup::mma_AB(du, p, step.dout_smem);
         warpgroup::mma_commit();
-        step.gates.weigh(after);
+        step.gates.load_weights(weights);
+        warp::mul(after, after, weights);
         warp::mul_rows(v, v, after);
         warpgroup::mma_AB(dk, v, step.dstate_smem.template cols<kColumns>(place.part));
         warpgroup::mma_commit();
@@ -289,6 +281,7 @@ struct Gradients {
           warpgroup::mm_AtB(products, step.dout_smem, step.v_smem);
           warpgroup::mma_commit();
         }
+        warp::mul_rows(du, du, weights);
         if (place.leads()) store_dv(params, shared, step, du, place, head, slice);
         warpgroup::mma_wait<0>(dk, v, products);
         if constexpr ((kFeatures & kSkip) != 0) {
@@ -296,8 +289,9 @@ struct Gradients {
         }
         shared.ring.release(state);
       }
-      if (place.leads()) sums.store(params, place, head);
-    } while (place.has_next(params, ++head));
+      if (place.leads())
+        store_key_sums(params, place.index(params, head), given, kept, to_state, weights);
+    } while (++head < place.first_head + place.heads);
 
     shared.m_full.wait(0);
     warpgroup::mma_AtB(dk, m_tile(shared), shared.q_smem.template cols<kColumns>(place.part));
@@ -357,45 +351,32 @@ struct Gradients {
     warpgroup::sync();
   }
 
-  // What a head's tokens have as keys, over its slices.
-  struct KeySums {
-    PerRow<16> as_key, to_state, dweights;
+  // A chunk's 64 numbers, of which lanes hold parts, to [B, H, padded].
+  __device__ __forceinline__ static void store_sums(float* array, int64 index, PerRow<16>& sums) {
+    warp::finish_row_sum(sums);
+    warpgroup::store(GlobalVec<float>{array + index * kChunk, kChunk}, sums, 0);
+  }
 
-    __device__ __forceinline__ void clear() {
-      warp::zero(as_key);
-      warp::zero(to_state);
-      warp::zero(dweights);
+  // What tokens have as keys, of sums that were not weighted yet.
+  __device__ __forceinline__ static void store_key_sums(const GradientsParams& params, int64 index,
+                                                        PerRow<16>& given, PerRow<16>& kept,
+                                                        PerRow<16>& to_state,
+                                                        const PerRow<16>& weights) {
+    if constexpr ((kFeatures & kWeights) != 0) {
+      warp::add(kept, kept, given);
+      warp::add(kept, kept, to_state);
+      store_sums(params.dweights, index, kept);
     }
-    __device__ __forceinline__ void add(const Gates& gates, PerRow<16>& given,
-                                        const PerRow<16>& kept, PerRow<16>& left) {
-      if constexpr ((kFeatures & kWeights) != 0) {
-        warp::add(dweights, dweights, given);
-        warp::add(dweights, dweights, kept);
-        warp::add(dweights, dweights, left);
-      }
-      gates.weigh(given);
-      gates.weigh(left);
-      warp::add(as_key, as_key, given);
-      warp::add(to_state, to_state, left);
-    }
-    __device__ __forceinline__ void store(const GradientsParams& params, const Place& place,
-                                          int head) {
-      warp::finish_row_sum(as_key);
-      warp::finish_row_sum(to_state);
-      warpgroup::store(place.tokens(params, params.as_key, head), as_key, 0);
-      warpgroup::store(place.tokens(params, params.to_state, head), to_state, 0);
-      if constexpr ((kFeatures & kWeights) != 0) {
-        warp::finish_row_sum(dweights);
-        warpgroup::store(place.tokens(params, params.dweights, head), dweights, 0);
-      }
-    }
-  };
+    warp::mul(given, given, weights);
+    warp::mul(to_state, to_state, weights);
+    store_sums(params.as_key, index, given);
+    store_sums(params.to_state, index, to_state);
+  }
 
-  // du becomes dv, which leaves.
+  // w du becomes dv, which leaves.
   __device__ __forceinline__ static void store_dv(const GradientsParams& params, Shared& shared,
                                                   const Step& step, Square& du, const Place& place,
                                                   int head, int slice) {
-    step.gates.weigh_rows(du);
     if constexpr ((kFeatures & kSkip) != 0) {
       Operand dout;
       warpgroup::load(dout, step.dout_smem);
@@ -418,9 +399,8 @@ struct Gradients {
                                                      int head, int slice) {
     PerRow<16> sums;
     warpgroup::diagonal(sums, products);
-    const int64 chunk = static_cast<int64>(place.row(params, head)) * params.chunks + place.chunk;
-    warpgroup::store(
-        GlobalVec<float>{params.dskip + (chunk * place.slices + slice) * kSlice, kSlice}, sums, 0);
+    const int64 first = (place.index(params, head) * place.slices + slice) * kSlice;
+    warpgroup::store(GlobalVec<float>{params.dskip + first, kSlice}, sums, 0);
   }
 
   // sums += rowsum(a * b) * factors
