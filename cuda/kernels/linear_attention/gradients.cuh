@@ -251,19 +251,19 @@ struct Gradients {
         const Step& step = shared.steps[state.stage];
         const auto k_smem = warpgroup::afresh(shared.k_smem);
         shared.ring.wait(state);
+        Operand v;
+        warpgroup::load(v, step.v_smem);
         Square dp, from_state;
-        warpgroup::mm_ABt(dp, step.v_smem, step.dout_smem);
+        warpgroup::mm_ABt(dp, v, step.dout_smem);
         warpgroup::mma_commit();
         if (!place.is_second) shared.stepped[state.stage].wait(state.phase);
         warpgroup::mm_ABt(from_state, k_smem, step.dstate_smem);
         warpgroup::mma_commit();
-        warpgroup::mma_wait<1>(dp);
+        warpgroup::mma_wait<1>(dp, v);
         Operand p;
         step.gates.fold_transposed(p, given, kept, dp, scores);
         PerRow<16> after;
         step.gates.after(after);
-        Operand v;
-        warpgroup::load(v, step.v_smem);
         warpgroup::mma_wait<0>(from_state);
         fold_dot(to_state, v, from_state, after);
         Square& du = dp;  // whose registers are free
