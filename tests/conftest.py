@@ -29,6 +29,11 @@ def pytest_addoption(parser):
         help="fail where no Hopper GPU is found, instead of skipping the gpu tests",
     )
     parser.addoption(
+        "--emulate-ptx",
+        action="store_true",
+        help="implementation='interpret' executes what NVRTC makes of kernels",
+    )
+    parser.addoption(
         "--exhaustive",
         action="store_true",
         help="run the tests marked exhaustive too, as before a release: a quarter of "
@@ -56,7 +61,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--exhaustive"):
         for item in items:
-            if item.get_closest_marker("exhaustive"):
+            if item.get_closest_marker("exhaustive") or _is_like_another(item):
                 item.add_marker(pytest.mark.skip(reason="runs with --exhaustive"))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     required = config.getoption("--require-gpu")
@@ -68,6 +73,13 @@ def pytest_collection_modifyitems(config, items):
     if missing:
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason=f"gpu: {missing}"))
+
+
+def _is_like_another(item) -> bool:
+    """Whether PTX of a tile operation is emulated for bf16 too."""
+    chosen = getattr(item, "callspec", None)
+    emulated = chosen and chosen.params.get("tile_implementation") == "ptx"
+    return bool(emulated) and "fp16" in chosen.id and "bf16" not in chosen.id
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -104,14 +116,34 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(_SEED)
 
 
-@pytest.fixture(params=[pytest.param("tk", marks=pytest.mark.gpu), "interpret"])
+@pytest.fixture
+def ptx(monkeypatch):
+    """``implementation="interpret"`` executes what NVRTC makes of kernels."""
+    import tiles
+    from ptx import emulator
+
+    monkeypatch.setattr(tiles, "emulated", True)
+    with emulator.emulated():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _emulation(request):
+    if request.config.getoption("--emulate-ptx"):
+        request.getfixturevalue("ptx")
+
+
+@pytest.fixture(params=[pytest.param("tk", marks=pytest.mark.gpu), "interpret", "ptx"])
 def tile_implementation(request, monkeypatch):
-    """Runs kernels of the tile library's tests on the GPU and in the interpreter."""
-    if request.param == "interpret" and jax.default_backend() != "cpu":
-        pytest.skip("the interpreter runs on the CPU alone")
+    """Runs kernels of the tile library's tests: on the GPU, interpreted, as PTX."""
+    if request.param != "tk" and jax.default_backend() != "cpu":
+        pytest.skip("runs on the CPU alone")
     import tiles
 
-    monkeypatch.setattr(tiles, "implementation", request.param)
+    if request.param == "ptx":
+        request.getfixturevalue("ptx")
+    runs_on_gpu = request.param == "tk"
+    monkeypatch.setattr(tiles, "implementation", "tk" if runs_on_gpu else "interpret")
     return request.param
 
 

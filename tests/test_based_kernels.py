@@ -251,6 +251,18 @@ def test_values_and_gradients(case):
     check(public(case), case)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in CASES[3:4] else pytest.param(case, marks=EXHAUSTIVE)
+        for case in CASES
+    ],
+    ids=str,
+)
+def test_what_the_gpu_executes(case, ptx):
+    check(public(case), case)
+
+
 @pytest.mark.parametrize(("case", "chunks"), SEGMENTED, ids=str)
 def test_segments_side_by_side(case, chunks):
     check(kernels(case, in_segments(case, chunks)), case)

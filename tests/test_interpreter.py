@@ -62,6 +62,23 @@ def test_attention_and_its_gradients(case):
         tolerance.assert_close(*arrays, what=name, floor=floor)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 130, 200, 4, 2, 128, "bottom_right"),
+        Case(1, 65, 97, 2, 1, 64, "causal", "fp16"),
+        Case(1, 97, 65, 1, 1, 256),
+    ],
+    ids=str,
+)
+def test_what_the_gpu_executes(case, ptx):
+    test_attention_and_its_gradients(case)
+
+
+def test_what_the_gpu_executes_of_matmul(ptx):
+    test_matmul((False, True), (129, 255, 193))
+
+
 def test_attention_in_any_order():
     case = Case(2, 65, 65, 2, 1, 64, "causal")
     inputs = case.inputs()

@@ -72,6 +72,18 @@ def test_values_and_gradients(case):
     check(public(case), case)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in (CASES[3], CASES[8]) else pytest.param(case, marks=EXHAUSTIVE)
+        for case in CASES
+    ],
+    ids=str,
+)
+def test_what_the_gpu_executes(case, ptx):
+    check(public(case), case)
+
+
 @pytest.mark.parametrize("chunks", SEGMENTS)
 def test_segments_side_by_side(chunks):
     _ffi.interpreter()

@@ -38,6 +38,11 @@ class Memory {
   // Those that are there to be read may not be written.
   void add(std::string name, const void* data, std::size_t bytes, bool written);
   bool overlaps(const void* data, std::size_t bytes) const;
+  // Calls visit(data, bytes) for each array.
+  template <typename Visit>
+  void for_each_array(Visit&& visit) const {
+    for (const Array& array : arrays_) visit(array.begin, array.bytes);
+  }
   // Everything that was done before is known to everyone.
   void begin_launch();
 

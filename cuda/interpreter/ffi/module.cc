@@ -3,6 +3,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -27,6 +29,44 @@ runtime::KernelSpec read_spec(const nb::dict& item) {
   spec.params_type = nb::cast<std::string>(item["params_type"]);
   spec.threads = nb::cast<int>(item["threads"]);
   return spec;
+}
+
+nb::dict spec_dict(const runtime::KernelSpec& spec) {
+  nb::dict item;
+  item["symbol"] = spec.symbol;
+  item["header"] = spec.header;
+  item["source"] = spec.source;
+  item["function"] = spec.function;
+  item["params_type"] = spec.params_type;
+  item["threads"] = spec.threads;
+  item["shared_bytes"] = spec.shared_bytes;
+  item["cluster_size"] = spec.cluster_size;
+  item["min_blocks"] = spec.min_blocks;
+  return item;
+}
+
+// What `run` raises is what went wrong.
+std::string call_stand_in(const nb::object& run, const interpreter::StandInLaunch& launch) {
+  nb::gil_scoped_acquire acquire;
+  try {
+    nb::list arrays;
+    for (const auto& array : launch.arrays) {
+      arrays.append(nb::make_tuple(reinterpret_cast<std::uintptr_t>(array.data), array.bytes));
+    }
+    run(spec_dict(launch.spec), nb::make_tuple(launch.grid.x, launch.grid.y, launch.grid.z),
+        reinterpret_cast<std::uintptr_t>(launch.params), arrays, launch.multiprocessors);
+  } catch (const std::exception& error) {
+    return "kernel " + launch.spec.symbol + ": " + error.what();
+  }
+  return "";
+}
+
+void set_stand_in(const nb::object& run) {
+  if (run.is_none()) return interpreter::set_stand_in(nullptr);
+  // Never let go: kernels may be under way when it is replaced, and without Python's lock.
+  auto* kept = new nb::object(run);
+  interpreter::set_stand_in(std::make_shared<const interpreter::StandIn>(
+      [kept](const interpreter::StandInLaunch& launch) { return call_stand_in(*kept, launch); }));
 }
 
 }  // namespace
@@ -56,6 +96,10 @@ NB_MODULE(_interpreter, module) {
     const interpreter::ScheduleOptions options = interpreter::schedule_options();
     return nb::make_tuple(options.seed, options.count, options.threads, options.multiprocessors);
   });
+  module.def(
+      "set_stand_in", &set_stand_in, "run"_a.none(),
+      "run(spec, grid, params, arrays, multiprocessors) runs kernels from now on, for tests: "
+      "params is an address, arrays are (address, bytes). None: the interpreter again.");
   module.def("set_source_root", &runtime::set_source_root, "path"_a);
   module.def("host_compiler", &interpreter::host_compiler);
   module.def(

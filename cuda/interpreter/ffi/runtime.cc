@@ -2,7 +2,9 @@
 // CPU.
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
+#include <utility>
 
 #include "ffi/ffi_util.h"
 #include "interpreter/ffi/compile.h"
@@ -15,14 +17,14 @@
 namespace tk {
 namespace {
 
-struct LoadedKernel {
-  std::string symbol;
-  void (*run)(const void* params);
-  int min_blocks;  // of a multiprocessor
-};
-
 std::mutex options_mutex;
 interpreter::ScheduleOptions options;
+std::shared_ptr<const interpreter::StandIn> stand_in;
+
+std::shared_ptr<const interpreter::StandIn> current_stand_in() {
+  std::lock_guard lock(options_mutex);
+  return stand_in;
+}
 
 // Of the call that runs on this thread.
 thread_local interpreter::Memory memory;
@@ -39,6 +41,10 @@ void set_schedule_options(const ScheduleOptions& value) {
 ScheduleOptions schedule_options() {
   std::lock_guard lock(options_mutex);
   return options;
+}
+void set_stand_in(std::shared_ptr<const StandIn> value) {
+  std::lock_guard lock(options_mutex);
+  stand_in = std::move(value);
 }
 
 }  // namespace interpreter
@@ -73,6 +79,19 @@ Status explore(const std::function<Status()>& call) {
 }  // namespace ffi
 
 namespace runtime {
+namespace {
+
+Result<interpreter::RunKernel> compiled(const KernelSpec& spec) {
+  const interpreter::SpecialisationName name = {spec.header, spec.source, spec.function};
+  if (interpreter::find_specialisation(name) == nullptr) {
+    if (Status status = interpreter::compile_specialisations({&spec, 1}); !status.ok()) {
+      return status.error();
+    }
+  }
+  return interpreter::find_specialisation(name);
+}
+
+}  // namespace
 
 Result<const Device*> open_device(int) {
   const int multiprocessors = interpreter::schedule_options().multiprocessors;
@@ -87,30 +106,37 @@ ScopedContext::ScopedContext(const Device&) {}
 ScopedContext::~ScopedContext() = default;
 
 Result<Kernel> load_kernel(const KernelSpec& spec, const Device&) {
-  const interpreter::SpecialisationName name = {spec.header, spec.source, spec.function};
-  if (interpreter::find_specialisation(name) == nullptr) {
-    if (Status status = interpreter::compile_specialisations({&spec, 1}); !status.ok()) {
-      return status.error();
-    }
+  if (!current_stand_in()) {
+    if (const auto run = compiled(spec); !run.ok()) return run.error();
   }
   // Lives as long as the table of loaded kernels does: for ever.
-  auto* loaded =
-      new LoadedKernel{spec.symbol, interpreter::find_specialisation(name), spec.min_blocks};
+  auto* loaded = new KernelSpec(spec);
   return Kernel{reinterpret_cast<cuda::Function>(loaded), spec.threads, spec.shared_bytes,
                 spec.cluster_size};
 }
 
 Status launch(const Kernel& kernel, cuda::Stream, const Grid& grid, const void* params) {
-  const auto* loaded = reinterpret_cast<const LoadedKernel*>(kernel.function);
+  const auto& spec = *reinterpret_cast<const KernelSpec*>(kernel.function);
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x % kernel.cluster_size != 0) {
     return Error{ErrorKind::kInvalidArgument,
-                 "kernel " + loaded->symbol + ": a grid of (" + std::to_string(grid.x) + ", " +
+                 "kernel " + spec.symbol + ": a grid of (" + std::to_string(grid.x) + ", " +
                      std::to_string(grid.y) + ", " + std::to_string(grid.z) +
                      ") blocks in clusters of " + std::to_string(kernel.cluster_size)};
   }
+  const interpreter::ScheduleOptions chosen = interpreter::schedule_options();
+  if (const auto run = current_stand_in()) {
+    interpreter::StandInLaunch launch = {spec, grid, params, {}, chosen.multiprocessors};
+    memory.for_each_array(
+        [&](const void* data, std::size_t bytes) { launch.arrays.push_back({data, bytes}); });
+    const std::string problem = (*run)(launch);
+    if (problem.empty()) return {};
+    return Error{ErrorKind::kInternal, problem};
+  }
+  const auto run = compiled(spec);
+  if (!run.ok()) return run.error();
   interpreter::Launch launch = {};
-  launch.kernel = loaded->symbol;
-  launch.entry = loaded->run;
+  launch.kernel = spec.symbol;
+  launch.entry = *run;
   launch.params = params;
   launch.grid[0] = grid.x;
   launch.grid[1] = grid.y;
@@ -119,8 +145,7 @@ Status launch(const Kernel& kernel, cuda::Stream, const Grid& grid, const void* 
   launch.shared_bytes = kernel.shared_bytes;
   launch.cluster_size = kernel.cluster_size;
   launch.seed = seed;
-  const interpreter::ScheduleOptions chosen = interpreter::schedule_options();
-  launch.resident_blocks = chosen.multiprocessors * loaded->min_blocks;
+  launch.resident_blocks = chosen.multiprocessors * spec.min_blocks;
   launch.threads_of_host = chosen.threads;
   const auto report = interpreter::run(launch, memory);
   if (!report) return {};
