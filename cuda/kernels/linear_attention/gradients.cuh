@@ -15,14 +15,14 @@
 //   to_state = rowsum(diag(w after) v * (k dS^T)),  through = total rowsum(S * dS)
 // (Dao and Gu 2024, section 6, differentiated; sums over heads before products with k and q as in
 // Mamba-2's own backward pass.)
-// Grid: chunks, groups (times parts, which cut dq's and dk's columns), batch. Nothing is added in
-// global memory.
-// Roles: a producer warp loads q and k, then a ring of v, dout, S, dS and gates: a step for every
-// slice of every head. Consumer 0 has the chunk's tokens as queries: dq, m; and makes the state
-// that is not in memory, for both. Consumer 1 has them as keys: dk, dv.
-// Budget at K = 128, 2 stages: 206 KB of shared memory; a thread has 64 registers of dq or dk, 32
-// of scores, 32 of m, 64 of two products. Limit: memory, the states of each chunk most of all, and
-// close behind it the bandwidth of shared memory.
+// Grid: chunks, walkers, batch: those share the groups (times parts, which cut dq's and dk's
+// columns). Nothing is added in global memory. Roles: a producer warp loads q and k, and a ring of
+// v, dout, S, dS and gates: a step for every slice of every head, the first ones of a group while
+// the last one's dq and dk are finished. Consumer 0 has the chunk's tokens as queries: dq, m; and
+// makes the state that is not in memory, for both. Consumer 1 has them as keys: dk, dv. Budget at K
+// = 128, 2 stages: 206 KB of shared memory; a thread has 64 registers of dq or dk, 32 of scores, 32
+// of m, 64 of two products. Limit: memory, the states of each chunk most of all, and close behind
+// it the bandwidth of shared memory.
 #pragma once
 
 #include "kernels/linear_attention/gates.cuh"
@@ -53,6 +53,7 @@ struct Gradients {
   using StateTile = SharedTile<T, kSlice, kKeyDim>;
   using ColumnsTile = SharedTile<T, kChunk, kColumns>;
   using Gates = ChunkGates<kFeatures>;
+  using Keys = Pipeline<1>;
   using Ring = Pipeline<Traits::kStages>;
   using Square = RegTile<float, 16, 64>;
   using Operand = RegTile<T, 16, 64>;
@@ -72,7 +73,7 @@ struct Gradients {
     Step steps[Traits::kStages];
     ValueTile dv_smem;
     ColumnsTile dq_smem, dk_smem;
-    Barrier keys_full;
+    Keys keys;
     Barrier stepped[Traits::kStages];  // both states of a stage are this chunk's
     Barrier m_full;
     Ring ring;
@@ -83,17 +84,18 @@ struct Gradients {
       3 * ValueTile::kBytes + 2 * StateTile::kBytes + 2 * Gates::kBytes +
       ((kFeatures & kSkip) != 0 ? SharedVec<float, kSlice>::kBytes : 0);
 
-  // What a block has, and its steps: slices of heads, one head after another.
+  // What a block does for a part of a group, and its steps: slices of heads, one head after
+  // another.
   struct Place {
     int chunk, group, part, batch;
     int first_head, heads, slices;
     bool is_second, has_other;  // of its pair
     int other;
 
-    __device__ __forceinline__ explicit Place(const GradientsParams& params) {
+    __device__ __forceinline__ Place(const GradientsParams& params, int group_part) {
       chunk = grid::block_x();
-      group = grid::block_y() / kParts;
-      part = grid::block_y() % kParts;
+      group = group_part / kParts;
+      part = group_part % kParts;
       batch = grid::block_z();
       heads = params.group_heads;
       first_head = group * heads;
@@ -114,73 +116,104 @@ struct Gradients {
   };
 
   __device__ __forceinline__ static void init(const GradientsParams&, Shared& shared) {
-    shared.keys_full.init(1);
+    shared.keys.init(4 * kConsumers);
 #pragma unroll
     for (int i = 0; i < Traits::kStages; ++i) shared.stepped[i].init(1);
     shared.m_full.init(1);
     shared.ring.init(4 * kConsumers);
   }
 
+  // Calls f with each place of the block, and where it stands among keys.
+  template <typename F>
+  __device__ __forceinline__ static void walk(const GradientsParams& params, F&& f) {
+    typename Keys::State keys;
+    for (int part = grid::block_y(); part < params.num_groups * kParts; part += params.walkers) {
+      f(Place(params, part), keys);
+      keys.advance();
+    }
+  }
+
   __device__ __forceinline__ static void load(const GradientsParams& params, Shared& shared) {
-    const Place place(params);
-    const int token = place.chunk * kChunk, other_token = place.other * kChunk;
-    const TensorMap& other_keys = place.is_second ? params.k : params.q;
-    const TensorMap& other_values = place.is_second ? params.v : params.dout;
-    // Of a chunk that has no other, tokens beyond the last one take its place, which are zeros.
-    shared.keys_full.expect(3 * KeyTile::kBytes);
-    tma::load(shared.q_smem, params.q, shared.keys_full, tma::Keep::kNormal, 0, token, place.group,
-              place.batch);
-    tma::load(shared.k_smem, params.k, shared.keys_full, tma::Keep::kNormal, 0, token, place.group,
-              place.batch);
-    tma::load(shared.other_smem, other_keys, shared.keys_full, tma::Keep::kNormal, 0, other_token,
-              place.group, place.batch);
-    const int pairs = ceil_div(params.chunks, kPair);
     typename Ring::State state;
-    for (int head = place.first_head; head < place.first_head + place.heads; ++head) {
-      const int row = place.row(params, head);
-      for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
-        shared.ring.acquire(state, kStepBytes);
-        Barrier& full = shared.ring.full(state);
-        Step& step = shared.steps[state.stage];
-        const int column = slice * kSlice;
-        tma::load(step.v_smem, params.v, full, tma::Keep::kNormal, column, token, head,
-                  place.batch);
-        tma::load(step.dout_smem, params.dout, full, tma::Keep::kNormal, column, token, head,
-                  place.batch);
-        const int state_row = ((row * pairs + place.chunk / kPair) * place.slices + slice) * kSlice;
-        tma::load(step.state_smem, params.states, full, tma::Keep::kNormal, 0, state_row);
-        tma::load(step.dstate_smem, params.dstates, full, tma::Keep::kNormal, 0, state_row);
-        step.gates.load(params.gates, full, row, place.batch, place.chunk, params.chunks);
-        tma::load(step.other_smem, other_values, full, tma::Keep::kNormal, column, other_token,
-                  head, place.batch);
-        step.other_gates.load(params.gates, full, row, place.batch,
-                              place.has_other ? place.other : place.chunk, params.chunks);
-        if constexpr ((kFeatures & kSkip) != 0) {
-          tma::load(step.skip, params.skip + (head * place.slices + slice) * kSlice, full);
+    walk(params, [&](const Place& place, const typename Keys::State& keys) {
+      // Steps first, as many as there is room for while the last place's keys are still needed.
+      int ahead = min(Traits::kStages, place.heads * place.slices);
+      for (int head = place.first_head; head < place.first_head + place.heads; ++head) {
+        for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
+          load_step(params, shared, place, state, head, slice);
+          if (--ahead == 0) load_keys(params, shared, place, keys);
         }
       }
+    });
+  }
+
+  // Of a chunk that has no other, tokens beyond the last one take its place, which are zeros.
+  __device__ __forceinline__ static void load_keys(const GradientsParams& params, Shared& shared,
+                                                   const Place& place,
+                                                   const typename Keys::State& keys) {
+    shared.keys.acquire(keys, 3 * KeyTile::kBytes);
+    Barrier& full = shared.keys.full(keys);
+    const int token = place.chunk * kChunk;
+    tma::load(shared.q_smem, params.q, full, tma::Keep::kNormal, 0, token, place.group,
+              place.batch);
+    tma::load(shared.k_smem, params.k, full, tma::Keep::kNormal, 0, token, place.group,
+              place.batch);
+    tma::load(shared.other_smem, place.is_second ? params.k : params.q, full, tma::Keep::kNormal, 0,
+              place.other * kChunk, place.group, place.batch);
+  }
+
+  __device__ __forceinline__ static void load_step(const GradientsParams& params, Shared& shared,
+                                                   const Place& place,
+                                                   const typename Ring::State& state, int head,
+                                                   int slice) {
+    shared.ring.acquire(state, kStepBytes);
+    Barrier& full = shared.ring.full(state);
+    Step& step = shared.steps[state.stage];
+    const int row = place.row(params, head), column = slice * kSlice;
+    const int token = place.chunk * kChunk;
+    tma::load(step.v_smem, params.v, full, tma::Keep::kNormal, column, token, head, place.batch);
+    tma::load(step.dout_smem, params.dout, full, tma::Keep::kNormal, column, token, head,
+              place.batch);
+    const int pairs = ceil_div(params.chunks, kPair);
+    const int state_row = ((row * pairs + place.chunk / kPair) * place.slices + slice) * kSlice;
+    tma::load(step.state_smem, params.states, full, tma::Keep::kNormal, 0, state_row);
+    tma::load(step.dstate_smem, params.dstates, full, tma::Keep::kNormal, 0, state_row);
+    step.gates.load(params.gates, full, row, place.batch, place.chunk, params.chunks);
+    tma::load(step.other_smem, place.is_second ? params.v : params.dout, full, tma::Keep::kNormal,
+              column, place.other * kChunk, head, place.batch);
+    step.other_gates.load(params.gates, full, row, place.batch,
+                          place.has_other ? place.other : place.chunk, params.chunks);
+    if constexpr ((kFeatures & kSkip) != 0) {
+      tma::load(step.skip, params.skip + (head * place.slices + slice) * kSlice, full);
     }
   }
 
   __device__ __forceinline__ static void compute(const GradientsParams& params, Shared& shared,
                                                  int consumer) {
+    typename Ring::State state;
     if (consumer == 0) {
-      sum_dq(params, shared);
+      walk(params, [&](const Place& place, const typename Keys::State& keys) {
+        sum_dq(params, shared, place, keys, state);
+      });
     } else {
-      sum_dk(params, shared);
+      walk(params, [&](const Place& place, const typename Keys::State& keys) {
+        sum_dk(params, shared, place, keys, state);
+      });
     }
+    if (warpgroup::leader()) tma::wait_read<0>();
   }
 
   // Tokens as queries: rows are those that look, columns those that are seen.
-  __device__ __forceinline__ static void sum_dq(const GradientsParams& params, Shared& shared) {
-    const Place place(params);
+  __device__ __forceinline__ static void sum_dq(const GradientsParams& params, Shared& shared,
+                                                const Place& place,
+                                                const typename Keys::State& keys,
+                                                typename Ring::State& state) {
     Sum dq;
     Square m, scores;
     warp::zero(dq);
     warp::zero(m);
-    shared.keys_full.wait(0);
+    shared.keys.wait(keys);
     multiply_keys(scores, shared.q_smem, shared.k_smem, params.scale);
-    typename Ring::State state;
     int head = place.first_head;
     do {
       PerRow<16> as_query, through;
@@ -229,18 +262,20 @@ struct Gradients {
     warpgroup::mma_AB(dq, scaled, shared.k_smem.template cols<kColumns>(place.part));
     warpgroup::mma_commit();
     warpgroup::mma_wait<0>(dq, scaled);
+    shared.keys.release(keys);
     store_columns(params.dq, shared.dq_smem, dq, place);
   }
 
   // Tokens as keys: rows are those that are seen, columns those that look.
-  __device__ __forceinline__ static void sum_dk(const GradientsParams& params, Shared& shared) {
-    const Place place(params);
+  __device__ __forceinline__ static void sum_dk(const GradientsParams& params, Shared& shared,
+                                                const Place& place,
+                                                const typename Keys::State& keys,
+                                                typename Ring::State& state) {
     Sum dk;
     Square scores;
     warp::zero(dk);
-    shared.keys_full.wait(0);
+    shared.keys.wait(keys);
     multiply_keys(scores, shared.k_smem, shared.q_smem, params.scale);
-    typename Ring::State state;
     int head = place.first_head;
     do {
       PerRow<16> given, kept, to_state, weights;  // sums over slices
@@ -293,10 +328,11 @@ struct Gradients {
         store_key_sums(params, place.index(params, head), given, kept, to_state, weights);
     } while (++head < place.first_head + place.heads);
 
-    shared.m_full.wait(0);
+    shared.m_full.wait(keys.phase);
     warpgroup::mma_AtB(dk, m_tile(shared), shared.q_smem.template cols<kColumns>(place.part));
     warpgroup::mma_commit();
     warpgroup::mma_wait<0>(dk);
+    shared.keys.release(keys);
     store_columns(params.dk, shared.dk_smem, dk, place);
   }
 
@@ -417,13 +453,14 @@ struct Gradients {
   __device__ __forceinline__ static void store_columns(const TensorMap& map,
                                                        const ColumnsTile& smem, const Sum& sum,
                                                        const Place& place) {
+    if (warpgroup::leader()) tma::wait_read<0>();  // the last ones have left
+    warpgroup::sync();
     warpgroup::store(smem, sum);
     publish_shared();
     warpgroup::sync();
     if (warpgroup::leader()) {
       tma::store(map, smem, place.part * kColumns, place.chunk * kChunk, place.group, place.batch);
       tma::commit();
-      tma::wait_read<0>();
     }
   }
 };
