@@ -121,6 +121,13 @@ def gate_gradients(parts=ARRAYS.gates, dgates=ARRAYS.tokens):
     return Call("tk_linear_attention_gate_gradients_v1", [parts] * 4, [dgates], {})
 
 
+def test_blocks_of_gradients_take_several_parts_of_groups():
+    """Twelve parts, of three groups, by as many blocks as there are multiprocessors."""
+    wide = Arrays((1, 1, 3, 3, 256, 64), segments=1)
+    ((_, answer),) = launched(Gpu(FAKE_MULTIPROCESSORS="4"), gradients(wide))
+    assert [x["grid"] for x in answer.of("launch")] == [[1, 4, 1]]
+
+
 def test_launches():
     a = ARRAYS
     wide = Arrays((1, 1, 3, 3, 256, 64), segments=1)

@@ -97,21 +97,12 @@ struct ChunkGates {
     }
   }
 
-  // Values of rows that are tokens, times their weights.
-  __device__ __forceinline__ void weigh(PerRow<16>& rows) const {
+  // Of each of a warpgroup's rows, which are tokens: its weight.
+  __device__ __forceinline__ void load_weights(PerRow<16>& rows) const {
     if constexpr ((kFeatures & kWeights) != 0) {
-      PerRow<16> w;
-      warpgroup::load(w, weights);
-      warp::mul(rows, rows, w);
-    }
-  }
-  // A tile whose rows are tokens, times their weights.
-  template <typename Tile>
-  __device__ __forceinline__ void weigh_rows(Tile& tile) const {
-    if constexpr ((kFeatures & kWeights) != 0) {
-      PerRow<16> w;
-      warpgroup::load(w, weights);
-      warp::mul_rows(tile, tile, w);
+      warpgroup::load(rows, weights);
+    } else {
+      warp::fill(rows, 1.0f);
     }
   }
 
@@ -135,20 +126,67 @@ struct ChunkGates {
                            [](float s, float at, float of) { return at == of ? s : 0.0f; });
     }
   }
-  // The same of transposed scores k q^T, of tokens j in rows and i in columns, where i >= j,
-  // without the tokens' own weights, which are their rows'.
-  template <typename Weights, typename Scores>
-  __device__ __forceinline__ void apply_transposed(Weights& dst, const Scores& scores) const {
-    PerRow<16> rows;
-    warpgroup::load(rows, sums);
-    warpgroup::map_upper(dst, scores, rows, sums, [](float s, float start, float end) {
-      return s * math::exp2(end - start);
+
+  // Of gradients dp of scores so weighted, tokens i in rows and j in columns: adds dp D w, those of
+  // the scores as they were, to dscores, and rowsum(dp D w * scores) but for the diagonal, which no
+  // gate reaches, to received, whose parts are finished later.
+  template <typename Square>
+  __device__ __forceinline__ void fold_scores(Square& dscores, PerRow<16>& received,
+                                              const Square& dp, const Square& scores) const {
+    PerRow<16> on_diagonal;
+    warp::zero(on_diagonal);
+    with_tokens<(kFeatures & kWeights) != 0>([&](const auto& rows, const auto& cols) {
+      warpgroup::fold_lower(dscores, received, on_diagonal, dp, scores, rows, cols,
+                            [](float& sum, float dp, float s, const auto& end, const auto& start) {
+                              float x = math::exp2(end[0] - start[0]);
+                              if constexpr ((kFeatures & kWeights) != 0) x *= start[1];
+                              x *= dp;
+                              if (!is_seen(end, start)) return 0.0f;
+                              sum += x;
+                              return x * s;
+                            });
     });
-    if constexpr ((kFeatures & kCounts) != 0) {
-      warpgroup::load(rows, counts);
-      warpgroup::map_upper(dst, dst, rows, counts,
-                           [](float s, float of, float at) { return at == of ? s : 0.0f; });
+  }
+  // The other way round, tokens j in rows and i in columns: weighted becomes scores D, without the
+  // tokens' weights, which are their rows'; and their products with dp are summed in given, or
+  // those of tokens with themselves in kept.
+  template <typename Operand, typename Square>
+  __device__ __forceinline__ void fold_transposed(Operand& weighted, PerRow<16>& given,
+                                                  PerRow<16>& kept, const Square& dp,
+                                                  const Square& scores) const {
+    warp::zero(weighted);
+    with_tokens<false>([&](const auto& rows, const auto& cols) {
+      warpgroup::fold_upper(weighted, given, kept, dp, scores, rows, cols,
+                            [](float& p, float dp, float s, const auto& start, const auto& end) {
+                              if (!is_seen(start, end)) return 0.0f;
+                              p = s * math::exp2(end[0] - start[0]);
+                              return p * dp;
+                            });
+    });
+  }
+
+ private:
+  // Calls f with the vectors of rows and of columns that functions of two tokens take: sums, then
+  // of the columns weights, and counts last.
+  template <bool kWeighted, typename F>
+  __device__ __forceinline__ void with_tokens(F&& f) const {
+    constexpr bool kCounted = (kFeatures & kCounts) != 0;
+    PerRow<16> row_sums, row_counts;
+    const PerRow<16>* rows[1 + kCounted] = {&row_sums};
+    const TokenVec* cols[1 + kWeighted + kCounted] = {&sums};
+    warpgroup::load(row_sums, sums);
+    if constexpr (kWeighted) cols[1] = &weights;
+    if constexpr (kCounted) {
+      warpgroup::load(row_counts, counts);
+      rows[1] = &row_counts;
+      cols[1 + kWeighted] = &counts;
     }
+    f(rows, cols);
+  }
+  // Whether two tokens are of one document, where there are any.
+  template <int kM, int kN>
+  __device__ __forceinline__ static bool is_seen(const float (&row)[kM], const float (&col)[kN]) {
+    return (kFeatures & kCounts) == 0 || row[kM - 1] == col[kN - 1];
   }
 };
 

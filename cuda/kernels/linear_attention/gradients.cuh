@@ -4,22 +4,25 @@
 // comes from the chunk beside it, by a step of the recurrence. For the heads that share q and k,
 // with gates D, before, after, total (gates.cuh), w the weights of tokens, S the state before the
 // chunk and dS its gradient after it:
-//   dp = dout v^T, m = dp * D w,  p = scale q k^T * D
-//   dq = sum over heads of scale m k + diag(scale before) dout S
-//   dk = sum over heads of scale m^T q + diag(w after) v dS
-//   du = p^T dout + diag(after) k dS^T,  dv = w du + skip * dout,  dw = rowsum(v * du)
-// and what the gradients of gates are made of (gate_gradients.cuh), with p without its diagonal,
+//   dp = dout v^T, p = scale q k^T * D, and their product W = p * dp
+//   dq = scale m k + sum over heads of diag(scale before) dout S, m = sum over heads of dp * D w
+//   dk = scale m^T q + sum over heads of diag(w after) v dS
+//   du = p^T dout + diag(after) k dS^T,  dv = w du + skip * dout
+//   dw = colsum(W) + rowsum(v * diag(after) k dS^T),  dskip = diagonal(dout^T v)
+// and what the gradients of gates are made of (gate_gradients.cuh), with W without its diagonal,
 // which no gate reaches:
-//   as_query = rowsum(m * p + diag(scale before) dout * (q S^T)),  as_key = colsum(m * p)
+//   as_query = rowsum(W w) + rowsum(diag(scale before) dout * (q S^T)),  as_key = w colsum(W)
 //   to_state = rowsum(diag(w after) v * (k dS^T)),  through = total rowsum(S * dS)
-// (Dao and Gu 2024, section 6, differentiated; sums over heads as in Mamba-2's own backward pass.)
-// Grid: chunks, groups (times parts, which cut dq's and dk's columns), batch. Nothing is added in
-// global memory.
-// Roles: a producer warp loads q and k, then a ring of v, dout, S, dS and gates: a step for every
-// slice of every head. Consumer 0 has the chunk's tokens as queries: dq; consumer 1 as keys: dk,
-// dv. Budget at K = 128, 2 stages: 173 KB of shared memory; 64 registers of dq or dk, 32 each of
-// scores, dp and a product with the state a thread. Limit: memory, the states of each chunk most of
-// all.
+// (Dao and Gu 2024, section 6, differentiated; sums over heads before products with k and q as in
+// Mamba-2's own backward pass.)
+// Grid: chunks, walkers, batch: those share the groups (times parts, which cut dq's and dk's
+// columns). Nothing is added in global memory. Roles: a producer warp loads q and k, and a ring of
+// v, dout, S, dS and gates: a step for every slice of every head, the first ones of a group while
+// the last one's dq and dk are finished. Consumer 0 has the chunk's tokens as queries: dq, m; and
+// makes the state that is not in memory, for both. Consumer 1 has them as keys: dk, dv. Budget at K
+// = 128, 2 stages: 206 KB of shared memory; a thread has 64 registers of dq or dk, 32 of scores, 32
+// of m, 64 of two products. Limit: memory, the states of each chunk most of all, and close behind
+// it the bandwidth of shared memory.
 #pragma once
 
 #include "kernels/linear_attention/gates.cuh"
@@ -50,11 +53,11 @@ struct Gradients {
   using StateTile = SharedTile<T, kSlice, kKeyDim>;
   using ColumnsTile = SharedTile<T, kChunk, kColumns>;
   using Gates = ChunkGates<kFeatures>;
+  using Keys = Pipeline<1>;
   using Ring = Pipeline<Traits::kStages>;
   using Square = RegTile<float, 16, 64>;
   using Operand = RegTile<T, 16, 64>;
   using Sum = RegTile<float, 16, kColumns>;
-  using Part = RegTile<float, 16, 64>;  // of a state
 
   struct Step {
     ValueTile v_smem, dout_smem;
@@ -70,27 +73,29 @@ struct Gradients {
     Step steps[Traits::kStages];
     ValueTile dv_smem;
     ColumnsTile dq_smem, dk_smem;
-    Barrier keys_full;
+    Keys keys;
+    Barrier stepped[Traits::kStages];  // both states of a stage are this chunk's
+    Barrier m_full;
     Ring ring;
   };
   static_assert(sizeof(Shared) + 1024 <= gradients_shared_bytes(kKeyDim, Traits::kStages),
                 "linear_attention.h's gradients_shared_bytes covers the kernel's shared memory");
   static constexpr int kStepBytes =
-      2 * ValueTile::kBytes + 2 * StateTile::kBytes + Gates::kBytes +
+      3 * ValueTile::kBytes + 2 * StateTile::kBytes + 2 * Gates::kBytes +
       ((kFeatures & kSkip) != 0 ? SharedVec<float, kSlice>::kBytes : 0);
-  static constexpr int kOtherBytes = ValueTile::kBytes + Gates::kBytes;
 
-  // What a block has, and its steps: slices of heads, one head after another.
+  // What a block does for a part of a group, and its steps: slices of heads, one head after
+  // another.
   struct Place {
     int chunk, group, part, batch;
     int first_head, heads, slices;
     bool is_second, has_other;  // of its pair
     int other;
 
-    __device__ __forceinline__ explicit Place(const GradientsParams& params) {
+    __device__ __forceinline__ Place(const GradientsParams& params, int group_part) {
       chunk = grid::block_x();
-      group = grid::block_y() / kParts;
-      part = grid::block_y() % kParts;
+      group = group_part / kParts;
+      part = group_part % kParts;
       batch = grid::block_z();
       heads = params.group_heads;
       first_head = group * heads;
@@ -102,85 +107,113 @@ struct Gradients {
     __device__ __forceinline__ int row(const GradientsParams& params, int head) const {
       return batch * params.num_heads + head;
     }
-    // Where a head's 64 numbers of the chunk lie in [B, H, padded].
-    __device__ __forceinline__ GlobalVec<float> tokens(const GradientsParams& params, float* array,
-                                                       int head) const {
-      const int64 first = (static_cast<int64>(row(params, head)) * params.chunks + chunk) * kChunk;
-      return {array + first, kChunk};
-    }
-    // Whether a head is of the group, that before it being: a bound would take a register.
-    __device__ __forceinline__ static bool has_next(const GradientsParams& params, int head) {
-      return head % params.group_heads != 0;
+    // Which of all heads' chunks, [B, H, chunks], a head's is.
+    __device__ __forceinline__ int64 index(const GradientsParams& params, int head) const {
+      return static_cast<int64>(row(params, head)) * params.chunks + chunk;
     }
     // Of parts, the first does what all would do alike.
     __device__ __forceinline__ bool leads() const { return kParts == 1 || part == 0; }
   };
 
   __device__ __forceinline__ static void init(const GradientsParams&, Shared& shared) {
-    shared.keys_full.init(1);
+    shared.keys.init(4 * kConsumers);
+#pragma unroll
+    for (int i = 0; i < Traits::kStages; ++i) shared.stepped[i].init(1);
+    shared.m_full.init(1);
     shared.ring.init(4 * kConsumers);
   }
 
-  __device__ __forceinline__ static void load(const GradientsParams& params, Shared& shared) {
-    const Place place(params);
-    const int token = place.chunk * kChunk, other_token = place.other * kChunk;
-    const TensorMap& other_keys = place.is_second ? params.k : params.q;
-    const TensorMap& other_values = place.is_second ? params.v : params.dout;
-    shared.keys_full.expect((place.has_other ? 3 : 2) * KeyTile::kBytes);
-    tma::load(shared.q_smem, params.q, shared.keys_full, tma::Keep::kNormal, 0, token, place.group,
-              place.batch);
-    tma::load(shared.k_smem, params.k, shared.keys_full, tma::Keep::kNormal, 0, token, place.group,
-              place.batch);
-    if (place.has_other) {
-      tma::load(shared.other_smem, other_keys, shared.keys_full, tma::Keep::kNormal, 0, other_token,
-                place.group, place.batch);
+  // Calls f with each place of the block, and where it stands among keys.
+  template <typename F>
+  __device__ __forceinline__ static void walk(const GradientsParams& params, F&& f) {
+    typename Keys::State keys;
+    for (int part = grid::block_y(); part < params.num_groups * kParts; part += params.walkers) {
+      f(Place(params, part), keys);
+      keys.advance();
     }
-    const int pairs = ceil_div(params.chunks, kPair);
+  }
+
+  __device__ __forceinline__ static void load(const GradientsParams& params, Shared& shared) {
     typename Ring::State state;
-    for (int head = place.first_head; head < place.first_head + place.heads; ++head) {
-      const int row = place.row(params, head);
-      for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
-        shared.ring.acquire(state, kStepBytes + (place.has_other ? kOtherBytes : 0));
-        Barrier& full = shared.ring.full(state);
-        Step& step = shared.steps[state.stage];
-        const int column = slice * kSlice;
-        tma::load(step.v_smem, params.v, full, tma::Keep::kNormal, column, token, head,
-                  place.batch);
-        tma::load(step.dout_smem, params.dout, full, tma::Keep::kNormal, column, token, head,
-                  place.batch);
-        const int state_row = ((row * pairs + place.chunk / kPair) * place.slices + slice) * kSlice;
-        tma::load(step.state_smem, params.states, full, tma::Keep::kNormal, 0, state_row);
-        tma::load(step.dstate_smem, params.dstates, full, tma::Keep::kNormal, 0, state_row);
-        step.gates.load(params.gates, full, row, place.batch, place.chunk, params.chunks);
-        if (place.has_other) {
-          tma::load(step.other_smem, other_values, full, tma::Keep::kNormal, column, other_token,
-                    head, place.batch);
-          step.other_gates.load(params.gates, full, row, place.batch, place.other, params.chunks);
-        }
-        if constexpr ((kFeatures & kSkip) != 0) {
-          tma::load(step.skip, params.skip + (head * place.slices + slice) * kSlice, full);
+    walk(params, [&](const Place& place, const typename Keys::State& keys) {
+      // Steps first, as many as there is room for while the last place's keys are still needed.
+      int ahead = min(Traits::kStages, place.heads * place.slices);
+      for (int head = place.first_head; head < place.first_head + place.heads; ++head) {
+        for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
+          load_step(params, shared, place, state, head, slice);
+          if (--ahead == 0) load_keys(params, shared, place, keys);
         }
       }
+    });
+  }
+
+  // Of a chunk that has no other, tokens beyond the last one take its place, which are zeros.
+  __device__ __forceinline__ static void load_keys(const GradientsParams& params, Shared& shared,
+                                                   const Place& place,
+                                                   const typename Keys::State& keys) {
+    shared.keys.acquire(keys, 3 * KeyTile::kBytes);
+    Barrier& full = shared.keys.full(keys);
+    const int token = place.chunk * kChunk;
+    tma::load(shared.q_smem, params.q, full, tma::Keep::kNormal, 0, token, place.group,
+              place.batch);
+    tma::load(shared.k_smem, params.k, full, tma::Keep::kNormal, 0, token, place.group,
+              place.batch);
+    tma::load(shared.other_smem, place.is_second ? params.k : params.q, full, tma::Keep::kNormal, 0,
+              place.other * kChunk, place.group, place.batch);
+  }
+
+  __device__ __forceinline__ static void load_step(const GradientsParams& params, Shared& shared,
+                                                   const Place& place,
+                                                   const typename Ring::State& state, int head,
+                                                   int slice) {
+    shared.ring.acquire(state, kStepBytes);
+    Barrier& full = shared.ring.full(state);
+    Step& step = shared.steps[state.stage];
+    const int row = place.row(params, head), column = slice * kSlice;
+    const int token = place.chunk * kChunk;
+    tma::load(step.v_smem, params.v, full, tma::Keep::kNormal, column, token, head, place.batch);
+    tma::load(step.dout_smem, params.dout, full, tma::Keep::kNormal, column, token, head,
+              place.batch);
+    const int pairs = ceil_div(params.chunks, kPair);
+    const int state_row = ((row * pairs + place.chunk / kPair) * place.slices + slice) * kSlice;
+    tma::load(step.state_smem, params.states, full, tma::Keep::kNormal, 0, state_row);
+    tma::load(step.dstate_smem, params.dstates, full, tma::Keep::kNormal, 0, state_row);
+    step.gates.load(params.gates, full, row, place.batch, place.chunk, params.chunks);
+    tma::load(step.other_smem, place.is_second ? params.v : params.dout, full, tma::Keep::kNormal,
+              column, place.other * kChunk, head, place.batch);
+    step.other_gates.load(params.gates, full, row, place.batch,
+                          place.has_other ? place.other : place.chunk, params.chunks);
+    if constexpr ((kFeatures & kSkip) != 0) {
+      tma::load(step.skip, params.skip + (head * place.slices + slice) * kSlice, full);
     }
   }
 
   __device__ __forceinline__ static void compute(const GradientsParams& params, Shared& shared,
                                                  int consumer) {
+    typename Ring::State state;
     if (consumer == 0) {
-      sum_dq(params, shared);
+      walk(params, [&](const Place& place, const typename Keys::State& keys) {
+        sum_dq(params, shared, place, keys, state);
+      });
     } else {
-      sum_dk(params, shared);
+      walk(params, [&](const Place& place, const typename Keys::State& keys) {
+        sum_dk(params, shared, place, keys, state);
+      });
     }
+    if (warpgroup::leader()) tma::wait_read<0>();
   }
 
   // Tokens as queries: rows are those that look, columns those that are seen.
-  __device__ __forceinline__ static void sum_dq(const GradientsParams& params, Shared& shared) {
-    const Place place(params);
-    Square dp, other;  // other: a product with the state, then scores
+  __device__ __forceinline__ static void sum_dq(const GradientsParams& params, Shared& shared,
+                                                const Place& place,
+                                                const typename Keys::State& keys,
+                                                typename Ring::State& state) {
     Sum dq;
+    Square m, scores;
     warp::zero(dq);
-    shared.keys_full.wait(0);
-    typename Ring::State state;
+    warp::zero(m);
+    shared.keys.wait(keys);
+    multiply_keys(scores, shared.q_smem, shared.k_smem, params.scale);
     int head = place.first_head;
     do {
       PerRow<16> as_query, through;
@@ -188,160 +221,198 @@ struct Gradients {
       warp::zero(through);
       for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
         const Step& step = shared.steps[state.stage];
-        const Gates& gates = step.gates;
         const auto q_smem = warpgroup::afresh(shared.q_smem);
-        const auto k_smem = warpgroup::afresh(shared.k_smem);
         shared.ring.wait(state);
-        if (place.is_second) {
-          step_parts(step.state_smem, shared.other_smem, [&](Part& state, const auto& k_smem) {
-            step_on(state, step.other_gates, k_smem, step.other_smem);
-          });
-        }
-        warpgroup::mma_ABt(dp, step.dout_smem, step.v_smem, slice > 0);
+        step_state(params, shared, step, place, through);
+        if (warpgroup::leader()) shared.stepped[state.stage].arrive();
+
+        Square from_state, dp;
+        warpgroup::mm_ABt(from_state, q_smem, step.state_smem);
         warpgroup::mma_commit();
-        warpgroup::mm_ABt(other, q_smem, step.state_smem);
+        warpgroup::mm_ABt(dp, step.dout_smem, step.v_smem);
         warpgroup::mma_commit();
         PerRow<16> before;
-        gates.before(before);
+        step.gates.before(before);
         warp::mul(before, before, params.scale);
-        Operand left;
-        warpgroup::load(left, step.dout_smem);
-        warp::mul_rows(left, left, before);
-        warpgroup::mma_AB(dq, left, step.state_smem.template cols<kColumns>(place.part));
+        Operand dout;
+        warpgroup::load(dout, step.dout_smem);
+        warpgroup::mma_wait<1>(from_state);
+        fold_dot(as_query, dout, from_state, before);
+        warp::mul_rows(dout, dout, before);
+        warpgroup::mma_AB(dq, dout, step.state_smem.template cols<kColumns>(place.part));
         warpgroup::mma_commit();
-        warpgroup::mma_wait<0>(dp, other, dq, left);
-        if (place.leads()) {
-          Operand dout;
-          warpgroup::load(dout, step.dout_smem);
-          fold_dot(as_query, dout, other, before);
-          if (place.is_second) fold_through(through, step);
-        }
-        if (slice + 1 == place.slices) {
-          warpgroup::mm_ABt(other, q_smem, k_smem);
-          warpgroup::mma_commit();
-          warp::mul(through, through, gates.total());
-          warp::mul(dp, dp, params.scale);
-          Operand m;
-          gates.apply(m, dp);
-          warpgroup::mma_wait<0>(other);
-          fold_off_diagonal<true>(as_query, m, other);
-          warpgroup::mma_AB(dq, m, k_smem.template cols<kColumns>(place.part));
-          warpgroup::mma_commit();
-          warpgroup::mma_wait<0>(dq, m);
-        }
+        warpgroup::mma_wait<1>(dp);
+        step.gates.fold_scores(m, as_query, dp, scores);
+        warpgroup::mma_wait<0>(dq, dout);
         shared.ring.release(state);
       }
       if (place.leads()) {
-        warp::finish_row_sum(as_query);
-        warpgroup::store(place.tokens(params, params.as_query, head), as_query, 0);
-        if (place.is_second) store_through(params, place, through, head);
+        const int64 index = place.index(params, head);
+        store_sums(params.as_query, index, as_query);
+        store_sums(params.through, index, through);
       }
-    } while (place.has_next(params, ++head));
+    } while (++head < place.first_head + place.heads);
+
+    Operand scaled;
+    warp::mul(scaled, m, params.scale);
+    warpgroup::store(m_tile(shared), scaled);
+    publish_shared();
+    warpgroup::sync();
+    if (warpgroup::leader()) shared.m_full.arrive();
+    warpgroup::mma_AB(dq, scaled, shared.k_smem.template cols<kColumns>(place.part));
+    warpgroup::mma_commit();
+    warpgroup::mma_wait<0>(dq, scaled);
+    shared.keys.release(keys);
     store_columns(params.dq, shared.dq_smem, dq, place);
   }
 
   // Tokens as keys: rows are those that are seen, columns those that look.
-  __device__ __forceinline__ static void sum_dk(const GradientsParams& params, Shared& shared) {
-    const Place place(params);
-    Square dp;
+  __device__ __forceinline__ static void sum_dk(const GradientsParams& params, Shared& shared,
+                                                const Place& place,
+                                                const typename Keys::State& keys,
+                                                typename Ring::State& state) {
     Sum dk;
+    Square scores;
     warp::zero(dk);
-    shared.keys_full.wait(0);
-    typename Ring::State state;
+    shared.keys.wait(keys);
+    multiply_keys(scores, shared.k_smem, shared.q_smem, params.scale);
     int head = place.first_head;
     do {
-      PerRow<16> as_key, to_state, dweights, through;
-      warp::zero(through);
-      warp::zero(as_key);
+      PerRow<16> given, kept, to_state, weights;  // sums over slices
+      warp::zero(given);
+      warp::zero(kept);
       warp::zero(to_state);
-      warp::zero(dweights);
       for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
         const Step& step = shared.steps[state.stage];
-        const Gates& gates = step.gates;
-        const auto q_smem = warpgroup::afresh(shared.q_smem);
         const auto k_smem = warpgroup::afresh(shared.k_smem);
         shared.ring.wait(state);
-        if (!place.is_second && place.has_other) {
-          step_parts(step.dstate_smem, shared.other_smem, [&](Part& dstate, const auto& q_smem) {
-            step_back(dstate, step.other_gates, q_smem, step.other_smem, params.scale);
-          });
-        }
+        Operand v;
+        warpgroup::load(v, step.v_smem);
+        Square dp, from_state;
+        warpgroup::mm_ABt(dp, v, step.dout_smem);
+        warpgroup::mma_commit();
+        if (!place.is_second) shared.stepped[state.stage].wait(state.phase);
+        warpgroup::mm_ABt(from_state, k_smem, step.dstate_smem);
+        warpgroup::mma_commit();
+        warpgroup::mma_wait<1>(dp, v);
         Operand p;
-        {
-          Square scores;
-          warpgroup::mm_ABt(scores, k_smem, q_smem);
-          warpgroup::mma_commit();
-          warpgroup::mma_wait<0>(scores);
-          warp::mul(scores, scores, params.scale);
-          gates.apply_transposed(p, scores);
-        }
-        Square du;
-        warpgroup::mm_ABt(du, k_smem, step.dstate_smem);
-        warpgroup::mma_commit();
-        warpgroup::mma_ABt(dp, step.v_smem, step.dout_smem, slice > 0);
-        warpgroup::mma_commit();
-        PerRow<16> left_after;
-        gates.after(left_after);
-        gates.weigh(left_after);
-        warpgroup::mma_wait<1>(du);
-        Operand left;
-        warpgroup::load(left, step.v_smem);
-        fold_dot(to_state, left, du, left_after);
-        warp::mul_rows(left, left, left_after);
-        gates.after(left_after);
-        warp::mul_rows(du, du, left_after);
+        step.gates.fold_transposed(p, given, kept, dp, scores);
+        PerRow<16> after;
+        step.gates.after(after);
+        warpgroup::mma_wait<0>(from_state);
+        fold_dot(to_state, v, from_state, after);
+        Square& du = dp;  // whose registers are free
+        warp::mul_rows(du, from_state, after);
         warpgroup::mma_AB(du, p, step.dout_smem);
         warpgroup::mma_commit();
-        warpgroup::mma_AB(dk, left, step.dstate_smem.template cols<kColumns>(place.part));
+        step.gates.load_weights(weights);
+        warp::mul(after, after, weights);
+        warp::mul_rows(v, v, after);
+        warpgroup::mma_AB(dk, v, step.dstate_smem.template cols<kColumns>(place.part));
         warpgroup::mma_commit();
-        warpgroup::mma_wait<0>(dp, du, p, dk, left);
-        if (place.leads()) {
-          finish_values(params, shared, step, dweights, du, place, head, slice);
-          if (!place.is_second) fold_through(through, step);
+        warpgroup::mma_wait<1>(du, p);
+        Square& products = from_state;
+        if constexpr ((kFeatures & kSkip) != 0) {
+          warpgroup::mm_AtB(products, step.dout_smem, step.v_smem);
+          warpgroup::mma_commit();
         }
-        if (slice + 1 == place.slices) {
-          warp::mul(through, through, gates.total());
-          Square scores;
-          warpgroup::mm_ABt(scores, k_smem, q_smem);
-          warpgroup::mma_commit();
-          gates.weigh_rows(dp);
-          warp::mul(dp, dp, params.scale);
-          Operand m;
-          gates.apply_transposed(m, dp);
-          warpgroup::mma_wait<0>(scores);
-          fold_off_diagonal<false>(as_key, m, scores);
-          warpgroup::mma_AB(dk, m, q_smem.template cols<kColumns>(place.part));
-          warpgroup::mma_commit();
-          warpgroup::mma_wait<0>(dk, m);
+        warp::mul_rows(du, du, weights);
+        if (place.leads()) store_dv(params, shared, step, du, place, head, slice);
+        warpgroup::mma_wait<0>(dk, v, products);
+        if constexpr ((kFeatures & kSkip) != 0) {
+          if (place.leads()) store_dskip(params, products, place, head, slice);
         }
         shared.ring.release(state);
       }
-      if (place.leads()) {
-        warp::finish_row_sum(as_key);
-        warp::finish_row_sum(to_state);
-        warpgroup::store(place.tokens(params, params.as_key, head), as_key, 0);
-        warpgroup::store(place.tokens(params, params.to_state, head), to_state, 0);
-        if (!place.is_second) store_through(params, place, through, head);
-        if constexpr ((kFeatures & kWeights) != 0) {
-          warp::finish_row_sum(dweights);
-          warpgroup::store(place.tokens(params, params.dweights, head), dweights, 0);
-        }
-      }
-    } while (place.has_next(params, ++head));
+      if (place.leads())
+        store_key_sums(params, place.index(params, head), given, kept, to_state, weights);
+    } while (++head < place.first_head + place.heads);
+
+    shared.m_full.wait(keys.phase);
+    warpgroup::mma_AtB(dk, m_tile(shared), shared.q_smem.template cols<kColumns>(place.part));
+    warpgroup::mma_commit();
+    warpgroup::mma_wait<0>(dk);
+    shared.keys.release(keys);
     store_columns(params.dk, shared.dk_smem, dk, place);
   }
 
-  // du becomes dv, which leaves; and dw, and this chunk's part of the gradient of skip.
-  __device__ __forceinline__ static void finish_values(const GradientsParams& params,
-                                                       Shared& shared, const Step& step,
-                                                       PerRow<16>& dweights, Square& du,
-                                                       const Place& place, int head, int slice) {
-    if constexpr ((kFeatures & kWeights) != 0) {
-      Operand v;
-      warpgroup::load(v, step.v_smem);
-      warp::fold_row_dot(dweights, v, du);
-      step.gates.weigh_rows(du);
+  // scale a b^T, which all heads have in common.
+  __device__ __forceinline__ static void multiply_keys(Square& scores, const KeyTile& a,
+                                                       const KeyTile& b, float scale) {
+    warpgroup::mm_ABt(scores, a, b);
+    warpgroup::mma_commit();
+    warpgroup::mma_wait<0>(scores);
+    warp::mul(scores, scores, scale);
+  }
+  // m on its way from one consumer to the other, when nobody needs the other chunk's keys any more.
+  __device__ __forceinline__ static auto m_tile(const Shared& shared) {
+    return shared.other_smem.template cols<64>(0);
+  }
+
+  // The pair has its S at its start and its dS at its end: the second chunk's S and the first's dS
+  // take the place of those, some columns at a time. And through += total rowsum(S * dS).
+  __device__ __forceinline__ static void step_state(const GradientsParams& params,
+                                                    const Shared& shared, const Step& step,
+                                                    const Place& place, PerRow<16>& through) {
+    Operand values;  // a row for each column of v or dout
+    warpgroup::load_transposed(values, step.other_smem);
+    if (place.is_second) {
+      step.other_gates.scale_cols_after(values);
+    } else {
+      step.other_gates.scale_cols_before(values, params.scale);
     }
+    const float left = place.has_other ? step.other_gates.total() : 1.0f;
+    const auto state_smem = warpgroup::afresh(place.is_second ? step.state_smem : step.dstate_smem);
+    const auto fixed_smem = warpgroup::afresh(place.is_second ? step.dstate_smem : step.state_smem);
+    const auto keys_smem = warpgroup::afresh(shared.other_smem);
+    PerRow<16> dot, total;
+    warp::zero(dot);
+    warp::fill(total, step.gates.total());
+#pragma unroll 1  // one piece at a time: both are many registers
+    for (int i = 0; i < kKeyDim / 64; ++i) {
+      Square piece;
+      warpgroup::load(piece, state_smem.template cols<64>(i));
+      warp::mul(piece, piece, left);
+      warpgroup::mma_AB(piece, values, keys_smem.template cols<64>(i));
+      warpgroup::mma_commit();
+      Operand fixed;
+      warpgroup::load(fixed, fixed_smem.template cols<64>(i));
+      warpgroup::mma_wait<0>(piece, values);
+      warp::fold_row_dot(dot, piece, fixed);
+      warpgroup::store(state_smem.template cols<64>(i), piece);
+    }
+    warp::mul(dot, dot, total);
+    warp::add(through, through, dot);
+    publish_shared();
+    warpgroup::sync();
+  }
+
+  // A chunk's 64 numbers, of which lanes hold parts, to [B, H, padded].
+  __device__ __forceinline__ static void store_sums(float* array, int64 index, PerRow<16>& sums) {
+    warp::finish_row_sum(sums);
+    warpgroup::store(GlobalVec<float>{array + index * kChunk, kChunk}, sums, 0);
+  }
+
+  // What tokens have as keys, of sums that were not weighted yet.
+  __device__ __forceinline__ static void store_key_sums(const GradientsParams& params, int64 index,
+                                                        PerRow<16>& given, PerRow<16>& kept,
+                                                        PerRow<16>& to_state,
+                                                        const PerRow<16>& weights) {
+    if constexpr ((kFeatures & kWeights) != 0) {
+      warp::add(kept, kept, given);
+      warp::add(kept, kept, to_state);
+      store_sums(params.dweights, index, kept);
+    }
+    warp::mul(given, given, weights);
+    warp::mul(to_state, to_state, weights);
+    store_sums(params.as_key, index, given);
+    store_sums(params.to_state, index, to_state);
+  }
+
+  // w du becomes dv, which leaves.
+  __device__ __forceinline__ static void store_dv(const GradientsParams& params, Shared& shared,
+                                                  const Step& step, Square& du, const Place& place,
+                                                  int head, int slice) {
     if constexpr ((kFeatures & kSkip) != 0) {
       Operand dout;
       warpgroup::load(dout, step.dout_smem);
@@ -349,7 +420,7 @@ struct Gradients {
     }
     if (warpgroup::leader()) tma::wait_read<0>();  // the last slice has left
     warpgroup::sync();
-    warpgroup::store(shared.dv_smem, du);
+    warpgroup::store(warpgroup::afresh(shared.dv_smem), du);
     publish_shared();
     warpgroup::sync();
     if (warpgroup::leader()) {
@@ -357,23 +428,15 @@ struct Gradients {
                  place.batch);
       tma::commit();
     }
-    if constexpr ((kFeatures & kSkip) != 0) store_dskip(params, step, place, head, slice);
   }
-
-  // The sum over the chunk's tokens of dout * v, a row for each column of both.
+  // This chunk's part of the gradient of skip, from all products of a column of dout and one of v.
   __device__ __forceinline__ static void store_dskip(const GradientsParams& params,
-                                                     const Step& step, const Place& place, int head,
-                                                     int slice) {
-    Operand v, dout;
-    warpgroup::load_transposed(v, step.v_smem);
-    warpgroup::load_transposed(dout, step.dout_smem);
+                                                     const Square& products, const Place& place,
+                                                     int head, int slice) {
     PerRow<16> sums;
-    warp::zero(sums);
-    warp::fold_row_dot(sums, v, dout);
-    warp::finish_row_sum(sums);
-    const int64 chunk = static_cast<int64>(place.row(params, head)) * params.chunks + place.chunk;
-    warpgroup::store(
-        GlobalVec<float>{params.dskip + (chunk * place.slices + slice) * kSlice, kSlice}, sums, 0);
+    warpgroup::diagonal(sums, products);
+    const int64 first = (place.index(params, head) * place.slices + slice) * kSlice;
+    warpgroup::store(GlobalVec<float>{params.dskip + first, kSlice}, sums, 0);
   }
 
   // sums += rowsum(a * b) * factors
@@ -386,64 +449,18 @@ struct Gradients {
     warp::mul(dot, dot, factors);
     warp::add(sums, sums, dot);
   }
-  template <bool kLower>
-  __device__ __forceinline__ static void fold_off_diagonal(PerRow<16>& sums, const Operand& a,
-                                                           const Square& b) {
-    Square product;
-    warp::mul(product, a, b);
-    if constexpr (kLower) {
-      warpgroup::keep_lower(product, -1, 0.0f);
-    } else {
-      warpgroup::keep_upper(product, 1, 0.0f);
-    }
-    warp::fold_row_sum(sums, product);
-  }
-  // A state that is stepped takes the place of the one that was loaded; some columns at a time.
-  template <typename F>
-  __device__ __forceinline__ static void step_parts(const StateTile& state_smem,
-                                                    const KeyTile& other_smem, F&& step) {
-    const auto smem = warpgroup::afresh(state_smem);
-    const auto keys_smem = warpgroup::afresh(other_smem);
-#pragma unroll 1  // as in fold_through
-    for (int i = 0; i < kKeyDim / Part::kCols; ++i) {
-      Part part;
-      warpgroup::load(part, smem.template cols<Part::kCols>(i));
-      step(part, keys_smem.template cols<Part::kCols>(i));
-      warpgroup::store(smem.template cols<Part::kCols>(i), part);
-    }
-    publish_shared();
-    warpgroup::sync();
-  }
-
-  // sums += rowsum(S * dS), a row for each column of the slice: by the consumer that has both, as
-  // the other one's stays as it was loaded.
-  __device__ __forceinline__ static void fold_through(PerRow<16>& sums, const Step& step) {
-#pragma unroll 1  // one piece at a time: both are many registers
-    for (int piece = 0; piece < kKeyDim / 64; ++piece) {
-      Operand state, dstate;
-      warpgroup::load(state, step.state_smem.template cols<64>(piece));
-      warpgroup::load(dstate, step.dstate_smem.template cols<64>(piece));
-      warp::fold_row_dot(sums, state, dstate);
-    }
-  }
-
-  __device__ __forceinline__ static void store_through(const GradientsParams& params,
-                                                       const Place& place, PerRow<16>& through,
-                                                       int head) {
-    warp::finish_row_sum(through);
-    warpgroup::store(place.tokens(params, params.through, head), through, 0);
-  }
 
   __device__ __forceinline__ static void store_columns(const TensorMap& map,
                                                        const ColumnsTile& smem, const Sum& sum,
                                                        const Place& place) {
+    if (warpgroup::leader()) tma::wait_read<0>();  // the last ones have left
+    warpgroup::sync();
     warpgroup::store(smem, sum);
     publish_shared();
     warpgroup::sync();
     if (warpgroup::leader()) {
       tma::store(map, smem, place.part * kColumns, place.chunk * kChunk, place.group, place.batch);
       tma::commit();
-      tma::wait_read<0>();
     }
   }
 };

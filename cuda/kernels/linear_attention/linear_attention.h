@@ -143,8 +143,9 @@ constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
 // Kernel: "kernels/linear_attention/gradients.cuh"
 //   tk::linear_attention::gradients<tk::linear_attention::GradientsTraits<T, kKeyDim, kFeatures,
 //                                                                         kStages>>
-// Grid: chunks, G * gradients_parts, B: parts cut the columns of dq and dk.
-// A block walks the heads of its group, and of each the slices of its values.
+// Grid: chunks, walkers, B. A block walks every walkers-th of G * gradients_parts parts of groups
+// (parts cut the columns of dq and dk), the heads of each group, and of each the slices of its
+// values.
 struct GradientsParams {
   TensorMap q, k;             // (K, T, G, B), box (64, 64, 1, 1)
   TensorMap v, dout;          // (V, T, H, B), the same
@@ -162,6 +163,7 @@ struct GradientsParams {
   float* dskip;     // [B, H, chunks, 64 * slices], or null: to be summed over B and chunks
   int seqlen, num_heads, num_groups, key_dim, value_dim, chunks;
   int group_heads;  // num_heads / num_groups
+  int walkers;      // blocks that share a chunk
   float scale;
 };
 constexpr int kGradientsThreads = 3 * 128;

@@ -1,18 +1,18 @@
-// Maps of a warpgroup's triangles, and vectors in shared memory as a warpgroup reads them.
+// Maps of a warpgroup's triangles, sums over them, and vectors in shared memory as a warpgroup
+// reads them.
 #pragma once
 
 #include "kernels/tile_test/common.cuh"
 
 namespace tk::tile_test {
 
-// Buffers: x (64 x 64), rows, cols, more (64 each). Then triangles of the type T.
-template <typename T>
-__device__ __forceinline__ void triangles(const KernelParams& params) {
-  struct Shared {
-    SharedVec<float, 64> rows, cols, more;
-    Barrier full;
-  };
-  Shared& shared = shared_memory<Shared>();
+struct TriangleShared {
+  SharedVec<float, 64> rows, cols, more;
+  Barrier full;
+};
+// Buffers 1 to 3 in shared memory.
+__device__ __forceinline__ TriangleShared& load_vectors(const KernelParams& params) {
+  TriangleShared& shared = shared_memory<TriangleShared>();
   if (first_thread()) {
     shared.full.init(1);
     publish_barriers();
@@ -23,7 +23,13 @@ __device__ __forceinline__ void triangles(const KernelParams& params) {
   }
   block::sync();
   shared.full.wait(0);
+  return shared;
+}
 
+// Buffers: x (64 x 64), rows, cols, more (64 each). Then triangles of the type T.
+template <typename T>
+__device__ __forceinline__ void triangles(const KernelParams& params) {
+  TriangleShared& shared = load_vectors(params);
   RegTile<T, 16, 64> x, y;
   PerRow<16> rows;
   warpgroup::load(x, matrix<T>(params, 0), 0, 0);
@@ -41,6 +47,53 @@ __device__ __forceinline__ void triangles(const KernelParams& params) {
   const auto alone = [](float u) { return u + 3.0f; };
   warpgroup::map_lower(y, x, alone), put();
   warpgroup::map_upper(y, x, alone), put();
+}
+
+// Buffers: x (64 x 64), rows, cols, more (64 each). Then tiles of the type T that sums over the
+// lower and the upper triangle leave, the sums beside the diagonal and on it, and a tile's
+// diagonal.
+template <typename T>
+__device__ __forceinline__ void folds(const KernelParams& params) {
+  TriangleShared& shared = load_vectors(params);
+  RegTile<T, 16, 64> x, y;
+  RegTile<float, 16, 64> z;
+  PerRow<16> rows, more, sums, on_diagonal;
+  warpgroup::load(x, matrix<T>(params, 0), 0, 0);
+  warp::map(z, x, [](float u) { return 2.0f * u - 1.0f; });
+  warpgroup::load(rows, shared.rows);
+  warpgroup::load(more, shared.more);
+  int next = 0;
+  const auto put = [&](PerRow<16>& vector) {
+    warpgroup::store(GlobalVec<float>{data<float>(params, 5) + 64 * next++, 64}, vector, 0);
+  };
+  const auto start = [&] {
+    warp::convert(y, x);
+    warp::fill(sums, 1.0f);  // of four lanes' parts each
+    warp::zero(on_diagonal);
+  };
+  const auto finish = [&](int triangle) {
+    warp::finish_row_sum(sums);
+    warp::finish_row_sum(on_diagonal);
+    warpgroup::store(matrix<T>(params, 4, triangle), y, 0, 0);
+    put(sums), put(on_diagonal);
+  };
+  const auto two = [](float& u, float v, float w, const float (&r)[2], const float (&c)[2]) {
+    u += v - 2.0f * r[0] + c[0];
+    return v * w + r[1] * c[1];
+  };
+  const auto one = [](float& u, float v, float w, const float (&r)[1], const float (&c)[1]) {
+    u = v - c[0];
+    return w - r[0];
+  };
+  start();
+  warpgroup::fold_lower(y, sums, on_diagonal, x, z, {&rows, &more}, {&shared.cols, &shared.more},
+                        two);
+  finish(0);
+  start();
+  warpgroup::fold_upper(y, sums, on_diagonal, z, x, {&rows}, {&shared.cols}, one);
+  finish(1);
+  PerRow<16> values;
+  warpgroup::diagonal(values, z), put(values);
 }
 
 }  // namespace tk::tile_test

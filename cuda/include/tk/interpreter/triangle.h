@@ -1,4 +1,4 @@
-// Maps of a triangle of a warpgroup's square tile.
+// Maps of a triangle of a warpgroup's square tile, sums over one, and its diagonal.
 #pragma once
 
 #include "tk/interpreter/copy.h"
@@ -29,6 +29,38 @@ void map(Dst& dst, const Src& src, F&& f, Location at, const PerRow<16>& rows,
     });
   };
   assign(load_all(cols, at)...);
+}
+
+template <bool kLower, typename Dst, typename A, typename B, int kRowVecs, int kColVecs, typename F>
+void fold(Dst& dst, PerRow<16>& sums, PerRow<16>& diagonal, const A& a, const B& b,
+          const PerRow<16>* const (&rows)[kRowVecs],
+          const SharedVec<float, 64>* const (&cols)[kColVecs], F&& f, Location at) {
+  static_assert(detail::kSameShape<Dst, A> && detail::kSameShape<Dst, B> && Dst::kRows == 16 &&
+                    Dst::kCols == 64,
+                "a triangle is one of a 64 x 64 tile");
+  detail::reading(dst, at);
+  detail::reading(sums, at);
+  detail::reading(diagonal, at);
+  detail::reading(a, at);
+  detail::reading(b, at);
+  PerCol<64> all_cols[kColVecs];
+  for (int i = 0; i < kRowVecs; ++i) detail::reading(*rows[i], at);
+  for (int i = 0; i < kColVecs; ++i) all_cols[i] = load_all(*cols[i], at);
+  const int first = 16 * detail::warp_of_group();
+  warp::detail_map::assign(dst, [&](int r, int c) {
+    float x = warp::detail_map::value(dst, r, c);
+    if (kLower ? c > first + r : c < first + r) return x;
+    const int part = detail::part_of_col(c);
+    float row_values[kRowVecs], col_values[kColVecs];
+    for (int i = 0; i < kRowVecs; ++i) row_values[i] = rows[i]->data[r][part];
+    for (int i = 0; i < kColVecs; ++i) {
+      col_values[i] = all_cols[i].data[c][detail::part_of_row(r)];
+    }
+    (c == first + r ? diagonal : sums).data[r][part] +=
+        f(x, warp::detail_map::value(a, r, c), warp::detail_map::value(b, r, c), row_values,
+          col_values);
+    return x;
+  });
 }
 
 }  // namespace detail_triangle
@@ -64,6 +96,27 @@ template <typename Dst, typename Src, typename F>
 void map_upper(Dst& dst, const Src& src, const PerRow<16>& rows, const SharedVec<float, 64>& cols,
                const SharedVec<float, 64>& more, F&& f, Location at = {}) {
   detail_triangle::map<false>(dst, src, f, at, rows, cols, more);
+}
+
+template <typename Dst, typename A, typename B, int kRowVecs, int kColVecs, typename F>
+void fold_lower(Dst& dst, PerRow<16>& sums, PerRow<16>& diagonal, const A& a, const B& b,
+                const PerRow<16>* const (&rows)[kRowVecs],
+                const SharedVec<float, 64>* const (&cols)[kColVecs], F&& f, Location at = {}) {
+  detail_triangle::fold<true>(dst, sums, diagonal, a, b, rows, cols, f, at);
+}
+template <typename Dst, typename A, typename B, int kRowVecs, int kColVecs, typename F>
+void fold_upper(Dst& dst, PerRow<16>& sums, PerRow<16>& diagonal, const A& a, const B& b,
+                const PerRow<16>* const (&rows)[kRowVecs],
+                const SharedVec<float, 64>* const (&cols)[kColVecs], F&& f, Location at = {}) {
+  detail_triangle::fold<false>(dst, sums, diagonal, a, b, rows, cols, f, at);
+}
+
+inline void diagonal(PerRow<16>& dst, const RegTile<float, 16, 64>& src, Location at = {}) {
+  detail::reading(src, at);
+  detail::writing(dst, at);
+  const int first = 16 * detail::warp_of_group();
+  warp::detail_map::assign_vector(
+      dst, [&](int i, int) { return warp::detail_map::value(src, i, first + i); });
 }
 
 }  // namespace tk::warpgroup

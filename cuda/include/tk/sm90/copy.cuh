@@ -226,10 +226,10 @@ __device__ __forceinline__ void load(PerRow<kN>& dst, const SharedVec<float, kN>
 template <int kN>
 __device__ __forceinline__ void load(PerCol<kN>& dst, const SharedVec<float, kN>& src,
                                      Location = {}) {
-  const uint32 base = ptx::shared_address(src.data);
+  const uint32 first = ptx::shared_address(src.data) + 4 * detail::col_of(0, 0);
 #pragma unroll
   for (int g = 0; g < kN / 8; ++g) {
-    ptx::load_shared_f32x2(dst.data[g][0], dst.data[g][1], base + 4 * detail::col_of(g, 0));
+    ptx::load_shared_f32x2(dst.data[g][0], dst.data[g][1], first + 32 * g);
   }
 }
 // dst = f(src, cols) with the values of the columns in shared memory, read as they are needed.
@@ -259,11 +259,11 @@ __device__ __forceinline__ void zip_cols(Dst& dst, const A& a, const B& b,
                                          const SharedVec<float, kN>& cols, F&& f, Location = {}) {
   static_assert(detail::kSameShape<Dst, A> && detail::kSameShape<Dst, B> && Dst::kCols == kN,
                 "zip_cols needs tiles of one shape and a value for each column");
-  const uint32 base = ptx::shared_address(cols.data);
+  const uint32 first = ptx::shared_address(cols.data) + 4 * detail::col_of(0, 0);
 #pragma unroll
   for (int g = 0; g < kN / 8; ++g) {
     float x, y;
-    ptx::load_shared_f32x2(x, y, base + 4 * detail::col_of(g, 0));
+    ptx::load_shared_f32x2(x, y, first + 32 * g);
 #pragma unroll
     for (int s = 0; s < Dst::kRowSquares; ++s) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// Maps of a triangle of a warpgroup's square tile.
+// Maps of a triangle of a warpgroup's square tile, sums over one, and its diagonal.
 #pragma once
 
 #include "tk/sm90/copy.cuh"
@@ -6,43 +6,118 @@
 namespace tk::warpgroup {
 namespace detail_triangle {
 
-__device__ __forceinline__ float2 load_pair(const SharedVec<float, 64>& vec, int first) {
+// The lane's values of a group of eight columns.
+__device__ __forceinline__ float2 load_pair(const SharedVec<float, 64>& vec, int group) {
+  const uint32 first = ptx::shared_address(vec.data) + 4 * detail::col_of(0, 0);
   float2 pair;
-  ptx::load_shared_f32x2(pair.x, pair.y, ptx::shared_address(vec.data) + 4 * first);
+  ptx::load_shared_f32x2(pair.x, pair.y, first + 32 * group);
   return pair;
 }
 
-// What lies beyond a warp's rows is skipped by the whole warp, sixteen columns at a time.
+// Of what a lane holds of eight columns and half of the rows: whether it lies in the triangle.
+enum class Side { kInside, kAcross, kOutside };
+
+// Calls inside(group, side_of_half) for every group of eight columns that reaches into the triangle
+// and outside(group) for the others, sixteen columns at a time: a whole warp skips what lies beyond
+// its rows, and only in the square on the diagonal must a lane ask where its values lie.
+template <bool kLower, typename Inside, typename Outside>
+__device__ __forceinline__ void walk(Inside&& inside, Outside&& outside) {
+  const int warp = ptx::warp_index() & 3;
+#pragma unroll
+  for (int square = 0; square < 4; ++square) {
+    if (square == warp) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        inside(2 * square + i, [i](int half) {
+          if (i == half) return Side::kAcross;
+          return kLower == (i < half) ? Side::kInside : Side::kOutside;
+        });
+      }
+    } else if (kLower ? square < warp : square > warp) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) inside(2 * square + i, [](int) { return Side::kInside; });
+    } else {
+      outside(2 * square), outside(2 * square + 1);
+    }
+  }
+}
+// Where values lie across the diagonal, how far beyond it the lane's first of two lies.
+__device__ __forceinline__ int columns_beyond() {
+  return detail::col_of(0, 0) - detail::row_of(0, 0);
+}
+
 template <bool kLower, typename Dst, typename Src, typename F, typename... Cols>
 __device__ __forceinline__ void map(Dst& dst, const Src& src, F&& f, const PerRow<16>& rows,
                                     const Cols&... cols) {
   static_assert(detail::kSameShape<Dst, Src> && Dst::kRows == 16 && Dst::kCols == 64,
                 "a triangle is one of a 64 x 64 tile");
-  const int warp = ptx::warp_index() & 3;
-  const auto group = [&](int g, auto... values) {
-    const int col = detail::col_of(g, 0);
+  const int beyond = columns_beyond();
+  const auto assign = [&](int g, auto&& side_of, auto... values) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = 16 * warp + detail::row_of(0, 2 * h);
-      const float x = f(detail::get(src, 0, g, 2 * h), rows.data[0][h], values.x...);
-      const float y = f(detail::get(src, 0, g, 2 * h + 1), rows.data[0][h], values.y...);
-      detail::set_pair(dst, 0, g, h, (kLower ? col <= row : col >= row) ? x : 0.0f,
-                       (kLower ? col < row : col + 1 >= row) ? y : 0.0f);
+      const Side side = side_of(h);
+      float x = 0.0f, y = 0.0f;
+      if (side != Side::kOutside) {
+        x = f(detail::get(src, 0, g, 2 * h), rows.data[0][h], values.x...);
+        y = f(detail::get(src, 0, g, 2 * h + 1), rows.data[0][h], values.y...);
+      }
+      if (side == Side::kAcross) {
+        x = (kLower ? beyond <= 0 : beyond >= 0) ? x : 0.0f;
+        y = (kLower ? beyond < 0 : beyond >= -1) ? y : 0.0f;
+      }
+      detail::set_pair(dst, 0, g, h, x, y);
     }
   };
+  const auto outside = [&](int g) {
+    detail::set_pair(dst, 0, g, 0, 0.0f, 0.0f);
+    detail::set_pair(dst, 0, g, 1, 0.0f, 0.0f);
+  };
+  walk<kLower>([&](int g, auto&& side_of) { assign(g, side_of, load_pair(cols, g)...); }, outside);
+}
+
+template <bool kLower, typename Dst, typename A, typename B, typename F, int kRowVecs, int kColVecs>
+__device__ __forceinline__ void fold(Dst& dst, PerRow<16>& sums, PerRow<16>& diagonal, const A& a,
+                                     const B& b, const PerRow<16>* const (&rows)[kRowVecs],
+                                     const SharedVec<float, 64>* const (&cols)[kColVecs], F&& f) {
+  static_assert(detail::kSameShape<Dst, A> && detail::kSameShape<Dst, B> && Dst::kRows == 16 &&
+                    Dst::kCols == 64,
+                "a triangle is one of a 64 x 64 tile");
+  const int beyond = columns_beyond();
+  const auto inside = [&](int g, auto&& side_of) {
+    float col_values[2][kColVecs];
 #pragma unroll
-  for (int square = 0; square < Dst::kCols / 16; ++square) {
-    const bool reached = kLower ? square <= warp : square >= warp;
-#pragma unroll
-    for (int g = 2 * square; g < 2 * square + 2; ++g) {
-      if (reached) {
-        group(g, load_pair(cols, detail::col_of(g, 0))...);
-      } else {
-        detail::set_pair(dst, 0, g, 0, 0.0f, 0.0f);
-        detail::set_pair(dst, 0, g, 1, 0.0f, 0.0f);
-      }
+    for (int i = 0; i < kColVecs; ++i) {
+      const float2 pair = load_pair(*cols[i], g);
+      col_values[0][i] = pair.x, col_values[1][i] = pair.y;
     }
-  }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Side side = side_of(h);
+      if (side == Side::kOutside) continue;
+      float row_values[kRowVecs];
+#pragma unroll
+      for (int i = 0; i < kRowVecs; ++i) row_values[i] = rows[i]->data[0][h];
+      float pair[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float old = detail::get(dst, 0, g, 2 * h + e);
+        float x = old;
+        const float term = f(x, detail::get(a, 0, g, 2 * h + e), detail::get(b, 0, g, 2 * h + e),
+                             row_values, col_values[e]);
+        if (side == Side::kInside) {
+          sums.data[0][h] += term;
+        } else {
+          const int place = beyond + e;
+          sums.data[0][h] += (kLower ? place < 0 : place > 0) ? term : 0.0f;
+          diagonal.data[0][h] += place == 0 ? term : 0.0f;
+          x = (kLower ? place <= 0 : place >= 0) ? x : old;
+        }
+        pair[e] = x;
+      }
+      detail::set_pair(dst, 0, g, h, pair[0], pair[1]);
+    }
+  };
+  walk<kLower>(inside, [](int) {});
 }
 
 }  // namespace detail_triangle
@@ -80,6 +155,46 @@ __device__ __forceinline__ void map_upper(Dst& dst, const Src& src, const PerRow
                                           const SharedVec<float, 64>& cols,
                                           const SharedVec<float, 64>& more, F&& f, Location = {}) {
   detail_triangle::map<false>(dst, src, f, rows, cols, more);
+}
+
+// Where c <= r (fold_upper: c >= r), term = f(x, a(r, c), b(r, c), rows, cols), of which rows and
+// cols are the values of row r and column c in each of the vectors, and x is dst(r, c), which f may
+// change. Terms are added to the lanes' parts of diagonal(r) where c = r and of sums(r) elsewhere:
+// both are whole only after finish_row_sum. Beyond the diagonal dst stays as it is.
+template <typename Dst, typename A, typename B, int kRowVecs, int kColVecs, typename F>
+__device__ __forceinline__ void fold_lower(Dst& dst, PerRow<16>& sums, PerRow<16>& diagonal,
+                                           const A& a, const B& b,
+                                           const PerRow<16>* const (&rows)[kRowVecs],
+                                           const SharedVec<float, 64>* const (&cols)[kColVecs],
+                                           F&& f, Location = {}) {
+  detail_triangle::fold<true>(dst, sums, diagonal, a, b, rows, cols, f);
+}
+template <typename Dst, typename A, typename B, int kRowVecs, int kColVecs, typename F>
+__device__ __forceinline__ void fold_upper(Dst& dst, PerRow<16>& sums, PerRow<16>& diagonal,
+                                           const A& a, const B& b,
+                                           const PerRow<16>* const (&rows)[kRowVecs],
+                                           const SharedVec<float, 64>* const (&cols)[kColVecs],
+                                           F&& f, Location = {}) {
+  detail_triangle::fold<false>(dst, sums, diagonal, a, b, rows, cols, f);
+}
+
+// dst(r) = src(r, r).
+__device__ __forceinline__ void diagonal(PerRow<16>& dst, const RegTile<float, 16, 64>& src,
+                                         Location = {}) {
+  const int warp = ptx::warp_index() & 3, lane = ptx::lane_index(), row = lane >> 2;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float pair[2] = {};
+#pragma unroll
+    for (int square = 0; square < 4; ++square) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float x = detail::get(src, 0, 2 * square + h, 2 * h + e);
+        pair[e] = square == warp ? x : pair[e];
+      }
+    }
+    dst.data[0][h] = ptx::shuffle((row & 1) != 0 ? pair[1] : pair[0], (lane & ~3) | (row >> 1));
+  }
 }
 
 }  // namespace tk::warpgroup
