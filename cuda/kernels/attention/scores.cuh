@@ -74,12 +74,6 @@ struct ScoreMap {
     }
   }
 
-  template <typename Tile>
-  __device__ __forceinline__ void apply(Tile& scores) const {
-    static_assert(!kAdds, "a bias is missing");
-    apply(scores, Nothing{});
-  }
-
   // On the way back, in two steps: to what tells hidden scores, which become -inf before the
   // second.
   template <typename Tile, typename Bias>
@@ -120,11 +114,19 @@ struct ScoreMap {
 
   // The same, but the scores become p itself; where there is a cap, what ds is a multiple of goes
   // to `slopes`, rounded.
-  template <typename Slopes, typename Tile, int kN>
-  __device__ __forceinline__ void weigh_apart(Slopes& slopes, Tile& scores,
+  template <typename Slopes, typename Tile, typename Bias, int kN>
+  __device__ __forceinline__ void weigh_apart(Slopes& slopes, Tile& scores, const Bias& bias,
                                               const SharedVec<float, kN>& lse) const {
-    const float factor = unit * kLog2E;
-    if constexpr (kCaps) {
+    const float factor = (kCaps ? cap : unit) * kLog2E;
+    if constexpr (kCaps && kAdds) {
+      warp::zip_cols_twice(slopes, scores, scores, bias, lse,
+                           [=](float t, float b, float l, float& p_slope, float& p) {
+                             const float bounded = math::max(t, -1.0f);
+                             p = math::exp2(math::fma(t, factor, b * kLog2E - l));
+                             if (t == -kInfinity) p = 0.0f;  // whatever its bias is
+                             p_slope = p * math::fma(-bounded, bounded, 1.0f);
+                           });
+    } else if constexpr (kCaps) {
       warp::zip_cols_twice(slopes, scores, scores, scores, lse,
                            [=](float t, float, float l, float& p_slope, float& p) {
                              const float bounded = math::max(t, -1.0f);
@@ -138,16 +140,26 @@ struct ScoreMap {
   }
 
   // What ds is a multiple of alone, where a row is a query.
-  template <typename Tile>
-  __device__ __forceinline__ void weigh(Tile& scores, const PerRow<16>& lse) const {
-    static_assert(!kAdds, "the kernels of wide heads take no bias");
-    const float factor = unit * kLog2E;
-    warp::map_rows(scores, scores, lse, [=](float t, float l) {
-      const float p = math::exp2(t * factor - l);
-      if constexpr (!kCaps) return p;
-      const float bounded = math::max(t, -1.0f);
-      return p * math::fma(-bounded, bounded, 1.0f);
-    });
+  template <typename Tile, typename Bias>
+  __device__ __forceinline__ void weigh(Tile& scores, const Bias& bias,
+                                        const PerRow<16>& lse) const {
+    const float factor = (kCaps ? cap : unit) * kLog2E;
+    if constexpr (kCaps && kAdds) {
+      Tile exponents;
+      warp::map_rows(exponents, bias, lse, [](float b, float l) { return b * kLog2E - l; });
+      warp::zip(scores, scores, exponents, [=](float t, float e) {
+        const float bounded = math::max(t, -1.0f);
+        const float p = t == -kInfinity ? 0.0f : math::exp2(math::fma(t, factor, e));
+        return p * math::fma(-bounded, bounded, 1.0f);
+      });
+    } else {
+      warp::map_rows(scores, scores, lse, [=](float t, float l) {
+        const float p = math::exp2(t * factor - l);
+        if constexpr (!kCaps) return p;
+        const float bounded = math::max(t, -1.0f);
+        return p * math::fma(-bounded, bounded, 1.0f);
+      });
+    }
   }
 
  private:

@@ -22,6 +22,8 @@ MAX_ROWS = 2**31 - 1
 QUERY_PADDING = 128
 # ... and dq is accumulated in fragments of this many rows (kFragmentRows).
 FRAGMENT_ROWS = 64
+# Queries of a tile of dq's own kernel (kWideDqBlockQ).
+WIDE_DQ_BLOCK_Q = 128
 # Queries and keys of a tile of a bias's gradient (kBiasBlockQ, kBiasBlockKv).
 BIAS_BLOCK_Q, BIAS_BLOCK_KV = 128, 64
 
@@ -217,8 +219,6 @@ KERNEL_EXTRAS = (
     "bias",
     "sinks",
 )
-# Of those, the ones that they do not take with head dims beyond 128.
-NARROW_EXTRAS = ("q_segment_ids", "kv_segment_ids", "mask", "bias")
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
@@ -323,12 +323,9 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
         if dim % HEAD_DIM_STEP or dim > MAX_HEAD_DIM:
             known = f"multiples of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
             return f"head dim {dim}{owner} (it takes {known})"
-    wide = narrow_head_dim(head_dim, head_dim_v) is None
     for name, value in extras._asdict().items():
         if value is not None and name not in KERNEL_EXTRAS:
             return name
-        if value is not None and wide and name in NARROW_EXTRAS:
-            return f"{name} with head dims beyond 128"
     return exceeded_limit(q.shape, k.shape)
 
 
