@@ -141,6 +141,17 @@ struct BackwardWideDq {
     }
   }
 
+  // A consumer's own rows. Where registers are few, their descriptors are not kept from the first
+  // block to the others.
+  template <typename Rows>
+  __device__ __forceinline__ static decltype(auto) own(const Rows& rows) {
+    if constexpr (kMapped || Map::kAdds) {
+      return warpgroup::afresh(rows);
+    } else {
+      return (rows);
+    }
+  }
+
   __device__ __forceinline__ static void compute(const BackwardWideDqParams& params, Shared& shared,
                                                  int consumer) {
     typename RowsRing::State rows_state;
@@ -192,10 +203,10 @@ struct BackwardWideDq {
           warp::convert(ds, dp_acc);
         };
         shared.k_ring.wait(k_state);
-        warpgroup::mm_ABt(s_acc, q_smem, shared.k_smem[k_state.stage]);
+        warpgroup::mm_ABt(s_acc, own(q_smem), shared.k_smem[k_state.stage]);
         warpgroup::mma_commit();
         shared.v_ring.wait(v_state);
-        warpgroup::mm_ABt(dp_acc, dout_smem, shared.v_smem[v_state.stage]);
+        warpgroup::mm_ABt(dp_acc, own(dout_smem), shared.v_smem[v_state.stage]);
         warpgroup::mma_commit();
         load_bias();
         warpgroup::mma_wait<1>(s_acc);
@@ -209,12 +220,12 @@ struct BackwardWideDq {
           typename Ring::State next = k_state;
           next.advance();
           shared.k_ring.wait(next);
-          warpgroup::mm_ABt(s_acc, q_smem, shared.k_smem[next.stage]);
+          warpgroup::mm_ABt(s_acc, own(q_smem), shared.k_smem[next.stage]);
           warpgroup::mma_commit();
           warpgroup::mma_AB(dq_acc, ds, shared.k_smem[k_state.stage]);
           warpgroup::mma_commit();
           shared.v_ring.wait(v_state);
-          warpgroup::mm_ABt(dp_acc, dout_smem, shared.v_smem[v_state.stage]);
+          warpgroup::mm_ABt(dp_acc, own(dout_smem), shared.v_smem[v_state.stage]);
           warpgroup::mma_commit();
           load_bias();
           warpgroup::mma_wait<2>(s_acc);
