@@ -55,6 +55,7 @@ struct BackwardWide {
   static constexpr bool kDkFirst = Traits::kStages == 2;
 
   using Map = ScoreMap<T, kFeatures>;
+  static constexpr bool kFewRegisters = Map::kAdds;
   // Whether the exponentials have to run beside dv's product: the compiler puts them after it.
   static constexpr bool kPinWeights = true;
 
@@ -70,6 +71,9 @@ struct BackwardWide {
   using Weights = RegTile<T, 16, kBlockQ>;
   using Steps = Turns<Traits::kMask, kFeatures, kBlockQ, kBlockKv>;
   using Queries = QuerySteps<Steps>;
+  // Whether a bias is loaded where it is added: for all of it to arrive beside the scores' product
+  // there are no registers.
+  static constexpr bool kLateBias = Map::kCaps || Steps::kMapped || kHeadDimV == 256;
 
   struct Shared {
     KTile k_smem;  // at a tile's end, dk and dv on their way out
@@ -230,18 +234,20 @@ struct BackwardWide {
         typename Map::template BiasTile<kBlockQ> bias;
         const auto issue_scores = [&] {
           shared.q_ring.wait(q_state);
-          warpgroup::mm_ABt(s_acc, shared.k_smem, shared.q_smem[q_state.stage]);
+          warpgroup::mm_ABt(s_acc, operand<kFewRegisters>(shared.k_smem),
+                            shared.q_smem[q_state.stage]);
           warpgroup::mma_commit();
         };
-        const auto load_bias = [&] {
-          Map::load_transposed_bias(bias, params, tile.batch, queries.head,
-                                    queries.q_block() * kBlockQ, tile.first_key);
+        const auto load_bias = [&](int head, int q_block) {
+          Map::load_transposed_bias(bias, params, tile.batch, head, q_block * kBlockQ,
+                                    tile.first_key);
         };
         // Scores become weights.
         const auto weigh = [&] {
           const Step step = take_step(queries);
           const int first_query = step.q_block * kBlockQ;
           const Bounds& bounds = walk.steps.bounds;
+          if constexpr (kLateBias && !Map::kCaps) load_bias(step.head, step.q_block);
           score_map.begin(s_acc, bias);
           // Keys beyond the arrays are rows that nobody stores; those beyond a length are not.
           bool masked = (kFeatures & kLengths) != 0 && tile.first_key + 64 > bounds.seqlen_kv;
@@ -264,6 +270,7 @@ struct BackwardWide {
                                                    first_query, tile.first_key);
             }
           }
+          if constexpr (kLateBias && Map::kCaps) load_bias(step.head, step.q_block);
           score_map.weigh_apart(slopes, s_acc, bias, shared.lse_smem[q_state.stage]);
           release(shared.q_ring, q_state);
           q_state.advance();
@@ -289,7 +296,7 @@ struct BackwardWide {
           dout_state.advance();
         };
         issue_scores();
-        load_bias();
+        if constexpr (!kLateBias) load_bias(queries.head, queries.q_block());
         warpgroup::mma_wait<0>(s_acc);
         weigh();
         warp::convert(p, s_acc);
@@ -297,7 +304,7 @@ struct BackwardWide {
           share_weights();
           issue_scores();
           issue_sum();
-          load_bias();
+          if constexpr (!kLateBias) load_bias(queries.head, queries.q_block());
           warpgroup::mma_wait<1>(s_acc);
           weigh();
           if constexpr (kPinWeights) warp::pin(s_acc);
@@ -328,7 +335,8 @@ struct BackwardWide {
         Weights ds;
         const auto issue_dp = [&] {
           shared.dout_ring.wait(dout_state);
-          warpgroup::mm_ABt(dp_acc, shared.v_smem, shared.dout_smem[dout_state.stage]);
+          warpgroup::mm_ABt(dp_acc, operand<kFewRegisters>(shared.v_smem),
+                            shared.dout_smem[dout_state.stage]);
           warpgroup::mma_commit();
         };
         // dp becomes the gradient of the scores.

@@ -47,6 +47,9 @@ struct BackwardWideDq {
   static constexpr int kProducerRegisters = kMapped ? 40 : 24;
   static constexpr int kConsumerRegisters = kMapped ? 232 : 240;
   using Map = ScoreMap<T, kFeatures>;
+  static constexpr bool kFewRegisters = kMapped || Map::kAdds;
+  // Whether a bias is loaded where it is added, as in backward_wide.cuh.
+  static constexpr bool kLateBias = Map::kCaps || kMapped;
 
   // Whether the exponentials have to run beside dq's and dp's products: the compiler puts them
   // after both.
@@ -141,17 +144,6 @@ struct BackwardWideDq {
     }
   }
 
-  // A consumer's own rows. Where registers are few, their descriptors are not kept from the first
-  // block to the others.
-  template <typename Rows>
-  __device__ __forceinline__ static decltype(auto) own(const Rows& rows) {
-    if constexpr (kMapped || Map::kAdds) {
-      return warpgroup::afresh(rows);
-    } else {
-      return (rows);
-    }
-  }
-
   __device__ __forceinline__ static void compute(const BackwardWideDqParams& params, Shared& shared,
                                                  int consumer) {
     typename RowsRing::State rows_state;
@@ -183,6 +175,7 @@ struct BackwardWideDq {
         // Scores become weights.
         const auto weigh = [&] {
           const int block = keys.block();
+          if constexpr (kLateBias && !Map::kCaps) load_bias();
           score_map.begin(s_acc, bias);
           if (tile.template masked<Traits::kMask>(block)) {
             mask_scores<Traits::kMask>(s_acc, first_query, block * kBlockKv,
@@ -194,6 +187,7 @@ struct BackwardWideDq {
                                         block * kBlockKv);
             }
           }
+          if constexpr (kLateBias && Map::kCaps) load_bias();
           score_map.weigh(s_acc, bias, lse);
         };
         // dp becomes the gradient of the scores.
@@ -203,12 +197,12 @@ struct BackwardWideDq {
           warp::convert(ds, dp_acc);
         };
         shared.k_ring.wait(k_state);
-        warpgroup::mm_ABt(s_acc, own(q_smem), shared.k_smem[k_state.stage]);
+        warpgroup::mm_ABt(s_acc, operand<kFewRegisters>(q_smem), shared.k_smem[k_state.stage]);
         warpgroup::mma_commit();
         shared.v_ring.wait(v_state);
-        warpgroup::mm_ABt(dp_acc, own(dout_smem), shared.v_smem[v_state.stage]);
+        warpgroup::mm_ABt(dp_acc, operand<kFewRegisters>(dout_smem), shared.v_smem[v_state.stage]);
         warpgroup::mma_commit();
-        load_bias();
+        if constexpr (!kLateBias) load_bias();
         warpgroup::mma_wait<1>(s_acc);
         weigh();
         warpgroup::mma_wait<0>(dp_acc);
@@ -220,14 +214,15 @@ struct BackwardWideDq {
           typename Ring::State next = k_state;
           next.advance();
           shared.k_ring.wait(next);
-          warpgroup::mm_ABt(s_acc, own(q_smem), shared.k_smem[next.stage]);
+          warpgroup::mm_ABt(s_acc, operand<kFewRegisters>(q_smem), shared.k_smem[next.stage]);
           warpgroup::mma_commit();
           warpgroup::mma_AB(dq_acc, ds, shared.k_smem[k_state.stage]);
           warpgroup::mma_commit();
           shared.v_ring.wait(v_state);
-          warpgroup::mm_ABt(dp_acc, own(dout_smem), shared.v_smem[v_state.stage]);
+          warpgroup::mm_ABt(dp_acc, operand<kFewRegisters>(dout_smem),
+                            shared.v_smem[v_state.stage]);
           warpgroup::mma_commit();
-          load_bias();
+          if constexpr (!kLateBias) load_bias();
           warpgroup::mma_wait<2>(s_acc);
           weigh();
           if constexpr (kPinWeights) warp::pin(s_acc);

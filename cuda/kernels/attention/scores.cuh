@@ -17,6 +17,17 @@ namespace tk::attention {
 
 struct Nothing {};
 
+// Shared rows that a consumer multiplies with again and again. Where registers are few, their
+// descriptors are not kept from one product to the next.
+template <bool kAfresh, typename Rows>
+__device__ __forceinline__ decltype(auto) operand(const Rows& rows) {
+  if constexpr (kAfresh) {
+    return warpgroup::afresh(rows);
+  } else {
+    return (rows);
+  }
+}
+
 template <typename T, unsigned kFeatures>
 struct ScoreMap {
   static constexpr bool kCaps = (kFeatures & kSoftCap) != 0;
