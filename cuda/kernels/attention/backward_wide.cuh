@@ -231,7 +231,8 @@ struct BackwardWide {
         Scores s_acc;
         Weights p;
         Weights slopes;  // with a cap: p times its slope
-        typename Map::template BiasTile<kBlockQ> bias;
+        // Widened: values take a register each anyway until all have arrived.
+        Select<Map::kAdds && kLateBias, Scores, typename Map::template BiasTile<kBlockQ>> bias;
         const auto issue_scores = [&] {
           shared.q_ring.wait(q_state);
           warpgroup::mm_ABt(s_acc, operand<kFewRegisters>(shared.k_smem),

@@ -48,8 +48,8 @@ struct BackwardWideDq {
   static constexpr int kConsumerRegisters = kMapped ? 232 : 240;
   using Map = ScoreMap<T, kFeatures>;
   static constexpr bool kFewRegisters = kMapped || Map::kAdds;
-  // Whether a bias is loaded where it is added, as in backward_wide.cuh.
-  static constexpr bool kLateBias = Map::kCaps || kMapped;
+  // Whether a bias is loaded where it is added, after the scores are masked.
+  static constexpr bool kLateBias = Map::kAdds && (Map::kCaps || kMapped);
 
   // Whether the exponentials have to run beside dq's and dp's products: the compiler puts them
   // after both.
@@ -168,15 +168,18 @@ struct BackwardWideDq {
       if (!keys.empty()) {
         Scores s_acc, dp_acc;
         Weights ds;
-        typename Map::template BiasTile<kBlockKv> bias;
+        Select<Map::kAdds && kLateBias, Scores, typename Map::template BiasTile<kBlockKv>> bias;
         const auto load_bias = [&] {
           Map::load_bias(bias, params, tile.batch, tile.head, first_query, keys.block() * kBlockKv);
         };
         // Scores become weights.
         const auto weigh = [&] {
           const int block = keys.block();
-          if constexpr (kLateBias && !Map::kCaps) load_bias();
-          score_map.begin(s_acc, bias);
+          if constexpr (!kLateBias) {
+            score_map.apply(s_acc, bias);
+          } else if constexpr (Map::kCaps) {
+            score_map.begin(s_acc, bias);
+          }
           if (tile.template masked<Traits::kMask>(block)) {
             mask_scores<Traits::kMask>(s_acc, first_query, block * kBlockKv,
                                        bounds_of<kFeatures>(params, tile.batch));
@@ -187,8 +190,12 @@ struct BackwardWideDq {
                                         block * kBlockKv);
             }
           }
-          if constexpr (kLateBias && Map::kCaps) load_bias();
-          score_map.weigh(s_acc, bias, lse);
+          if constexpr (kLateBias) {
+            load_bias();
+            score_map.weigh_with(s_acc, bias, lse);
+          } else {
+            score_map.weigh(s_acc, lse);
+          }
         };
         // dp becomes the gradient of the scores.
         const auto differentiate = [&] {

@@ -184,8 +184,14 @@ _FORWARD_FEATURES = {
     "mask": {
         64: _FORWARD_MIXED,
         128: AttentionForwardConfig(block_q=128, block_kv=112, stages=2),
+        192: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+        256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
     },
-    "segments": {64: _FORWARD_MIXED, 128: _FORWARD_MIXED},
+    "segments": {
+        64: _FORWARD_MIXED,
+        128: _FORWARD_MIXED,
+        256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+    },
     "softcap": {
         256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
     },
@@ -219,6 +225,8 @@ KERNEL_EXTRAS = (
     "bias",
     "sinks",
 )
+# Up to this one, there are registers for both.
+MAX_HEAD_DIM_V_OF_MASKED_BIAS = 192
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
@@ -278,23 +286,28 @@ def backward_config(
     """The head dims are those of arrays."""
     narrow = narrow_head_dim(head_dim, head_dim_v)
     if narrow is None:
-        return _wide_backward_config(tile_head_dim(head_dim), tile_head_dim(head_dim_v))
+        tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
+        return _wide_backward_config(*tile, features)
     for feature, tiles in _BACKWARD_FEATURES.items():
         if feature in features and narrow in tiles:
             return tiles[narrow]
     return _BACKWARD[narrow]
 
 
-def _wide_backward_config(head_dim: int, head_dim_v: int) -> AttentionBackwardConfig:
+def _wide_backward_config(
+    head_dim: int, head_dim_v: int, features: frozenset[str]
+) -> AttentionBackwardConfig:
     """Rings as deep as fits, up to three stages."""
     row = 2 * (head_dim + head_dim_v)
     room = _SHARED_BYTES - _SHARED_SLACK
     block_q = 64
     resident = 64 * row + 2 * 64 * block_q  # k, v and p
     stages = min(3, (room - resident) // (block_q * (row + 8)))
-    # 64 keys a step, unless two stages do not fit beside 128 rows of q and dout.
-    room -= 128 * row
-    dq_block_kv = 64 if 2 * 64 * row <= room else 48
+    # 64 keys a step, unless two stages do not fit beside 128 rows of q and dout, or a
+    # bias beside a cap takes the registers.
+    room -= WIDE_DQ_BLOCK_Q * row
+    few = 2 * 64 * row > room or features >= {"bias", "softcap"}
+    dq_block_kv = 48 if few else 64
     return AttentionBackwardConfig(
         block_q=block_q,
         # With two stages, blocks of a cluster wait for each other more than they save.
@@ -326,6 +339,10 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
     for name, value in extras._asdict().items():
         if value is not None and name not in KERNEL_EXTRAS:
             return name
+    both = extras.mask is not None and extras.bias is not None
+    if both and head_dim_v > MAX_HEAD_DIM_V_OF_MASKED_BIAS:
+        limit = MAX_HEAD_DIM_V_OF_MASKED_BIAS
+        return f"mask beside bias with a head dim of v beyond {limit}"
     return exceeded_limit(q.shape, k.shape)
 
 
