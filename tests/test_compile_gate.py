@@ -123,8 +123,8 @@ _WIDE_SETS = (
     (["lengths", "segments", "mask", "bias", "softcap", "floatbias"], _MASKS),
 )
 for _index, (_names, _masks) in enumerate(_WIDE_SETS):
-    for _dims in ((192, 128), (192, 192), (256, 256)):
-        if {"mask", "bias"} <= {*_names} and _dims[1] == 256:
+    for _dims in ((192, 128), (192, 192), (256, 128), (256, 256)):
+        if "bias" in _names and {"segments", "mask"} & {*_names} and 256 in _dims:
             continue  # config.unsupported
         for _mask in _masks:
             for _spec in _with_features(_names, _dims[0], _mask, _dims[1]):

@@ -225,8 +225,8 @@ KERNEL_EXTRAS = (
     "bias",
     "sinks",
 )
-# Up to this one, there are registers for both.
-MAX_HEAD_DIM_V_OF_MASKED_BIAS = 192
+# Up to this one there are registers for a bias beside segment ids or a mask.
+MAX_HEAD_DIM_OF_BOTH = 192
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
@@ -303,11 +303,13 @@ def _wide_backward_config(
     block_q = 64
     resident = 64 * row + 2 * 64 * block_q  # k, v and p
     stages = min(3, (room - resident) // (block_q * (row + 8)))
-    # 64 keys a step, unless two stages do not fit beside 128 rows of q and dout, or a
-    # bias beside a cap takes the registers.
+    # 64 keys a step, unless two stages do not fit beside 128 rows of q and dout, or dq
+    # and a feature leave too few registers.
     room -= WIDE_DQ_BLOCK_Q * row
-    few = 2 * 64 * row > room or features >= {"bias", "softcap"}
-    dq_block_kv = 48 if few else 64
+    crowded = head_dim == MAX_HEAD_DIM and features & {"segments", "mask", "bias"}
+    dq_block_kv = 48 if crowded or 2 * 64 * row > room else 64
+    if features >= {"bias", "softcap"}:
+        dq_block_kv -= 16
     return AttentionBackwardConfig(
         block_q=block_q,
         # With two stages, blocks of a cluster wait for each other more than they save.
@@ -339,10 +341,11 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
     for name, value in extras._asdict().items():
         if value is not None and name not in KERNEL_EXTRAS:
             return name
-    both = extras.mask is not None and extras.bias is not None
-    if both and head_dim_v > MAX_HEAD_DIM_V_OF_MASKED_BIAS:
-        limit = MAX_HEAD_DIM_V_OF_MASKED_BIAS
-        return f"mask beside bias with a head dim of v beyond {limit}"
+    if extras.bias is not None and max(head_dim, head_dim_v) > MAX_HEAD_DIM_OF_BOTH:
+        for name in ("q_segment_ids", "mask"):
+            if getattr(extras, name) is not None:
+                limit = MAX_HEAD_DIM_OF_BOTH
+                return f"bias beside {name} with head dims beyond {limit}"
     return exceeded_limit(q.shape, k.shape)
 
 
