@@ -249,4 +249,17 @@ CASES = [
         bias="BHTS",
         bias_dtype="float32",
     ),
+    ScoreCase(Case(1, 70, 130, 2, 1, 192, "causal", head_dim_v=128), bias="HTS"),
+    ScoreCase(Case(1, 130, 70, 2, 1, 256, "full", "fp16"), bias="S", sinks="H"),
+    ScoreCase(
+        Case(1, 97, 113, 2, 1, 256, "causal"),
+        soft_cap=2.0,
+        bias="BHTS",
+        bias_dtype="float32",
+    ),
+    ScoreCase(
+        Case(1, 97, 113, 2, 2, 192, head_dim_v=128),
+        soft_cap=2.0,
+        bias="HTS",
+    ),
 ]

@@ -96,8 +96,8 @@ MUTATIONS = [
     _wide("q overwritten while dq leaves", "tma::wait_read<0>();", file=_WIDE_DQ),
     _wide(
         "dq: the first block that is seen is left out",
-        "block >= tile.first_block; --block) {\n          typename",
-        "block > tile.first_block; --block) {\n          typename",
+        "return at >= first;",
+        "return at > first;",
         file=_WIDE_DQ,
     ),
 ]

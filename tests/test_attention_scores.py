@@ -20,7 +20,7 @@ pytestmark = [
 
 
 # Each is a kernel or two to be compiled: these combine what others have one by one.
-_SELDOM = [score_cases.CASES[i] for i in (4, 11, 13, 19, 20)]
+_SELDOM = [score_cases.CASES[i] for i in (4, 11, 13, 19, 20, 23, 24, 25)]
 
 
 @pytest.mark.parametrize(
@@ -94,11 +94,14 @@ def test_values_that_are_no_numbers():
 
 
 @pytest.mark.parametrize("hidden_by", ["lengths", "segments", "mask"])
-def test_beside_what_hides_keys(hidden_by):
+@pytest.mark.parametrize(
+    "head_dim", [64, pytest.param(192, marks=pytest.mark.exhaustive)]
+)
+def test_beside_what_hides_keys(hidden_by, head_dim):
     """A bias and sinks, and their gradients, where arrays hide keys and queries."""
     rng = np.random.default_rng(3)
     batch, seqlen_q, seqlen_kv, heads = 2, 150, 139, 2
-    q, k, v, dout, dlse = Case(batch, seqlen_q, seqlen_kv, heads, 1, 64).inputs()
+    q, k, v, dout, dlse = Case(batch, seqlen_q, seqlen_kv, heads, 1, head_dim).inputs()
     bias = rng.standard_normal((1, heads, seqlen_q, seqlen_kv), np.float32)
     sinks = rng.standard_normal(heads, np.float32)
     settings = {

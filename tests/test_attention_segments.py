@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_masks import MaskedCase
+from attention_masks import NAMES, MaskedCase
 
 import tk_jax
 from tk_jax.ops.attention.blocks import block_map
@@ -27,6 +27,23 @@ SMALL = [
         mask_shape=(1, 2, 150, 270),
         share=0.9,
     ),
+]
+# Beyond a head dim of 128. Queries of a document without keys, and keys that no query
+# sees; clusters of two blocks and none; a mask that differs by head.
+WIDE = [
+    MaskedCase(2, 150, 230, 2, 1, 192, "causal", head_dim_v=128, documents=3),
+    MaskedCase(1, 130, 200, 2, 1, 256, mask_shape=(1, 2, 130, 200), share=0.1),
+    MaskedCase(1, 140, 140, 2, 1, 256, "causal", documents=3, shuffled=True),
+    MaskedCase(1, 150, 270, 2, 2, 192, "bottom_right", mask_shape=(1, 1, 1, 270)),
+    MaskedCase(
+        *(2, 150, 270, 2, 1, 256, "bottom_right", "fp16"),
+        q_lengths=(150, 77),
+        kv_lengths=(200, 270),
+        documents=2,
+        mask_shape=(1, 2, 150, 270),
+        share=0.9,
+    ),
+    MaskedCase(1, 160, 140, 2, 1, 136, window=(30, 9), documents=2, head_dim_v=200),
 ]
 LARGE = [
     MaskedCase(2, 4200, 4200, 2, 1, 64, "causal", documents=9),
@@ -55,6 +72,10 @@ LARGE = [
         kv_lengths=(1000, 1100, 64),
         documents=4,
     ),
+    MaskedCase(2, 4200, 4200, 2, 1, 192, "causal", head_dim_v=128, documents=9),
+    MaskedCase(1, 2500, 2500, 4, 1, 256, documents=40),
+    MaskedCase(2, 1300, 1513, 4, 2, 256, "causal", mask_shape=(2, 1, 1300, 1513)),
+    MaskedCase(2, 777, 777, 4, 1, 192, window=(90, 90), mask_shape=(1, 4, 777, 1)),
 ]
 
 
@@ -75,6 +96,50 @@ def interpreter():
 )
 def test_in_the_interpreter(case, interpreter):
     attention_masks.check(case, implementation="interpret")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(x, marks=[pytest.mark.exhaustive] if i > 1 else [])
+        for i, x in enumerate(WIDE)
+    ],
+    ids=str,
+)
+def test_wide_heads_in_the_interpreter(case, interpreter):
+    attention_masks.check(case, implementation="interpret")
+
+
+def test_what_the_gpu_executes_for_wide_heads(interpreter, ptx):
+    case = MaskedCase(1, 70, 140, 2, 1, 192, "causal", head_dim_v=128, documents=3)
+    attention_masks.check(case, implementation="interpret")
+
+
+def test_many_interleavings_of_wide_heads(interpreter):
+    with tk_jax.interpret_options(seed=3, schedules=4):
+        attention_masks.check(WIDE[0], implementation="interpret")
+
+
+def test_blocks_without_a_common_document_are_not_visited(interpreter):
+    """What is not visited may be NaN: even a weight of zero would spread it."""
+    case = MaskedCase(1, 256, 256, 2, 1, 192, "causal", head_dim_v=128)
+    ids = {
+        "q_segment_ids": np.repeat([[0, 2]], 128, 1).astype(np.int32),
+        "kv_segment_ids": np.repeat([[0, 1]], 128, 1).astype(np.int32),
+    }
+    q, k, v, dout, dlse = case.inputs()
+
+    def results(hidden):
+        for x in (q, k, v, dout):
+            x[:, 128:] = hidden
+        inputs = (q, k, v, dout, dlse)
+        return attention_masks.run(case, inputs, ids, implementation="interpret")
+
+    for name, x, y in zip(NAMES, results(np.nan), results(0), strict=True):
+        np.testing.assert_array_equal(x, y, err_msg=name)
+        x = np.asarray(x, np.float32)
+        assert (x[:, 128:] == (-np.inf if name == "lse" else 0)).all(), name
+        assert np.isfinite(x[:, :128]).all() and x[:, :128].any(), name
 
 
 def test_any_order_in_the_interpreter(interpreter):
@@ -128,7 +193,7 @@ def test_features_go_together(interpreter):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
+@pytest.mark.parametrize("case", SMALL + WIDE + LARGE, ids=str)
 def test_on_the_gpu(case):
     attention_masks.check(case, implementation="tk")
 

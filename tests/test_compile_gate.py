@@ -56,26 +56,27 @@ def test_kernel_is_fit_to_ship(item, record_property):
 _MASKS = attention_config.KERNEL_MASKS
 
 
-def _with_features(names, head_dim, mask):
+def _with_features(names, head_dim, mask, head_dim_v=None):
     """Of attention's kernels with these features, in the tiles that are chosen."""
+    head_dim_v = head_dim_v or head_dim
     extension = _ffi.extension()
     features = frozenset(names)
     for dtype in ("bfloat16", "float16"):
         settings = {
             "dtype": dtype,
             "head_dim": head_dim,
-            "head_dim_v": head_dim,
+            "head_dim_v": head_dim_v,
             "mask": mask,
             "features": list(names),
         }
         for keys in (1, attention_config.MAX_ROWS):
             config = attention_config.forward_config(
-                head_dim, head_dim, keys, mask, features
+                head_dim, head_dim_v, keys, mask, features
             )
             yield from extension.attention_forward_specs(
                 **settings, config=dataclasses.asdict(config)
             )
-        config = attention_config.backward_config(head_dim, head_dim, features)
+        config = attention_config.backward_config(head_dim, head_dim_v, features)
         for deterministic in (True, False):
             yield from extension.attention_backward_specs(
                 **settings,
@@ -103,6 +104,37 @@ _FEATURES = {
     for spec in _with_features(names, head_dim, mask)
     if "Traits<" in spec["function"]
 }
+
+
+# Of wide heads with what they once lacked; make test compiles the first at D = 256.
+_WIDE_SETS = (
+    (["segments"], ["causal"]),
+    (["bias"], ["causal"]),
+    (["segments"], ["none", "band"]),
+    (["mask"], _MASKS),
+    (["lengths", "segments", "mask", "softcap"], _MASKS),
+    (["segments", "softcap"], _MASKS),
+    (["mask", "softcap"], _MASKS),
+    (["bias"], ["none", "band"]),
+    (["bias", "floatbias"], _MASKS),
+    (["bias", "softcap"], _MASKS),
+    (["bias", "softcap", "floatbias"], _MASKS),
+    (["lengths", "bias"], _MASKS),
+    (["segments", "bias"], _MASKS),
+    (["segments", "bias", "softcap", "floatbias"], _MASKS),
+    (["lengths", "segments", "bias", "softcap", "floatbias"], _MASKS),
+    (["mask", "bias"], _MASKS),
+    (["lengths", "segments", "mask", "bias", "softcap", "floatbias"], _MASKS),
+)
+for _index, (_names, _masks) in enumerate(_WIDE_SETS):
+    for _dims in ((192, 128), (192, 192), (256, 128), (256, 256)):
+        if "bias" in _names and {"segments", "mask"} & {*_names} and 256 in _dims:
+            continue  # config.unsupported
+        for _mask in _masks:
+            for _spec in _with_features(_names, _dims[0], _mask, _dims[1]):
+                if "Traits<" in _spec["function"]:
+                    often = _index < 1 and _dims == (256, 256)
+                    _FEATURES.setdefault(_spec["function"], (_spec, often))
 
 
 # make test compiles those of one type and of a fixed order of dq, with one mask for
@@ -133,7 +165,9 @@ def test_kernel_with_features_is_fit_to_ship(spec, record_property):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "head_dim", [64, 128, pytest.param(256, marks=pytest.mark.exhaustive)]
+)
 def test_gradient_of_a_bias(head_dim, mask, features):
     (spec,) = _ffi.extension().attention_bias_specs(
         dtype="bfloat16",

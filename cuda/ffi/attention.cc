@@ -47,7 +47,7 @@ Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Optio
                        check_dtype("out", b.out, b.q.element_type()),
                        check_dims("lse", b.lse, {s.batch, s.seqlen_q, s.num_heads}),
                        check_dtype("lse", b.lse, xffi::DataType::F32),
-                       check_maps(*extras, s, config.block_q, config.block_kv, false)});
+                       check_maps(*extras, s, {config.block_q, config.block_kv}, std::nullopt)});
       !status.ok()) {
     return status.error();
   }
@@ -167,8 +167,11 @@ Result<BackwardCall> read_backward(const BackwardBuffers& b, const attention::Op
                                             features_of(*extras, options),
                                             options.deterministic,
                                             config};
-  if (Status status = first_error({check_backward(b, s, sum_columns(kernels)),
-                                   check_maps(*extras, s, config.block_q, config.block_kv, true)});
+  const MapBlock block = {config.block_q, config.block_kv};
+  const MapBlock dq_block =
+      kernels.wide() ? MapBlock{attention::kWideDqBlockQ, config.dq_block_kv} : block;
+  if (Status status = first_error(
+          {check_backward(b, s, sum_columns(kernels)), check_maps(*extras, s, dq_block, block)});
       !status.ok()) {
     return status.error();
   }
@@ -184,15 +187,18 @@ std::int64_t resident_tiles(const BackwardCall& call, const runtime::Device& dev
          attention::backward_resident_blocks(k.narrow_head_dim(), k.config.block_kv);
 }
 
+// Whether key blocks meet different numbers of query blocks.
+bool tiles_differ(const AttentionBackwardKernels& k) {
+  return k.mask != attention::Mask::kNone || (k.features & attention::kMapFeatures) != 0;
+}
+
 // The grid that attention.h asks for at BackwardParams.
 std::int64_t backward_blocks(const BackwardCall& call, std::int64_t resident) {
   const Sizes& s = call.sizes;
   const AttentionBackwardKernels& k = call.kernels;
   const std::int64_t key_blocks = ceil_div(s.seqlen_kv, k.config.block_kv);
   const std::int64_t tiles = key_blocks * s.num_kv_heads * s.batch;
-  if (k.mask != attention::Mask::kNone || (k.features & attention::kMapFeatures) != 0) {
-    return tiles;
-  }
+  if (tiles_differ(k)) return tiles;
   if (!k.deterministic) return std::min(tiles, resident);
   const std::int64_t whole_heads = resident / key_blocks * key_blocks;
   return std::min({tiles, resident, std::max(key_blocks, whole_heads)});
@@ -326,9 +332,9 @@ Status launch_wide(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.turn_group = 1;
   const std::int64_t cluster = attention::backward_wide_cluster(config);
   const std::int64_t resident = std::max<std::int64_t>(1, multiprocessors / cluster);
-  const bool masked = mask_of(options) != attention::Mask::kNone;
-  return runtime::launch(kernel, stream, {(masked ? tiles : std::min(tiles, resident)) * cluster},
-                         &params);
+  return runtime::launch(
+      kernel, stream, {(tiles_differ(call.kernels) ? tiles : std::min(tiles, resident)) * cluster},
+      &params);
 }
 
 Status launch_wide_dq(const runtime::Kernel& kernel, runtime::cuda::Stream stream,

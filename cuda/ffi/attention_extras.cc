@@ -2,6 +2,7 @@
 
 #include <array>
 #include <iterator>
+#include <utility>
 
 namespace tk::ffi {
 namespace {
@@ -72,11 +73,15 @@ attention::ScoreArray score_array(const std::optional<AnyBuffer>& buffer) {
 }
 
 Status check_map(const char* name, const std::optional<AnyBuffer>& buffer, bool needed,
-                 const AttentionSizes& s, std::int64_t rows, std::int64_t columns) {
+                 const AttentionSizes& s, const MapBlock& block, bool transposed) {
   if (buffer.has_value() != needed) {
     return invalid(std::string(name) + (needed ? " is missing" : " is there") +
                    ": segment ids and masks come with block maps, and these with them");
   }
+  if (block.queries < 1 || block.keys < 1) return {};  // the spec is refused
+  std::int64_t rows = ceil_div(s.seqlen_q, block.queries);
+  std::int64_t columns = ceil_div(s.seqlen_kv, block.keys);
+  if (transposed) std::swap(rows, columns);
   return check_shared(name, buffer, xffi::DataType::S32,
                       {s.batch, s.num_heads, rows, ceil_div(columns, 32), 2});
 }
@@ -131,16 +136,12 @@ bool has_float_bias(const ExtraBuffers& extras) {
   return extras.bias && extras.bias->element_type() == xffi::DataType::F32;
 }
 
-Status check_maps(const ExtraBuffers& extras, const AttentionSizes& s, std::int64_t block_q,
-                  std::int64_t block_kv, bool backward) {
+Status check_maps(const ExtraBuffers& extras, const AttentionSizes& s, const MapBlock& key_map,
+                  const std::optional<MapBlock>& query_map) {
   const bool mapped = extras.q_segments || extras.mask;
-  if (!mapped && !extras.key_map && !extras.query_map) return {};
-  if (block_q < 1 || block_kv < 1) return {};  // the spec is refused
-  const std::int64_t q_blocks = ceil_div(s.seqlen_q, block_q);
-  const std::int64_t kv_blocks = ceil_div(s.seqlen_kv, block_kv);
-  return first_error(
-      {check_map("key_map", extras.key_map, mapped, s, q_blocks, kv_blocks),
-       check_map("query_map", extras.query_map, mapped && backward, s, kv_blocks, q_blocks)});
+  return first_error({check_map("key_map", extras.key_map, mapped, s, key_map, false),
+                      check_map("query_map", extras.query_map, mapped && query_map, s,
+                                query_map.value_or(MapBlock{}), true)});
 }
 
 void declare_arrays(std::initializer_list<CallArray> arrays, const ExtraBuffers& extras) {

@@ -57,9 +57,13 @@ bool has_float_bias(const ExtraBuffers& extras);
 
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args);
 Status check_extras(const ExtraBuffers& extras, const AttentionSizes& sizes);
-// Maps are of a pass's own tiles: there where they are needed, and of their size.
-Status check_maps(const ExtraBuffers& extras, const AttentionSizes& sizes, std::int64_t block_q,
-                  std::int64_t block_kv, bool backward);
+// Queries and keys of a block of a map: those of the tiles of the kernel that walks it.
+struct MapBlock {
+  std::int64_t queries, keys;
+};
+// Maps are there where they are needed, and of their size. A forward pass has no query_map.
+Status check_maps(const ExtraBuffers& extras, const AttentionSizes& sizes, const MapBlock& key_map,
+                  const std::optional<MapBlock>& query_map);
 
 // What a call's kernels may touch: its other arrays, and these.
 void declare_arrays(std::initializer_list<CallArray> arrays, const ExtraBuffers& extras);

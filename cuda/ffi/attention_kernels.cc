@@ -164,19 +164,11 @@ Result<KernelSpec> AttentionBackwardKernels::main_spec() const {
   return checked(std::move(spec));
 }
 
-Status AttentionBackwardKernels::check_wide() const {
-  for (const char* name : kFeatureNames) {
-    if (features & ~attention::kWideFeatures & feature_of(name)) {
-      return unsupported(std::string(name) + " with head dims beyond 128");
-    }
-  }
-  return check_common(*this);
-}
-
 Result<KernelSpec> AttentionBackwardKernels::wide_spec() const {
-  if (Status status = first_error({check_wide(), check_multiple("block_q", config.block_q, 64, 128),
-                                   check_multiple("block_kv", config.block_kv, 64, 128),
-                                   check_multiple("stages", config.stages, 1, 8)});
+  if (Status status =
+          first_error({check_common(*this), check_multiple("block_q", config.block_q, 64, 128),
+                       check_multiple("block_kv", config.block_kv, 64, 128),
+                       check_multiple("stages", config.stages, 1, 8)});
       !status.ok()) {
     return status.error();
   }
@@ -196,9 +188,9 @@ Result<KernelSpec> AttentionBackwardKernels::wide_spec() const {
 }
 
 Result<KernelSpec> AttentionBackwardKernels::wide_dq_spec() const {
-  if (Status status =
-          first_error({check_wide(), check_multiple("dq_block_kv", config.dq_block_kv, 16, 256),
-                       check_multiple("dq_stages", config.dq_stages, 1, 8)});
+  if (Status status = first_error({check_common(*this),
+                                   check_multiple("dq_block_kv", config.dq_block_kv, 16, 256),
+                                   check_multiple("dq_stages", config.dq_stages, 1, 8)});
       !status.ok()) {
     return status.error();
   }

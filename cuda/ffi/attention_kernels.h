@@ -43,7 +43,6 @@ struct AttentionBackwardKernels {
   Result<KernelSpec> last_spec() const;
 
  private:
-  Status check_wide() const;
   Result<KernelSpec> wide_spec() const;
   Result<KernelSpec> wide_dq_spec() const;
 };

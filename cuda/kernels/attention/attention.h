@@ -71,6 +71,7 @@ struct Extras {
   ScoreArray mask;         // of bytes, 0 or 1
   BlockMap key_map;        // of query blocks over key blocks, with segments or a mask
   BlockMap query_map;      // of key blocks over query blocks, the same in the backward pass
+                           // (wide: of the tiles of dq's kernel and of the other one)
   ScoreArray bias;
   const float* sinks;       // [B, H] or [H]
   long sinks_batch_stride;  // H or 0
@@ -302,15 +303,12 @@ constexpr int backward_finish_shared_bytes(long head_dim) {
   return static_cast<int>(64 * head_dim * 2) + kSharedSlack;
 }
 
-// What the wide kernels are compiled for.
-constexpr unsigned kWideFeatures = kLengths | kSoftCap;
-
 // Kernel: "kernels/attention/backward_wide.cuh"
 //   tk::attention::backward_wide<tk::attention::BackwardWideTraits<
 //       T, kHeadDim, kHeadDimV, kMask, kFeatures, kBlockQ, kBlockKv, kStages>>
 // Grid: clusters of block_kv / 64 blocks; with tiles as in BackwardParams,
-//   a mask     tiles clusters: they start in index order as multiprocessors become free
-//   otherwise  min(tiles, as many clusters as multiprocessors hold)
+//   a mask or a block map  tiles clusters: in index order as multiprocessors become free
+//   otherwise              min(tiles, as many clusters as multiprocessors hold)
 // Params: BackwardParams, with k and v in boxes of 64 rows, without dq_acc and dq_order, and with a
 // turn_group of 1: all key blocks start at the same queries, which they then find in L2.
 constexpr int backward_wide_cluster(const BackwardConfig& config) {

@@ -19,6 +19,7 @@
 
 #include "kernels/attention/attention.h"
 #include "kernels/attention/mask.cuh"
+#include "kernels/attention/query_steps.cuh"
 #include "kernels/attention/scores.cuh"
 #include "kernels/attention/turns.cuh"
 #include "tk/tk.cuh"
@@ -46,7 +47,6 @@ struct BackwardWide {
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
   static constexpr int kClusterSize = Traits::kClusterSize;
   static constexpr unsigned kFeatures = Traits::kFeatures;
-  static_assert((kFeatures & ~kWideFeatures) == 0, "the wide kernels lack a feature");
   static constexpr int kConsumers = 2;
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
@@ -54,7 +54,8 @@ struct BackwardWide {
   // beside dk.
   static constexpr bool kDkFirst = Traits::kStages == 2;
 
-  static constexpr bool kCaps = ScoreMap<T, kFeatures>::kCaps;
+  using Map = ScoreMap<T, kFeatures>;
+  static constexpr bool kFewRegisters = Map::kAdds;
   // Whether the exponentials have to run beside dv's product: the compiler puts them after it.
   static constexpr bool kPinWeights = true;
 
@@ -69,6 +70,10 @@ struct BackwardWide {
   using Scores = RegTile<float, 16, kBlockQ>;
   using Weights = RegTile<T, 16, kBlockQ>;
   using Steps = Turns<Traits::kMask, kFeatures, kBlockQ, kBlockKv>;
+  using Queries = QuerySteps<Steps>;
+  // Whether a bias is loaded where it is added: for all of it to arrive beside the scores' product
+  // there are no registers.
+  static constexpr bool kLateBias = Map::kCaps || Steps::kMapped || kHeadDimV == 256;
 
   struct Shared {
     KTile k_smem;  // at a tile's end, dk and dv on their way out
@@ -127,27 +132,6 @@ struct BackwardWide {
     }
   };
 
-  // A consumer's way through the steps of a tile: every query head of the group, and for each its
-  // query blocks.
-  struct Queries {
-    const Walk& walk;
-    int first, steps, left;
-    int step = 0;
-
-    __device__ __forceinline__ Queries(const Walk& w, const Tile& tile) : walk(w) {
-      first = walk.steps.first_q_block(tile.n);
-      steps = walk.steps.steps(tile.n);
-      left = walk.params.num_heads / walk.params.num_kv_heads * steps;
-    }
-    // The first query of the step at hand; then the next step is.
-    __device__ __forceinline__ int take() {
-      const int query = walk.steps.q_block(first, step) * kBlockQ;
-      if (++step == steps) step = 0;
-      --left;
-      return query;
-    }
-  };
-
   __device__ __forceinline__ static void init(const BackwardParams&, Shared& shared) {
     shared.kv_ring.init(4 * kConsumers);
     shared.q_ring.init(4 * kConsumers * kClusterSize);
@@ -171,24 +155,38 @@ struct BackwardWide {
       tma::load(shared.v_smem, params.v, kv_full, tma::Keep::kBriefly, 0, tile.first_key,
                 tile.kv_head, tile.batch);
       kv_state.advance();
-      const int first = walk.steps.first_q_block(tile.n), steps = walk.steps.steps(tile.n);
-      for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
-        for (int step = 0; step < steps; ++step, state.advance()) {
-          const int first_query = walk.steps.q_block(first, step) * kBlockQ;
-          const int row = (tile.batch * params.num_heads + head) * params.padded_q + first_query;
-          shared.q_ring.acquire(state, QTile::kBytes + QVec::kBytes);
-          Barrier& q_full = shared.q_ring.full(state);
-          load_queries<0>(shared.q_smem[state.stage], params.q, q_full, first_query, head,
-                          tile.batch);
-          tma::load(shared.lse_smem[state.stage], params.lse_log2 + row, q_full);
-          shared.dout_ring.acquire(state, DoutTile::kBytes + QVec::kBytes);
-          Barrier& dout_full = shared.dout_ring.full(state);
-          load_queries<kClusterSize - 1>(shared.dout_smem[state.stage], params.dout, dout_full,
-                                         first_query, head, tile.batch);
-          tma::load(shared.delta_smem[state.stage], params.delta + row, dout_full);
+      // A block map is of a cluster's keys: both of its blocks, which share what is loaded, visit
+      // the same queries.
+      if constexpr (Steps::kMapped) {
+        for (MappedSteps s(walk.steps, params, tile.n, tile.kv_head, tile.batch); s.valid();
+             s.next(), state.advance()) {
+          load_step(params, shared, state, s.q_block(), s.head, tile.batch);
+        }
+      } else {
+        const int first = walk.steps.first_q_block(tile.n), steps = walk.steps.steps(tile.n);
+        for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
+          for (int step = 0; step < steps; ++step, state.advance()) {
+            load_step(params, shared, state, walk.steps.q_block(first, step), head, tile.batch);
+          }
         }
       }
     }
+  }
+
+  __device__ __forceinline__ static void load_step(const BackwardParams& params, Shared& shared,
+                                                   typename Ring::State& state, int m, int head,
+                                                   int batch) {
+    const int first_query = m * kBlockQ;
+    const int row = (batch * params.num_heads + head) * params.padded_q + first_query;
+    shared.q_ring.acquire(state, QTile::kBytes + QVec::kBytes);
+    Barrier& q_full = shared.q_ring.full(state);
+    load_queries<0>(shared.q_smem[state.stage], params.q, q_full, first_query, head, batch);
+    tma::load(shared.lse_smem[state.stage], params.lse_log2 + row, q_full);
+    shared.dout_ring.acquire(state, DoutTile::kBytes + QVec::kBytes);
+    Barrier& dout_full = shared.dout_ring.full(state);
+    load_queries<kClusterSize - 1>(shared.dout_smem[state.stage], params.dout, dout_full,
+                                   first_query, head, batch);
+    tma::load(shared.delta_smem[state.stage], params.delta + row, dout_full);
   }
 
   // The same rows for every block of the cluster: block kLoader loads them.
@@ -222,27 +220,36 @@ struct BackwardWide {
   __device__ __forceinline__ static void sum_dv(const BackwardParams& params, Shared& shared) {
     typename KvRing::State kv_state;
     typename Ring::State q_state, dout_state;
-    const ScoreMap<T, kFeatures> score_map(params.scale, params.extras);
+    const Map score_map(params.scale, params.extras);
     for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
       const Tile tile = walk.tile();
       RegTile<float, 16, kHeadDimV> dv_acc;
       warp::zero(dv_acc);
       shared.kv_ring.wait(kv_state);
-      Queries queries(walk, tile);
-      if (queries.left > 0) {
+      Queries queries(walk.steps, params, tile.n, tile.kv_head, tile.batch);
+      if (queries.valid()) {
         Scores s_acc;
         Weights p;
         Weights slopes;  // with a cap: p times its slope
+        // Widened: values take a register each anyway until all have arrived.
+        Select<Map::kAdds && kLateBias, Scores, typename Map::template BiasTile<kBlockQ>> bias;
         const auto issue_scores = [&] {
           shared.q_ring.wait(q_state);
-          warpgroup::mm_ABt(s_acc, shared.k_smem, shared.q_smem[q_state.stage]);
+          warpgroup::mm_ABt(s_acc, operand<kFewRegisters>(shared.k_smem),
+                            shared.q_smem[q_state.stage]);
           warpgroup::mma_commit();
+        };
+        const auto load_bias = [&](int head, int q_block) {
+          Map::load_transposed_bias(bias, params, tile.batch, head, q_block * kBlockQ,
+                                    tile.first_key);
         };
         // Scores become weights.
         const auto weigh = [&] {
-          const int first_query = queries.take();
+          const Step step = take_step(queries);
+          const int first_query = step.q_block * kBlockQ;
           const Bounds& bounds = walk.steps.bounds;
-          score_map.apply(s_acc);
+          if constexpr (kLateBias && !Map::kCaps) load_bias(step.head, step.q_block);
+          score_map.begin(s_acc, bias);
           // Keys beyond the arrays are rows that nobody stores; those beyond a length are not.
           bool masked = (kFeatures & kLengths) != 0 && tile.first_key + 64 > bounds.seqlen_kv;
           if constexpr (Traits::kMask != Mask::kNone) {
@@ -258,14 +265,21 @@ struct BackwardWide {
             mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, tile.first_key,
                                                              bounds);
           }
-          score_map.weigh_apart(slopes, s_acc, shared.lse_smem[q_state.stage]);
+          if constexpr (Steps::kMapped) {
+            if (!step.is_whole) {
+              mask_transposed_by_arrays<kFeatures>(s_acc, params, tile.batch, step.head,
+                                                   first_query, tile.first_key);
+            }
+          }
+          if constexpr (kLateBias && Map::kCaps) load_bias(step.head, step.q_block);
+          score_map.weigh_apart(slopes, s_acc, bias, shared.lse_smem[q_state.stage]);
           release(shared.q_ring, q_state);
           q_state.advance();
         };
         // What turns dp into ds: p, times whatever slope a map of scores has.
         const auto share_weights = [&] {
           named_sync(kWeightsTaken, 128 * kConsumers);
-          if constexpr (kCaps) {
+          if constexpr (Map::kCaps) {
             warpgroup::store(shared.p_smem, slopes);
           } else {
             warpgroup::store(shared.p_smem, p);
@@ -283,13 +297,15 @@ struct BackwardWide {
           dout_state.advance();
         };
         issue_scores();
+        if constexpr (!kLateBias) load_bias(queries.head, queries.q_block());
         warpgroup::mma_wait<0>(s_acc);
         weigh();
         warp::convert(p, s_acc);
-        while (queries.left > 0) {
+        while (queries.valid()) {
           share_weights();
           issue_scores();
           issue_sum();
+          if constexpr (!kLateBias) load_bias(queries.head, queries.q_block());
           warpgroup::mma_wait<1>(s_acc);
           weigh();
           if constexpr (kPinWeights) warp::pin(s_acc);
@@ -314,18 +330,19 @@ struct BackwardWide {
       RegTile<float, 16, kHeadDim> dk_acc;
       warp::zero(dk_acc);
       shared.kv_ring.wait(kv_state);
-      Queries queries(walk, tile);
-      if (queries.left > 0) {
+      Queries queries(walk.steps, params, tile.n, tile.kv_head, tile.batch);
+      if (queries.valid()) {
         Scores dp_acc;
         Weights ds;
         const auto issue_dp = [&] {
           shared.dout_ring.wait(dout_state);
-          warpgroup::mm_ABt(dp_acc, shared.v_smem, shared.dout_smem[dout_state.stage]);
+          warpgroup::mm_ABt(dp_acc, operand<kFewRegisters>(shared.v_smem),
+                            shared.dout_smem[dout_state.stage]);
           warpgroup::mma_commit();
         };
         // dp becomes the gradient of the scores.
         const auto differentiate = [&] {
-          queries.take();
+          queries.next();
           warp::map_cols(dp_acc, dp_acc, shared.delta_smem[dout_state.stage],
                          [](float dp, float delta) { return dp - delta; });
           release(shared.dout_ring, dout_state);
@@ -349,7 +366,7 @@ struct BackwardWide {
         warpgroup::mma_wait<0>(dp_acc);
         differentiate();
         warp::convert(ds, dp_acc);
-        while (queries.left > 0) {
+        while (queries.valid()) {
           if constexpr (kDkFirst) {
             issue_sum();
             issue_dp();

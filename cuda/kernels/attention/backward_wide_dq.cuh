@@ -16,6 +16,7 @@
 #pragma once
 
 #include "kernels/attention/attention.h"
+#include "kernels/attention/block_map.cuh"
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/query_walk.cuh"
 #include "kernels/attention/scores.cuh"
@@ -41,10 +42,14 @@ struct BackwardWideDq {
   static constexpr int kHeadDim = Traits::kHeadDim, kHeadDimV = Traits::kHeadDimV;
   static constexpr int kBlockKv = Traits::kBlockKv;
   static constexpr unsigned kFeatures = Traits::kFeatures;
-  static_assert((kFeatures & ~kWideFeatures) == 0, "the wide kernels lack a feature");
   static constexpr int kConsumers = kWideDqBlockQ / 64;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr bool kMapped = (kFeatures & kMapFeatures) != 0;
+  static constexpr int kProducerRegisters = kMapped ? 40 : 24;
+  static constexpr int kConsumerRegisters = kMapped ? 232 : 240;
+  using Map = ScoreMap<T, kFeatures>;
+  static constexpr bool kFewRegisters = kMapped || Map::kAdds;
+  // Whether a bias is loaded where it is added, after the scores are masked.
+  static constexpr bool kLateBias = Map::kAdds && (Map::kCaps || kMapped);
 
   // Whether the exponentials have to run beside dq's and dp's products: the compiler puts them
   // after both.
@@ -61,6 +66,32 @@ struct BackwardWideDq {
   using DqTile = RegTile<float, 16, kHeadDim>;
   using Walk = QueryWalk<BackwardWideDqParams, Traits::kMask, kFeatures, kWideDqBlockQ, kBlockKv,
                          (kHeadDim + kHeadDimV) * static_cast<int>(sizeof(T))>;
+
+  // The key blocks of a tile, from the last that it visits to the first.
+  struct CountedKeys {
+    int first, at;
+
+    __device__ __forceinline__ CountedKeys(const BackwardWideDqParams&, const QueryTile& tile)
+        : first(tile.first_block), at(tile.end_block - 1) {}
+    __device__ __forceinline__ bool empty() const { return at + 1 == first; }
+    __device__ __forceinline__ bool valid() const { return at >= first; }
+    __device__ __forceinline__ int block() const { return at; }
+    __device__ __forceinline__ void next() { --at; }
+  };
+  struct MappedKeys {
+    MapRow row;
+    BlocksDown<true> blocks;
+
+    __device__ __forceinline__ MappedKeys(const BackwardWideDqParams& params, const QueryTile& tile)
+        : row{params.extras.key_map, tile.batch, tile.head, tile.first_query / kWideDqBlockQ} {
+      blocks.start(tile.first_block, tile.end_block, row);
+    }
+    __device__ __forceinline__ bool empty() const { return !valid(); }
+    __device__ __forceinline__ bool valid() const { return blocks.valid(); }
+    __device__ __forceinline__ int block() const { return blocks.block(); }
+    __device__ __forceinline__ void next() { blocks.next(row); }
+  };
+  using Keys = Select<kMapped, MappedKeys, CountedKeys>;
 
   struct Shared {
     QTile q_smem[kConsumers];  // at a tile's end, dq on its way out
@@ -101,13 +132,14 @@ struct BackwardWideDq {
       }
       rows_state.advance();
       const int kv_head = tile.head / group;
-      for (int block = tile.end_block - 1; block >= tile.first_block; --block, state.advance()) {
+      for (Keys keys(params, tile); keys.valid(); keys.next(), state.advance()) {
+        const int first_key = keys.block() * kBlockKv;
         shared.k_ring.acquire(state, KTile::kBytes);
         tma::load(shared.k_smem[state.stage], params.k, shared.k_ring.full(state), tma::Keep::kLong,
-                  0, block * kBlockKv, kv_head, tile.batch);
+                  0, first_key, kv_head, tile.batch);
         shared.v_ring.acquire(state, VTile::kBytes);
         tma::load(shared.v_smem[state.stage], params.v, shared.v_ring.full(state), tma::Keep::kLong,
-                  0, block * kBlockKv, kv_head, tile.batch);
+                  0, first_key, kv_head, tile.batch);
       }
     }
   }
@@ -116,7 +148,7 @@ struct BackwardWideDq {
                                                  int consumer) {
     typename RowsRing::State rows_state;
     typename Ring::State k_state, v_state;  // k_state: the first block that still reads its k
-    const ScoreMap<T, kFeatures> score_map(params.scale, params.extras);
+    const Map score_map(params.scale, params.extras);
     const QTile& q_smem = shared.q_smem[consumer];
     const DoutTile& dout_smem = shared.dout_smem[consumer];
     for (Walk walk(params); walk.valid(); walk.next()) {
@@ -132,17 +164,38 @@ struct BackwardWideDq {
       DqTile dq_acc;
       warp::zero(dq_acc);
       shared.rows_ring[consumer].wait(rows_state);
-      if (!tile.empty()) {
+      Keys keys(params, tile);
+      if (!keys.empty()) {
         Scores s_acc, dp_acc;
         Weights ds;
+        Select<Map::kAdds && kLateBias, Scores, typename Map::template BiasTile<kBlockKv>> bias;
+        const auto load_bias = [&] {
+          Map::load_bias(bias, params, tile.batch, tile.head, first_query, keys.block() * kBlockKv);
+        };
         // Scores become weights.
-        const auto weigh = [&](int block) {
-          score_map.apply(s_acc);
+        const auto weigh = [&] {
+          const int block = keys.block();
+          if constexpr (!kLateBias) {
+            score_map.apply(s_acc, bias);
+          } else if constexpr (Map::kCaps) {
+            score_map.begin(s_acc, bias);
+          }
           if (tile.template masked<Traits::kMask>(block)) {
             mask_scores<Traits::kMask>(s_acc, first_query, block * kBlockKv,
                                        bounds_of<kFeatures>(params, tile.batch));
           }
-          score_map.weigh(s_acc, lse);
+          if constexpr (kMapped) {
+            if (!keys.blocks.is_whole()) {
+              mask_by_arrays<kFeatures>(s_acc, params, tile.batch, tile.head, first_query,
+                                        block * kBlockKv);
+            }
+          }
+          if constexpr (kLateBias) {
+            load_bias();
+            score_map.weigh_with(s_acc, bias, lse);
+          } else {
+            score_map.weigh(s_acc, lse);
+          }
         };
         // dp becomes the gradient of the scores.
         const auto differentiate = [&] {
@@ -150,33 +203,35 @@ struct BackwardWideDq {
           warp::mul(dp_acc, dp_acc, s_acc);
           warp::convert(ds, dp_acc);
         };
-        int block = tile.end_block - 1;
         shared.k_ring.wait(k_state);
-        warpgroup::mm_ABt(s_acc, q_smem, shared.k_smem[k_state.stage]);
+        warpgroup::mm_ABt(s_acc, operand<kFewRegisters>(q_smem), shared.k_smem[k_state.stage]);
         warpgroup::mma_commit();
         shared.v_ring.wait(v_state);
-        warpgroup::mm_ABt(dp_acc, dout_smem, shared.v_smem[v_state.stage]);
+        warpgroup::mm_ABt(dp_acc, operand<kFewRegisters>(dout_smem), shared.v_smem[v_state.stage]);
         warpgroup::mma_commit();
+        if constexpr (!kLateBias) load_bias();
         warpgroup::mma_wait<1>(s_acc);
-        weigh(block);
+        weigh();
         warpgroup::mma_wait<0>(dp_acc);
         shared.v_ring.release(v_state);
         v_state.advance();
         differentiate();
 
-        for (--block; block >= tile.first_block; --block) {
+        for (keys.next(); keys.valid(); keys.next()) {
           typename Ring::State next = k_state;
           next.advance();
           shared.k_ring.wait(next);
-          warpgroup::mm_ABt(s_acc, q_smem, shared.k_smem[next.stage]);
+          warpgroup::mm_ABt(s_acc, operand<kFewRegisters>(q_smem), shared.k_smem[next.stage]);
           warpgroup::mma_commit();
           warpgroup::mma_AB(dq_acc, ds, shared.k_smem[k_state.stage]);
           warpgroup::mma_commit();
           shared.v_ring.wait(v_state);
-          warpgroup::mm_ABt(dp_acc, dout_smem, shared.v_smem[v_state.stage]);
+          warpgroup::mm_ABt(dp_acc, operand<kFewRegisters>(dout_smem),
+                            shared.v_smem[v_state.stage]);
           warpgroup::mma_commit();
+          if constexpr (!kLateBias) load_bias();
           warpgroup::mma_wait<2>(s_acc);
-          weigh(block);
+          weigh();
           if constexpr (kPinWeights) warp::pin(s_acc);
           warpgroup::mma_wait<1>(dq_acc, ds);
           shared.k_ring.release(k_state);

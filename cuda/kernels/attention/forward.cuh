@@ -57,6 +57,8 @@ struct Forward {
   using Weights = RegTile<T, 16, kBlockKv>;
   using Output = RegTile<float, 16, kHeadDimV>;
   using Map = ScoreMap<T, Traits::kFeatures>;
+  static constexpr bool kFewRegisters =
+      is_wide(kHeadDim, kHeadDimV) && (Map::kAdds || (kFeatures & kMapFeatures) != 0);
   static constexpr int kQStages =
       forward_q_stages(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages});
   using QRing = Pipeline<kQStages>;
@@ -207,7 +209,8 @@ struct Forward {
     typename Map::template BiasTile<kBlockKv> bias;
 
     const auto issue_scores = [&](int q_stage) {
-      warpgroup::mm_ABt(s_acc, shared.rows[q_stage][consumer].q_smem, shared.k_smem[k_state.stage]);
+      warpgroup::mm_ABt(s_acc, operand<kFewRegisters>(shared.rows[q_stage][consumer].q_smem),
+                        shared.k_smem[k_state.stage]);
       warpgroup::mma_commit();
     };
     const auto load_bias = [&](const Tile& tile, const Blocks& keys) {

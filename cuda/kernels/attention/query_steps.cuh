@@ -99,4 +99,21 @@ template <typename QTurns>
 using QuerySteps = Select<QTurns::kMapped, MappedSteps,
                           Select<QTurns::kAscending, StepsDown<QTurns>, CountedSteps<QTurns>>>;
 
+// The step at hand; then the next step is.
+struct Step {
+  int q_block, head;
+  bool is_whole;  // as far as a block map says
+};
+template <typename QTurns>
+__device__ __forceinline__ Step take_step(CountedSteps<QTurns>& steps) {
+  const Step step = {steps.q_block(), steps.head, true};
+  steps.next();
+  return step;
+}
+__device__ __forceinline__ Step take_step(MappedSteps& steps) {
+  const Step step = {steps.q_block(), steps.head, steps.blocks.is_whole()};
+  steps.next();
+  return step;
+}
+
 }  // namespace tk::attention

@@ -17,6 +17,17 @@ namespace tk::attention {
 
 struct Nothing {};
 
+// Shared rows that a consumer multiplies with again and again. Where registers are few, their
+// descriptors are not kept from one product to the next.
+template <bool kAfresh, typename Rows>
+__device__ __forceinline__ decltype(auto) operand(const Rows& rows) {
+  if constexpr (kAfresh) {
+    return warpgroup::afresh(rows);
+  } else {
+    return (rows);
+  }
+}
+
 template <typename T, unsigned kFeatures>
 struct ScoreMap {
   static constexpr bool kCaps = (kFeatures & kSoftCap) != 0;
@@ -74,12 +85,6 @@ struct ScoreMap {
     }
   }
 
-  template <typename Tile>
-  __device__ __forceinline__ void apply(Tile& scores) const {
-    static_assert(!kAdds, "a bias is missing");
-    apply(scores, Nothing{});
-  }
-
   // On the way back, in two steps: to what tells hidden scores, which become -inf before the
   // second.
   template <typename Tile, typename Bias>
@@ -118,39 +123,68 @@ struct ScoreMap {
     }
   }
 
-  // The same, but the scores become p itself; where there is a cap, what ds is a multiple of goes
-  // to `slopes`, rounded.
-  template <typename Slopes, typename Tile, int kN>
-  __device__ __forceinline__ void weigh_apart(Slopes& slopes, Tile& scores,
+  // For kernels of wide heads. The scores become p itself; where there is a cap, what ds is a
+  // multiple of goes to `slopes`, rounded.
+  template <typename Slopes, typename Tile, typename Bias, int kN>
+  __device__ __forceinline__ void weigh_apart(Slopes& slopes, Tile& scores, const Bias& bias,
                                               const SharedVec<float, kN>& lse) const {
-    const float factor = unit * kLog2E;
-    if constexpr (kCaps) {
+    if constexpr (kCaps && kAdds) {
+      const float factor = cap * kLog2E;
+      warp::zip_cols_twice(slopes, scores, scores, bias, lse,
+                           [=](float t, float b, float l, float& p_slope, float& p) {
+                             p = weight(t, factor, b * kLog2E - l);
+                             p_slope = p * slope(t);
+                           });
+    } else if constexpr (kCaps) {
+      const float factor = unit * kLog2E;
       warp::zip_cols_twice(slopes, scores, scores, scores, lse,
                            [=](float t, float, float l, float& p_slope, float& p) {
-                             const float bounded = math::max(t, -1.0f);
                              p = math::exp2(t * factor - l);
-                             p_slope = p * math::fma(-bounded, bounded, 1.0f);
+                             p_slope = p * slope(t);
                            });
     } else {
+      const float factor = unit * kLog2E;
       warp::map_cols(scores, scores, lse,
                      [=](float s, float l) { return math::exp2(s * factor - l); });
     }
   }
-
   // What ds is a multiple of alone, where a row is a query.
   template <typename Tile>
   __device__ __forceinline__ void weigh(Tile& scores, const PerRow<16>& lse) const {
-    static_assert(!kAdds, "the kernels of wide heads take no bias");
+    static_assert(!kCaps || !kAdds, "a bias is missing");
     const float factor = unit * kLog2E;
     warp::map_rows(scores, scores, lse, [=](float t, float l) {
       const float p = math::exp2(t * factor - l);
       if constexpr (!kCaps) return p;
-      const float bounded = math::max(t, -1.0f);
-      return p * math::fma(-bounded, bounded, 1.0f);
+      return p * slope(t);
+    });
+  }
+  // The same of scores without their bias: of the product, or of what has been capped. So a bias
+  // can be loaded after what hides scores.
+  template <typename Tile, typename Bias>
+  __device__ __forceinline__ void weigh_with(Tile& scores, const Bias& bias,
+                                             const PerRow<16>& lse) const {
+    const float factor = (kCaps ? cap : gain) * kLog2E;
+    Tile exponents;
+    warp::map_rows(exponents, bias, lse, [](float b, float l) { return b * kLog2E - l; });
+    warp::zip(scores, scores, exponents, [=](float t, float e) {
+      const float p = weight(t, factor, e);
+      if constexpr (!kCaps) return p;
+      return p * slope(t);
     });
   }
 
  private:
+  // Zero for a hidden score, whatever its bias is.
+  __device__ __forceinline__ static float weight(float t, float factor, float exponent) {
+    return t == -kInfinity ? 0.0f : math::exp2(math::fma(t, factor, exponent));
+  }
+  // Of the cap at t = tanh; a hidden score has none.
+  __device__ __forceinline__ static float slope(float t) {
+    const float bounded = math::max(t, -1.0f);
+    return math::fma(-bounded, bounded, 1.0f);
+  }
+
   __device__ __forceinline__ static const BiasElement* first_of(const ScoreArray& array, int batch,
                                                                 int head) {
     return static_cast<const BiasElement*>(array.data) + batch * array.batch_stride +

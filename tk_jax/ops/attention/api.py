@@ -63,8 +63,8 @@ def attention(
 
     The TK kernel runs on NVIDIA Hopper GPUs for bfloat16 and float16 with head dims D
     and Dv that are multiples of 8 up to 256, and takes all of these; blocks that are
-    masked as a whole are skipped. With a head dim beyond 128 it has no segment ids,
-    masks and biases. Everything else, and every other platform, runs an XLA
+    masked as a whole are skipped. With a head dim beyond 192 it takes no bias beside
+    segment ids or a mask. Everything else, and every other platform, runs an XLA
     implementation of the same maths, also in linear memory. Where a GPU runs that
     although nobody asked for it, a :class:`tk_jax.FallbackWarning` says why, once per
     reason; :func:`tk_jax.explain` tells beforehand.

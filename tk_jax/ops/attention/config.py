@@ -22,6 +22,8 @@ MAX_ROWS = 2**31 - 1
 QUERY_PADDING = 128
 # ... and dq is accumulated in fragments of this many rows (kFragmentRows).
 FRAGMENT_ROWS = 64
+# Queries of a tile of dq's own kernel (kWideDqBlockQ).
+WIDE_DQ_BLOCK_Q = 128
 # Queries and keys of a tile of a bias's gradient (kBiasBlockQ, kBiasBlockKv).
 BIAS_BLOCK_Q, BIAS_BLOCK_KV = 128, 64
 
@@ -182,8 +184,14 @@ _FORWARD_FEATURES = {
     "mask": {
         64: _FORWARD_MIXED,
         128: AttentionForwardConfig(block_q=128, block_kv=112, stages=2),
+        192: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+        256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
     },
-    "segments": {64: _FORWARD_MIXED, 128: _FORWARD_MIXED},
+    "segments": {
+        64: _FORWARD_MIXED,
+        128: _FORWARD_MIXED,
+        256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+    },
     "softcap": {
         256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
     },
@@ -217,8 +225,8 @@ KERNEL_EXTRAS = (
     "bias",
     "sinks",
 )
-# Of those, the ones that they do not take with head dims beyond 128.
-NARROW_EXTRAS = ("q_segment_ids", "kv_segment_ids", "mask", "bias")
+# Up to this one there are registers for a bias beside segment ids or a mask.
+MAX_HEAD_DIM_OF_BOTH = 192
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
@@ -278,23 +286,30 @@ def backward_config(
     """The head dims are those of arrays."""
     narrow = narrow_head_dim(head_dim, head_dim_v)
     if narrow is None:
-        return _wide_backward_config(tile_head_dim(head_dim), tile_head_dim(head_dim_v))
+        tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
+        return _wide_backward_config(*tile, features)
     for feature, tiles in _BACKWARD_FEATURES.items():
         if feature in features and narrow in tiles:
             return tiles[narrow]
     return _BACKWARD[narrow]
 
 
-def _wide_backward_config(head_dim: int, head_dim_v: int) -> AttentionBackwardConfig:
+def _wide_backward_config(
+    head_dim: int, head_dim_v: int, features: frozenset[str]
+) -> AttentionBackwardConfig:
     """Rings as deep as fits, up to three stages."""
     row = 2 * (head_dim + head_dim_v)
     room = _SHARED_BYTES - _SHARED_SLACK
     block_q = 64
     resident = 64 * row + 2 * 64 * block_q  # k, v and p
     stages = min(3, (room - resident) // (block_q * (row + 8)))
-    # 64 keys a step, unless two stages do not fit beside 128 rows of q and dout.
-    room -= 128 * row
-    dq_block_kv = 64 if 2 * 64 * row <= room else 48
+    # 64 keys a step, unless two stages do not fit beside 128 rows of q and dout, or dq
+    # and a feature leave too few registers.
+    room -= WIDE_DQ_BLOCK_Q * row
+    crowded = head_dim == MAX_HEAD_DIM and features & {"segments", "mask", "bias"}
+    dq_block_kv = 48 if crowded or 2 * 64 * row > room else 64
+    if features >= {"bias", "softcap"}:
+        dq_block_kv -= 16
     return AttentionBackwardConfig(
         block_q=block_q,
         # With two stages, blocks of a cluster wait for each other more than they save.
@@ -323,12 +338,14 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
         if dim % HEAD_DIM_STEP or dim > MAX_HEAD_DIM:
             known = f"multiples of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
             return f"head dim {dim}{owner} (it takes {known})"
-    wide = narrow_head_dim(head_dim, head_dim_v) is None
     for name, value in extras._asdict().items():
         if value is not None and name not in KERNEL_EXTRAS:
             return name
-        if value is not None and wide and name in NARROW_EXTRAS:
-            return f"{name} with head dims beyond 128"
+    if extras.bias is not None and max(head_dim, head_dim_v) > MAX_HEAD_DIM_OF_BOTH:
+        for name in ("q_segment_ids", "mask"):
+            if getattr(extras, name) is not None:
+                limit = MAX_HEAD_DIM_OF_BOTH
+                return f"bias beside {name} with head dims beyond {limit}"
     return exceeded_limit(q.shape, k.shape)
 
 

@@ -304,9 +304,12 @@ def _extra_arrays(extras: config.Extras, batch, q, k, tiles, *, backward):
         mapped = tiles is not None and (has_segments or has_mask)
         if not mapped or (transposed and not backward):
             return jnp.zeros((0,) * 5, jnp.int32)
+        block = (tiles.block_q, tiles.block_kv)
+        if backward and tiles.dq_block_kv and not transposed:
+            block = (config.WIDE_DQ_BLOCK_Q, tiles.dq_block_kv)
         return blocks.block_map(
             (q.shape[1], k.shape[1]),
-            (tiles.block_q, tiles.block_kv),
+            block,
             segment_ids if has_segments else None,
             mask if has_mask else None,
             transposed=transposed,
