@@ -112,22 +112,18 @@ _WIDE_SETS = (
     (["bias"], ["causal"]),
     (["segments"], ["none", "band"]),
     (["mask"], _MASKS),
-    (["lengths", "segments", "mask", "softcap"], _MASKS),
-    (["segments", "softcap"], _MASKS),
-    (["mask", "softcap"], _MASKS),
+    (["lengths", "segments", "mask", "softcap"], ["causal", "band"]),
+    (["segments", "softcap"], ["band"]),
     (["bias"], ["none", "band"]),
-    (["bias", "floatbias"], _MASKS),
+    (["bias", "floatbias"], ["causal"]),
     (["bias", "softcap"], _MASKS),
-    (["bias", "softcap", "floatbias"], _MASKS),
-    (["lengths", "bias"], _MASKS),
-    (["segments", "bias"], _MASKS),
-    (["segments", "bias", "softcap", "floatbias"], _MASKS),
-    (["lengths", "segments", "bias", "softcap", "floatbias"], _MASKS),
-    (["mask", "bias"], _MASKS),
-    (["lengths", "segments", "mask", "bias", "softcap", "floatbias"], _MASKS),
+    (["lengths", "bias", "softcap", "floatbias"], ["band"]),
+    (["segments", "bias"], ["causal", "band"]),
+    (["mask", "bias"], ["causal", "band"]),
+    (["lengths", "segments", "mask", "bias", "softcap", "floatbias"], ["band"]),
 )
 for _index, (_names, _masks) in enumerate(_WIDE_SETS):
-    for _dims in ((192, 128), (192, 192), (256, 128), (256, 256)):
+    for _dims in ((192, 128), (256, 256)):
         if "bias" in _names and {"segments", "mask"} & {*_names} and 256 in _dims:
             continue  # config.unsupported
         for _mask in _masks:

@@ -55,7 +55,7 @@ struct BackwardWide {
   static constexpr bool kDkFirst = Traits::kStages == 2;
 
   using Map = ScoreMap<T, kFeatures>;
-  static constexpr bool kFewRegisters = Map::kAdds;
+  static constexpr bool kFewRegisters = Map::kAdds || (kFeatures & kMaskArray) != 0;
   // Whether the exponentials have to run beside dv's product: the compiler puts them after it.
   static constexpr bool kPinWeights = true;
 

@@ -139,8 +139,9 @@ struct ScoreMap {
       const float factor = unit * kLog2E;
       warp::zip_cols_twice(slopes, scores, scores, scores, lse,
                            [=](float t, float, float l, float& p_slope, float& p) {
+                             const float bounded = math::max(t, -1.0f);
                              p = math::exp2(t * factor - l);
-                             p_slope = p * slope(t);
+                             p_slope = p * math::fma(-bounded, bounded, 1.0f);
                            });
     } else {
       const float factor = unit * kLog2E;
