@@ -70,7 +70,8 @@ struct BackwardWide {
   using Scores = RegTile<float, 16, kBlockQ>;
   using Weights = RegTile<T, 16, kBlockQ>;
   using Steps = Turns<Traits::kMask, kFeatures, kBlockQ, kBlockKv>;
-  using Queries = QuerySteps<Steps>;
+  // No turns: heads one after another, which takes fewer registers.
+  using Queries = Select<Steps::kMapped, MappedSteps, CountedSteps<Steps>>;
   // Whether a bias is loaded where it is added: for all of it to arrive beside the scores' product
   // there are no registers.
   static constexpr bool kLateBias = Map::kCaps || Steps::kMapped || kHeadDimV == 256;
