@@ -26,6 +26,7 @@ std::string check_wide(const Attention& s, std::uint64_t seed) {
     call.set_problem(params);
     params.q_blocks = ceil_div(s.seqlen_q, kBlockQ);
     params.kv_blocks = ceil_div(s.seqlen_kv, kBlockKv);
+    params.heads_of_group = s.num_heads / s.num_kv_heads;
     params.tiles = params.kv_blocks * s.num_kv_heads * s.batch;
     params.turn_group = 1;
     const int cluster = attention::backward_wide_cluster(kConfig);
