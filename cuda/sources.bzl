@@ -5,9 +5,10 @@ Only lists of paths below this folder, one a line.
 
 # The handlers of the ops, and the kernels that they choose: for the GPU and for the interpreter.
 OP_SOURCES = [
-    "ffi/attention.cc",
+    "ffi/attention_backward.cc",
     "ffi/attention_bias.cc",
     "ffi/attention_extras.cc",
+    "ffi/attention_forward.cc",
     "ffi/attention_kernels.cc",
     "ffi/attention_problem.cc",
     "ffi/based_attention_chunks.cc",

@@ -1,6 +1,4 @@
-// The targets tk_attention_fwd_v1 and tk_attention_bwd_v1.
-#include "kernels/attention/attention.h"
-
+// The target tk_attention_bwd_v1.
 #include <algorithm>
 
 #include "ffi/attention_extras.h"
@@ -8,102 +6,17 @@
 #include "ffi/attention_problem.h"
 #include "ffi/ffi_util.h"
 #include "ffi/handlers.h"
+#include "kernels/attention/attention.h"
 #include "runtime/launch.h"
 
 namespace tk::ffi {
 namespace {
 
-constexpr const char* kForwardName = "tk_attention_fwd_v1";
-constexpr const char* kBackwardName = "tk_attention_bwd_v1";
+constexpr const char* kName = "tk_attention_bwd_v1";
 
 runtime::KernelTable<KernelKey> kernels;
 
 using Sizes = AttentionSizes;
-
-// -- Forward --------------------------------------------------------------------------------------
-
-struct ForwardBuffers {
-  AnyBuffer q, k, v;
-  AnyBuffer out, lse;
-  xffi::RemainingArgs extras;
-};
-
-struct ForwardCall {
-  Sizes sizes;
-  ExtraBuffers extras;
-  AttentionForwardKernel kernel;
-  bool empty;
-};
-
-Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Options& options,
-                                 const attention::ForwardConfig& config) {
-  const auto extras = read_extras(b.extras);
-  if (!extras.ok()) return extras.error();
-  const auto sizes = read_sizes(b.q, b.k, b.v, *extras, options);
-  if (!sizes.ok()) return sizes.error();
-  const Sizes& s = *sizes;
-  if (Status status =
-          first_error({check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim_v}),
-                       check_dtype("out", b.out, b.q.element_type()),
-                       check_dims("lse", b.lse, {s.batch, s.seqlen_q, s.num_heads}),
-                       check_dtype("lse", b.lse, xffi::DataType::F32),
-                       check_maps(*extras, s, {config.block_q, config.block_kv}, std::nullopt)});
-      !status.ok()) {
-    return status.error();
-  }
-  const auto empty = is_empty(s, /*backward=*/false);
-  if (!empty.ok()) return empty.error();
-  return ForwardCall{
-      s,
-      *extras,
-      {s.dtype, attention::tile_head_dim(s.head_dim), attention::tile_head_dim(s.head_dim_v),
-       mask_of(options), features_of(*extras, options), config},
-      *empty};
-}
-
-Status initialize_forward(int device_ordinal, const ForwardBuffers& buffers,
-                          const attention::Options& options,
-                          const attention::ForwardConfig& config) {
-  const auto call = read_forward(buffers, options, config);
-  if (!call.ok()) return call.error();
-  return load(kernels, call->kernel, device_ordinal);
-}
-
-Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const ForwardBuffers& b,
-                       const attention::Options& options, const attention::ForwardConfig& config) {
-  const auto call = read_forward(b, options, config);
-  if (!call.ok()) return call.error();
-  if (call->empty) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, call->kernel, **device);
-  if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
-
-  declare_arrays({{"q", b.q, false},
-                  {"k", b.k, false},
-                  {"v", b.v, false},
-                  {"out", b.out, true},
-                  {"lse", b.lse, true}},
-                 call->extras);
-
-  const Sizes& s = call->sizes;
-  attention::ForwardParams params = {};
-  if (Status status = first_error({encode_rows(&params.q, b.q, s, 64),
-                                   encode_rows(&params.k, b.k, s, config.block_kv),
-                                   encode_rows(&params.v, b.v, s, config.block_kv),
-                                   encode_rows(&params.out, b.out, s, 64)});
-      !status.ok()) {
-    return status;
-  }
-  params.lse = static_cast<float*>(b.lse.untyped_data());
-  set_problem(&params, s, call->extras, options);
-  const std::int64_t tiles = ceil_div(s.seqlen_q, config.block_q) * s.num_heads * s.batch;
-  const std::int64_t blocks = std::min<std::int64_t>((*device)->multiprocessors, tiles);
-  return runtime::launch(**kernel, stream, {blocks}, &params);
-}
-
-// -- Backward -------------------------------------------------------------------------------------
 
 struct BackwardBuffers {
   AnyBuffer q, k, v, out, lse, dout, dlse;
@@ -428,31 +341,15 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error forward_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                               xffi::RemainingArgs extras, Ret out, Ret lse,
-                               attention::Options options, attention::ForwardConfig config) {
-  return to_ffi(kForwardName,
-                initialize_forward(device, {q, k, v, *out, *lse, extras}, options, config));
-}
-
-xffi::Error forward_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                            AnyBuffer k, AnyBuffer v, xffi::RemainingArgs extras, Ret out, Ret lse,
-                            attention::Options options, attention::ForwardConfig config) {
-  return to_ffi(kForwardName, explore([&] {
-                  return execute_forward(device, stream, {q, k, v, *out, *lse, extras}, options,
-                                         config);
-                }));
-}
-
 xffi::Error backward_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
                                 AnyBuffer out, AnyBuffer lse, AnyBuffer dout, AnyBuffer dlse,
                                 xffi::RemainingArgs extras, Ret dq, Ret dk, Ret dv, Ret delta,
                                 Ret lse_log2, Ret dq_acc, Ret dq_order, attention::Options options,
                                 attention::BackwardConfig config) {
-  return to_ffi(kBackwardName, initialize_backward(device,
-                                                   {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv,
-                                                    *delta, *lse_log2, *dq_acc, *dq_order, extras},
-                                                   options, config));
+  return to_ffi(kName, initialize_backward(device,
+                                           {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv, *delta,
+                                            *lse_log2, *dq_acc, *dq_order, extras},
+                                           options, config));
 }
 
 xffi::Error backward_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
@@ -460,25 +357,12 @@ xffi::Error backward_execute(std::int32_t device, runtime::cuda::Stream stream, 
                              AnyBuffer dlse, xffi::RemainingArgs extras, Ret dq, Ret dk, Ret dv,
                              Ret delta, Ret lse_log2, Ret dq_acc, Ret dq_order,
                              attention::Options options, attention::BackwardConfig config) {
-  return to_ffi(kBackwardName, explore([&] {
+  return to_ffi(kName, explore([&] {
                   return execute_backward(device, stream,
                                           {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv, *delta,
                                            *lse_log2, *dq_acc, *dq_order, extras},
                                           options, config);
                 }));
-}
-
-template <typename Binding>
-auto bind_forward(Binding binding) {
-  return std::move(binding)
-      .template Arg<AnyBuffer>()  // q
-      .template Arg<AnyBuffer>()  // k
-      .template Arg<AnyBuffer>()  // v
-      .RemainingArgs()            // ExtraBuffers
-      .template Ret<AnyBuffer>()  // out
-      .template Ret<AnyBuffer>()  // lse
-      .template Attr<attention::Options>("options")
-      .template Attr<attention::ForwardConfig>("config");
 }
 
 template <typename Binding>
@@ -504,21 +388,14 @@ auto bind_backward(Binding binding) {
 }
 
 XLA_FFI_DEFINE_HANDLER(
-    kForwardInitialize, forward_initialize,
-    bind_forward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kForwardExecute, forward_execute,
-                       bind_forward(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(
-    kBackwardInitialize, backward_initialize,
+    kInitialize, backward_initialize,
     bind_backward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kBackwardExecute, backward_execute,
+XLA_FFI_DEFINE_HANDLER(kExecute, backward_execute,
                        bind_backward(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
                        {xffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
-const Target kAttentionForwardTarget = {kForwardName, kForwardInitialize, kForwardExecute};
-const Target kAttentionBackwardTarget = {kBackwardName, kBackwardInitialize, kBackwardExecute};
+const Target kAttentionBackwardTarget = {kName, kInitialize, kExecute};
 
 }  // namespace tk::ffi

@@ -1,0 +1,145 @@
+// The target tk_attention_fwd_v1.
+#include <algorithm>
+
+#include "ffi/attention_extras.h"
+#include "ffi/attention_kernels.h"
+#include "ffi/attention_problem.h"
+#include "ffi/ffi_util.h"
+#include "ffi/handlers.h"
+#include "kernels/attention/attention.h"
+#include "runtime/launch.h"
+
+namespace tk::ffi {
+namespace {
+
+constexpr const char* kName = "tk_attention_fwd_v1";
+
+runtime::KernelTable<KernelKey> kernels;
+
+using Sizes = AttentionSizes;
+
+struct ForwardBuffers {
+  AnyBuffer q, k, v;
+  AnyBuffer out, lse;
+  xffi::RemainingArgs extras;
+};
+
+struct ForwardCall {
+  Sizes sizes;
+  ExtraBuffers extras;
+  AttentionForwardKernel kernel;
+  bool empty;
+};
+
+Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Options& options,
+                                 const attention::ForwardConfig& config) {
+  const auto extras = read_extras(b.extras);
+  if (!extras.ok()) return extras.error();
+  const auto sizes = read_sizes(b.q, b.k, b.v, *extras, options);
+  if (!sizes.ok()) return sizes.error();
+  const Sizes& s = *sizes;
+  if (Status status =
+          first_error({check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim_v}),
+                       check_dtype("out", b.out, b.q.element_type()),
+                       check_dims("lse", b.lse, {s.batch, s.seqlen_q, s.num_heads}),
+                       check_dtype("lse", b.lse, xffi::DataType::F32),
+                       check_maps(*extras, s, {config.block_q, config.block_kv}, std::nullopt)});
+      !status.ok()) {
+    return status.error();
+  }
+  const auto empty = is_empty(s, /*backward=*/false);
+  if (!empty.ok()) return empty.error();
+  return ForwardCall{
+      s,
+      *extras,
+      {s.dtype, attention::tile_head_dim(s.head_dim), attention::tile_head_dim(s.head_dim_v),
+       mask_of(options), features_of(*extras, options), config},
+      *empty};
+}
+
+Status initialize_forward(int device_ordinal, const ForwardBuffers& buffers,
+                          const attention::Options& options,
+                          const attention::ForwardConfig& config) {
+  const auto call = read_forward(buffers, options, config);
+  if (!call.ok()) return call.error();
+  return load(kernels, call->kernel, device_ordinal);
+}
+
+Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const ForwardBuffers& b,
+                       const attention::Options& options, const attention::ForwardConfig& config) {
+  const auto call = read_forward(b, options, config);
+  if (!call.ok()) return call.error();
+  if (call->empty) return {};
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto kernel = find_loaded(kernels, call->kernel, **device);
+  if (!kernel.ok()) return kernel.error();
+  const runtime::ScopedContext context(**device);
+
+  declare_arrays({{"q", b.q, false},
+                  {"k", b.k, false},
+                  {"v", b.v, false},
+                  {"out", b.out, true},
+                  {"lse", b.lse, true}},
+                 call->extras);
+
+  const Sizes& s = call->sizes;
+  attention::ForwardParams params = {};
+  if (Status status = first_error({encode_rows(&params.q, b.q, s, 64),
+                                   encode_rows(&params.k, b.k, s, config.block_kv),
+                                   encode_rows(&params.v, b.v, s, config.block_kv),
+                                   encode_rows(&params.out, b.out, s, 64)});
+      !status.ok()) {
+    return status;
+  }
+  params.lse = static_cast<float*>(b.lse.untyped_data());
+  set_problem(&params, s, call->extras, options);
+  const std::int64_t tiles = ceil_div(s.seqlen_q, config.block_q) * s.num_heads * s.batch;
+  const std::int64_t blocks = std::min<std::int64_t>((*device)->multiprocessors, tiles);
+  return runtime::launch(**kernel, stream, {blocks}, &params);
+}
+
+// -- Bindings -------------------------------------------------------------------------------------
+
+using Ret = xffi::Result<AnyBuffer>;
+
+xffi::Error forward_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
+                               xffi::RemainingArgs extras, Ret out, Ret lse,
+                               attention::Options options, attention::ForwardConfig config) {
+  return to_ffi(kName, initialize_forward(device, {q, k, v, *out, *lse, extras}, options, config));
+}
+
+xffi::Error forward_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
+                            AnyBuffer k, AnyBuffer v, xffi::RemainingArgs extras, Ret out, Ret lse,
+                            attention::Options options, attention::ForwardConfig config) {
+  return to_ffi(kName, explore([&] {
+                  return execute_forward(device, stream, {q, k, v, *out, *lse, extras}, options,
+                                         config);
+                }));
+}
+
+template <typename Binding>
+auto bind_forward(Binding binding) {
+  return std::move(binding)
+      .template Arg<AnyBuffer>()  // q
+      .template Arg<AnyBuffer>()  // k
+      .template Arg<AnyBuffer>()  // v
+      .RemainingArgs()            // ExtraBuffers
+      .template Ret<AnyBuffer>()  // out
+      .template Ret<AnyBuffer>()  // lse
+      .template Attr<attention::Options>("options")
+      .template Attr<attention::ForwardConfig>("config");
+}
+
+XLA_FFI_DEFINE_HANDLER(
+    kInitialize, forward_initialize,
+    bind_forward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
+XLA_FFI_DEFINE_HANDLER(kExecute, forward_execute,
+                       bind_forward(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
+                       {xffi::Traits::kCmdBufferCompatible});
+
+}  // namespace
+
+const Target kAttentionForwardTarget = {kName, kInitialize, kExecute};
+
+}  // namespace tk::ffi
