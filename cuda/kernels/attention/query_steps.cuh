@@ -11,22 +11,22 @@ namespace tk::attention {
 // are the same, as far as they go.
 template <typename QTurns>
 struct StepsDown {
+  const BackwardParams& params;
   int block, first_block;
-  int head, first_head, end_head;
+  int head, end_head;
 
-  template <typename Params>
-  __device__ __forceinline__ StepsDown(const QTurns& turns, const Params& params, int n,
+  __device__ __forceinline__ StepsDown(const QTurns& turns, const BackwardParams& params, int n,
                                        int kv_head, int)
-      : block(turns.first_q_block(n) + turns.steps(n) - 1), first_block(turns.first_q_block(n)) {
-    const int group = params.heads_of_group;
-    head = first_head = kv_head * group;
-    end_head = head + group;
-  }
+      : params(params),
+        block(turns.first_q_block(n) + turns.steps(n) - 1),
+        first_block(turns.first_q_block(n)),
+        head(kv_head * params.heads_of_group),
+        end_head(head + params.heads_of_group) {}
   __device__ __forceinline__ bool valid() const { return block >= first_block; }
   __device__ __forceinline__ int q_block() const { return block; }
   __device__ __forceinline__ void next() {
     if (++head == end_head) {
-      head = first_head;
+      head -= params.heads_of_group;
       --block;
     }
   }
