@@ -18,7 +18,7 @@ shift
 
 skip() {
   # Those without the tag "slow".
-  slow=$(sed -n '/^_XLA_ALONE/,/^]/s/.*"\(test_.*\)".*/-e \1.py/p' tests/BUILD.bazel)
+  slow=$(sed -n '/^_\(XLA_ALONE\|KERNELS_WHEN_CALLED\)/,/^]/s/.*"\(test_.*\)".*/-e \1.py/p' tests/BUILD.bazel)
   count=$(ls tests/test_*.py tests/interpreter/*.cc bazel/*_test.py examples/bazel_workspace/*_test.py |
     grep -v -e _gpu -e test_mutations $slow | wc -l)
   echo "Bazel: $count test targets skipped: $1"
