@@ -11,6 +11,7 @@
 #include "ffi/kernel_settings.h"
 #include "ffi/linear_attention_kernels.h"
 #include "ffi/matmul_kernels.h"
+#include "ffi/spec_dict.h"
 #include "ffi/state_step_kernels.h"
 #include "runtime/compile.h"
 #include "runtime/driver.h"
@@ -75,18 +76,7 @@ nb::dict struct_fields() {
 
 nb::dict to_dict(const Result<KernelSpec>& result) {
   if (!result.ok()) raise(result.error());
-  const KernelSpec& spec = *result;
-  nb::dict out;
-  out["symbol"] = spec.symbol;
-  out["header"] = spec.header;
-  out["source"] = spec.source;
-  out["function"] = spec.function;
-  out["params_type"] = spec.params_type;
-  out["threads"] = spec.threads;
-  out["shared_bytes"] = spec.shared_bytes;
-  out["cluster_size"] = spec.cluster_size;
-  out["min_blocks"] = spec.min_blocks;
-  return out;
+  return spec_to_dict(*result);
 }
 
 template <typename T>

@@ -45,16 +45,19 @@ def _memory(w, space, addresses):
     raise NotImplementedError("generic addresses of several memories")
 
 
+def _local_bytes(w) -> int:
+    """Of a thread: whole runs of 16."""
+    return -(-w.machine.local_bytes // 16) * 16
+
+
 def _local(w):
     if w.local is None:
-        size = -(-w.machine.local_bytes // 16) * 16
-        w.local = Bytes(size * w.size)
+        w.local = Bytes(_local_bytes(w) * w.size)
     return w.local
 
 
 def _local_addresses(w, addresses):
-    size = -(-w.machine.local_bytes // 16) * 16
-    lanes = np.arange(w.size, dtype=np.uint64) * np.uint64(size)
+    lanes = np.arange(w.size, dtype=np.uint64) * np.uint64(_local_bytes(w))
     return addresses - np.uint64(flow.LOCAL_BASE) + lanes
 
 
@@ -64,6 +67,13 @@ def _space(parts) -> str:
         if name in ("global", "shared", "param", "local", "const"):
             return name
     return ""
+
+
+def _vectors(w, space, addresses, size):
+    """As _memory, of vectors of ``size`` bytes, which have to be aligned as a whole."""
+    if (addresses[w.active()] % np.uint64(size)).any():
+        raise flow.EmulationError(f"a misaligned access of {size} bytes")
+    return _memory(w, space, addresses)
 
 
 def _load(t, item, parts):
@@ -77,13 +87,7 @@ def _load(t, item, parts):
     waits = "acquire" in parts or "volatile" in parts
 
     def run(w):
-        addresses = address(w)
-        if (
-            len(names) > 1
-            and (addresses[w.active()] % np.uint64(size * len(names))).any()
-        ):
-            raise flow.EmulationError("a misaligned vector")
-        memory, addresses = _memory(w, space, addresses)
+        memory, addresses = _vectors(w, space, address(w), size * len(names))
         for index, put in enumerate(puts):
             where = addresses + np.uint64(size * index) if index else addresses
             if w.mask is None:
@@ -107,11 +111,8 @@ def _store(t, item, parts):
     size = dtype.itemsize
 
     def run(w):
-        addresses = address(w)
         active = w.active()
-        if len(names) > 1 and (addresses[active] % np.uint64(size * len(names))).any():
-            raise flow.EmulationError("a misaligned vector")
-        memory, addresses = _memory(w, space, addresses)
+        memory, addresses = _vectors(w, space, address(w), size * len(names))
         for index, value in enumerate(values):
             stored = np.ascontiguousarray(full(w, value(w))).view(bits)
             where = addresses + np.uint64(size * index)

@@ -256,8 +256,6 @@ class Machine:
         self.memory.arrays.append(
             (values.ctypes.data, values.ctypes.data + values.nbytes)
         )
-        self.memory.arrays.sort()
-        self.memory.starts = [start for start, _ in self.memory.arrays]
 
     def empty_registers(self, size: int) -> list:
         kinds = {

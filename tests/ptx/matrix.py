@@ -12,6 +12,7 @@ import re
 import numpy as np
 
 from ptx import flow
+from ptx.numbers import widen
 
 _SPANS = {1: 128, 2: 64, 3: 32}  # a descriptor's mode: bytes of the swizzle
 
@@ -46,23 +47,33 @@ def _load_matrix(t, item, parts):
         for warp in _active_warps(w):
             here = slice(32 * warp, 32 * warp + 32)
             for i, (rows, row, pair) in enumerate(_matrices(count)):
-                matrix = _rows(w, addresses[warp, rows])
+                columns = _columns(addresses[warp, rows])
+                matrix = w.block.shared.load(columns, 2)
                 if transposed:
                     matrix = matrix.T
-                low, high = matrix[row, 2 * pair], matrix[row, 2 * pair + 1]
-                found[i][here] = low | high.astype(np.uint32) << np.uint32(16)
+                found[i][here] = _pairs(matrix, row, 2 * pair)
         for put, value in zip(puts, found, strict=True):
             put(w, value)
 
     return flow.converged(run)
 
 
-def _rows(w, starts):
-    """Eight rows of eight 16-bit numbers."""
+def _columns(starts):
+    """Addresses of eight rows of eight 16-bit numbers."""
     if (starts % 16).any():
         raise flow.EmulationError("a matrix row that is not 16-byte aligned")
-    columns = starts[:, None] + np.arange(0, 16, 2, dtype=np.uint64)
-    return w.block.shared.load(columns, 2)
+    return starts[:, None] + np.arange(0, 16, 2, dtype=np.uint64)
+
+
+def _pairs(matrix, row, col):
+    """Of each lane, the 16-bit numbers at its column and the next, as one register."""
+    high = matrix[row, col + 1].astype(np.uint32) << np.uint32(16)
+    return matrix[row, col] | high
+
+
+def _put_pairs(matrix, row, col, pairs) -> None:
+    matrix[row, col] = pairs.astype(np.uint16)
+    matrix[row, col + 1] = (pairs >> np.uint32(16)).astype(np.uint16)
 
 
 def _store_matrix(t, item, parts):
@@ -77,15 +88,10 @@ def _store_matrix(t, item, parts):
             for i, (rows, row, pair) in enumerate(_matrices(count)):
                 pairs = np.broadcast_to(values[i](w), w.size)[here]
                 matrix = np.zeros((8, 8), np.uint16)
-                matrix[row, 2 * pair] = pairs.astype(np.uint16)
-                matrix[row, 2 * pair + 1] = (pairs >> np.uint32(16)).astype(np.uint16)
+                _put_pairs(matrix, row, 2 * pair, pairs)
                 if transposed:
                     matrix = matrix.T
-                starts = addresses[warp, rows]
-                if (starts % 16).any():
-                    raise flow.EmulationError("a misaligned matrix row")
-                columns = starts[:, None] + np.arange(0, 16, 2, dtype=np.uint64)
-                w.block.shared.store(columns, matrix, 2)
+                w.block.shared.store(_columns(addresses[warp, rows]), matrix, 2)
 
     return flow.converged(run)
 
@@ -101,13 +107,9 @@ def _move_matrix(t, item, parts):
         for first in range(0, w.size, 32):
             pairs = values[first : first + 32]
             matrix = np.zeros((8, 8), np.uint16)
-            matrix[lane // 4, 2 * (lane % 4)] = pairs.astype(np.uint16)
-            matrix[lane // 4, 2 * (lane % 4) + 1] = (pairs >> np.uint32(16)).astype(
-                np.uint16
-            )
-            low = matrix[2 * (lane % 4), lane // 4]
-            high = matrix[2 * (lane % 4) + 1, lane // 4]
-            found[first : first + 32] = low | high.astype(np.uint32) << np.uint32(16)
+            row, col = lane // 4, 2 * (lane % 4)
+            _put_pairs(matrix, row, col, pairs)
+            found[first : first + 32] = _pairs(matrix.T, row, col)
         put(w, found)
 
     return flow.converged(run)
@@ -177,16 +179,15 @@ def _products(t, item, parts):
         if np.ndim(descriptors) and (descriptors != descriptors[0]).any():
             raise flow.EmulationError("a descriptor that differs among threads")
         addresses = operand_addresses(descriptor, rows, transposed)
-        return _widened(w.block.shared.load(addresses, 2), kind)
+        return widen(w.block.shared.load(addresses, 2), kind)
 
     def register_operand(w):
         matrix = np.zeros((64, 16), np.uint16)
         for j, value in enumerate(a_values):
             pairs = value(w)
             rows, cols = row + 8 * (j % 2), pair + 8 * (j // 2)
-            matrix[rows, cols] = pairs.astype(np.uint16)
-            matrix[rows, cols + 1] = (pairs >> np.uint32(16)).astype(np.uint16)
-        return _widened(matrix, kind)
+            _put_pairs(matrix, rows, cols, pairs)
+        return widen(matrix, kind)
 
     def run(w):
         if w.size != 128:
@@ -204,12 +205,6 @@ def _products(t, item, parts):
             w.r[register] = w.r[register] + values if keep else values
 
     return flow.warpgroup_converged(run)
-
-
-def _widened(bits, kind):
-    if kind == "f16":
-        return bits.view(np.float16).astype(np.float32)
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _wgmma_order(t, item, parts):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 
 import numpy as np
@@ -22,13 +21,13 @@ class GlobalMemory:
     """The arrays that a kernel was given."""
 
     def __init__(self, arrays):
-        self.arrays = sorted((start, start + size) for start, size in arrays if size)
-        self.starts = [start for start, _ in self.arrays]
+        self.arrays = [(start, start + size) for start, size in arrays if size]
+
+    def _holds(self, low: int, high: int) -> bool:
+        return any(start <= low and high <= end for start, end in self.arrays)
 
     def _check(self, low: int, high: int) -> None:
-        index = bisect.bisect_right(self.starts, low) - 1
-        # Arrays may overlap: any that begins before will do.
-        if not any(high <= end for _, end in self.arrays[: index + 1]):
+        if not self._holds(low, high):
             raise EmulationError(
                 f"global addresses {low:#x} to {high:#x} are in no array of the call"
             )
@@ -36,7 +35,7 @@ class GlobalMemory:
     def index(self, addresses, size):
         if addresses.size:
             low, high = int(addresses.min()), int(addresses.max())
-            if not any(a <= low and high + size <= b for a, b in self.arrays):
+            if not self._holds(low, high + size):
                 for address in addresses:
                     self._check(int(address), int(address) + size)
             if (addresses & np.uint64(size - 1)).any():

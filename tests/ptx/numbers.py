@@ -162,8 +162,11 @@ def pack(low, high, kind):
     return high | narrow(low, kind)
 
 
+_TO_WHOLE = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
+
+
 def _convert(t, item, parts):
-    modifiers = [p for p in parts[1:] if p not in TYPES]
+    rounding = [_TO_WHOLE[p] for p in parts[1:] if p in _TO_WHOLE]
     to, source = [p for p in parts[1:] if p in TYPES]
     if to in ("bf16x2", "f16x2"):
         put = t.result(item.operands[0], np.uint32)
@@ -179,8 +182,7 @@ def _convert(t, item, parts):
         return lambda w: put(w, widen(value(w), source))
     target, origin = TYPES[to], TYPES[source]
     if origin.kind == "f" and target.kind != "f":
-        rounding = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
-        (function,) = (rounding[m] for m in modifiers if m in rounding)
+        (function,) = rounding
         limits = np.iinfo(target)
 
         def run(w):
@@ -189,9 +191,8 @@ def _convert(t, item, parts):
             put(w, full(w, x.astype(target)))
 
         return run
-    if origin.kind == "f" and any(m in ("rni", "rzi", "rmi", "rpi") for m in modifiers):
-        rounding = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
-        (function,) = (rounding[m] for m in modifiers if m in rounding)
+    if origin.kind == "f" and rounding:
+        (function,) = rounding
         return lambda w: put(w, full(w, function(value(w)).astype(target)))
     return lambda w: put(w, full(w, np.asarray(value(w)).astype(target)))
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "ffi/handlers.h"
+#include "ffi/spec_dict.h"
 #include "interpreter/ffi/compile.h"
 #include "interpreter/ffi/options.h"
 #include "runtime/settings.h"
@@ -31,20 +32,6 @@ runtime::KernelSpec read_spec(const nb::dict& item) {
   return spec;
 }
 
-nb::dict spec_dict(const runtime::KernelSpec& spec) {
-  nb::dict item;
-  item["symbol"] = spec.symbol;
-  item["header"] = spec.header;
-  item["source"] = spec.source;
-  item["function"] = spec.function;
-  item["params_type"] = spec.params_type;
-  item["threads"] = spec.threads;
-  item["shared_bytes"] = spec.shared_bytes;
-  item["cluster_size"] = spec.cluster_size;
-  item["min_blocks"] = spec.min_blocks;
-  return item;
-}
-
 // What `run` raises is what went wrong.
 std::string call_stand_in(const nb::object& run, const interpreter::StandInLaunch& launch) {
   nb::gil_scoped_acquire acquire;
@@ -53,7 +40,7 @@ std::string call_stand_in(const nb::object& run, const interpreter::StandInLaunc
     for (const auto& array : launch.arrays) {
       arrays.append(nb::make_tuple(reinterpret_cast<std::uintptr_t>(array.data), array.bytes));
     }
-    run(spec_dict(launch.spec), nb::make_tuple(launch.grid.x, launch.grid.y, launch.grid.z),
+    run(spec_to_dict(launch.spec), nb::make_tuple(launch.grid.x, launch.grid.y, launch.grid.z),
         reinterpret_cast<std::uintptr_t>(launch.params), arrays, launch.multiprocessors);
   } catch (const std::exception& error) {
     return "kernel " + launch.spec.symbol + ": " + error.what();
