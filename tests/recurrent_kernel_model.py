@@ -82,10 +82,15 @@ def _chunk_sums(arrays, out_types, options, _):
     return jnp.moveaxis(sums, 3, 1), moved
 
 
+def _segment_sums(arrays, out_types, options, config):
+    _, ends = _all_states((*arrays, None), options)
+    return [ends[:, :, 1:] if options.reverse else ends[:, :, :-1]]
+
+
 def _states(arrays, out_types, options, config):
     stored, ends = _all_states(arrays, options)
     # Of each run, what is before its first chunk, or after its last.
-    every = options.stored_every or 1
+    every = options.stored_every
     first = min(every, stored.shape[2]) - 1 if options.reverse else 0
     places = jnp.arange(first, stored.shape[2] + first, every)
     stored = stored[:, :, jnp.minimum(places, stored.shape[2] - 1)]
@@ -210,6 +215,7 @@ def _gate_gradients(arrays, out_types, *_):
 
 MODELS = {
     "chunk_sums": _chunk_sums,
+    "segment_sums": _segment_sums,
     "states": _states,
     "outputs": _outputs,
     "gradients": _gradients,

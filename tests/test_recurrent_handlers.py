@@ -39,13 +39,39 @@ def chunk_sums(x=ARRAYS.tokens, y=_NONE, sums=ARRAYS.gates, moved=_NONE, *, seql
     return Call(target, [x, y], [sums, moved], {"options": options})
 
 
+def segment_sums(
+    arrays=ARRAYS,
+    *,
+    weights=_NONE,
+    to=None,
+    reverse=False,
+    chunks_of_segment=1,
+    consumers=2,
+    stages=3,
+):
+    *leading, segments, dim_v, dim_k = arrays.ends[1]
+    return Call(
+        "tk_linear_attention_segment_sums_v1",
+        [arrays.q, arrays.v, arrays.gates, weights, _NONE],
+        [to or floats(*leading, max(segments - 1, 0), dim_v, dim_k)],
+        {
+            "options": {
+                "scale": 1.0,
+                "reverse": reverse,
+                "chunks_of_segment": chunks_of_segment,
+            },
+            "config": {"consumers": consumers, "stages": stages},
+        },
+    )
+
+
 def states(
     arrays=ARRAYS,
     *,
     weights=_NONE,
     counts=_NONE,
     start=_NONE,
-    stored=_NONE,
+    stored=None,
     to=None,
     reverse=False,
     chunks_of_segment=1,
@@ -56,7 +82,7 @@ def states(
     return Call(
         "tk_linear_attention_states_v1",
         [arrays.q, arrays.v, arrays.gates, weights, counts, start],
-        [stored if stored != _NONE else (arrays.q[0], [0]), to or arrays.ends],
+        [stored or arrays.states, to or arrays.ends],
         {
             "options": {
                 "scale": 1.0,
@@ -133,12 +159,13 @@ def test_launches():
     wide = Arrays((1, 1, 3, 3, 256, 64), segments=1)
     calls = [
         chunk_sums(floats(1, 1, 4), a.tokens, moved=a.gates),
-        states(counts=a.counts, stored=a.states, reverse=True),
+        states(counts=a.counts, reverse=True),
         outputs(weights=a.gates, skip=a.skip, start=a.ends, to=a.ends),
         gradients(weights=a.gates, dweights=a.gates),
         gate_gradients(),
         outputs(wide, consumers=1),
         gradients(wide),
+        segment_sums(weights=a.gates),
     ]
     ran = [answer for _, answer in launched(Gpu(), *calls)]
     launches = [(x["symbol"], x["grid"]) for each in ran for x in each.of("launch")]
@@ -153,6 +180,7 @@ def test_launches():
         (f"{name}outputs_d256_bf16", [3, 1, 1]),
         # Four blocks have a part of the columns of dq and dk each.
         (f"{name}gradients_d256_bf16", [1, 12, 1]),
+        (f"{name}segment_sums_d128_weights_bf16", [4, 1, 2]),
     ]
     keys, values, stored = ran[1].of("map")
     assert keys["dims"] == [80, 100, 2, 2]
@@ -169,7 +197,8 @@ def test_empty_batch_launches_nothing():
     arrays = Arrays((0, *_SIZES[1:]))
     answers = Gpu().run(
         chunk_sums(arrays.tokens, sums=arrays.gates),
-        states(arrays, stored=arrays.states),
+        segment_sums(arrays),
+        states(arrays),
         outputs(arrays),
         gradients(arrays),
         gate_gradients(arrays.gates, arrays.tokens),
@@ -224,11 +253,21 @@ def test_empty_batch_launches_nothing():
             "a kernel that does not take weights",
         ),
         (
-            states(stored=ARRAYS.states, stored_every=0),
+            states(stored_every=0),
             _INVALID,
             "stored_every is 0; expected a number of chunks",
         ),
-        (states(to=_NONE), _INVALID, "neither stored nor to is asked for"),
+        (
+            segment_sums(chunks_of_segment=2),
+            _INVALID,
+            "there is one segment; expected several",
+        ),
+        (segment_sums(to=_NONE), _INVALID, "to is not given"),
+        (
+            segment_sums(to=ARRAYS.ends),
+            _INVALID,
+            "to has shape (2, 4, 2, 96, 80); expected (2, 4, 1, 96, 80)",
+        ),
         (
             states(chunks_of_segment=3),
             _INVALID,

@@ -44,6 +44,7 @@ _TARGETS = (
     "tk_linear_attention_gate_gradients_v1",
     "tk_linear_attention_gradients_v1",
     "tk_linear_attention_outputs_v1",
+    "tk_linear_attention_segment_sums_v1",
     "tk_linear_attention_states_v1",
     "tk_matmul_v1",
     "tk_state_step_v1",

@@ -30,6 +30,7 @@ extern const Target kLinearAttentionChunkSumsTarget;
 extern const Target kLinearAttentionGateGradientsTarget;
 extern const Target kLinearAttentionGradientsTarget;
 extern const Target kLinearAttentionOutputsTarget;
+extern const Target kLinearAttentionSegmentSumsTarget;
 extern const Target kLinearAttentionStatesTarget;
 extern const Target kMatmulTarget;
 extern const Target kStateStepTarget;
@@ -55,6 +56,7 @@ inline constexpr const Target* kTargets[] = {
     &kLinearAttentionGateGradientsTarget,
     &kLinearAttentionGradientsTarget,
     &kLinearAttentionOutputsTarget,
+    &kLinearAttentionSegmentSumsTarget,
     &kLinearAttentionStatesTarget,
     &kMatmulTarget,
     &kStateStepTarget,

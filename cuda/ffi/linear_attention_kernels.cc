@@ -72,7 +72,9 @@ KernelKey LinearAttentionWalkKernel::key() const {
 }
 
 Result<KernelSpec> LinearAttentionWalkKernel::spec() const {
-  const bool is_outputs = walk == Walk::kOutputs, is_reverse = walk == Walk::kReverseStates;
+  const bool is_outputs = walk == Walk::kOutputs;
+  const bool is_sums = walk == Walk::kSegmentSums || walk == Walk::kReverseSegmentSums;
+  const bool is_reverse = walk == Walk::kReverseStates || walk == Walk::kReverseSegmentSums;
   const unsigned offered = linear_attention::kCounts |
                            (is_reverse ? 0u : linear_attention::kWeights) |
                            (is_outputs ? linear_attention::kSkip : 0u);
@@ -82,18 +84,21 @@ Result<KernelSpec> LinearAttentionWalkKernel::spec() const {
       !status.ok()) {
     return status.error();
   }
-  KernelSpec spec =
-      is_outputs ? named("outputs", "OutputsParams") : named("states", "StatesParams");
+  const std::string type = is_outputs ? "Outputs" : is_sums ? "SegmentSums" : "States";
+  KernelSpec spec = named(is_outputs ? "outputs"
+                          : is_sums  ? "segment_sums"
+                                     : "states",
+                          type + "Params");
   if (is_reverse) spec.symbol += "_reverse";
   spec.symbol += "_" + suffix(dtype, key_dim, features);
-  spec.function += std::string("<tk::linear_attention::") +
-                   (is_outputs ? "OutputsTraits<" : "StatesTraits<") + type_name(dtype) + ", " +
+  spec.function += "<tk::linear_attention::" + type + "Traits<" + type_name(dtype) + ", " +
                    std::to_string(key_dim) + ", ";
   if (!is_outputs) spec.function += std::string(bool_name(is_reverse)) + ", ";
   spec.function += std::to_string(features) + ", " + std::to_string(config.consumers) + ", " +
                    std::to_string(config.stages) + ">>";
   spec.threads = linear_attention::walk_threads(config);
   spec.shared_bytes = is_outputs ? linear_attention::outputs_shared_bytes(key_dim, config)
+                      : is_sums  ? linear_attention::segment_sums_shared_bytes(key_dim, config)
                                  : linear_attention::states_shared_bytes(key_dim, config);
   spec.min_blocks = linear_attention::walk_blocks(key_dim, config.consumers);
   return checked(std::move(spec));

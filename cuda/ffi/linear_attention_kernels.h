@@ -17,7 +17,12 @@ struct StatesOptions {
   float scale;
   bool reverse;
   long chunks_of_segment;
-  long stored_every;  // chunks to a stored state, or 0
+  long stored_every;  // chunks to a stored state
+};
+struct SegmentSumsOptions {
+  float scale;
+  bool reverse;
+  long chunks_of_segment;
 };
 struct OutputsOptions {
   float scale;
@@ -35,7 +40,7 @@ unsigned linear_attention_feature_of(std::string_view name);
 
 // Those that walk through a sequence.
 struct LinearAttentionWalkKernel {
-  enum class Walk { kStates, kReverseStates, kOutputs };
+  enum class Walk { kStates, kReverseStates, kSegmentSums, kReverseSegmentSums, kOutputs };
 
   Walk walk;
   runtime::DataType dtype;
@@ -68,6 +73,9 @@ TK_REGISTER_SETTINGS(tk::ffi::ChunkSumsOptions, StructMember<std::int64_t>("seql
 TK_REGISTER_SETTINGS(tk::ffi::StatesOptions, StructMember<float>("scale"),
                      StructMember<bool>("reverse"), StructMember<std::int64_t>("chunks_of_segment"),
                      StructMember<std::int64_t>("stored_every"));
+TK_REGISTER_SETTINGS(tk::ffi::SegmentSumsOptions, StructMember<float>("scale"),
+                     StructMember<bool>("reverse"),
+                     StructMember<std::int64_t>("chunks_of_segment"));
 TK_REGISTER_SETTINGS(tk::ffi::OutputsOptions, StructMember<float>("scale"),
                      StructMember<std::int64_t>("chunks_of_segment"));
 TK_REGISTER_SETTINGS(tk::ffi::GradientsOptions, StructMember<float>("scale"));

@@ -1,5 +1,5 @@
-// The targets tk_linear_attention_states_v1 and tk_linear_attention_outputs_v1: kernels that walk
-// through a sequence.
+// The targets tk_linear_attention_segment_sums_v1, tk_linear_attention_states_v1 and
+// tk_linear_attention_outputs_v1: kernels that walk through a sequence.
 #include "ffi/ffi_util.h"
 #include "ffi/handlers.h"
 #include "ffi/linear_attention_kernels.h"
@@ -9,6 +9,7 @@
 namespace tk::ffi {
 namespace {
 
+constexpr const char* kSegmentSumsName = "tk_linear_attention_segment_sums_v1";
 constexpr const char* kStatesName = "tk_linear_attention_states_v1";
 constexpr const char* kOutputsName = "tk_linear_attention_outputs_v1";
 
@@ -23,10 +24,9 @@ struct WalkCall {
   std::int64_t segments;
 };
 
-// Checks what both targets have, of a kernel whose other settings are given.
+// Checks what all targets have, of a kernel whose other settings are given.
 Result<WalkCall> read_walk(const LinearAttentionSizes& s, Walk walk, unsigned features,
-                           std::int64_t chunks_of_segment, const WalkConfig& config,
-                           const AnyBuffer& from, const AnyBuffer& to) {
+                           std::int64_t chunks_of_segment, const WalkConfig& config) {
   if (chunks_of_segment < 1 || chunks_of_segment > s.chunks()) {
     return invalid("chunks_of_segment is " + std::to_string(chunks_of_segment) +
                    "; expected 1 to the " + std::to_string(s.chunks()) + " chunks there are");
@@ -38,33 +38,105 @@ Result<WalkCall> read_walk(const LinearAttentionSizes& s, Walk walk, unsigned fe
                    "; expected a divisor of the " + std::to_string(slices) +
                    " slices of values of a group");
   }
-  if (Status status =
-          first_error({check_optional_floats(
-                           "from", from, {s.batch, s.num_heads, segments, s.value_dim, s.key_dim}),
-                       check_optional_floats(
-                           "to", to, {s.batch, s.num_heads, segments, s.value_dim, s.key_dim}),
-                       check_grid("segments", segments)});
-      !status.ok()) {
-    return status.error();
-  }
+  if (Status status = check_grid("segments", segments); !status.ok()) return status.error();
   return WalkCall{
       s, {walk, s.dtype, linear_attention::tile_dim(s.key_dim), features, config}, segments};
 }
+Status check_segment_states(const char* name, const AnyBuffer& states,
+                            const LinearAttentionSizes& s, std::int64_t segments) {
+  return check_optional_floats(name, states,
+                               {s.batch, s.num_heads, segments, s.value_dim, s.key_dim});
+}
+// The same of kernels that have a state for each segment before and after it.
+Result<WalkCall> read_walk(const LinearAttentionSizes& s, Walk walk, unsigned features,
+                           std::int64_t chunks_of_segment, const WalkConfig& config,
+                           const AnyBuffer& from, const AnyBuffer& to) {
+  auto call = read_walk(s, walk, features, chunks_of_segment, config);
+  if (!call.ok()) return call;
+  if (Status status = first_error({check_segment_states("from", from, s, call->segments),
+                                   check_segment_states("to", to, s, call->segments)});
+      !status.ok()) {
+    return status.error();
+  }
+  return call;
+}
 
 template <typename Params>
-void set_walk(Params* params, const WalkCall& call, const GateBuffers& gates, const AnyBuffer& from,
-              const AnyBuffer& to, std::int64_t chunks_of_segment, float scale) {
+void set_walk(Params* params, const WalkCall& call, const GateBuffers& gates, const AnyBuffer& to,
+              std::int64_t chunks_of_segment, float scale) {
   set_sizes(params, call.sizes);
   params->gates = kernel_gates(gates);
-  params->from = optional_floats(from);
   params->to = optional_floats(to);
   params->chunks_of_segment = static_cast<int>(chunks_of_segment);
   params->scale = scale;
 }
 
-runtime::Grid grid_of(const WalkCall& call) {
+runtime::Grid grid_of(const WalkCall& call, std::int64_t segments) {
   const LinearAttentionSizes& s = call.sizes;
-  return {s.num_heads * s.slices() / call.kernel.config.consumers, call.segments, s.batch};
+  return {s.num_heads * s.slices() / call.kernel.config.consumers, segments, s.batch};
+}
+
+// -- Sums of segments -----------------------------------------------------------------------------
+
+struct SegmentSumsBuffers {
+  AnyBuffer keys, values;
+  GateBuffers gates;
+  AnyBuffer to;
+};
+
+Result<WalkCall> read_segment_sums(const SegmentSumsBuffers& b, const SegmentSumsOptions& options,
+                                   const WalkConfig& config) {
+  const auto sizes = read_linear_attention_sizes("keys", b.keys, "values", b.values);
+  if (!sizes.ok()) return sizes.error();
+  const LinearAttentionSizes& s = *sizes;
+  if (Status status = check_gates(b.gates, s); !status.ok()) return status.error();
+  const auto call = read_walk(s, options.reverse ? Walk::kReverseSegmentSums : Walk::kSegmentSums,
+                              features_of(b.gates), options.chunks_of_segment, config);
+  if (!call.ok()) return call;
+  if (call->segments < 2 && !s.empty()) {
+    return invalid("there is one segment; expected several");
+  }
+  if (!is_given(b.to) && !s.empty()) return invalid("to is not given");
+  if (Status status = check_segment_states("to", b.to, s, call->segments - 1); !status.ok()) {
+    return status.error();
+  }
+  return call;
+}
+
+Status initialize_segment_sums(int device, const SegmentSumsBuffers& buffers,
+                               const SegmentSumsOptions& options, const WalkConfig& config) {
+  const auto call = read_segment_sums(buffers, options, config);
+  return call.ok() ? load(kernels, call->kernel, device) : call.error();
+}
+
+Status execute_segment_sums(int device_ordinal, runtime::cuda::Stream stream,
+                            const SegmentSumsBuffers& b, const SegmentSumsOptions& options,
+                            const WalkConfig& config) {
+  const auto call = read_segment_sums(b, options, config);
+  if (!call.ok()) return call.error();
+  const LinearAttentionSizes& s = call->sizes;
+  if (s.empty()) return {};
+  const auto device = runtime::open_device(device_ordinal);
+  if (!device.ok()) return device.error();
+  const auto kernel = find_loaded(kernels, call->kernel, **device);
+  if (!kernel.ok()) return kernel.error();
+  const runtime::ScopedContext context(**device);
+
+  declare_arrays({{"keys", b.keys, false},
+                  {"values", b.values, false},
+                  {"sums", b.gates.sums, false},
+                  {"weights", b.gates.weights, false},
+                  {"counts", b.gates.counts, false},
+                  {"to", b.to, true}});
+
+  linear_attention::SegmentSumsParams params = {};
+  if (Status status = first_error(
+          {encode_tokens(&params.keys, b.keys, s), encode_tokens(&params.values, b.values, s)});
+      !status.ok()) {
+    return status;
+  }
+  set_walk(&params, *call, b.gates, b.to, options.chunks_of_segment, options.scale);
+  return runtime::launch(**kernel, stream, grid_of(*call, call->segments - 1), &params);
 }
 
 // -- States ---------------------------------------------------------------------------------------
@@ -81,23 +153,17 @@ Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& option
   const auto sizes = read_linear_attention_sizes("keys", b.keys, "values", b.values);
   if (!sizes.ok()) return sizes.error();
   const LinearAttentionSizes& s = *sizes;
-  const bool stores = is_given(b.stored);
-  if (options.stored_every < 0 || options.stored_every > kMaxInt ||
-      (stores && options.stored_every == 0)) {
+  if (options.stored_every < 1 || options.stored_every > kMaxInt) {
     return invalid("stored_every is " + std::to_string(options.stored_every) +
-                   "; expected a number of chunks, or 0 where nothing is stored");
+                   "; expected a number of chunks");
   }
-  if (Status status = first_error(
-          {check_gates(b.gates, s),
-           stores ? check_like("stored", b.stored, b.keys,
-                               {s.batch, s.num_heads, ceil_div(s.chunks(), options.stored_every),
-                                s.padded_values(), s.key_dim})
-                  : check_dtype("stored", b.stored, b.keys.element_type())});
+  if (Status status =
+          first_error({check_gates(b.gates, s),
+                       check_like("stored", b.stored, b.keys,
+                                  {s.batch, s.num_heads, ceil_div(s.chunks(), options.stored_every),
+                                   s.padded_values(), s.key_dim})});
       !status.ok()) {
     return status.error();
-  }
-  if (!stores && !is_given(b.to) && !s.empty()) {
-    return invalid("neither stored nor to is asked for");
   }
   return read_walk(s, options.reverse ? Walk::kReverseStates : Walk::kStates, features_of(b.gates),
                    options.chunks_of_segment, config, b.from, b.to);
@@ -131,15 +197,16 @@ Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const St
                   {"to", b.to, true}});
 
   linear_attention::StatesParams params = {};
-  params.stored_every = is_given(b.stored) ? static_cast<int>(options.stored_every) : 0;
-  if (Status status = first_error(
-          {encode_tokens(&params.keys, b.keys, s), encode_tokens(&params.values, b.values, s),
-           params.stored_every > 0 ? encode_states(&params.stored, b.stored, s) : Status()});
+  params.stored_every = static_cast<int>(options.stored_every);
+  params.from = optional_floats(b.from);
+  if (Status status = first_error({encode_tokens(&params.keys, b.keys, s),
+                                   encode_tokens(&params.values, b.values, s),
+                                   encode_states(&params.stored, b.stored, s)});
       !status.ok()) {
     return status;
   }
-  set_walk(&params, *call, b.gates, b.from, b.to, options.chunks_of_segment, options.scale);
-  return runtime::launch(**kernel, stream, grid_of(*call), &params);
+  set_walk(&params, *call, b.gates, b.to, options.chunks_of_segment, options.scale);
+  return runtime::launch(**kernel, stream, grid_of(*call, call->segments), &params);
 }
 
 // -- Outputs --------------------------------------------------------------------------------------
@@ -206,13 +273,33 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
     return status;
   }
   params.skip = optional_floats(b.skip);
-  set_walk(&params, *call, b.gates, b.from, b.to, options.chunks_of_segment, options.scale);
-  return runtime::launch(**kernel, stream, grid_of(*call), &params);
+  params.from = optional_floats(b.from);
+  set_walk(&params, *call, b.gates, b.to, options.chunks_of_segment, options.scale);
+  return runtime::launch(**kernel, stream, grid_of(*call, call->segments), &params);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------
 
 using Ret = xffi::Result<AnyBuffer>;
+
+xffi::Error segment_sums_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer values,
+                                    AnyBuffer sums, AnyBuffer weights, AnyBuffer counts, Ret to,
+                                    SegmentSumsOptions options, WalkConfig config) {
+  return to_ffi(kSegmentSumsName,
+                initialize_segment_sums(device, {keys, values, {sums, weights, counts}, *to},
+                                        options, config));
+}
+
+xffi::Error segment_sums_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer keys,
+                                 AnyBuffer values, AnyBuffer sums, AnyBuffer weights,
+                                 AnyBuffer counts, Ret to, SegmentSumsOptions options,
+                                 WalkConfig config) {
+  return to_ffi(kSegmentSumsName, explore([&] {
+                  return execute_segment_sums(device, stream,
+                                              {keys, values, {sums, weights, counts}, *to}, options,
+                                              config);
+                }));
+}
 
 xffi::Error states_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer values, AnyBuffer sums,
                               AnyBuffer weights, AnyBuffer counts, AnyBuffer from, Ret stored,
@@ -255,6 +342,19 @@ xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, A
 }
 
 template <typename Binding>
+auto bind_segment_sums(Binding binding) {
+  return std::move(binding)
+      .template Arg<AnyBuffer>()  // keys
+      .template Arg<AnyBuffer>()  // values
+      .template Arg<AnyBuffer>()  // sums
+      .template Arg<AnyBuffer>()  // weights, or of size 0
+      .template Arg<AnyBuffer>()  // counts, or of size 0
+      .template Ret<AnyBuffer>()  // to
+      .template Attr<SegmentSumsOptions>("options")
+      .template Attr<WalkConfig>("config");
+}
+
+template <typename Binding>
 auto bind_states(Binding binding) {
   return std::move(binding)
       .template Arg<AnyBuffer>()  // keys
@@ -263,7 +363,7 @@ auto bind_states(Binding binding) {
       .template Arg<AnyBuffer>()  // weights, or of size 0
       .template Arg<AnyBuffer>()  // counts, or of size 0
       .template Arg<AnyBuffer>()  // from, or of size 0 for zeros
-      .template Ret<AnyBuffer>()  // stored, or of size 0
+      .template Ret<AnyBuffer>()  // stored
       .template Ret<AnyBuffer>()  // to, or of size 0
       .template Attr<StatesOptions>("options")
       .template Attr<WalkConfig>("config");
@@ -287,6 +387,13 @@ auto bind_outputs(Binding binding) {
 }
 
 XLA_FFI_DEFINE_HANDLER(
+    kSegmentSumsInitialize, segment_sums_initialize,
+    bind_segment_sums(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
+XLA_FFI_DEFINE_HANDLER(
+    kSegmentSumsExecute, segment_sums_execute,
+    bind_segment_sums(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
+    {xffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(
     kStatesInitialize, states_initialize,
     bind_states(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
 XLA_FFI_DEFINE_HANDLER(kStatesExecute, states_execute,
@@ -301,6 +408,8 @@ XLA_FFI_DEFINE_HANDLER(kOutputsExecute, outputs_execute,
 
 }  // namespace
 
+const Target kLinearAttentionSegmentSumsTarget = {kSegmentSumsName, kSegmentSumsInitialize,
+                                                  kSegmentSumsExecute};
 const Target kLinearAttentionStatesTarget = {kStatesName, kStatesInitialize, kStatesExecute};
 const Target kLinearAttentionOutputsTarget = {kOutputsName, kOutputsInitialize, kOutputsExecute};
 

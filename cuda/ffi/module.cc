@@ -184,6 +184,8 @@ nb::list linear_attention_specs(const std::string& kernel, const std::string& dt
     const auto walk = [&] {
       if (kernel == "states") return Walk::kStates;
       if (kernel == "reverse_states") return Walk::kReverseStates;
+      if (kernel == "segment_sums") return Walk::kSegmentSums;
+      if (kernel == "reverse_segment_sums") return Walk::kReverseSegmentSums;
       if (kernel == "outputs") return Walk::kOutputs;
       throw nb::value_error(("no kernel is called " + kernel).c_str());
     }();

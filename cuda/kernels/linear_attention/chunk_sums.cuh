@@ -19,7 +19,13 @@ __device__ __forceinline__ void chunk_sums(const ChunkSumsParams& params) {
   const int padded = static_cast<int>(padded_tokens(params.seqlen));
   const int64 results = static_cast<int64>(batch) * params.num_heads * padded + first;
   const int heads = params.num_heads, tokens = params.seqlen - first;
-  RegTile<float, kHeadsOfBlock, kChunk> tile;
+  // Both are read at once: there are few warps to hide what that takes.
+  RegTile<float, kHeadsOfBlock, kChunk> tile, moved;
+  if (params.y != nullptr) {
+    const int64 row = static_cast<int64>(batch) * params.seqlen + first;
+    warp::load(moved, GlobalView<const float>{params.y + row * heads, heads, tokens, 1, heads},
+               head, 0);
+  }
   warp::load(tile,
              GlobalView<const float>{
                  params.x + batch * params.x_batch_stride + first * params.x_token_stride, heads,
@@ -31,10 +37,7 @@ __device__ __forceinline__ void chunk_sums(const ChunkSumsParams& params) {
   warp::cumsum_cols(tile, tile);
   warp::store(GlobalView<float>{params.sums + results, heads, kChunk, padded}, tile, head, 0);
   if (params.y != nullptr) {
-    const int64 row = static_cast<int64>(batch) * params.seqlen + first;
-    warp::load(tile, GlobalView<const float>{params.y + row * heads, heads, tokens, 1, heads}, head,
-               0);
-    warp::store(GlobalView<float>{params.moved + results, heads, kChunk, padded}, tile, head, 0);
+    warp::store(GlobalView<float>{params.moved + results, heads, kChunk, padded}, moved, head, 0);
   }
 }
 

@@ -14,6 +14,13 @@ namespace tk::linear_attention {
 
 using TokenVec = SharedVec<float, kChunk>;
 
+// Numbers of a chunk's tokens in registers, as columns: for kernels that use them more than once.
+template <unsigned kFeatures>
+struct GateColumns {
+  PerCol<kChunk> sums;
+  PerCol<kChunk> weights;  // with kWeights
+};
+
 template <unsigned kFeatures>
 struct ChunkGates {
   TokenVec sums;
@@ -32,6 +39,11 @@ struct ChunkGates {
     if constexpr ((kFeatures & kCounts) != 0) {
       tma::load(counts, gates.counts + (static_cast<int64>(batch) * chunks + chunk) * kChunk, full);
     }
+  }
+
+  __device__ __forceinline__ void load_columns(GateColumns<kFeatures>& cols) const {
+    warp::load(cols.sums, sums);
+    if constexpr ((kFeatures & kWeights) != 0) warp::load(cols.weights, weights);
   }
 
   // Of the state before the chunk, what is left after it.
@@ -77,18 +89,20 @@ struct ChunkGates {
       warp::map_cols(tile, tile, counts, [](float x, float n) { return n > 0 ? 0.0f : x; });
     }
   }
-  // The same times each token's weight and what is left of it after the chunk.
+  // The same times each token's weight and what is left of it after the chunk, and a factor.
   template <typename Tile>
-  __device__ __forceinline__ void scale_cols_after(Tile& tile) const {
+  __device__ __forceinline__ void scale_cols_after(Tile& tile, float factor = 1.0f) const {
+    GateColumns<kFeatures> cols;
+    load_columns(cols);
+    scale_cols_after(tile, cols, factor);
+  }
+  template <typename Tile>
+  __device__ __forceinline__ void scale_cols_after(Tile& tile, const GateColumns<kFeatures>& cols,
+                                                   float factor = 1.0f) const {
     const float last = load_element(sums, kChunk - 1);
     PerCol<kChunk> left;
-    warp::load(left, sums);
-    warp::map(left, left, [=](float a) { return math::exp2(last - a); });
-    if constexpr ((kFeatures & kWeights) != 0) {
-      PerCol<kChunk> w;
-      warp::load(w, weights);
-      warp::mul(left, left, w);
-    }
+    warp::map(left, cols.sums, [=](float a) { return math::exp2(last - a) * factor; });
+    if constexpr ((kFeatures & kWeights) != 0) warp::mul(left, left, cols.weights);
     warp::mul_cols(tile, tile, left);
     if constexpr ((kFeatures & kCounts) != 0) {
       const float documents = load_element(counts, kChunk - 1);
@@ -107,16 +121,18 @@ struct ChunkGates {
   }
 
   // Weights of scores q k^T, of tokens i in rows and j in columns, where j <= i: zero beyond.
-  template <typename Weights, typename Scores>
-  __device__ __forceinline__ void apply(Weights& dst, const Scores& scores) const {
+  // `cols` are these gates' columns, or the gates themselves.
+  template <typename Weights, typename Scores, typename Columns>
+  __device__ __forceinline__ void apply(Weights& dst, const Scores& scores,
+                                        const Columns& cols) const {
     PerRow<16> rows;
     warpgroup::load(rows, sums);
     if constexpr ((kFeatures & kWeights) != 0) {
       warpgroup::map_lower(
-          dst, scores, rows, sums, weights,
+          dst, scores, rows, cols.sums, cols.weights,
           [](float s, float end, float start, float w) { return s * w * math::exp2(end - start); });
     } else {
-      warpgroup::map_lower(dst, scores, rows, sums, [](float s, float end, float start) {
+      warpgroup::map_lower(dst, scores, rows, cols.sums, [](float s, float end, float start) {
         return s * math::exp2(end - start);
       });
     }
@@ -190,14 +206,13 @@ struct ChunkGates {
   }
 };
 
-// Issues the product that makes the state after a chunk from that before it: `values`, a row for
-// each column of v, and the state are free when it has been waited for.
-template <typename State, typename Values, typename Gates, typename KeyTile, typename ValueTile>
-__device__ __forceinline__ void issue_step_on(State& state, Values& values, const Gates& gates,
-                                              const KeyTile& k_smem, const ValueTile& v_smem) {
-  warpgroup::load_transposed(values, v_smem);
-  gates.scale_cols_after(values);
-  warp::mul(state, state, gates.total());
+// Issues the product that makes the state after a chunk from that before it, of which `total` is
+// left: `values`, a row for each column of v, with what is left of each token, and the state are
+// free when it has been waited for.
+template <typename State, typename Values, typename KeyTile>
+__device__ __forceinline__ void issue_step_on(State& state, const Values& values, float total,
+                                              const KeyTile& k_smem) {
+  warp::mul(state, state, total);
   warpgroup::mma_AB(state, values, k_smem);
   warpgroup::mma_commit();
 }
@@ -206,7 +221,9 @@ template <typename State, typename Gates, typename KeyTile, typename ValueTile>
 __device__ __forceinline__ void step_on(State& state, const Gates& gates, const KeyTile& k_smem,
                                         const ValueTile& v_smem) {
   RegTile<typename ValueTile::T, 16, kChunk> values;
-  issue_step_on(state, values, gates, k_smem, v_smem);
+  warpgroup::load_transposed(values, v_smem);
+  gates.scale_cols_after(values);
+  issue_step_on(state, values, gates.total(), k_smem);
   warpgroup::mma_wait<0>(state, values);
 }
 // The gradient of the state before a chunk, from that of the state after it.

@@ -11,7 +11,8 @@
 // what XLA can put between: each kernel is a target of its own, and arrays between them are XLA's.
 //
 //   chunk_sums       running sums of g within each chunk, in base 2, with tokens last
-//   states           S at the starts of pairs of chunks and of segments, or dS at their ends
+//   segment_sums     what segments add to S, or backwards to dS
+//   states           S at the starts of pairs of chunks, or dS at their ends
 //   outputs          out, and S at the ends of segments
 //   gradients        dq, dk, dv and what dg and dw are made of, chunk by chunk
 //   gate_gradients   dg
@@ -87,10 +88,26 @@ struct StatesParams {
   // (reverse: at its end), in the type of the inputs; dimensions (K, B * H * runs * 64 * slices),
   // box (64, 64).
   TensorMap stored;
-  int stored_every;  // 0 where none are
+  int stored_every;
   Gates gates;
   const float* from;  // [B, H, segments, V, K] at the starts (reverse: ends), or null for zeros
   float* to;          // the same at the ends (reverse: starts), or null
+  int seqlen, num_heads, num_groups, key_dim, value_dim;
+  int chunks, chunks_of_segment;
+  float scale;  // of the keys (reverse)
+};
+
+// -- segment_sums ---------------------------------------------------------------------------------
+// Kernel: "kernels/linear_attention/segment_sums.cuh"
+//   tk::linear_attention::segment_sums<tk::linear_attention::SegmentSumsTraits<
+//       T, kKeyDim, kReverse, kFeatures, kConsumers, kStages>>
+// Grid: H * slices / consumers, segments - 1, B.
+// Forward: of every segment but the last, from keys k and values v. Reverse: of every one but the
+// first, from keys q and values dout. Features: as states.
+struct SegmentSumsParams {
+  TensorMap keys, values;  // as StatesParams'
+  Gates gates;
+  float* to;  // [B, H, segments - 1, V, K]
   int seqlen, num_heads, num_groups, key_dim, value_dim;
   int chunks, chunks_of_segment;
   float scale;  // of the keys (reverse)
@@ -113,7 +130,7 @@ struct OutputsParams {
   float scale;
 };
 
-// Both walk with one consumer warpgroup for each of `consumers` slices that share keys: there must
+// They walk with one consumer warpgroup for each of `consumers` slices that share keys: there must
 // be a multiple of that many slices in a group. One consumer leaves room for two blocks.
 struct WalkConfig {
   long consumers;  // 1 or 2
@@ -127,15 +144,25 @@ constexpr int walk_blocks(long key_dim, long consumers) {
   return consumers == 1 && key_dim <= 128 ? 2 : 1;
 }
 constexpr int kGateBytes = 3 * kChunk * 4;  // of a chunk and a consumer
+// Tiles of a consumer's state and out on their way: two of each spare a barrier, where they fit.
+constexpr long outputs_tiles(long key_dim, long consumers) {
+  return key_dim <= 64 || consumers == 2 ? 2 : 1;
+}
 constexpr int states_shared_bytes(long key_dim, const WalkConfig& c) {
   return static_cast<int>(2 * kChunk * (c.stages * (key_dim + c.consumers * kSlice)) +
                           c.consumers * (2 * kSlice * key_dim + c.stages * kGateBytes)) +
          kSharedSlack;
 }
+constexpr int segment_sums_shared_bytes(long key_dim, const WalkConfig& c) {
+  return static_cast<int>(2 * kChunk * c.stages * (key_dim + c.consumers * kSlice) +
+                          c.consumers * c.stages * kGateBytes) +
+         kSharedSlack;
+}
 constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
-  return static_cast<int>(2 * kChunk * (c.stages * (2 * key_dim + c.consumers * kSlice)) +
-                          c.consumers * (2 * kSlice * key_dim + 2 * kChunk * kSlice +
-                                         c.stages * kGateBytes + 4 * kSlice)) +
+  return static_cast<int>(
+             2 * kChunk * (c.stages * (2 * key_dim + c.consumers * kSlice)) +
+             c.consumers * (outputs_tiles(key_dim, c.consumers) * 2 * kSlice * (key_dim + kChunk) +
+                            c.stages * kGateBytes + 4 * kSlice)) +
          kSharedSlack;
 }
 

@@ -37,8 +37,12 @@ struct Outputs {
   static constexpr unsigned kFeatures = Traits::kFeatures;
   static constexpr int kConsumers = Traits::kConsumers;
   static constexpr int kResidentBlocks = walk_blocks(kKeyDim, kConsumers);
+  static constexpr int kTiles = static_cast<int>(outputs_tiles(kKeyDim, kConsumers));
   static constexpr int kProducerRegisters = kConsumers == 1 && kResidentBlocks == 1 ? 56 : 24;
   static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 232 : 240;
+
+  // Gates are read early, and once, where there are registers for them.
+  static constexpr bool kHoldsColumns = kKeyDim <= 128;
 
   using KeyTile = SharedTile<T, kChunk, kKeyDim>;
   using ValueTile = SharedTile<T, kChunk, kSlice>;
@@ -48,12 +52,13 @@ struct Outputs {
   using Scores = RegTile<float, 16, kChunk>;
   using Output = RegTile<float, 16, kSlice>;
   using State = RegTile<float, 16, kKeyDim>;
+  using ValueRows = RegTile<T, 16, kSlice>;
 
   struct Shared {
     KeyTile q_smem[Traits::kStages], k_smem[Traits::kStages];
     ValueTile v_smem[kConsumers][Traits::kStages];
-    StateTile state_smem[kConsumers];
-    ValueTile out_smem[kConsumers];
+    StateTile state_smem[kConsumers][kTiles];
+    ValueTile out_smem[kConsumers][kTiles];
     ChunkGates<kFeatures> gates[kConsumers][Traits::kStages];
     SliceVec skip[kConsumers];
     Barrier skip_full;
@@ -114,72 +119,89 @@ struct Outputs {
                                                  int consumer) {
     const Place place = Place::of(params, kConsumers, consumer);
     const Segment segment = Segment::of(params);
-    const StateTile& state_smem = shared.state_smem[consumer];
-    const ValueTile& out_smem = shared.out_smem[consumer];
+    constexpr bool kHasSkip = (kFeatures & kSkip) != 0;
     State state;
     load_state(state, params, place, segment);
-    share_state(state_smem, state);
-    if constexpr ((kFeatures & kSkip) != 0) shared.skip_full.wait(0);
+    RegTile<T, 16, kKeyDim> rounded;  // what q S^T reads, on its way
+    warp::convert(rounded, state);
+    if constexpr (kHasSkip) shared.skip_full.wait(0);
 
     typename Ring::State stage;
     for (int chunk = segment.first; chunk < segment.end; ++chunk, stage.advance()) {
       const KeyTile& q_smem = shared.q_smem[stage.stage];
       const KeyTile& k_smem = shared.k_smem[stage.stage];
       const ValueTile& v_smem = shared.v_smem[consumer][stage.stage];
+      const StateTile& state_smem = shared.state_smem[consumer][chunk % kTiles];
       const ChunkGates<kFeatures>& gates = shared.gates[consumer][stage.stage];
       Scores scores;
       Output out;
       shared.ring.wait(stage);
       warpgroup::mm_ABt(scores, q_smem, k_smem);
       warpgroup::mma_commit();
+      // While they are computed: the state, and the out of the chunk before.
+      warpgroup::store(state_smem, rounded);
+      publish(params, shared, place, consumer, segment, chunk);
       warpgroup::mm_ABt(out, q_smem, state_smem);
       warpgroup::mma_commit();
-
-      warpgroup::mma_wait<1>(scores);
-      RegTile<T, 16, kChunk> weights;
-      gates.apply(weights, scores);
+      GateColumns<kFeatures> cols;
+      if constexpr (kHoldsColumns) gates.load_columns(cols);
       PerRow<16> before;
       gates.before(before);
+      const float total = gates.total();
+
+      warpgroup::mma_wait<1>(scores);
+      RegTile<T, 16, kChunk> weights, values;
+      if constexpr (kHoldsColumns) {
+        gates.apply(weights, scores, cols);
+      } else {
+        gates.apply(weights, scores, gates);
+      }
+      warpgroup::load_transposed(values, v_smem);
       warpgroup::mma_wait<0>(out);
       warp::mul_rows(out, out, before);
       warpgroup::mma_AB(out, weights, v_smem);
       warpgroup::mma_commit();
 
-      RegTile<T, 16, kChunk> values;
-      issue_step_on(state, values, gates, k_smem, v_smem);
+      if constexpr (!kHoldsColumns) gates.load_columns(cols);
+      gates.scale_cols_after(values, cols);
+      issue_step_on(state, values, total, k_smem);
 
+      ValueRows v;
+      if constexpr (kHasSkip) warpgroup::load(v, v_smem);
       warpgroup::mma_wait<1>(out, weights);
       warp::mul(out, out, params.scale);
-      if constexpr ((kFeatures & kSkip) != 0) add_skip(out, v_smem, shared.skip[consumer]);
-      warpgroup::store(out_smem, out);
-      publish_shared();
-      warpgroup::sync();
-      if (warpgroup::leader()) {
-        tma::store(params.out, out_smem, place.slice * kSlice, chunk * kChunk, place.head,
-                   place.batch);
-        tma::commit();
+      if constexpr (kHasSkip) add_skip(out, v, shared.skip[consumer]);
+      if constexpr (kTiles == 1) {  // all have read the state, and the out before has left
+        if (warpgroup::leader()) tma::wait_read<0>();
+        warpgroup::sync();
       }
+      warpgroup::store(shared.out_smem[consumer][chunk % kTiles], out);
       warpgroup::mma_wait<0>(state, values);
       shared.ring.release(stage);
-      share_state(state_smem, state);
+      warp::convert(rounded, state);
     }
+    publish(params, shared, place, consumer, segment, segment.end);
     store_state(state, params, place, segment);
     if (warpgroup::leader()) tma::wait_read<0>();
   }
 
-  // The rounded copy that q S^T reads.
-  __device__ __forceinline__ static void share_state(const StateTile& state_smem,
-                                                     const State& state) {
-    warpgroup::store(state_smem, state);
+  // Makes what was stored visible to products and copies, of which one takes away the out of the
+  // chunk before `chunk`. Of two tiles, those of the next chunk are free then: their out has left,
+  // and their state has been read.
+  __device__ __forceinline__ static void publish(const OutputsParams& params, Shared& shared,
+                                                 const Place& place, int consumer,
+                                                 const Segment& segment, int chunk) {
     publish_shared();
-    if (warpgroup::leader()) tma::wait_read<0>();  // the chunk's out has left
+    if (warpgroup::leader()) tma::wait_read<0>();
     warpgroup::sync();
+    if (chunk == segment.first || !warpgroup::leader()) return;
+    tma::store(params.out, shared.out_smem[consumer][(chunk - 1) % kTiles], place.slice * kSlice,
+               (chunk - 1) * kChunk, place.head, place.batch);
+    tma::commit();
   }
 
-  __device__ __forceinline__ static void add_skip(Output& out, const ValueTile& v_smem,
+  __device__ __forceinline__ static void add_skip(Output& out, const ValueRows& v,
                                                   const SliceVec& skip) {
-    RegTile<T, 16, kSlice> v;
-    warpgroup::load(v, v_smem);
     warp::zip_cols(out, out, v, skip, [](float x, float y, float d) { return x + y * d; });
   }
 };

@@ -1,4 +1,4 @@
-// The state at the starts of runs of chunks, or at the ends of segments; and backwards, the
+// The state at the starts of runs of chunks, and at the ends of segments; and backwards, the
 // state's gradient.
 //
 //   S <- total S + (diag(w * after) v)^T k           forward, through the chunks of a segment
@@ -113,7 +113,7 @@ struct States {
     typename Ring::State stage;
     for (int step = 0; step < segment.end - segment.first; ++step, stage.advance()) {
       const int chunk = chunk_at(segment, step);
-      if (params.stored_every > 0 && begins_run(params, chunk)) {
+      if (begins_run(params, chunk)) {
         const int runs = ceil_div(params.chunks, params.stored_every);
         const int matrix = place.row(params) * runs + chunk / params.stored_every;
         store_chunk_state(params, shared.state_smem[consumer], state,

@@ -1,5 +1,5 @@
-// Which slice of which head a consumer has, and which chunks: what states.cuh and outputs.cuh
-// share.
+// Which slice of which head a consumer has, and which chunks: what kernels share that walk through
+// a sequence.
 #pragma once
 
 #include "kernels/linear_attention/linear_attention.h"
@@ -35,7 +35,10 @@ struct Segment {
 
   template <typename Params>
   __device__ __forceinline__ static Segment of(const Params& params) {
-    const int index = grid::block_y();
+    return at(params, grid::block_y());
+  }
+  template <typename Params>
+  __device__ __forceinline__ static Segment at(const Params& params, int index) {
     const int first = index * params.chunks_of_segment;
     return {index, ceil_div(params.chunks, params.chunks_of_segment), first,
             min(first + params.chunks_of_segment, params.chunks)};

@@ -1,4 +1,4 @@
-"""The calls of linear attention's five kernels, one function each.
+"""The calls of linear attention's six kernels, one function each.
 
 Shapes and what is computed stand in ``cuda/kernels/linear_attention``. Gates are
 float32 and [B, H, padded], where T is padded to whole chunks; states are [.., V, K].
@@ -45,6 +45,34 @@ def chunk_sums(x, y, like, *, scale: float, least: float):
     return sums, None if y is None else moved
 
 
+def segment_sums(
+    keys,
+    values,
+    gates: Gates,
+    tiles: config.ScanConfig,
+    *,
+    scale: float = 1.0,
+    reverse: bool = False,
+):
+    """What every segment but the last adds to the state: [B, H, segments - 1, V, K].
+
+    With ``reverse``, what every one but the first adds to its gradient.
+    """
+    *leading, segments, value_dim, key_dim = _segment_states(keys, values, tiles)
+    (sums,) = _ffi.call(
+        "tk_linear_attention_segment_sums_v1",
+        (_ffi.result_type(keys, (*leading, segments - 1, value_dim, key_dim)),),
+        keys,
+        values,
+        *map(_ffi.optional, gates),
+        options=config.SegmentSumsOptions(
+            scale=scale, reverse=reverse, chunks_of_segment=tiles.chunks_of_segment
+        ),
+        config=tiles.states,
+    )
+    return sums
+
+
 def states(
     keys,
     values,
@@ -52,23 +80,20 @@ def states(
     start,
     tiles: config.ScanConfig,
     *,
+    stored_every: int,
+    ends: bool,
     scale: float = 1.0,
     reverse: bool = False,
-    stored_every: int = 0,
-    ends: bool = True,
 ):
     """States before runs of ``stored_every`` chunks, and after segments if ``ends``.
 
-    With ``reverse``, gradients of states after runs and before segments. None are
-    stored where that is 0.
+    With ``reverse``, gradients of states after runs and before segments.
     ``start`` is what segments begin with, [B, H, segments, V, K] or None for zeros.
     """
     batch, seqlen, num_heads, value_dim = values.shape
     columns = config.round_up(value_dim, config.SLICE)
-    stored = None
-    if stored_every:
-        runs = -(-seqlen // (stored_every * config.CHUNK))
-        stored = (batch, num_heads, runs, columns, keys.shape[-1])
+    runs = -(-seqlen // (stored_every * config.CHUNK))
+    stored = (batch, num_heads, runs, columns, keys.shape[-1])
     ended = _segment_states(keys, values, tiles) if ends else None
     states, end = _ffi.call(
         "tk_linear_attention_states_v1",
@@ -85,7 +110,7 @@ def states(
         ),
         config=tiles.states,
     )
-    return states if stored_every else None, end if ends else None
+    return states, end if ends else None
 
 
 def outputs(

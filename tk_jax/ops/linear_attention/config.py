@@ -63,7 +63,16 @@ class StatesOptions:
     scale: float  # of the keys
     reverse: bool
     chunks_of_segment: int
-    stored_every: int  # chunks to a stored state, or 0
+    stored_every: int  # chunks to a stored state
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentSumsOptions:
+    """What segments add to the state, or with ``reverse`` to its gradient."""
+
+    scale: float  # of the keys
+    reverse: bool
+    chunks_of_segment: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +140,16 @@ def kernels(config: ScanConfig, features: Iterable[str]):
     taken = {
         "states": {"weights", "counts"},
         "reverse_states": {"counts"},
+        "segment_sums": {"weights", "counts"},
+        "reverse_segment_sums": {"counts"},
         "outputs": {"weights", "counts", "skip"},
         "gradients": {"weights", "counts", "skip"},
     }
     configs = {
         "states": config.states,
         "reverse_states": config.states,
+        "segment_sums": config.states,
+        "reverse_segment_sums": config.states,
         "outputs": config.outputs,
         "gradients": config.gradients,
     }

@@ -243,8 +243,8 @@ def segment_starts(arrays, gates, tiles):
     kept = _kept(gates, tiles)
     if kept is None:
         return None if arrays.state is None else arrays.state[:, :, None]
-    _, ends = calls.states(arrays.k, arrays.v, gates, None, tiles)
-    return _chained(arrays.state, kept, ends)
+    added = calls.segment_sums(arrays.k, arrays.v, gates, tiles)
+    return _chained(arrays.state, kept, added)
 
 
 def _kept(gates, tiles):
@@ -269,9 +269,12 @@ def _kept(gates, tiles):
 
 
 def _chained(first, kept, added):
-    """x[0] = first, x[s + 1] = kept[s] x[s] + added[s], along the third axis."""
+    """x[0] = first, x[s + 1] = kept[s] x[s] + added[s], along the third axis.
+
+    ``kept`` has one more, of the last, which is not used.
+    """
     first = jnp.zeros_like(added[:, :, :1]) if first is None else first[:, :, None]
-    values = jnp.concatenate([first, added[:, :, :-1]], axis=2)
+    values = jnp.concatenate([first, added], axis=2)
     factors = jnp.concatenate([jnp.zeros_like(kept[:, :, :1]), kept[:, :, :-1]], axis=2)
 
     def after(one, other):
@@ -325,21 +328,16 @@ def state_gradients(
     settings, arrays, gates, dout, dfinal, tiles, stored_every=config.PAIR
 ):
     """Gradients of the states after runs of chunks, and of the initial state."""
-    walk = functools.partial(
-        calls.states,
-        arrays.q,
-        dout,
-        gates._replace(weights=None),
-        tiles=tiles,
-        scale=settings.scale,
-        reverse=True,
-    )
+    keys_and_values = (arrays.q, dout, gates._replace(weights=None))
+    how = {"tiles": tiles, "scale": settings.scale, "reverse": True}
     kept = _kept(gates, tiles)
     if kept is None:
         ends = None if dfinal is None else dfinal[:, :, None]
     else:
-        _, added = walk(start=None)
+        added = calls.segment_sums(*keys_and_values, **how)
         ends = jnp.flip(_chained(dfinal, jnp.flip(kept, 2), jnp.flip(added, 2)), axis=2)
     wanted = arrays.state is not None
-    dstates, dstarts = walk(start=ends, stored_every=stored_every, ends=wanted)
+    dstates, dstarts = calls.states(
+        *keys_and_values, start=ends, stored_every=stored_every, ends=wanted, **how
+    )
     return dstates, dstarts[:, :, 0] if wanted else None

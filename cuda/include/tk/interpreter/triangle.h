@@ -11,6 +11,10 @@ inline PerCol<64> load_all(const SharedVec<float, 64>& vec, Location at) {
   warp::load(values, vec, at);
   return values;
 }
+inline PerCol<64> load_all(const PerCol<64>& values, Location at) {
+  detail::reading(values, at);
+  return values;
+}
 
 template <bool kLower, typename Dst, typename Src, typename F, typename... Cols>
 void map(Dst& dst, const Src& src, F&& f, Location at, const PerRow<16>& rows,
@@ -71,14 +75,14 @@ void map_lower(Dst& dst, const Src& src, F&& f, Location at = {}) {
   warp::fill(rows, 0.0f);
   detail_triangle::map<true>(dst, src, [&](float x, float) { return f(x); }, at, rows);
 }
-template <typename Dst, typename Src, typename F>
-void map_lower(Dst& dst, const Src& src, const PerRow<16>& rows, const SharedVec<float, 64>& cols,
-               F&& f, Location at = {}) {
+template <typename Dst, typename Src, typename Cols, typename F>
+void map_lower(Dst& dst, const Src& src, const PerRow<16>& rows, const Cols& cols, F&& f,
+               Location at = {}) {
   detail_triangle::map<true>(dst, src, f, at, rows, cols);
 }
-template <typename Dst, typename Src, typename F>
-void map_lower(Dst& dst, const Src& src, const PerRow<16>& rows, const SharedVec<float, 64>& cols,
-               const SharedVec<float, 64>& more, F&& f, Location at = {}) {
+template <typename Dst, typename Src, typename Cols, typename F>
+void map_lower(Dst& dst, const Src& src, const PerRow<16>& rows, const Cols& cols, const Cols& more,
+               F&& f, Location at = {}) {
   detail_triangle::map<true>(dst, src, f, at, rows, cols, more);
 }
 template <typename Dst, typename Src, typename F>
@@ -87,14 +91,14 @@ void map_upper(Dst& dst, const Src& src, F&& f, Location at = {}) {
   warp::fill(rows, 0.0f);
   detail_triangle::map<false>(dst, src, [&](float x, float) { return f(x); }, at, rows);
 }
-template <typename Dst, typename Src, typename F>
-void map_upper(Dst& dst, const Src& src, const PerRow<16>& rows, const SharedVec<float, 64>& cols,
-               F&& f, Location at = {}) {
+template <typename Dst, typename Src, typename Cols, typename F>
+void map_upper(Dst& dst, const Src& src, const PerRow<16>& rows, const Cols& cols, F&& f,
+               Location at = {}) {
   detail_triangle::map<false>(dst, src, f, at, rows, cols);
 }
-template <typename Dst, typename Src, typename F>
-void map_upper(Dst& dst, const Src& src, const PerRow<16>& rows, const SharedVec<float, 64>& cols,
-               const SharedVec<float, 64>& more, F&& f, Location at = {}) {
+template <typename Dst, typename Src, typename Cols, typename F>
+void map_upper(Dst& dst, const Src& src, const PerRow<16>& rows, const Cols& cols, const Cols& more,
+               F&& f, Location at = {}) {
   detail_triangle::map<false>(dst, src, f, at, rows, cols, more);
 }
 

@@ -14,6 +14,10 @@ __device__ __forceinline__ float2 load_pair(const SharedVec<float, 64>& vec, int
   return pair;
 }
 
+__device__ __forceinline__ float2 load_pair(const PerCol<64>& vec, int group) {
+  return make_float2(vec.data[group][0], vec.data[group][1]);
+}
+
 // Of what a lane holds of eight columns and half of the rows: whether it lies in the triangle.
 enum class Side { kInside, kAcross, kOutside };
 
@@ -124,20 +128,21 @@ __device__ __forceinline__ void fold(Dst& dst, PerRow<16>& sums, PerRow<16>& dia
 
 // dst(r, c) = f(src(r, c), rows(r), cols(c)) where c <= r (map_upper: c >= r), zero elsewhere; f is
 // not asked there. With two vectors of columns, f takes a value of each; without any, src(r, c).
+// Vectors of columns are in shared memory, or in registers where several maps read them.
 template <typename Dst, typename Src, typename F>
 __device__ __forceinline__ void map_lower(Dst& dst, const Src& src, F&& f, Location = {}) {
   const auto without_row = [&](float x, float) { return f(x); };
   detail_triangle::map<true>(dst, src, without_row, PerRow<16>{});
 }
-template <typename Dst, typename Src, typename F>
+template <typename Dst, typename Src, typename Cols, typename F>
 __device__ __forceinline__ void map_lower(Dst& dst, const Src& src, const PerRow<16>& rows,
-                                          const SharedVec<float, 64>& cols, F&& f, Location = {}) {
+                                          const Cols& cols, F&& f, Location = {}) {
   detail_triangle::map<true>(dst, src, f, rows, cols);
 }
-template <typename Dst, typename Src, typename F>
+template <typename Dst, typename Src, typename Cols, typename F>
 __device__ __forceinline__ void map_lower(Dst& dst, const Src& src, const PerRow<16>& rows,
-                                          const SharedVec<float, 64>& cols,
-                                          const SharedVec<float, 64>& more, F&& f, Location = {}) {
+                                          const Cols& cols, const Cols& more, F&& f,
+                                          Location = {}) {
   detail_triangle::map<true>(dst, src, f, rows, cols, more);
 }
 template <typename Dst, typename Src, typename F>
@@ -145,15 +150,15 @@ __device__ __forceinline__ void map_upper(Dst& dst, const Src& src, F&& f, Locat
   const auto without_row = [&](float x, float) { return f(x); };
   detail_triangle::map<false>(dst, src, without_row, PerRow<16>{});
 }
-template <typename Dst, typename Src, typename F>
+template <typename Dst, typename Src, typename Cols, typename F>
 __device__ __forceinline__ void map_upper(Dst& dst, const Src& src, const PerRow<16>& rows,
-                                          const SharedVec<float, 64>& cols, F&& f, Location = {}) {
+                                          const Cols& cols, F&& f, Location = {}) {
   detail_triangle::map<false>(dst, src, f, rows, cols);
 }
-template <typename Dst, typename Src, typename F>
+template <typename Dst, typename Src, typename Cols, typename F>
 __device__ __forceinline__ void map_upper(Dst& dst, const Src& src, const PerRow<16>& rows,
-                                          const SharedVec<float, 64>& cols,
-                                          const SharedVec<float, 64>& more, F&& f, Location = {}) {
+                                          const Cols& cols, const Cols& more, F&& f,
+                                          Location = {}) {
   detail_triangle::map<false>(dst, src, f, rows, cols, more);
 }
 

@@ -1,0 +1,133 @@
+// What a segment adds to the state: S at its end if it starts from zero; and backwards, the state's
+// gradient at its start if nothing comes after it.
+//
+//   sum over its tokens j of w_j (what is left of j at the end) v_j k_j^T         forward
+//   sum over its tokens i of scale (what is left of its start at i) dout_i q_i^T  reverse
+//
+// with the gates of a chunk (gates.cuh) and what is left of each chunk's sum, a number. Forward it
+// goes from the segment's last chunk to the first, reverse from the first to the last: against the
+// way of the kernel that comes after it, so that this one begins with what is still in L2. And a
+// state that only grows is never scaled.
+// Grid: kConsumers slices of 64 values, segments but the last (reverse: but the first), batch.
+// Roles: a producer warp loads a ring of keys and each consumer's values and gates; a consumer
+// warpgroup keeps the sum (64 x K, fp32) of its slice in registers.
+// Budget: that of states.cuh without the copy on its way out. Limit: reading keys and values.
+#pragma once
+
+#include "kernels/linear_attention/gates.cuh"
+#include "kernels/linear_attention/walk.cuh"
+#include "tk/tk.cuh"
+
+namespace tk::linear_attention {
+
+template <typename T_, int kKeyDim_, bool kReverse_, unsigned kFeatures_, int kConsumers_,
+          int kStages_>
+struct SegmentSumsTraits {
+  using T = T_;
+  static constexpr int kKeyDim = kKeyDim_;
+  static constexpr bool kReverse = kReverse_;
+  static constexpr unsigned kFeatures = kFeatures_;
+  static constexpr int kConsumers = kConsumers_;
+  static constexpr int kStages = kStages_;
+  static_assert(kConsumers == 1 || kConsumers == 2, "one or two slices share their keys");
+  static_assert((kFeatures & kSkip) == 0, "what skips the state has no part in it");
+  static_assert(!kReverse || (kFeatures & kWeights) == 0, "gradients of out have no weights");
+};
+
+template <typename Traits>
+struct SegmentSums {
+  using T = typename Traits::T;
+  static constexpr int kKeyDim = Traits::kKeyDim;
+  static constexpr unsigned kFeatures = Traits::kFeatures;
+  static constexpr int kConsumers = Traits::kConsumers;
+  static constexpr int kResidentBlocks = walk_blocks(kKeyDim, kConsumers);
+  static constexpr int kProducerRegisters = kConsumers == 1 && kResidentBlocks == 1 ? 56 : 24;
+  static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 232 : 240;
+
+  using KeyTile = SharedTile<T, kChunk, kKeyDim>;
+  using ValueTile = SharedTile<T, kChunk, kSlice>;
+  using Ring = Pipeline<Traits::kStages>;
+  using Sum = RegTile<float, 16, kKeyDim>;
+
+  struct Shared {
+    KeyTile keys_smem[Traits::kStages];
+    ValueTile values_smem[kConsumers][Traits::kStages];
+    ChunkGates<kFeatures> gates[kConsumers][Traits::kStages];
+    Ring ring;
+  };
+  static_assert(sizeof(Shared) + 1024 <=
+                    segment_sums_shared_bytes(kKeyDim, {kConsumers, Traits::kStages}),
+                "linear_attention.h's segment_sums_shared_bytes covers the shared memory");
+  static constexpr int kStageBytes =
+      KeyTile::kBytes + kConsumers * (ValueTile::kBytes + ChunkGates<kFeatures>::kBytes);
+
+  __device__ __forceinline__ static Segment segment_of(const SegmentSumsParams& params) {
+    return Segment::at(params, grid::block_y() + (Traits::kReverse ? 1 : 0));
+  }
+  // The chunk of a step.
+  __device__ __forceinline__ static int chunk_at(const Segment& segment, int step) {
+    return Traits::kReverse ? segment.first + step : segment.end - 1 - step;
+  }
+
+  __device__ __forceinline__ static void init(const SegmentSumsParams&, Shared& shared) {
+    shared.ring.init(4 * kConsumers);
+  }
+
+  __device__ __forceinline__ static void load(const SegmentSumsParams& params, Shared& shared) {
+    tma::prefetch(params.keys);
+    tma::prefetch(params.values);
+    const Segment segment = segment_of(params);
+    typename Ring::State state;
+    for (int step = 0; step < segment.end - segment.first; ++step, state.advance()) {
+      const int chunk = chunk_at(segment, step);
+      shared.ring.acquire(state, kStageBytes);
+      Barrier& full = shared.ring.full(state);
+#pragma unroll
+      for (int i = 0; i < kConsumers; ++i) {
+        const Place place = Place::of(params, kConsumers, i);
+        if (i == 0) {
+          tma::load(shared.keys_smem[state.stage], params.keys, full, tma::Keep::kNormal, 0,
+                    chunk * kChunk, place.group(params), place.batch);
+        }
+        tma::load(shared.values_smem[i][state.stage], params.values, full, tma::Keep::kNormal,
+                  place.slice * kSlice, chunk * kChunk, place.head, place.batch);
+        shared.gates[i][state.stage].load(params.gates, full, place.row(params), place.batch, chunk,
+                                          params.chunks);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void compute(const SegmentSumsParams& params, Shared& shared,
+                                                 int consumer) {
+    const Place place = Place::of(params, kConsumers, consumer);
+    const Segment segment = segment_of(params);
+    Sum sum;
+    warp::zero(sum);
+    float left = 1;  // of a chunk's own sum
+    typename Ring::State stage;
+    for (int step = 0; step < segment.end - segment.first; ++step, stage.advance()) {
+      const ChunkGates<kFeatures>& gates = shared.gates[consumer][stage.stage];
+      RegTile<T, 16, kChunk> values;  // a row for each column of values
+      shared.ring.wait(stage);
+      warpgroup::load_transposed(values, shared.values_smem[consumer][stage.stage]);
+      if constexpr (Traits::kReverse) {
+        gates.scale_cols_before(values, left * params.scale);
+      } else {
+        gates.scale_cols_after(values, left);
+      }
+      left *= gates.total();
+      warpgroup::mma_AB(sum, values, shared.keys_smem[stage.stage]);
+      warpgroup::mma_commit();
+      warpgroup::mma_wait<0>(sum, values);
+      shared.ring.release(stage);
+    }
+    store_state(sum, params, place, Segment{grid::block_y(), segment.count - 1});
+  }
+};
+
+template <typename Traits>
+__device__ __forceinline__ void segment_sums(const SegmentSumsParams& params) {
+  block::run<SegmentSums<Traits>>(params);
+}
+
+}  // namespace tk::linear_attention
