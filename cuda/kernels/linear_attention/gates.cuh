@@ -89,6 +89,16 @@ struct ChunkGates {
       warp::map_cols(tile, tile, counts, [](float x, float n) { return n > 0 ? 0.0f : x; });
     }
   }
+  template <typename Tile>
+  __device__ __forceinline__ void scale_cols_before(Tile& tile,
+                                                    const GateColumns<kFeatures>& cols) const {
+    PerCol<kChunk> left;
+    warp::map(left, cols.sums, [](float a) { return math::exp2(a); });
+    warp::mul_cols(tile, tile, left);
+    if constexpr ((kFeatures & kCounts) != 0) {
+      warp::map_cols(tile, tile, counts, [](float x, float n) { return n > 0 ? 0.0f : x; });
+    }
+  }
   // The same times each token's weight and what is left of it after the chunk, and a factor.
   template <typename Tile>
   __device__ __forceinline__ void scale_cols_after(Tile& tile, float factor = 1.0f) const {
@@ -206,16 +216,6 @@ struct ChunkGates {
   }
 };
 
-// Issues the product that makes the state after a chunk from that before it, of which `total` is
-// left: `values`, a row for each column of v, with what is left of each token, and the state are
-// free when it has been waited for.
-template <typename State, typename Values, typename KeyTile>
-__device__ __forceinline__ void issue_step_on(State& state, const Values& values, float total,
-                                              const KeyTile& k_smem) {
-  warp::mul(state, state, total);
-  warpgroup::mma_AB(state, values, k_smem);
-  warpgroup::mma_commit();
-}
 // The state after a chunk, from that before it.
 template <typename State, typename Gates, typename KeyTile, typename ValueTile>
 __device__ __forceinline__ void step_on(State& state, const Gates& gates, const KeyTile& k_smem,
@@ -223,7 +223,9 @@ __device__ __forceinline__ void step_on(State& state, const Gates& gates, const 
   RegTile<typename ValueTile::T, 16, kChunk> values;
   warpgroup::load_transposed(values, v_smem);
   gates.scale_cols_after(values);
-  issue_step_on(state, values, gates.total(), k_smem);
+  warp::mul(state, state, gates.total());
+  warpgroup::mma_AB(state, values, k_smem);
+  warpgroup::mma_commit();
   warpgroup::mma_wait<0>(state, values);
 }
 // The gradient of the state before a chunk, from that of the state after it.

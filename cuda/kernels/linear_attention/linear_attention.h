@@ -144,7 +144,7 @@ constexpr int walk_blocks(long key_dim, long consumers) {
   return consumers == 1 && key_dim <= 128 ? 2 : 1;
 }
 constexpr int kGateBytes = 3 * kChunk * 4;  // of a chunk and a consumer
-// Tiles of a consumer's state and out on their way: two of each spare a barrier, where they fit.
+// Tiles of a consumer's weights and of out on its way: two of each spare a barrier, where they fit.
 constexpr long outputs_tiles(long key_dim, long consumers) {
   return key_dim <= 64 || consumers == 2 ? 2 : 1;
 }
@@ -161,7 +161,7 @@ constexpr int segment_sums_shared_bytes(long key_dim, const WalkConfig& c) {
 constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
   return static_cast<int>(
              2 * kChunk * (c.stages * (2 * key_dim + c.consumers * kSlice)) +
-             c.consumers * (outputs_tiles(key_dim, c.consumers) * 2 * kSlice * (key_dim + kChunk) +
+             c.consumers * (outputs_tiles(key_dim, c.consumers) * 2 * kChunk * (kSlice + kChunk) +
                             c.stages * kGateBytes + 4 * kSlice)) +
          kSharedSlack;
 }

@@ -1,17 +1,19 @@
 // out = scale S q + skip * v, and S at the ends of segments: linear attention's forward pass.
 //
 // For a chunk of tokens with gates D (gates.cuh), S being the state before it:
-//   out = scale ((q k^T * D) v + diag(before) q S^T) + skip * v
-//   S   = total S + (diag(after) v)^T k
+//   out^T = scale (v^T (q k^T * D)^T + S q^T diag(before)) + skip * v^T
+//   S     = total S + (diag(after) v)^T k
 // (Yang et al. 2023, section 3; Dao and Gu 2024, section 6.)
 // Grid: kConsumers slices of 64 values, segments, batch. A block walks its segment's chunks.
 // Roles: a producer warp loads a ring of q, k and each consumer's v and gates; a consumer warpgroup
-// keeps S (64 x K, fp32) of its slice in registers, and for q S^T a rounded copy in shared memory.
+// keeps S (64 x K, fp32) of its slice in registers, where S q^T takes it from: out is computed
+// transposed, so that only the weights q k^T * D pass through shared memory. Out leaves with the
+// barrier that shares the next chunk's weights.
 // Consumers share q and k: slices of one head, or heads of one group. While one waits for its
 // products, the other computes.
-// Budget at K = 128, 2 consumers, 2 stages: 147 KB of shared memory; 64 registers of S, 32 each of
-// scores and out a thread. Limit: memory; reading q, k, v and writing out, and beside it shared
-// memory's bandwidth.
+// Budget at K = 128, 2 consumers, 2 stages: 160 KB of shared memory; 64 registers of S, 32 of its
+// rounded copy, 32 each of scores and out a thread. Limit: memory; reading q, k, v and writing out,
+// and beside it shared memory's bandwidth.
 #pragma once
 
 #include "kernels/linear_attention/gates.cuh"
@@ -41,23 +43,27 @@ struct Outputs {
   static constexpr int kProducerRegisters = kConsumers == 1 && kResidentBlocks == 1 ? 56 : 24;
   static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 232 : 240;
 
-  // Gates are read early, and once, where there are registers for them.
-  static constexpr bool kHoldsColumns = kKeyDim <= 128;
+  // S is kept in parts of so many columns. Where it is one, there are registers for a rounded copy
+  // and S q^T is computed beside q k^T.
+  static constexpr int kPart = kKeyDim <= 128 ? kKeyDim : 128;
+  static constexpr int kParts = kKeyDim / kPart;
+  static_assert(kKeyDim % kPart == 0 && kParts <= 2, "a state of one or two parts");
 
   using KeyTile = SharedTile<T, kChunk, kKeyDim>;
   using ValueTile = SharedTile<T, kChunk, kSlice>;
-  using StateTile = SharedTile<T, kSlice, kKeyDim>;
+  using WeightTile = SharedTile<T, kChunk, kChunk>;
   using SliceVec = SharedVec<float, kSlice>;
   using Ring = Pipeline<Traits::kStages>;
+  // Of a warp's tokens, and else of its columns of v.
   using Scores = RegTile<float, 16, kChunk>;
-  using Output = RegTile<float, 16, kSlice>;
-  using State = RegTile<float, 16, kKeyDim>;
-  using ValueRows = RegTile<T, 16, kSlice>;
+  using Output = RegTile<float, 16, kChunk>;
+  using Values = RegTile<T, 16, kChunk>;
+  using State = RegTile<float, 16, kPart>;
 
   struct Shared {
     KeyTile q_smem[Traits::kStages], k_smem[Traits::kStages];
     ValueTile v_smem[kConsumers][Traits::kStages];
-    StateTile state_smem[kConsumers][kTiles];
+    WeightTile weights_smem[kConsumers][kTiles];
     ValueTile out_smem[kConsumers][kTiles];
     ChunkGates<kFeatures> gates[kConsumers][Traits::kStages];
     SliceVec skip[kConsumers];
@@ -120,74 +126,102 @@ struct Outputs {
     const Place place = Place::of(params, kConsumers, consumer);
     const Segment segment = Segment::of(params);
     constexpr bool kHasSkip = (kFeatures & kSkip) != 0;
-    State state;
-    load_state(state, params, place, segment);
-    RegTile<T, 16, kKeyDim> rounded;  // what q S^T reads, on its way
-    warp::convert(rounded, state);
+    State state[kParts];
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      load_state(state[i], params, place, segment, i * kPart);
+    }
+    RegTile<T, 16, kPart> rounded;  // what products take of a part
+    if constexpr (kParts == 1) warp::convert(rounded, state[0]);
     if constexpr (kHasSkip) shared.skip_full.wait(0);
 
     typename Ring::State stage;
     for (int chunk = segment.first; chunk < segment.end; ++chunk, stage.advance()) {
       const KeyTile& q_smem = shared.q_smem[stage.stage];
       const KeyTile& k_smem = shared.k_smem[stage.stage];
-      const ValueTile& v_smem = shared.v_smem[consumer][stage.stage];
-      const StateTile& state_smem = shared.state_smem[consumer][chunk % kTiles];
+      const WeightTile& weights_smem = shared.weights_smem[consumer][chunk % kTiles];
       const ChunkGates<kFeatures>& gates = shared.gates[consumer][stage.stage];
       Scores scores;
       Output out;
       shared.ring.wait(stage);
       warpgroup::mm_ABt(scores, q_smem, k_smem);
       warpgroup::mma_commit();
-      // While they are computed: the state, and the out of the chunk before.
-      warpgroup::store(state_smem, rounded);
-      publish(params, shared, place, consumer, segment, chunk);
-      warpgroup::mm_ABt(out, q_smem, state_smem);
-      warpgroup::mma_commit();
+      Values v, values;
       GateColumns<kFeatures> cols;
-      if constexpr (kHoldsColumns) gates.load_columns(cols);
-      PerRow<16> before;
-      gates.before(before);
-      const float total = gates.total();
-
-      warpgroup::mma_wait<1>(scores);
-      RegTile<T, 16, kChunk> weights, values;
-      if constexpr (kHoldsColumns) {
+      const auto load_operands = [&] {
+        gates.load_columns(cols);
+        warpgroup::load_transposed(v, shared.v_smem[consumer][stage.stage]);
+      };
+      RegTile<T, 16, kChunk> weights;
+      if constexpr (kParts == 1) {
+        warpgroup::mm_ABt(out, rounded, q_smem);
+        warpgroup::mma_commit();
+        load_operands();
+        warpgroup::mma_wait<1>(scores);
         gates.apply(weights, scores, cols);
       } else {
+        warpgroup::mma_wait<0>(scores);
         gates.apply(weights, scores, gates);
       }
-      warpgroup::load_transposed(values, v_smem);
-      warpgroup::mma_wait<0>(out);
-      warp::mul_rows(out, out, before);
-      warpgroup::mma_AB(out, weights, v_smem);
-      warpgroup::mma_commit();
-
-      if constexpr (!kHoldsColumns) gates.load_columns(cols);
-      gates.scale_cols_after(values, cols);
-      issue_step_on(state, values, total, k_smem);
-
-      ValueRows v;
-      if constexpr (kHasSkip) warpgroup::load(v, v_smem);
-      warpgroup::mma_wait<1>(out, weights);
-      warp::mul(out, out, params.scale);
-      if constexpr (kHasSkip) add_skip(out, v, shared.skip[consumer]);
-      if constexpr (kTiles == 1) {  // all have read the state, and the out before has left
-        if (warpgroup::leader()) tma::wait_read<0>();
-        warpgroup::sync();
+      warpgroup::store(weights_smem, weights);
+      publish(params, shared, place, consumer, segment, chunk);
+      if constexpr (kParts == 1) {
+        warpgroup::mma_wait<0>(out, rounded);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) {
+          warp::convert(rounded, state[i]);
+          warpgroup::mma_ABt(out, rounded, q_smem.template cols<kPart>(i), i > 0);
+          warpgroup::mma_commit();
+          warpgroup::mma_wait<0>(out, rounded);
+        }
+        load_operands();
       }
-      warpgroup::store(shared.out_smem[consumer][chunk % kTiles], out);
-      warpgroup::mma_wait<0>(state, values);
+      gates.scale_cols_before(out, cols);
+      if constexpr (kParts == 1) warp::convert(values, v);
+      warpgroup::mma_ABt(out, v, weights_smem);
+      warpgroup::mma_commit();
+      const auto finish_out = [&] {
+        warp::mul(out, out, params.scale);
+        if constexpr (kHasSkip) add_skip(out, v, shared.skip[consumer]);
+        if constexpr (kTiles == 1) {  // all have read the weights, and the out before has left
+          if (warpgroup::leader()) tma::wait_read<0>();
+          warpgroup::sync();
+        }
+        warpgroup::store_transposed(shared.out_smem[consumer][chunk % kTiles], out);
+      };
+      if constexpr (kParts > 1) {
+        warpgroup::mma_wait<0>(out, v);
+        finish_out();
+        warp::convert(values, v);
+      }
+      gates.scale_cols_after(values, cols);
+      const float total = gates.total();
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        warp::mul(state[i], state[i], total);
+        warpgroup::mma_AB(state[i], values, k_smem.template cols<kPart>(i));
+      }
+      warpgroup::mma_commit();
+      if constexpr (kParts == 1) {
+        warpgroup::mma_wait<1>(out, v);
+        finish_out();
+      }
+      warpgroup::mma_wait<0>(state[0], state[kParts - 1], values);
       shared.ring.release(stage);
-      warp::convert(rounded, state);
+      if constexpr (kParts == 1) warp::convert(rounded, state[0]);
     }
     publish(params, shared, place, consumer, segment, segment.end);
-    store_state(state, params, place, segment);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      store_state(state[i], params, place, segment, i * kPart);
+    }
     if (warpgroup::leader()) tma::wait_read<0>();
   }
 
   // Makes what was stored visible to products and copies, of which one takes away the out of the
   // chunk before `chunk`. Of two tiles, those of the next chunk are free then: their out has left,
-  // and their state has been read.
+  // and their weights have been read.
   __device__ __forceinline__ static void publish(const OutputsParams& params, Shared& shared,
                                                  const Place& place, int consumer,
                                                  const Segment& segment, int chunk) {
@@ -200,9 +234,14 @@ struct Outputs {
     tma::commit();
   }
 
-  __device__ __forceinline__ static void add_skip(Output& out, const ValueRows& v,
-                                                  const SliceVec& skip) {
-    warp::zip_cols(out, out, v, skip, [](float x, float y, float d) { return x + y * d; });
+  __device__ __forceinline__ static void add_skip(Output& out, const Values& v,
+                                                  const SliceVec& skip_smem) {
+    PerRow<16> skip;
+    warpgroup::load(skip, skip_smem);
+    Output skipped;
+    warp::convert(skipped, v);
+    warp::mul_rows(skipped, skipped, skip);
+    warp::add(out, out, skipped);
   }
 };
 

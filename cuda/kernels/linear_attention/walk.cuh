@@ -55,21 +55,22 @@ __device__ __forceinline__ GlobalView<T> state_rows(T* states, const Params& par
           min(params.value_dim - first, kSlice), params.key_dim, params.key_dim};
 }
 
-// Starts from what is there, or from zero.
+// Starts from what is there, or from zero. A state may be a part of the columns.
 template <typename State, typename Params>
 __device__ __forceinline__ void load_state(State& state, const Params& params, const Place& place,
-                                           const Segment& segment) {
+                                           const Segment& segment, int first_col = 0) {
   if (params.from == nullptr) {
     warp::zero(state);
   } else {
-    warpgroup::load(state, state_rows(params.from, params, place, segment), 0, 0);
+    warpgroup::load(state, state_rows(params.from, params, place, segment), 0, first_col);
   }
 }
 template <typename State, typename Params>
 __device__ __forceinline__ void store_state(const State& state, const Params& params,
-                                            const Place& place, const Segment& segment) {
+                                            const Place& place, const Segment& segment,
+                                            int first_col = 0) {
   if (params.to != nullptr) {
-    warpgroup::store(state_rows(params.to, params, place, segment), state, 0, 0);
+    warpgroup::store(state_rows(params.to, params, place, segment), state, 0, first_col);
   }
 }
 
