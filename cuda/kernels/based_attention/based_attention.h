@@ -101,7 +101,7 @@ struct OutputsParams {
 constexpr int kSumsBytes = 2048;  // copies of sums, and what aligns them
 constexpr int outputs_shared_bytes(int dim, long stages) {
   return static_cast<int>(stages * (2 * key_tile_bytes(dim) + value_tile_bytes() + kCountBytes)) +
-         2 * piece_bytes(dim) + value_tile_bytes() + kSumsBytes + kSharedSlack;
+         3 * piece_bytes(dim) + value_tile_bytes() + kSumsBytes + kSharedSlack;
 }
 
 // -- chunk_outputs --------------------------------------------------------------------------------
