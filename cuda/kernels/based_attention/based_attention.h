@@ -125,7 +125,8 @@ constexpr int kChunkOutputsThreads = 2 * 128;
 // -- gradients ------------------------------------------------------------------------------------
 // Kernel: "kernels/based_attention/gradients.cuh"
 //   tk::based_attention::gradients<tk::based_attention::Traits<T, kDim, kDocuments, kStages>>
-// Grid: chunks, G, B. A block walks the heads of its group, and of each the slices of its values.
+// Grid: as many blocks as there are multiprocessors, or fewer. A tile is a chunk of a group; a block
+// walks the heads of the group, and of each the slices of its values, then those of its next tile.
 struct GradientsParams {
   TensorMap q, k;             // (d, T, G, B), box (panel, 64, 1, 1)
   TensorMap v, dout;          // (V, T, H, B), box (64, 64, 1, 1)
@@ -134,14 +135,16 @@ struct GradientsParams {
   TensorMap states, dstates;  // as StatesParams' chunk_states
   const float* counts;
   int seqlen, num_heads, num_groups, value_dim, chunks;
+  int tiles;  // chunks * G * B
   float scale;
   ProductFactors factors;
 };
 constexpr int kGradientsThreads = 3 * 128;
 constexpr int gradients_shared_bytes(int dim, long stages) {
   return static_cast<int>(stages *
-                          (2 * value_tile_bytes() + 2 * state_pieces(dim) * piece_bytes(dim))) +
-         4 * key_tile_bytes(dim) + value_tile_bytes() + kCountBytes + kSharedSlack;
+                          (2 * value_tile_bytes() + 2 * state_pieces(dim) * piece_bytes(dim) +
+                           2 * key_tile_bytes(dim) + kCountBytes)) +
+         2 * key_tile_bytes(dim) + value_tile_bytes() + kSharedSlack;
 }
 
 }  // namespace tk::based_attention
