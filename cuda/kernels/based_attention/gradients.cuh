@@ -160,34 +160,31 @@ struct Gradients {
       const Step& step = shared.steps[state.stage];
       const Documents<Traits::kDocuments>& documents = shared.documents[state.stage];
       shared.ring.wait(state);
-      Square dv;
+      Square dv, scores;
+      warpgroup::mm_ABt(scores, step.k_smem, step.q_smem);
+      warpgroup::mma_commit();
+      typename Traits::Features keys;
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
-        typename Traits::Features keys;
+        if (piece > 0) warpgroup::mma_wait<0>(dv, keys);
         warpgroup::load_products<Traits::kDim>(keys, step.k_smem, piece * Traits::kPieceColumns);
         warpgroup::mma_ABt(dv, keys, step.dstate_smem[piece], piece > 0);
         warpgroup::mma_commit();
-        warpgroup::mma_wait<0>(dv, keys);
       }
-      documents.keep_rows_after(dv);
       Operand weights;
-      {
-        Square scores;
-        warpgroup::mm_ABt(scores, step.k_smem, step.q_smem);
-        warpgroup::mma_commit();
-        warpgroup::mma_wait<0>(scores);
-        documents.map_seen_by(weights, scores, taylor);
-      }
+      warpgroup::mma_wait<1>(scores);
+      documents.map_seen_by(weights, scores, taylor);
+      warpgroup::mma_wait<0>(dv, keys);
+      documents.keep_rows_after(dv);
       warpgroup::mma_AB(dv, weights, step.dout_smem);
       warpgroup::mma_commit();
-      warpgroup::mma_wait<0>(dv, weights);
-      store_dv(params, shared.dv_smem, dv, steps, index);
-
       warpgroup::mma_ABt(dp, step.v_smem, step.dout_smem, steps.slice(index) > 0);
       warpgroup::mma_commit();
       Operand v;
       warpgroup::load(v, step.v_smem);
       documents.keep_rows_after(v);
+      warpgroup::mma_wait<1>(dv, weights);
+      store_dv(params, shared.dv_smem, dv, steps, index);
       fold_features(dk, dp, v, step.dstate_smem, step.k_smem, kKeyFactors);
       if (steps.slice(index) + 1 == steps.slices) {
         Square scores, products, seen;
