@@ -7,8 +7,8 @@
 //   dk = sum over heads of m^T q + phi'(k) (v dS)
 //   dv = f(s)^T dout + phi(k) dS^T
 // where phi' brings gradients of features to those of the values (tk/sm90/products.cuh).
-// Grid: a block for each multiprocessor. A tile is a chunk of a group: a block walks the heads of the
-// group, and their slices of 64 values, then those of its next tile. Nothing is added in global
+// Grid: a block for each multiprocessor. A tile is a chunk of a group: a block walks the heads of
+// the group, and their slices of 64 values, then those of its next tile. Nothing is added in global
 // memory.
 // Roles: a producer warp loads a ring of q, k, v, dout, S and dS: a step for every slice of every
 // head, ahead of the tile that is computed. Consumer 0 has the chunk's tokens as queries: dq;

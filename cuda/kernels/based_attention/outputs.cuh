@@ -1,4 +1,4 @@
-// out = S phi(scale q), and S at the ends of segments: Based attention's forward pass.
+// out = S phi(scale q), and S at the end: Based attention's forward pass.
 //
 // For a chunk of tokens, S being the state before it and f the Taylor series of exp:
 //   out = tril(f(scale q k^T)) v + phi(scale q) S^T
@@ -167,7 +167,7 @@ struct Outputs {
         tma::commit();
       }
     }
-    store_state<Traits>(state, params, place, segment);
+    if (segment.is_last(params)) store_state<Traits>(state, params, place);
     if (warpgroup::leader()) tma::wait_read<0>();
   }
 
@@ -177,7 +177,7 @@ struct Outputs {
                                                          const Segment& segment) {
     if (params.sums == nullptr) return nullptr;
     return params.sums +
-           (static_cast<int64>(place.row(params)) * segment.count + segment.index) * kSums;
+           (static_cast<int64>(place.row(params)) * segment.count + segment.order) * kSums;
   }
 
   // The features of a chunk's keys, as soon as they are there. Before share_state.

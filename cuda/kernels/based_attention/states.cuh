@@ -1,4 +1,4 @@
-// The state at the starts of chunks, or at the ends of segments; and backwards, the state's
+// The state at the starts of chunks, or what segments add to it; and backwards, the state's
 // gradient.
 //
 //   S  <- S + v^T phi(k)              forward, through the chunks of a segment
@@ -59,7 +59,7 @@ struct States {
     tma::prefetch(params.keys);
     tma::prefetch(params.values);
     const Place place = Place::of(params, kPieces);
-    const Segment segment = Segment::of(params);
+    const Segment segment = Segment::of(params, params.reverse);
     typename Ring::State state;
     for (int step = 0; step < segment.end - segment.first; ++step, state.advance()) {
       const int chunk = chunk_at(params, segment, step);
@@ -89,7 +89,7 @@ struct States {
                                               const Place& place) {
     static_assert(kPieces <= 6, "compute tries up to six pieces");
     if (place.piece != kPiece) return;
-    const Segment segment = Segment::of(params);
+    const Segment segment = Segment::of(params, params.reverse);
     State state;
     load_state<Traits>(state, params, place, segment);
 
@@ -129,7 +129,11 @@ struct States {
       shared.ring.release(stage);
       warpgroup::sync();  // all have done with the features
     }
-    store_state<Traits>(state, params, place, segment);
+    if (params.adds != nullptr) {
+      warpgroup::store_fragments(
+          added_by<Traits>(params.adds, params, place, segment, segment.order), state);
+    }
+    if (segment.is_last(params, params.reverse)) store_state<Traits>(state, params, place);
     if (warpgroup::leader()) tma::wait_read<0>();
   }
 
