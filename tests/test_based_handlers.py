@@ -209,8 +209,10 @@ def test_empty_batch_launches_nothing():
         (
             states(to=ARRAYS.state, stages=9),
             _INVALID,
-            "config.stages is 9; expected 1 to the 6",
+            "config.stages is 9; expected 2 to the 4",
         ),
+        # The next chunk's keys are there beside a chunk.
+        (outputs(stages=1), _INVALID, "config.stages is 1; expected 2 to the 3"),
         (
             outputs(OF_32),
             _UNIMPLEMENTED,

@@ -79,9 +79,10 @@ struct StatesParams {
 };
 constexpr int kWalkThreads = 2 * 128;
 constexpr int kWalkBlocks = 2;  // that share a multiprocessor
+constexpr int kLeastWalkStages = 2;
 constexpr int states_shared_bytes(int dim, long stages) {
   return static_cast<int>(stages * (key_tile_bytes(dim) + value_tile_bytes() + kCountBytes)) +
-         2 * piece_bytes(dim) + kSharedSlack;
+         3 * piece_bytes(dim) + kSharedSlack;
 }
 
 // -- outputs --------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ struct Outputs {
   using ValueTile = typename Traits::ValueTile;
   using StateTile = typename Traits::PieceTile;
   static_assert(walks(Traits::kDim), "a warpgroup keeps the whole state");
+  static_assert(Traits::kStages >= kLeastWalkStages, "the next chunk is there beside a chunk");
   static constexpr int kConsumers = 1;
   // Weights take as long as features: beside the product with the state, but where there are too
   // few registers for that.
