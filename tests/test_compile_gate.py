@@ -206,6 +206,7 @@ def test_steps_of_any_size(values_last, normalize, whole, queries, columns):
         whole=whole,
         normalize=normalize,
         queries=queries,
+        taylor=False,
         config={"columns": columns},
     )
     verdict = compile_gate.judge(spec, _NOTHING)
