@@ -73,6 +73,11 @@ def test_segments_side_by_side(case, chunks):
     check(kernels(case, in_segments(case, chunks)), case)
 
 
+def test_what_the_gpu_executes_of_segments(ptx):
+    case, chunks = SEGMENTED[3]
+    check(kernels(case, in_segments(case, chunks)), case)
+
+
 def test_segments_start_from_those_since_a_document():
     # It starts in the second of four: the last two go on from that one alone.
     case = Case(250, 16, 64, (1, 1), packed=True)
