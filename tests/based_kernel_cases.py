@@ -71,6 +71,7 @@ SEGMENTED = [
     (Case(200, 16, 64, (1, 1), packed=True), 1),
     (Case(200, 8, 64, (1, 1), normalize=True), 2),
     (Case(140, 24, 64, (1, 1)), 2),
+    (Case(200, 16, 72, (1, 2)), 1),
 ]
 
 

@@ -58,21 +58,17 @@ class Case:
     @property
     def settings_of_state(self) -> dict:
         """What the kernel makes of it, as ``state_step_specs`` takes it."""
-        features = {
-            "based_attention": TAYLOR.num_features(self.key_dim),
-            "hedgehog_attention": 2 * self.key_dim,
-        }
-        widens = self.op in features
         is_hedgehog = self.op == "hedgehog_attention"
         columns = self.key_dim if self.op == "ssd" else self.value_dim
         queries = self.heads[0] // self.heads[1] if is_hedgehog else 1
         return {
-            "key_dtype": "float32" if widens else self.dtype,
+            "key_dtype": "float32" if is_hedgehog else self.dtype,
             "value_dtype": "float32" if is_hedgehog else self.dtype,
             "values_last": self.op != "ssd",
             "whole": columns % 4 == 0,
             "normalize": self.normalize or is_hedgehog,
             "queries": queries,
+            "taylor": self.op == "based_attention",
             "config": dataclasses.asdict(_state_step.config(columns, queries)),
         }
 
@@ -94,6 +90,7 @@ CASES = [
     BASED(8, 64, (1, 2), decay="none", normalize=True),
     BASED(16, 20, (2, 2), "float16", batch=1, decay="none"),
     HEDGEHOGS(64, 64, (2, 1), batch=4, decay="none"),
+    BASED(16, 136, (1, 2), batch=1, decay="none", normalize=True),
 ]
 # Its windows are XLA's.
 SMALL_WINDOWS = HEDGEHOGS(5, 12, (4, 2), decay="none")
@@ -105,6 +102,7 @@ MORE = [
     LINEAR(200, 30, (2, 2), "float16"),
     SSD(256, 40, (1, 1), "float32", skip="P"),
     BASED(24, 33, (1, 1), decay="none", normalize=True),
+    BASED(32, 16, (1, 1), "float32", decay="none", normalize=True),
 ]
 
 

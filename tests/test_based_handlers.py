@@ -4,7 +4,7 @@ import pytest
 from handler_process import Call, Gpu, both_stages, launched
 
 _INVALID, _UNIMPLEMENTED = 3, 12
-_NONE = ("float32", [0])
+_NONE, _NO_NUMBERS = ("float32", [0]), ("int32", [0])
 _COLUMNS = {8: 48, 12: 0, 16: 160, 24: 352, 32: 576}
 # B, T, G, H, D, V: two chunks, one slice and a half, heads that share two groups.
 _SIZES = (2, 100, 2, 4, 16, 96)
@@ -23,7 +23,11 @@ class Arrays:
         self.q = (dtype, [B, T, G, D])
         self.v = (dtype, [B, T, H, V])
         self.counts = floats(B, 64 * chunks)
-        self.ends = floats(B, H, segments, V, _COLUMNS[D])
+        self.state = floats(B, H, V, _COLUMNS[D])
+        pieces, slices = {24: 2, 32: 6}.get(D, 1), -(-V // 64)
+        columns = _COLUMNS[D] // pieces
+        self.added = floats(B, H, slices, pieces, segments - 1, 64, columns)
+        self.since = ("int32", [B, segments])
         self.sums = floats(B, H, segments, 18, 16)
         self.states = (dtype, [B, H, chunks, V, _COLUMNS[D]])
 
@@ -37,8 +41,11 @@ def states(
     *,
     counts=_NONE,
     start=_NONE,
+    added=_NONE,
+    since=_NO_NUMBERS,
     stored=_NONE,
-    to=None,
+    adds=_NONE,
+    to=_NONE,
     reverse=False,
     chunks_of_segment=1,
     stages=3,
@@ -46,8 +53,8 @@ def states(
     options = {"scale": 1.0, "reverse": reverse, "chunks_of_segment": chunks_of_segment}
     return Call(
         "tk_based_attention_states_v1",
-        [a.q, a.v, counts, start],
-        [stored if stored != _NONE else (a.q[0], [0]), to or a.ends],
+        [a.q, a.v, counts, start, added, since],
+        [stored if stored != _NONE else (a.q[0], [0]), adds, to],
         {"options": options, "config": {"stages": stages}},
     )
 
@@ -58,6 +65,8 @@ def outputs(
     k=None,
     counts=_NONE,
     start=_NONE,
+    added=_NONE,
+    since=_NO_NUMBERS,
     sums=_NONE,
     to=_NONE,
     normalize=False,
@@ -66,7 +75,7 @@ def outputs(
     options = {"scale": 1.0, "chunks_of_segment": 1, "normalize": normalize}
     return Call(
         "tk_based_attention_outputs_v1",
-        [a.q, k or a.q, a.v, counts, start, sums],
+        [a.q, k or a.q, a.v, counts, start, added, since, sums],
         [a.v, to],
         {"options": options, "config": {"stages": stages}},
     )
@@ -93,9 +102,9 @@ def gradients(a=ARRAYS, *, states=None, counts=_NONE, stages=2):
 def test_launches():
     a = ARRAYS
     calls = [
-        states(counts=a.counts, stored=a.states, reverse=True),
-        states(OF_32),
-        outputs(start=a.ends, to=a.ends),
+        states(counts=a.counts, stored=a.states, to=a.state, reverse=True),
+        states(OF_32, adds=OF_32.added),
+        outputs(start=a.state, added=a.added, since=a.since, to=a.state),
         outputs(counts=a.counts, sums=a.sums, normalize=True),
         chunk_outputs(),
         gradients(),
@@ -106,12 +115,13 @@ def test_launches():
     assert launches == [
         # Two slices for each of four heads; two segments.
         (f"{name}states_d16_documents_bf16", [8, 2, 2]),
-        # Of six pieces each.
-        (f"{name}states_d32_bf16", [48, 2, 2]),
+        # Of six pieces each; nothing starts after the second segment.
+        (f"{name}states_d32_bf16", [48, 1, 2]),
         (f"{name}outputs_d16_bf16", [8, 2, 2]),
         (f"{name}outputs_d16_documents_normalized_bf16", [8, 2, 2]),
         (f"{name}chunk_outputs_d32_bf16", [2, 2, 2]),
-        (f"{name}gradients_d16_bf16", [2, 2, 2]),
+        # As many blocks as there are tiles, which are fewer than multiprocessors.
+        (f"{name}gradients_d16_bf16", [8, 1, 1]),
     ]
     keys, values, stored = ran[0].of("map")
     assert keys["dims"] == [16, 100, 2, 2]
@@ -144,7 +154,7 @@ def test_empty_batch_launches_nothing():
     ("call", "code", "message"),
     [
         (
-            states(Arrays(dtype="float32")),
+            states(Arrays(dtype="float32"), to=ARRAYS.state),
             _UNIMPLEMENTED,
             "dtype fp32; the kernels take bfloat16 and float16",
         ),
@@ -159,13 +169,35 @@ def test_empty_batch_launches_nothing():
             "rows of q, (2, 100, 2, 12), are not a multiple of 16 bytes",
         ),
         (
-            states(to=floats(2, 4, 2, 96, 153)),
+            states(to=floats(2, 4, 96, 153)),
             _INVALID,
-            "to has shape (2, 4, 2, 96, 153); expected (2, 4, 2, 96, 160)",
+            "to has shape (2, 4, 96, 153); expected (2, 4, 96, 160)",
         ),
-        (states(to=_NONE), _INVALID, "neither chunk_states nor to is asked for"),
+        (states(), _INVALID, "neither chunk_states nor adds nor to is asked for"),
         (
-            states(chunks_of_segment=3),
+            states(adds=floats(2, 4, 2, 1, 2, 64, 160)),
+            _INVALID,
+            "adds has shape (2, 4, 2, 1, 2, 64, 160); "
+            "expected (2, 4, 2, 1, 1, 64, 160)",
+        ),
+        (
+            states(adds=ARRAYS.added, to=ARRAYS.state),
+            _INVALID,
+            "adds is asked for beside other states",
+        ),
+        (
+            outputs(added=floats(2, 4, 2, 1, 1, 64, 153)),
+            _INVALID,
+            "added has shape (2, 4, 2, 1, 1, 64, 153); "
+            "expected (2, 4, 2, 1, 1, 64, 160)",
+        ),
+        (
+            outputs(since=("int32", [2, 1])),
+            _INVALID,
+            "since has shape (2, 1); expected (2, 2)",
+        ),
+        (
+            states(to=ARRAYS.state, chunks_of_segment=3),
             _INVALID,
             "chunks_of_segment is 3; expected 1 to the 2 chunks there are",
         ),
@@ -174,7 +206,13 @@ def test_empty_batch_launches_nothing():
             _INVALID,
             "chunk_states has shape (2, 4, 2, 128, 160); expected (2, 4, 2, 96, 160)",
         ),
-        (states(stages=9), _INVALID, "config.stages is 9; expected 1 to the 6"),
+        (
+            states(to=ARRAYS.state, stages=9),
+            _INVALID,
+            "config.stages is 9; expected 2 to the 4",
+        ),
+        # The next chunk's keys are there beside a chunk.
+        (outputs(stages=1), _INVALID, "config.stages is 1; expected 2 to the 3"),
         (
             outputs(OF_32),
             _UNIMPLEMENTED,

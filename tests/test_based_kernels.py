@@ -14,6 +14,7 @@ from based_kernel_cases import (
     MORE,
     SEGMENTED,
     TIME_AXES,
+    Case,
     arrays_of,
     check,
     in_segments,
@@ -70,6 +71,19 @@ def test_what_the_gpu_executes(case, ptx):
 @pytest.mark.parametrize(("case", "chunks"), SEGMENTED, ids=str)
 def test_segments_side_by_side(case, chunks):
     check(kernels(case, in_segments(case, chunks)), case)
+
+
+def test_what_the_gpu_executes_of_segments(ptx):
+    case, chunks = SEGMENTED[3]
+    check(kernels(case, in_segments(case, chunks)), case)
+
+
+def test_segments_start_from_those_since_a_document():
+    # It starts in the second of four: the last two go on from that one alone.
+    case = Case(250, 16, 64, (1, 1), packed=True)
+    arrays = arrays_of(case)
+    arrays["segment_ids"] = np.repeat(np.int32([[0, 1]]), (100, 150), axis=1)
+    check(kernels(case, in_segments(case, 1)), case, arrays)
 
 
 @pytest.mark.parametrize("case", [CASES[1], pytest.param(CASES[5], marks=EXHAUSTIVE)])

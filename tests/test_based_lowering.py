@@ -79,7 +79,10 @@ def test_few_heads_are_cut_into_segments():
     run = functools.partial(based_attention, False)
     text = lowered_for_cuda(run, q, v)
     assert targets(text) == ["states", "outputs"]
-    assert "tensor<4x16x4x64x160xf32>" in text
+    # What the first three of four segments add, from one kernel to the other as it is.
+    assert "tensor<4x16x1x1x3x64x160xf32>" in text
+    for between in ("stablehlo.add", "stablehlo.slice", "stablehlo.concatenate"):
+        assert between not in text
     assert targets(lowered_for_cuda(functools.partial(gradients, False), q, v)) == [
         "states",
         "states",
@@ -96,6 +99,8 @@ def test_few_heads_are_cut_into_segments():
         ((4, 4096, 16, 16, 64), 16),
         ((16, 3072, 16, 16, 64), 48),
         ((1, 4096, 1, 16, 64), 4),
+        # More segments are more states to sum for each.
+        ((1, 65536, 1, 16, 64), 16),
         ((4, 4096, 16, 32, 64), 64),
         ((1, 1, 1, 8, 64), 1),
     ],

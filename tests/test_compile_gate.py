@@ -206,6 +206,7 @@ def test_steps_of_any_size(values_last, normalize, whole, queries, columns):
         whole=whole,
         normalize=normalize,
         queries=queries,
+        taylor=False,
         config={"columns": columns},
     )
     verdict = compile_gate.judge(spec, _NOTHING)
@@ -246,7 +247,7 @@ def test_every_op_is_gated():
         "tk_matmul_tt_fp16",
         "tk_state_step_columns_c32_normalized_q4_fp32",
         "tk_state_step_columns_c64_bf16",
-        "tk_state_step_columns_c64_normalized_fp32_fp16",
+        "tk_state_step_columns_c64_taylor_normalized_fp16",
         "tk_state_step_rows_c16_fp16",
         "tk_state_step_rows_c64_bf16",
     ):

@@ -36,6 +36,7 @@ on_cpu = pytest.mark.skipif(
 )
 EXHAUSTIVE = pytest.mark.exhaustive
 ROWS, COLUMNS, NORMALIZED, WINDOWS = CASES[0], CASES[4], CASES[5], CASES[11]
+FEATURES = CASES[12]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_values(case):
     "case",
     [
         case
-        if case in (ROWS, NORMALIZED, WINDOWS)
+        if case in (ROWS, NORMALIZED, WINDOWS, FEATURES)
         else pytest.param(case, marks=EXHAUSTIVE)
         for case in CASES + MORE
     ],

@@ -34,6 +34,7 @@ def step(
     values_last=False,
     normalize=False,
     divide=False,
+    taylor=False,
     columns=64,
     query_heads=None,
     in_place=None,
@@ -66,6 +67,7 @@ def step(
         "values_last": values_last,
         "normalize": normalize,
         "divide": divide,
+        "taylor": taylor,
     }
     return Call(
         "tk_state_step_v1",
@@ -107,11 +109,19 @@ def windows(
 def test_launches():
     several = dataclasses.replace(SIZES, queries=4)
     odd = dataclasses.replace(SIZES, key_dim=7, value_dim=9)
+    of_taylor = dataclasses.replace(SIZES, key_dim=16)
     calls = [
         step(weights=floats(2, 4), skip=floats(1, 4, 1)),
         step(values_last=True, decays=floats(1, 4)),
         step(values_last=True, normalize=True, divide=True, key_dtype="float32"),
         step(several, values_last=True, normalize=True, dtype="float32", columns=32),
+        step(
+            of_taylor,
+            values_last=True,
+            taylor=True,
+            state=floats(2, 4, 153, 100),
+            next_state=floats(2, 4, 153, 100),
+        ),
         step(odd, dtype="float16", columns=16, decays=_NONE),
         windows(),
     ]
@@ -124,6 +134,7 @@ def test_launches():
         (f"{name}columns_c64_bf16", [16, 1, 1]),
         (f"{name}columns_c64_normalized_fp32_bf16", [8, 1, 1]),
         (f"{name}columns_c32_normalized_q4_fp32", [8, 1, 1]),
+        (f"{name}columns_c64_taylor_bf16", [16, 1, 1]),
         (f"{name}rows_c16_odd_fp16", [8, 1, 1]),
         ("tk_hedgehog_attention_step_d128_v128_bf16", [2, 1, 2]),
     ]
@@ -225,6 +236,16 @@ def test_states_are_in_place(call, name):
             step(values_last=True, divide=True),
             _INVALID,
             "options.divide without options.normalize",
+        ),
+        (
+            step(dataclasses.replace(SIZES, key_dim=33), values_last=True, taylor=True),
+            _UNIMPLEMENTED,
+            "features of 33 values; the kernels take up to 32",
+        ),
+        (
+            step(dataclasses.replace(SIZES, key_dim=8), values_last=True, taylor=True),
+            _INVALID,
+            "state has shape (2, 4, 8, 100); expected (2, 4, 45, 100)",
         ),
         (
             step(values_last=True, normalize=True, sums=floats(2, 5)),

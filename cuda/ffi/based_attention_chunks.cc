@@ -1,5 +1,7 @@
 // The targets tk_based_attention_chunk_outputs_v1 and tk_based_attention_gradients_v1: kernels that
 // compute each chunk from the states around it.
+#include <algorithm>
+
 #include "ffi/based_attention_problem.h"
 #include "ffi/handlers.h"
 #include "ffi/linear_attention_kernels.h"
@@ -154,7 +156,10 @@ Status execute_gradients(int device_ordinal, runtime::cuda::Stream stream,
   set_based_sizes(&params, s, b.counts);
   params.scale = options.scale;
   params.factors = query_factors(options.scale);
-  return runtime::launch(**kernel, stream, call->grid(), &params);
+  const std::int64_t tiles = s.chunks() * s.num_groups * s.batch;
+  params.tiles = static_cast<int>(tiles);
+  return runtime::launch(**kernel, stream,
+                         {std::min<std::int64_t>((*device)->multiprocessors, tiles)}, &params);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------

@@ -12,16 +12,17 @@ struct Facts {
   const char* name;
   const char* params;
   int threads, blocks;  // that share a multiprocessor
+  int least_stages;
   int (*shared_bytes)(int dim, long stages);
 };
 constexpr Facts kFacts[] = {
     {"states", "StatesParams", based_attention::kWalkThreads, based_attention::kWalkBlocks,
-     based_attention::states_shared_bytes},
+     based_attention::kLeastWalkStages, based_attention::states_shared_bytes},
     {"outputs", "OutputsParams", based_attention::kWalkThreads, based_attention::kWalkBlocks,
-     based_attention::outputs_shared_bytes},
+     based_attention::kLeastWalkStages, based_attention::outputs_shared_bytes},
     {"chunk_outputs", "ChunkOutputsParams", based_attention::kWalkThreads,
-     based_attention::kWalkBlocks, based_attention::chunk_outputs_shared_bytes},
-    {"gradients", "GradientsParams", based_attention::kGradientsThreads, 1,
+     based_attention::kWalkBlocks, 1, based_attention::chunk_outputs_shared_bytes},
+    {"gradients", "GradientsParams", based_attention::kGradientsThreads, 1, 1,
      based_attention::gradients_shared_bytes},
 };
 
@@ -52,9 +53,10 @@ Result<KernelSpec> BasedAttentionKernel::spec() const {
   }
   int most = 0;
   while (facts.blocks * (facts.shared_bytes(dim, most + 1) + 1024) <= kMultiprocessorBytes) ++most;
-  if (config.stages < 1 || config.stages > most) {
-    return invalid("config.stages is " + std::to_string(config.stages) + "; expected 1 to the " +
-                   std::to_string(most) + " that there is shared memory for");
+  if (config.stages < facts.least_stages || config.stages > most) {
+    return invalid("config.stages is " + std::to_string(config.stages) + "; expected " +
+                   std::to_string(facts.least_stages) + " to the " + std::to_string(most) +
+                   " that there is shared memory for");
   }
   KernelSpec spec;
   spec.symbol = std::string("tk_based_attention_") + facts.name + "_d" + std::to_string(dim) +

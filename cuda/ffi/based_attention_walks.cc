@@ -19,21 +19,40 @@ struct WalkCall {
   std::int64_t segments;
 };
 
+// What segments start from; all may be missing.
+struct StartBuffers {
+  AnyBuffer from, added, since;
+};
+
+// [B, H, slices, pieces, segments - 1, 64, columns of a piece], or missing.
+Status check_added(const char* name, const AnyBuffer& buffer, const LinearAttentionSizes& s,
+                   std::int64_t segments) {
+  const int key_dim = static_cast<int>(s.key_dim);
+  return check_optional_floats(
+      name, buffer,
+      {s.batch, s.num_heads, s.slices(), based_attention::state_pieces(key_dim), segments - 1,
+       based_attention::kSlice, based_attention::piece_columns(key_dim)});
+}
+
 // Checks what both targets have.
 Result<WalkCall> read_walk(const LinearAttentionSizes& s, Name name, const AnyBuffer& counts,
                            std::int64_t chunks_of_segment, const BasedConfig& config,
-                           const AnyBuffer& from, const AnyBuffer& to) {
+                           const StartBuffers& start, const AnyBuffer& to) {
   if (chunks_of_segment < 1 || chunks_of_segment > s.chunks()) {
     return invalid("chunks_of_segment is " + std::to_string(chunks_of_segment) +
                    "; expected 1 to the " + std::to_string(s.chunks()) + " chunks there are");
   }
   const std::int64_t segments = ceil_div(s.chunks(), chunks_of_segment);
-  const auto check_ends = [&](const char* name, const AnyBuffer& buffer) {
-    return check_optional_floats(
-        name, buffer, {s.batch, s.num_heads, segments, s.value_dim, state_columns_of(s)});
+  const auto check_state = [&](const char* name, const AnyBuffer& buffer) {
+    return check_optional_floats(name, buffer,
+                                 {s.batch, s.num_heads, s.value_dim, state_columns_of(s)});
   };
-  if (Status status = first_error({check_counts(counts, s), check_ends("from", from),
-                                   check_ends("to", to), check_grid("segments", segments)});
+  if (Status status = first_error(
+          {check_counts(counts, s), check_state("from", start.from), check_state("to", to),
+           check_added("added", start.added, s, segments), check_grid("segments", segments),
+           check_dtype("since", start.since, xffi::DataType::S32),
+           is_given(start.since) ? check_dims("since", start.since, {s.batch, segments})
+                                 : Status()});
       !status.ok()) {
     return status.error();
   }
@@ -41,10 +60,13 @@ Result<WalkCall> read_walk(const LinearAttentionSizes& s, Name name, const AnyBu
 }
 
 template <typename Params>
-void set_walk(Params* params, const WalkCall& call, const AnyBuffer& counts, const AnyBuffer& from,
-              const AnyBuffer& to, std::int64_t chunks_of_segment) {
+void set_walk(Params* params, const WalkCall& call, const AnyBuffer& counts,
+              const StartBuffers& start, const AnyBuffer& to, std::int64_t chunks_of_segment) {
   set_based_sizes(params, call.sizes, counts);
-  params->from = optional_floats(from);
+  params->from = optional_floats(start.from);
+  params->added = optional_floats(start.added);
+  params->since =
+      is_given(start.since) ? static_cast<const int*>(start.since.untyped_data()) : nullptr;
   params->to = optional_floats(to);
   params->chunks_of_segment = static_cast<int>(chunks_of_segment);
 }
@@ -52,8 +74,9 @@ void set_walk(Params* params, const WalkCall& call, const AnyBuffer& counts, con
 // -- States ---------------------------------------------------------------------------------------
 
 struct StatesBuffers {
-  AnyBuffer keys, values, counts, from;
-  AnyBuffer chunk_states, to;
+  AnyBuffer keys, values, counts;
+  StartBuffers start;
+  AnyBuffer chunk_states, adds, to;
 };
 
 Result<WalkCall> read_states(const StatesBuffers& b, const BasedStatesOptions& options,
@@ -67,10 +90,20 @@ Result<WalkCall> read_states(const StatesBuffers& b, const BasedStatesOptions& o
       !status.ok()) {
     return status.error();
   }
-  if (!stores && !is_given(b.to) && !s.empty()) {
-    return invalid("neither chunk_states nor to is asked for");
+  if (!stores && !is_given(b.to) && !is_given(b.adds) && !s.empty()) {
+    return invalid("neither chunk_states nor adds nor to is asked for");
   }
-  return read_walk(s, Name::kStates, b.counts, options.chunks_of_segment, config, b.from, b.to);
+  auto call =
+      read_walk(s, Name::kStates, b.counts, options.chunks_of_segment, config, b.start, b.to);
+  if (!call.ok()) return call;
+  if (Status status = check_added("adds", b.adds, s, call->segments); !status.ok()) {
+    return status.error();
+  }
+  if (is_given(b.adds) && (stores || is_given(b.to) || is_given(b.start.from) ||
+                           is_given(b.start.added) || is_given(b.start.since))) {
+    return invalid("adds is asked for beside other states");
+  }
+  return call;
 }
 
 Status initialize_states(int device, const StatesBuffers& buffers,
@@ -94,8 +127,11 @@ Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const St
   declare_arrays({{"keys", b.keys, false},
                   {"values", b.values, false},
                   {"counts", b.counts, false},
-                  {"from", b.from, false},
+                  {"from", b.start.from, false},
+                  {"added", b.start.added, false},
+                  {"since", b.start.since, false},
                   {"chunk_states", b.chunk_states, true},
+                  {"adds", b.adds, true},
                   {"to", b.to, true}});
 
   based_attention::StatesParams params = {};
@@ -110,16 +146,21 @@ Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const St
       !status.ok()) {
     return status;
   }
-  set_walk(&params, *call, b.counts, b.from, b.to, options.chunks_of_segment);
+  set_walk(&params, *call, b.counts, b.start, b.to, options.chunks_of_segment);
+  params.adds = optional_floats(b.adds);
   const int pieces = based_attention::state_pieces(static_cast<int>(s.key_dim));
-  return runtime::launch(**kernel, stream,
-                         {s.num_heads * s.slices() * pieces, call->segments, s.batch}, &params);
+  // Nothing starts after the last.
+  const std::int64_t segments = call->segments - (is_given(b.adds) ? 1 : 0);
+  return runtime::launch(**kernel, stream, {s.num_heads * s.slices() * pieces, segments, s.batch},
+                         &params);
 }
 
 // -- Outputs --------------------------------------------------------------------------------------
 
 struct OutputsBuffers {
-  AnyBuffer q, k, v, counts, from, sums;
+  AnyBuffer q, k, v, counts;
+  StartBuffers start;
+  AnyBuffer sums;
   AnyBuffer out, to;
 };
 
@@ -135,7 +176,7 @@ Result<WalkCall> read_outputs(const OutputsBuffers& b, const BasedOutputsOptions
     return status.error();
   }
   auto call =
-      read_walk(s, Name::kOutputs, b.counts, options.chunks_of_segment, config, b.from, b.to);
+      read_walk(s, Name::kOutputs, b.counts, options.chunks_of_segment, config, b.start, b.to);
   if (!call.ok()) return call;
   call->kernel.normalize = options.normalize;
   if (is_given(b.sums) && !options.normalize) return invalid("sums of what is not normalized");
@@ -169,7 +210,9 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
                   {"k", b.k, false},
                   {"v", b.v, false},
                   {"counts", b.counts, false},
-                  {"from", b.from, false},
+                  {"from", b.start.from, false},
+                  {"added", b.start.added, false},
+                  {"since", b.start.since, false},
                   {"sums", b.sums, false},
                   {"out", b.out, true},
                   {"to", b.to, true}});
@@ -184,7 +227,7 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
   params.sums = optional_floats(b.sums);
   params.scale = options.scale;
   params.factors = query_factors(options.scale);
-  set_walk(&params, *call, b.counts, b.from, b.to, options.chunks_of_segment);
+  set_walk(&params, *call, b.counts, b.start, b.to, options.chunks_of_segment);
   return runtime::launch(**kernel, stream, {s.num_heads * s.slices(), call->segments, s.batch},
                          &params);
 }
@@ -194,36 +237,43 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
 using Ret = xffi::Result<AnyBuffer>;
 
 xffi::Error states_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer values,
-                              AnyBuffer counts, AnyBuffer from, Ret chunk_states, Ret to,
-                              BasedStatesOptions options, BasedConfig config) {
-  return to_ffi(
-      kStatesName,
-      initialize_states(device, {keys, values, counts, from, *chunk_states, *to}, options, config));
+                              AnyBuffer counts, AnyBuffer from, AnyBuffer added, AnyBuffer since,
+                              Ret chunk_states, Ret adds, Ret to, BasedStatesOptions options,
+                              BasedConfig config) {
+  return to_ffi(kStatesName,
+                initialize_states(
+                    device, {keys, values, counts, {from, added, since}, *chunk_states, *adds, *to},
+                    options, config));
 }
 
 xffi::Error states_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer keys,
-                           AnyBuffer values, AnyBuffer counts, AnyBuffer from, Ret chunk_states,
-                           Ret to, BasedStatesOptions options, BasedConfig config) {
+                           AnyBuffer values, AnyBuffer counts, AnyBuffer from, AnyBuffer added,
+                           AnyBuffer since, Ret chunk_states, Ret adds, Ret to,
+                           BasedStatesOptions options, BasedConfig config) {
   return to_ffi(kStatesName, explore([&] {
-                  return execute_states(device, stream,
-                                        {keys, values, counts, from, *chunk_states, *to}, options,
-                                        config);
+                  return execute_states(
+                      device, stream,
+                      {keys, values, counts, {from, added, since}, *chunk_states, *adds, *to},
+                      options, config);
                 }));
 }
 
 xffi::Error outputs_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                               AnyBuffer counts, AnyBuffer from, AnyBuffer sums, Ret out, Ret to,
-                               BasedOutputsOptions options, BasedConfig config) {
-  return to_ffi(kOutputsName, initialize_outputs(device, {q, k, v, counts, from, sums, *out, *to},
-                                                 options, config));
+                               AnyBuffer counts, AnyBuffer from, AnyBuffer added, AnyBuffer since,
+                               AnyBuffer sums, Ret out, Ret to, BasedOutputsOptions options,
+                               BasedConfig config) {
+  return to_ffi(kOutputsName,
+                initialize_outputs(device, {q, k, v, counts, {from, added, since}, sums, *out, *to},
+                                   options, config));
 }
 
 xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
                             AnyBuffer k, AnyBuffer v, AnyBuffer counts, AnyBuffer from,
-                            AnyBuffer sums, Ret out, Ret to, BasedOutputsOptions options,
-                            BasedConfig config) {
+                            AnyBuffer added, AnyBuffer since, AnyBuffer sums, Ret out, Ret to,
+                            BasedOutputsOptions options, BasedConfig config) {
   return to_ffi(kOutputsName, explore([&] {
-                  return execute_outputs(device, stream, {q, k, v, counts, from, sums, *out, *to},
+                  return execute_outputs(device, stream,
+                                         {q, k, v, counts, {from, added, since}, sums, *out, *to},
                                          options, config);
                 }));
 }
@@ -235,7 +285,10 @@ auto bind_states(Binding binding) {
       .template Arg<AnyBuffer>()  // values
       .template Arg<AnyBuffer>()  // counts, or of size 0
       .template Arg<AnyBuffer>()  // from, or of size 0 for zeros
+      .template Arg<AnyBuffer>()  // added, or of size 0
+      .template Arg<AnyBuffer>()  // since, or of size 0
       .template Ret<AnyBuffer>()  // chunk_states, or of size 0
+      .template Ret<AnyBuffer>()  // adds, or of size 0
       .template Ret<AnyBuffer>()  // to, or of size 0
       .template Attr<BasedStatesOptions>("options")
       .template Attr<BasedConfig>("config");
@@ -249,6 +302,8 @@ auto bind_outputs(Binding binding) {
       .template Arg<AnyBuffer>()  // v
       .template Arg<AnyBuffer>()  // counts, or of size 0
       .template Arg<AnyBuffer>()  // from, or of size 0 for zeros
+      .template Arg<AnyBuffer>()  // added, or of size 0
+      .template Arg<AnyBuffer>()  // since, or of size 0
       .template Arg<AnyBuffer>()  // sums, or of size 0 for zeros
       .template Ret<AnyBuffer>()  // out
       .template Ret<AnyBuffer>()  // to, or of size 0

@@ -254,14 +254,14 @@ nb::list matmul_specs(const std::string& dtype, bool transpose_a, bool transpose
 
 // Of states [K, V] with `values_last`, of [V, K] without; `whole` rows of them are runs of four.
 nb::list state_step_specs(const std::string& key_dtype, const std::string& value_dtype,
-                          bool values_last, bool whole, bool normalize, long queries,
+                          bool values_last, bool whole, bool normalize, long queries, bool taylor,
                           const nb::dict& config) {
   const auto type = [](const std::string& name) {
     return name == "float32" ? runtime::DataType::kFloat32 : to_dtype(name);
   };
   nb::list specs;
   specs.append(to_dict(StateStepKernel{type(key_dtype), type(value_dtype), values_last, whole,
-                                       normalize, field(config, "columns"), queries}
+                                       normalize, field(config, "columns"), queries, taylor}
                            .spec()));
   return specs;
 }
@@ -379,7 +379,7 @@ NB_MODULE(_extension, module) {
   module.def("matmul_specs", &matmul_specs, nb::kw_only(), "dtype"_a, "transpose_a"_a,
              "transpose_b"_a, "config"_a);
   module.def("state_step_specs", &state_step_specs, nb::kw_only(), "key_dtype"_a, "value_dtype"_a,
-             "values_last"_a, "whole"_a, "normalize"_a, "queries"_a, "config"_a);
+             "values_last"_a, "whole"_a, "normalize"_a, "queries"_a, "taylor"_a, "config"_a);
 
   module.def("compile", &compile_kernel, "spec"_a, nb::kw_only(), "use_cache"_a = true,
              "ship_to"_a = nb::none(), "{cubin, log, seconds, origin}; needs no GPU");

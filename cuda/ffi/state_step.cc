@@ -20,6 +20,7 @@ struct Buffers {
 struct Sizes {
   runtime::DataType key_dtype, value_dtype;
   std::int64_t batch, num_heads, key_heads, query_heads, key_dim, value_dim, queries;
+  std::int64_t given_dim;  // of q and k
 
   bool empty() const { return batch == 0; }
 };
@@ -69,12 +70,19 @@ Result<Sizes> read(const Buffers& b, const StateStepOptions& options) {
   const auto key_dtype = data_type(b.k), value_dtype = data_type(b.v);
   if (!key_dtype.ok()) return key_dtype.error();
   if (!value_dtype.ok()) return value_dtype.error();
-  Sizes s{*key_dtype,  *value_dtype, dim(b.v, 0),
-          dim(b.v, 1), dim(b.k, 1),  dim(b.q, 1),
-          dim(b.k, 2), dim(b.v, 2),  1};
+  Sizes s{*key_dtype,  *value_dtype, dim(b.v, 0), dim(b.v, 1), dim(b.k, 1),
+          dim(b.q, 1), dim(b.k, 2),  dim(b.v, 2), 1,           dim(b.k, 2)};
   if (s.num_heads < 1 || s.key_dim < 1 || s.value_dim < 1) {
     return invalid("v " + shape_text(b.v) + " and k " + shape_text(b.k) +
                    "; expected nothing but the batch to be empty");
+  }
+  if (options.taylor) {
+    if (s.given_dim > state_step::kMaxTaylorDim) {
+      return unsupported("features of " + std::to_string(s.given_dim) +
+                         " values; the kernels take up to " +
+                         std::to_string(state_step::kMaxTaylorDim));
+    }
+    s.key_dim = state_step::taylor_features(s.given_dim);
   }
   if (s.query_heads > s.num_heads && s.query_heads % s.num_heads == 0) {
     s.queries = s.query_heads / s.num_heads;
@@ -86,9 +94,9 @@ Result<Sizes> read(const Buffers& b, const StateStepOptions& options) {
   const std::int64_t columns = options.values_last ? s.value_dim : s.key_dim;
   if (Status status = first_error(
           {check_divides("k", s.key_heads, s.num_heads),
-           check_dims("q", b.q, {s.batch, s.query_heads, s.key_dim}),
+           check_dims("q", b.q, {s.batch, s.query_heads, s.given_dim}),
            check_dtype("q", b.q, b.k.element_type()),
-           check_dims("k", b.k, {s.batch, s.key_heads, s.key_dim}),
+           check_dims("k", b.k, {s.batch, s.key_heads, s.given_dim}),
            check_gate("decays", b.decays, {s.batch, s.num_heads}),
            check_gate("weights", b.weights, {s.batch, s.num_heads}),
            check_gate("skip", b.skip, {s.batch, s.num_heads, s.value_dim}),
@@ -123,8 +131,8 @@ Result<Sizes> read(const Buffers& b, const StateStepOptions& options) {
 StateStepKernel kernel_of(const Sizes& s, const StateStepOptions& options,
                           const StateStepConfig& config) {
   const std::int64_t columns = options.values_last ? s.value_dim : s.key_dim;
-  return {s.key_dtype,    s.value_dtype, options.values_last, columns % 4 == 0, options.normalize,
-          config.columns, s.queries};
+  return {s.key_dtype,       s.value_dtype,  options.values_last, columns % 4 == 0,
+          options.normalize, config.columns, s.queries,           options.taylor};
 }
 
 Status initialize(int device, const Buffers& buffers, const StateStepOptions& options,
@@ -201,7 +209,9 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
                                                     : config.columns;
   params.columns_of_part = static_cast<int>(of_part);
   params.parts = static_cast<int>(ceil_div(s.value_dim, of_part));
-  params.scale = options.scale;
+  params.taylor_dim = static_cast<int>(s.given_dim);
+  params.taylor_scale = options.scale;
+  params.scale = options.taylor ? 1.0f : options.scale;
   return runtime::launch(**kernel, stream, {s.batch * s.num_heads * params.parts, 1, 1}, &params);
 }
 

@@ -27,6 +27,9 @@ Status check(const StateStepKernel& kernel) {
   if (!kernel.values_last && (kernel.normalize || kernel.queries > 1)) {
     return invalid("states with values in rows are not normalized and have one query");
   }
+  if (kernel.taylor && (!kernel.values_last || kernel.queries > 1)) {
+    return invalid("features are made for states with values in columns and one query");
+  }
   return {};
 }
 
@@ -34,7 +37,7 @@ Status check(const StateStepKernel& kernel) {
 
 KernelKey StateStepKernel::key() const {
   return {{static_cast<int>(key_dtype), static_cast<int>(value_dtype), values_last, whole,
-           normalize, columns, queries}};
+           normalize, columns, queries, taylor}};
 }
 
 Result<KernelSpec> StateStepKernel::spec() const {
@@ -43,6 +46,7 @@ Result<KernelSpec> StateStepKernel::spec() const {
   KernelSpec spec;
   spec.symbol = "tk_state_step_" + name + "_c" + std::to_string(columns);
   if (!whole) spec.symbol += "_odd";
+  if (taylor) spec.symbol += "_taylor";
   if (normalize) spec.symbol += "_normalized";
   if (queries > 1) spec.symbol += "_q" + std::to_string(queries);
   if (key_dtype != value_dtype) spec.symbol += std::string("_") + type_suffix(key_dtype);
@@ -53,13 +57,14 @@ Result<KernelSpec> StateStepKernel::spec() const {
                   type_name(key_dtype) + ", " + type_name(value_dtype) + ", " +
                   std::to_string(columns) + ", " + bool_name(whole);
   if (values_last) {
-    spec.function += std::string(", ") + bool_name(normalize) + ", " + std::to_string(queries);
+    spec.function += std::string(", ") + bool_name(normalize) + ", " + std::to_string(queries) +
+                     ", " + bool_name(taylor);
     spec.shared_bytes = state_step::columns_shared_bytes(columns, queries, normalize);
   }
   spec.function += ">>";
   spec.params_type = "tk::state_step::StepParams";
   spec.threads = state_step::kThreads;
-  spec.min_blocks = state_step::resident_blocks(values_last, whole, normalize, queries);
+  spec.min_blocks = state_step::resident_blocks(values_last, whole, normalize, queries, taylor);
   if (Status status = runtime::check_spec(spec); !status.ok()) return status.error();
   return spec;
 }

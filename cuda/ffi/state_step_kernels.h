@@ -14,6 +14,7 @@ struct StateStepOptions {
   bool values_last;  // states [K, V] instead of [V, K]
   bool normalize;
   bool divide;  // out by the sums, which are not returned then
+  bool taylor;  // K features are made of q and k
 };
 struct StateStepConfig {
   long columns;  // of a tile of the state
@@ -23,6 +24,7 @@ struct StateStepKernel {
   runtime::DataType key_dtype, value_dtype;
   bool values_last, whole, normalize;
   std::int64_t columns, queries;
+  bool taylor;
 
   KernelKey key() const;
   Result<KernelSpec> spec() const;
@@ -32,5 +34,5 @@ struct StateStepKernel {
 
 TK_REGISTER_SETTINGS(tk::ffi::StateStepOptions, StructMember<float>("scale"),
                      StructMember<bool>("values_last"), StructMember<bool>("normalize"),
-                     StructMember<bool>("divide"));
+                     StructMember<bool>("divide"), StructMember<bool>("taylor"));
 TK_REGISTER_SETTINGS(tk::ffi::StateStepConfig, StructMember<std::int64_t>("columns"));

@@ -40,6 +40,9 @@ class StateStepOptions:
     values_last: bool  # states are [K, V] instead of [V, K]
     normalize: bool  # there are sums of keys as well
     divide: bool  # out by its sums, which are not returned then
+    # q and k are values, of which the kernel makes K features: those of Based attention
+    # in their public order. `scale` is that of the queries' values.
+    taylor: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +59,8 @@ class Arrays(NamedTuple):
     each, their heads are R H. out has the dtype of v.
     """
 
-    q: jax.Array  # [B, G or R H, K]
-    k: jax.Array  # [B, G, K], of the dtype of q
+    q: jax.Array  # [B, G or R H, K]; with taylor [B, G, d]
+    k: jax.Array  # [B, G, K] or [B, G, d], of the dtype of q
     v: jax.Array  # [B, H, V]
     state: jax.Array  # float32 [B, H, V, K] or [B, H, K, V]
     normalizer: jax.Array | None = None  # float32 [B, H, K]: of keys
@@ -94,14 +97,15 @@ def kernels(dtype: str):
     linear attention, Based, and Hedgehog with one and four heads of queries to a head
     of keys.
     """
-    one = {"whole": True, "queries": 1, "config": StateStepConfig(columns=64)}
+    one = {"whole": True, "queries": 1, "taylor": False}
+    one |= {"config": StateStepConfig(columns=64)}
     rows = one | {"values_last": False, "normalize": False}
     columns = one | {"values_last": True}
     yield dtype, dtype, rows
     yield dtype, dtype, rows | {"config": StateStepConfig(columns=16)}
     for normalize in (False, True):
         yield dtype, dtype, columns | {"normalize": normalize}
-        yield "float32", dtype, columns | {"normalize": normalize}
+        yield dtype, dtype, columns | {"normalize": normalize, "taylor": True}
     for queries in (1, 4):
         tile = config(64, queries)
         several = columns | {"normalize": True, "queries": queries, "config": tile}

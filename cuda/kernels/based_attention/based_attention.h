@@ -10,13 +10,14 @@
 // language models balance the recall-throughput tradeoff", 2024, section 4.1). Their order is
 // tk/product_columns.h's. Features are formed from q and k on chip, chunk by chunk.
 //
-//   states         S at the starts of chunks or of segments, or dS at their ends
-//   outputs        out, and S at the ends of segments: where S fits into a warpgroup's registers
+//   states         S at the starts of chunks, or dS at their ends; or what segments add to them
+//   outputs        out, and S at the end: where S fits into a warpgroup's registers
 //   chunk_outputs  out, chunk by chunk, from S at their starts: where it does not
 //   gradients      dq, dk, dv, chunk by chunk
 //
 // Shapes: q, k [B, T, G, d]; v, out [B, T, H, V], G dividing H. Values are taken in slices of 64
-// columns. A segment is a run of chunks, as in linear_attention.h.
+// columns. A segment is a run of chunks; a sequence's are walked side by side. What each but the
+// last adds to the state, a first pass has found; every block sums those before its own.
 #pragma once
 
 #include "tk/product_columns.h"
@@ -53,8 +54,8 @@ constexpr int kCountBytes = 4 * kChunk;
 // -- states ---------------------------------------------------------------------------------------
 // Kernel: "kernels/based_attention/states.cuh"
 //   tk::based_attention::states<tk::based_attention::Traits<T, kDim, kDocuments, kStages>>
-// Grid: H * slices * state_pieces, segments, B.
-// Forward: from each segment's start state on, through its chunks, with keys k and values v.
+// Grid: H * slices * state_pieces, segments (one less where `adds` is given), B.
+// Forward: from each segment's start on, through its chunks, with keys k and values v.
 // Reverse: from each segment's end on, back through its chunks: the gradient of the state, with
 // keys q and values dout.
 struct StatesParams {
@@ -65,17 +66,23 @@ struct StatesParams {
   TensorMap chunk_states;
   bool stores, reverse;
   const float* counts;
-  const float* from;  // [B, H, segments, V, F] at the starts (reverse: ends), or null for zeros
-  float* to;          // the same at the ends (reverse: starts), or null
+  const float* from;   // [B, H, V, F] before the first token (reverse: after the last), or null
+  const float* added;  // [B, H, slices, pieces, segments - 1, 64, piece_columns]: by each, or null
+  // [B, segments]: the first segment of which something is left where each starts, or -1: of `from`
+  // too. Or null: of all. Segments are numbered as they are walked.
+  const int* since;
+  float* adds;  // as added; then segments start from zero, and nothing else is stored. Or null
+  float* to;    // [B, H, V, F] after the last token (reverse: before the first), or null
   int seqlen, num_heads, num_groups, value_dim;
   int chunks, chunks_of_segment;
   ProductFactors factors;  // of the features of keys
 };
 constexpr int kWalkThreads = 2 * 128;
 constexpr int kWalkBlocks = 2;  // that share a multiprocessor
+constexpr int kLeastWalkStages = 2;
 constexpr int states_shared_bytes(int dim, long stages) {
   return static_cast<int>(stages * (key_tile_bytes(dim) + value_tile_bytes() + kCountBytes)) +
-         2 * piece_bytes(dim) + kSharedSlack;
+         3 * piece_bytes(dim) + kSharedSlack;
 }
 
 // -- outputs --------------------------------------------------------------------------------------
@@ -90,8 +97,10 @@ struct OutputsParams {
   TensorMap q, k;    // (d, T, G, B), box (panel, 64, 1, 1)
   TensorMap v, out;  // (V, T, H, B), box (64, 64, 1, 1)
   const float* counts;
-  const float* from;  // [B, H, segments, V, F], or null for zeros
-  float* to;          // the same, or null
+  const float* from;  // as StatesParams'
+  const float* added;
+  const int* since;
+  float* to;
   const float* sums;  // [B, H, segments, 18, 16], or null for zeros
   int seqlen, num_heads, num_groups, value_dim;
   int chunks, chunks_of_segment;
@@ -101,7 +110,7 @@ struct OutputsParams {
 constexpr int kSumsBytes = 2048;  // copies of sums, and what aligns them
 constexpr int outputs_shared_bytes(int dim, long stages) {
   return static_cast<int>(stages * (2 * key_tile_bytes(dim) + value_tile_bytes() + kCountBytes)) +
-         2 * piece_bytes(dim) + value_tile_bytes() + kSumsBytes + kSharedSlack;
+         3 * piece_bytes(dim) + value_tile_bytes() + kSumsBytes + kSharedSlack;
 }
 
 // -- chunk_outputs --------------------------------------------------------------------------------
@@ -125,7 +134,9 @@ constexpr int kChunkOutputsThreads = 2 * 128;
 // -- gradients ------------------------------------------------------------------------------------
 // Kernel: "kernels/based_attention/gradients.cuh"
 //   tk::based_attention::gradients<tk::based_attention::Traits<T, kDim, kDocuments, kStages>>
-// Grid: chunks, G, B. A block walks the heads of its group, and of each the slices of its values.
+// Grid: as many blocks as there are multiprocessors, or fewer. A tile is a chunk of a group; a
+// block walks the heads of the group, and of each the slices of its values, then those of its next
+// tile.
 struct GradientsParams {
   TensorMap q, k;             // (d, T, G, B), box (panel, 64, 1, 1)
   TensorMap v, dout;          // (V, T, H, B), box (64, 64, 1, 1)
@@ -134,14 +145,16 @@ struct GradientsParams {
   TensorMap states, dstates;  // as StatesParams' chunk_states
   const float* counts;
   int seqlen, num_heads, num_groups, value_dim, chunks;
+  int tiles;  // chunks * G * B
   float scale;
   ProductFactors factors;
 };
 constexpr int kGradientsThreads = 3 * 128;
 constexpr int gradients_shared_bytes(int dim, long stages) {
   return static_cast<int>(stages *
-                          (2 * value_tile_bytes() + 2 * state_pieces(dim) * piece_bytes(dim))) +
-         4 * key_tile_bytes(dim) + value_tile_bytes() + kCountBytes + kSharedSlack;
+                          (2 * value_tile_bytes() + 2 * state_pieces(dim) * piece_bytes(dim) +
+                           2 * key_tile_bytes(dim) + kCountBytes)) +
+         2 * key_tile_bytes(dim) + value_tile_bytes() + kSharedSlack;
 }
 
 }  // namespace tk::based_attention

@@ -7,11 +7,13 @@
 //   dk = sum over heads of m^T q + phi'(k) (v dS)
 //   dv = f(s)^T dout + phi(k) dS^T
 // where phi' brings gradients of features to those of the values (tk/sm90/products.cuh).
-// Grid: chunks, groups, batch: a block walks the heads of its group, and their slices of 64 values.
-// Nothing is added in global memory.
-// Roles: a producer warp loads q and k, then a ring of v, dout, S and dS: a step for every slice of
-// every head. Consumer 0 has the chunk's tokens as queries: dq; consumer 1 as keys: dk, dv.
-// Budget for 16 values, 2 stages: 132 KB of shared memory; 80 registers of gradients of features,
+// Grid: a block for each multiprocessor. A tile is a chunk of a group: a block walks the heads of
+// the group, and their slices of 64 values, then those of its next tile. Nothing is added in global
+// memory.
+// Roles: a producer warp loads a ring of q, k, v, dout, S and dS: a step for every slice of every
+// head, ahead of the tile that is computed. Consumer 0 has the chunk's tokens as queries: dq;
+// consumer 1 as keys: dk, dv.
+// Budget for 16 values, 3 stages: 193 KB of shared memory; 80 registers of gradients of features,
 // 32 of dp a thread. Limit: memory, reading 4 F bytes of states for every column of 64 tokens'
 // values.
 #pragma once
@@ -28,8 +30,8 @@ struct Gradients {
   using PieceTile = typename Traits::PieceTile;
   static constexpr int kPieces = Traits::kPieces;
   static constexpr int kConsumers = 2;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
 
   using Ring = Pipeline<Traits::kStages>;
   using Square = RegTile<float, 16, 64>;
@@ -39,147 +41,164 @@ struct Gradients {
   struct Step {
     ValueTile v_smem, dout_smem;
     PieceTile state_smem[kPieces], dstate_smem[kPieces];
+    KeyTile q_smem, k_smem;
   };
   struct Shared {
-    KeyTile q_smem, k_smem;
     Step steps[Traits::kStages];
     ValueTile dv_smem;
     KeyTile dq_smem, dk_smem;
-    Documents<Traits::kDocuments> documents;
-    Barrier keys_full;
+    Documents<Traits::kDocuments> documents[Traits::kStages];
     Ring ring;
   };
   static_assert(sizeof(Shared) + 1024 <= gradients_shared_bytes(Traits::kDim, Traits::kStages),
                 "based_attention.h's gradients_shared_bytes covers the kernel's shared memory");
-  static constexpr int kStepBytes = 2 * ValueTile::kBytes + 2 * kPieces * PieceTile::kBytes;
+  static constexpr int kStepBytes = 2 * ValueTile::kBytes + 2 * kPieces * PieceTile::kBytes +
+                                    2 * KeyTile::kBytes + Documents<Traits::kDocuments>::kBytes;
+
+  __device__ __forceinline__ static grid::Rounds tiles_of(const GradientsParams& params) {
+    return {grid::block_x(), grid::blocks_x(), params.tiles};
+  }
 
   __device__ __forceinline__ static void init(const GradientsParams&, Shared& shared) {
-    shared.keys_full.init(1);
     shared.ring.init(4 * kConsumers);
   }
 
   __device__ __forceinline__ static void load(const GradientsParams& params, Shared& shared) {
-    const GroupSteps steps(params);
-    const int token = steps.chunk * kChunk;
-    shared.keys_full.expect(2 * KeyTile::kBytes + Documents<Traits::kDocuments>::kBytes);
-    tma::load(shared.q_smem, params.q, shared.keys_full, tma::Keep::kBriefly, 0, token, steps.group,
-              steps.batch);
-    tma::load(shared.k_smem, params.k, shared.keys_full, tma::Keep::kBriefly, 0, token, steps.group,
-              steps.batch);
-    shared.documents.load(params.counts, shared.keys_full, steps.batch, steps.chunk, params.chunks);
     typename Ring::State state;
-    for (int index = 0; index < steps.count(); ++index, state.advance()) {
-      shared.ring.acquire(state, kStepBytes);
-      Barrier& full = shared.ring.full(state);
-      Step& step = shared.steps[state.stage];
-      tma::load(step.v_smem, params.v, full, tma::Keep::kBriefly, steps.slice(index) * kSlice,
-                token, steps.head(index), steps.batch);
-      tma::load(step.dout_smem, params.dout, full, tma::Keep::kBriefly, steps.slice(index) * kSlice,
-                token, steps.head(index), steps.batch);
-      const int row = steps.slice(index) * kSlice, matrix = steps.matrix(params, index);
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        tma::load(step.state_smem[piece], params.states, full, tma::Keep::kBriefly,
-                  piece * Traits::kPieceColumns, row, matrix);
-        tma::load(step.dstate_smem[piece], params.dstates, full, tma::Keep::kBriefly,
-                  piece * Traits::kPieceColumns, row, matrix);
+    for (grid::Rounds tiles = tiles_of(params); tiles.valid(); tiles.next()) {
+      const GroupSteps steps(params, tiles.index());
+      for (int index = 0; index < steps.count(); ++index, state.advance()) {
+        load_step(params, shared, steps, index, state);
       }
     }
   }
 
+  __device__ __forceinline__ static void load_step(const GradientsParams& params, Shared& shared,
+                                                   const GroupSteps& steps, int index,
+                                                   const typename Ring::State& state) {
+    shared.ring.acquire(state, kStepBytes);
+    Barrier& full = shared.ring.full(state);
+    Step& step = shared.steps[state.stage];
+    const int token = steps.chunk * kChunk, col = steps.slice(index) * kSlice;
+    tma::load(step.q_smem, params.q, full, tma::Keep::kNormal, 0, token, steps.group, steps.batch);
+    tma::load(step.k_smem, params.k, full, tma::Keep::kNormal, 0, token, steps.group, steps.batch);
+    tma::load(step.v_smem, params.v, full, tma::Keep::kBriefly, col, token, steps.head(index),
+              steps.batch);
+    tma::load(step.dout_smem, params.dout, full, tma::Keep::kBriefly, col, token, steps.head(index),
+              steps.batch);
+    const int matrix = steps.matrix(params, index);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      tma::load(step.state_smem[piece], params.states, full, tma::Keep::kBriefly,
+                piece * Traits::kPieceColumns, col, matrix);
+      tma::load(step.dstate_smem[piece], params.dstates, full, tma::Keep::kBriefly,
+                piece * Traits::kPieceColumns, col, matrix);
+    }
+    shared.documents[state.stage].load(params.counts, full, steps.batch, steps.chunk,
+                                       params.chunks);
+  }
+
   __device__ __forceinline__ static void compute(const GradientsParams& params, Shared& shared,
                                                  int consumer) {
+    typename Ring::State state;
     if (consumer == 0) {
-      sum_dq(params, shared);
+      for (grid::Rounds tiles = tiles_of(params); tiles.valid(); tiles.next()) {
+        sum_dq(params, shared, GroupSteps(params, tiles.index()), state);
+      }
     } else {
-      sum_dk(params, shared);
+      for (grid::Rounds tiles = tiles_of(params); tiles.valid(); tiles.next()) {
+        sum_dk(params, shared, GroupSteps(params, tiles.index()), state);
+      }
     }
+    if (warpgroup::leader()) tma::wait_read<0>();
   }
 
   // Tokens as queries: rows are those that look, columns those that are seen.
-  __device__ __forceinline__ static void sum_dq(const GradientsParams& params, Shared& shared) {
-    const GroupSteps steps(params);
+  __device__ __forceinline__ static void sum_dq(const GradientsParams& params, Shared& shared,
+                                                const GroupSteps& steps,
+                                                typename Ring::State& state) {
     const Taylor taylor{params.scale};
     Square dp;
     Sum dq;
     warp::zero(dq);
-    shared.keys_full.wait(0);
-    typename Ring::State state;
     for (int index = 0; index < steps.count(); ++index, state.advance()) {
       const Step& step = shared.steps[state.stage];
+      const Documents<Traits::kDocuments>& documents = shared.documents[state.stage];
       shared.ring.wait(state);
       warpgroup::mma_ABt(dp, step.dout_smem, step.v_smem, steps.slice(index) > 0);
       warpgroup::mma_commit();
       Operand dout;
       warpgroup::load(dout, step.dout_smem);
-      shared.documents.keep_rows_before(dout);
-      fold_features(dq, dp, dout, step.state_smem, shared.q_smem, params.factors);
+      documents.keep_rows_before(dout);
+      fold_features(dq, dp, dout, step.state_smem, step.q_smem, params.factors);
+      if (steps.slice(index) + 1 == steps.slices) {
+        Square scores, products, seen;
+        warpgroup::mm_ABt(scores, step.q_smem, step.k_smem);
+        warpgroup::mma_commit();
+        warpgroup::mma_wait<0>(scores);
+        warp::zip(products, scores, dp,
+                  [=](float x, float d) { return d * taylor.slope(x) * taylor.scale; });
+        documents.map_seen(seen, products, [](float x) { return x; });
+        add_product(dq, seen, step.k_smem);
+      }
       shared.ring.release(state);
-      if (steps.slice(index) + 1 < steps.slices) continue;
-      Square scores, products, seen;
-      warpgroup::mm_ABt(scores, shared.q_smem, shared.k_smem);
-      warpgroup::mma_commit();
-      warpgroup::mma_wait<0>(scores);
-      warp::zip(products, scores, dp,
-                [=](float x, float d) { return d * taylor.slope(x) * taylor.scale; });
-      shared.documents.map_seen(seen, products, [](float x) { return x; });
-      add_product(dq, seen, shared.k_smem);
     }
+    if (warpgroup::leader()) tma::wait_read<0>();  // the last tile's has left
+    warpgroup::sync();
     store_sum(params.dq, shared.dq_smem, dq, steps);
   }
 
   // Tokens as keys: rows are those that are seen, columns those that look.
-  __device__ __forceinline__ static void sum_dk(const GradientsParams& params, Shared& shared) {
-    const GroupSteps steps(params);
+  __device__ __forceinline__ static void sum_dk(const GradientsParams& params, Shared& shared,
+                                                const GroupSteps& steps,
+                                                typename Ring::State& state) {
     const Taylor taylor{params.scale};
     Square dp;
     Sum dk;
     warp::zero(dk);
-    shared.keys_full.wait(0);
-    typename Ring::State state;
     for (int index = 0; index < steps.count(); ++index, state.advance()) {
       const Step& step = shared.steps[state.stage];
+      const Documents<Traits::kDocuments>& documents = shared.documents[state.stage];
       shared.ring.wait(state);
-      Square dv;
+      Square dv, scores;
+      warpgroup::mm_ABt(scores, step.k_smem, step.q_smem);
+      warpgroup::mma_commit();
+      typename Traits::Features keys;
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
-        typename Traits::Features keys;
-        warpgroup::load_products<Traits::kDim>(keys, shared.k_smem, piece * Traits::kPieceColumns);
+        if (piece > 0) warpgroup::mma_wait<0>(dv, keys);
+        warpgroup::load_products<Traits::kDim>(keys, step.k_smem, piece * Traits::kPieceColumns);
         warpgroup::mma_ABt(dv, keys, step.dstate_smem[piece], piece > 0);
         warpgroup::mma_commit();
-        warpgroup::mma_wait<0>(dv, keys);
       }
-      shared.documents.keep_rows_after(dv);
       Operand weights;
-      {
-        Square scores;
-        warpgroup::mm_ABt(scores, shared.k_smem, shared.q_smem);
-        warpgroup::mma_commit();
-        warpgroup::mma_wait<0>(scores);
-        shared.documents.map_seen_by(weights, scores, taylor);
-      }
+      warpgroup::mma_wait<1>(scores);
+      documents.map_seen_by(weights, scores, taylor);
+      warpgroup::mma_wait<0>(dv, keys);
+      documents.keep_rows_after(dv);
       warpgroup::mma_AB(dv, weights, step.dout_smem);
       warpgroup::mma_commit();
-      warpgroup::mma_wait<0>(dv, weights);
-      store_dv(params, shared.dv_smem, dv, steps, index);
-
       warpgroup::mma_ABt(dp, step.v_smem, step.dout_smem, steps.slice(index) > 0);
       warpgroup::mma_commit();
       Operand v;
       warpgroup::load(v, step.v_smem);
-      shared.documents.keep_rows_after(v);
-      fold_features(dk, dp, v, step.dstate_smem, shared.k_smem, kKeyFactors);
+      documents.keep_rows_after(v);
+      warpgroup::mma_wait<1>(dv, weights);
+      store_dv(params, shared.dv_smem, dv, steps, index);
+      fold_features(dk, dp, v, step.dstate_smem, step.k_smem, kKeyFactors);
+      if (steps.slice(index) + 1 == steps.slices) {
+        Square scores, products, seen;
+        warpgroup::mm_ABt(scores, step.k_smem, step.q_smem);
+        warpgroup::mma_commit();
+        warpgroup::mma_wait<0>(scores);
+        warp::zip(products, scores, dp,
+                  [=](float x, float d) { return d * taylor.slope(x) * taylor.scale; });
+        documents.map_seen_by(seen, products, [](float x) { return x; });
+        add_product(dk, seen, step.q_smem);
+      }
       shared.ring.release(state);
-      if (steps.slice(index) + 1 < steps.slices) continue;
-      Square scores, products, seen;
-      warpgroup::mm_ABt(scores, shared.k_smem, shared.q_smem);
-      warpgroup::mma_commit();
-      warpgroup::mma_wait<0>(scores);
-      warp::zip(products, scores, dp,
-                [=](float x, float d) { return d * taylor.slope(x) * taylor.scale; });
-      shared.documents.map_seen_by(seen, products, [](float x) { return x; });
-      add_product(dk, seen, shared.q_smem);
     }
+    // The last tile's dk left before this one's dv came.
     store_sum(params.dk, shared.dk_smem, dk, steps);
   }
 
@@ -239,7 +258,6 @@ struct Gradients {
     if (warpgroup::leader()) {
       tma::store(map, smem, 0, steps.chunk * kChunk, steps.group, steps.batch);
       tma::commit();
-      tma::wait_read<0>();
     }
   }
 };

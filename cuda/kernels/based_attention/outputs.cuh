@@ -1,4 +1,4 @@
-// out = S phi(scale q), and S at the ends of segments: Based attention's forward pass.
+// out = S phi(scale q), and S at the end: Based attention's forward pass.
 //
 // For a chunk of tokens, S being the state before it and f the Taylor series of exp:
 //   out = tril(f(scale q k^T)) v + phi(scale q) S^T
@@ -9,8 +9,9 @@
 // Grid: slices of 64 values, segments, batch. A block walks its segment's chunks.
 // Roles: a producer warp loads a ring of q, k and v; a consumer warpgroup keeps S (64 x F, fp32) in
 // registers, and for phi(q) S^T a rounded copy in shared memory. It forms the features of q as an
-// operand in registers, those of k in shared memory while its product with the state runs.
-// Budget for 16 values (F = 160), 3 stages: 85 KB of shared memory; 80 registers of S, 40 of
+// operand in registers; those of the next chunk's k, in shared memory, while the state is summed.
+// What a chunk leaves there (features, state, out) is published at once, by one barrier.
+// Budget for 16 values (F = 160), 3 stages: 105 KB of shared memory; 80 registers of S, 40 of
 // features, 32 of out and of scores a thread; two blocks share a multiprocessor, so that one
 // computes while the other waits. Limit: memory, reading q, k, v and writing out; then the
 // instructions that form features, and shared memory's bandwidth.
@@ -28,6 +29,7 @@ struct Outputs {
   using ValueTile = typename Traits::ValueTile;
   using StateTile = typename Traits::PieceTile;
   static_assert(walks(Traits::kDim), "a warpgroup keeps the whole state");
+  static_assert(Traits::kStages >= kLeastWalkStages, "the next chunk is there beside a chunk");
   static constexpr int kConsumers = 1;
   // Weights take as long as features: beside the product with the state, but where there are too
   // few registers for that.
@@ -44,7 +46,7 @@ struct Outputs {
   struct Shared {
     KeyTile q_smem[Traits::kStages], k_smem[Traits::kStages];
     ValueTile v_smem[Traits::kStages];
-    typename Traits::FeatureTile keys_smem;  // features of k
+    typename Traits::FeatureTile keys_smem[2];  // features of k, of a chunk and of the next
     StateTile state_smem;
     ValueTile out_smem;
     typename Sums::Shared sums;  // with kNormalize
@@ -87,12 +89,14 @@ struct Outputs {
     const Segment segment = Segment::of(params);
     State state;
     Sums sums;
+    typename Ring::State stage;
+    int buffer = 0;  // of the features of the chunk's keys
     load_state<Traits>(state, params, place, segment);
     if constexpr (kNormalize) sums.start(sums_of(params, place, segment));
+    form_keys(shared, stage, buffer);
     share_state(shared, state, sums);
 
-    typename Ring::State stage;
-    for (int chunk = segment.first; chunk < segment.end; ++chunk, stage.advance()) {
+    for (int chunk = segment.first; chunk < segment.end; ++chunk) {
       const KeyTile& q_smem = shared.q_smem[stage.stage];
       const KeyTile& k_smem = shared.k_smem[stage.stage];
       const ValueTile& v_smem = shared.v_smem[stage.stage];
@@ -100,7 +104,6 @@ struct Outputs {
       Scores scores;
       Output out;
       typename Sums::Square products;  // q times the second sums
-      shared.ring.wait(stage);
       warpgroup::mm_ABt(scores, q_smem, k_smem);
       if constexpr (kNormalize) warpgroup::mm_AB(products, q_smem, shared.sums.second);
       warpgroup::mma_commit();
@@ -124,29 +127,22 @@ struct Outputs {
       warpgroup::mm_ABt(out, queries, shared.state_smem);
       warpgroup::mma_commit();
       if constexpr (!kWeighsFirst) weigh();
-      // Features of both at once are too many registers here.
-      if constexpr (kNormalize) warpgroup::mma_wait<0>(out, queries);
-      typename Sums::Keys keys_t;
-      {
-        typename Traits::Features keys;
-        warpgroup::load_products<Traits::kDim>(keys, k_smem, 0);
-        warpgroup::store(shared.keys_smem, keys);
-      }
       RegTile<T, 16, kChunk> values;  // a row for each column of v
       warpgroup::load_transposed(values, v_smem);
       documents.keep_cols_after(values);
       documents.keep_state(state);
-      publish_shared();
-      warpgroup::sync();
       warpgroup::mma_wait<0>(out, queries);
       documents.keep_rows_before(out);
       warpgroup::mma_AB(out, weights, v_smem);
       warpgroup::mma_commit();
-      warpgroup::mma_AB(state, values, shared.keys_smem);
+      typename Sums::Keys keys_t;
+      warpgroup::mma_AB(state, values, shared.keys_smem[buffer]);
       if constexpr (kNormalize) sums.add(keys_t, k_smem, shared.sums, documents);
       warpgroup::mma_commit();
 
       warpgroup::mma_wait<1>(out, weights);
+      if (warpgroup::leader()) tma::wait_read<0>();  // the last chunk's out has left
+      warpgroup::sync();                             // and all have done with state_smem
       if constexpr (kNormalize) {
         Output quotients;
         warp::map(totals, totals, [](float x) { return x == 0 ? 0.0f : 1.0f / x; });
@@ -155,22 +151,24 @@ struct Outputs {
       } else {
         warpgroup::store(shared.out_smem, out);
       }
-      publish_shared();
-      warpgroup::sync();
-      if (warpgroup::leader()) {
-        tma::store(params.out, shared.out_smem, place.slice * kSlice, chunk * kChunk, place.head,
-                   place.batch);
-        tma::commit();
-      }
+      const typename Ring::State done = stage;
+      stage.advance();
+      buffer ^= 1;
+      if (chunk + 1 < segment.end) form_keys(shared, stage, buffer);
       if constexpr (kNormalize) {
         warpgroup::mma_wait<0>(state, values, sums.second, keys_t);
       } else {
         warpgroup::mma_wait<0>(state, values);
       }
-      shared.ring.release(stage);
+      shared.ring.release(done);
       share_state(shared, state, sums);
+      if (warpgroup::leader()) {
+        tma::store(params.out, shared.out_smem, place.slice * kSlice, chunk * kChunk, place.head,
+                   place.batch);
+        tma::commit();
+      }
     }
-    store_state<Traits>(state, params, place, segment);
+    if (segment.is_last(params)) store_state<Traits>(state, params, place);
     if (warpgroup::leader()) tma::wait_read<0>();
   }
 
@@ -180,16 +178,24 @@ struct Outputs {
                                                          const Segment& segment) {
     if (params.sums == nullptr) return nullptr;
     return params.sums +
-           (static_cast<int64>(place.row(params)) * segment.count + segment.index) * kSums;
+           (static_cast<int64>(place.row(params)) * segment.count + segment.order) * kSums;
   }
 
-  // The rounded copies that products with q read.
+  // The features of a chunk's keys, as soon as they are there. Before share_state.
+  __device__ __forceinline__ static void form_keys(Shared& shared,
+                                                   const typename Ring::State& stage, int buffer) {
+    shared.ring.wait(stage);
+    typename Traits::Features keys;
+    warpgroup::load_products<Traits::kDim>(keys, shared.k_smem[stage.stage], 0);
+    warpgroup::store(shared.keys_smem[buffer], keys);
+  }
+
+  // The rounded copies that products with q read; publishes the features of keys and out, too.
   __device__ __forceinline__ static void share_state(Shared& shared, const State& state,
                                                      const Sums& sums) {
     warpgroup::store(shared.state_smem, state);
     if constexpr (kNormalize) sums.share(shared.sums);
     publish_shared();
-    if (warpgroup::leader()) tma::wait_read<0>();  // the chunk's out has left
     warpgroup::sync();
   }
 };

@@ -130,16 +130,23 @@ struct Documents {
   }
 };
 
-// The chunk and group of a block, and its steps: slices of heads, one head after another.
+// A chunk of a group, and its steps: slices of heads, one head after another.
 struct GroupSteps {
   int chunk, group, batch;
   int first_head, heads, slices;
 
+  // The block's own.
   template <typename Params>
-  __device__ __forceinline__ explicit GroupSteps(const Params& params) {
-    chunk = grid::block_x();
-    group = grid::block_y();
-    batch = grid::block_z();
+  __device__ __forceinline__ explicit GroupSteps(const Params& params)
+      : GroupSteps(params, grid::block_x(), grid::block_y(), grid::block_z()) {}
+  // Of all chunks of all groups the one with this number.
+  template <typename Params>
+  __device__ __forceinline__ GroupSteps(const Params& params, int tile)
+      : GroupSteps(params, tile % params.chunks, tile / params.chunks % params.num_groups,
+                   tile / params.chunks / params.num_groups) {}
+  template <typename Params>
+  __device__ __forceinline__ GroupSteps(const Params& params, int chunk, int group, int batch)
+      : chunk(chunk), group(group), batch(batch) {
     heads = params.num_heads / params.num_groups;
     first_head = group * heads;
     slices = ceil_div(params.value_dim, kSlice);

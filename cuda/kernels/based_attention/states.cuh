@@ -1,4 +1,4 @@
-// The state at the starts of chunks, or at the ends of segments; and backwards, the state's
+// The state at the starts of chunks, or what segments add to it; and backwards, the state's
 // gradient.
 //
 //   S  <- S + v^T phi(k)              forward, through the chunks of a segment
@@ -9,8 +9,9 @@
 // Grid: pieces of the state of slices of 64 values, segments, batch. A block walks its segment's
 // chunks.
 // Roles: a producer warp loads a ring of keys and values; a consumer warpgroup keeps its piece
-// (64 x 160 for 16 values, fp32) in registers, and forms the chunk's features in shared memory.
-// Budget for 16 values, 3 stages: 73 KB of shared memory, 80 registers of state a thread; two
+// (64 x 160 for 16 values, fp32) in registers, and forms the next chunk's features in shared memory
+// while a chunk's product is summed.
+// Budget for 16 values, 3 stages: 95 KB of shared memory, 80 registers of state a thread; two
 // blocks share a multiprocessor. Limit: memory, writing 2 F bytes of states for every column of 64
 // tokens' values.
 #pragma once
@@ -25,6 +26,7 @@ struct States {
   using KeyTile = typename Traits::KeyTile;
   using ValueTile = typename Traits::ValueTile;
   static constexpr int kPieces = Traits::kPieces;
+  static_assert(Traits::kStages >= kLeastWalkStages, "the next chunk is there beside a chunk");
   static constexpr int kConsumers = 1;
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 232;
@@ -35,7 +37,7 @@ struct States {
   struct Shared {
     KeyTile keys_smem[Traits::kStages];
     ValueTile values_smem[Traits::kStages];
-    typename Traits::FeatureTile features_smem;
+    typename Traits::FeatureTile features_smem[2];  // of a chunk and of the next
     typename Traits::PieceTile state_smem;
     Documents<Traits::kDocuments> documents[Traits::kStages];
     Ring ring;
@@ -59,7 +61,7 @@ struct States {
     tma::prefetch(params.keys);
     tma::prefetch(params.values);
     const Place place = Place::of(params, kPieces);
-    const Segment segment = Segment::of(params);
+    const Segment segment = Segment::of(params, params.reverse);
     typename Ring::State state;
     for (int step = 0; step < segment.end - segment.first; ++step, state.advance()) {
       const int chunk = chunk_at(params, segment, step);
@@ -89,30 +91,16 @@ struct States {
                                               const Place& place) {
     static_assert(kPieces <= 6, "compute tries up to six pieces");
     if (place.piece != kPiece) return;
-    const Segment segment = Segment::of(params);
+    const Segment segment = Segment::of(params, params.reverse);
     State state;
     load_state<Traits>(state, params, place, segment);
 
+    const int steps = segment.end - segment.first;
     typename Ring::State stage;
-    for (int step = 0; step < segment.end - segment.first; ++step, stage.advance()) {
-      if (params.stores) {
-        const int matrix = place.row(params) * params.chunks + chunk_at(params, segment, step);
-        store_chunk_state(params, shared.state_smem, state, kPiece * Traits::kPieceColumns,
-                          place.slice * kSlice, matrix);
-      }
+    int buffer = 0;  // of the features of the chunk's keys
+    form_features<kPiece>(params, shared, stage, buffer);
+    for (int step = 0; step < steps; ++step) {
       const Documents<Traits::kDocuments>& documents = shared.documents[stage.stage];
-      shared.ring.wait(stage);
-      {
-        constexpr int kFirst = kPiece * Traits::kPieceColumns;
-        typename Traits::Features features;
-        if (params.reverse) {
-          warpgroup::load_products<Traits::kDim>(features, shared.keys_smem[stage.stage], kFirst,
-                                                 params.factors);
-        } else {
-          warpgroup::load_products<Traits::kDim>(features, shared.keys_smem[stage.stage], kFirst);
-        }
-        warpgroup::store(shared.features_smem, features);
-      }
       RegTile<T, 16, kChunk> values;  // a row for each column of the slice
       warpgroup::load_transposed(values, shared.values_smem[stage.stage]);
       if (params.reverse) {
@@ -120,31 +108,51 @@ struct States {
       } else {
         documents.keep_cols_after(values);
       }
-      documents.keep_state(state);
+      if (params.stores) warpgroup::store(shared.state_smem, state);
       publish_shared();
       warpgroup::sync();
-      warpgroup::mma_AB(state, values, shared.features_smem);
+      if (params.stores && warpgroup::leader()) {
+        tma::store(params.chunk_states, shared.state_smem, kPiece * Traits::kPieceColumns,
+                   place.slice * kSlice,
+                   place.row(params) * params.chunks + chunk_at(params, segment, step));
+        tma::commit();
+      }
+      documents.keep_state(state);
+      warpgroup::mma_AB(state, values, shared.features_smem[buffer]);
       warpgroup::mma_commit();
+      const typename Ring::State done = stage;
+      stage.advance();
+      buffer ^= 1;
+      if (step + 1 < steps) form_features<kPiece>(params, shared, stage, buffer);
+      if (params.stores) {
+        if (warpgroup::leader()) tma::wait_read<0>();  // the chunk's state has left
+        warpgroup::sync();
+      }
       warpgroup::mma_wait<0>(state, values);
-      shared.ring.release(stage);
-      warpgroup::sync();  // all have done with the features
+      shared.ring.release(done);
     }
-    store_state<Traits>(state, params, place, segment);
-    if (warpgroup::leader()) tma::wait_read<0>();
+    if (params.adds != nullptr) {
+      warpgroup::store_fragments(
+          added_by<Traits>(params.adds, params, place, segment, segment.order), state);
+    }
+    if (segment.is_last(params, params.reverse)) store_state<Traits>(state, params, place);
   }
 
-  __device__ __forceinline__ static void store_chunk_state(
-      const StatesParams& params, const typename Traits::PieceTile& state_smem, const State& state,
-      int col, int row, int matrix) {
-    if (warpgroup::leader()) tma::wait_read<0>();  // the last one has left
-    warpgroup::sync();
-    warpgroup::store(state_smem, state);
-    publish_shared();
-    warpgroup::sync();
-    if (warpgroup::leader()) {
-      tma::store(params.chunk_states, state_smem, col, row, matrix);
-      tma::commit();
+  // The features of a chunk's keys, as soon as they are there; to be published.
+  template <int kPiece>
+  __device__ __forceinline__ static void form_features(const StatesParams& params, Shared& shared,
+                                                       const typename Ring::State& stage,
+                                                       int buffer) {
+    constexpr int kFirst = kPiece * Traits::kPieceColumns;
+    const KeyTile& keys_smem = shared.keys_smem[stage.stage];
+    typename Traits::Features features;
+    shared.ring.wait(stage);
+    if (params.reverse) {
+      warpgroup::load_products<Traits::kDim>(features, keys_smem, kFirst, params.factors);
+    } else {
+      warpgroup::load_products<Traits::kDim>(features, keys_smem, kFirst);
     }
+    warpgroup::store(shared.features_smem[buffer], features);
   }
 };
 

@@ -5,10 +5,11 @@
 //   z <- decay z + k,       out = S^T q / z q          with kNormalize
 //
 // (Katharopoulos et al., "Transformers are RNNs", 2020, section 3.3.) A state may have several
-// queries, as Hedgehog's heads of keys do. Grid: kCols columns of the state of a head, or all of
-// them one after another with kNormalize, to a block of one warpgroup without roles; a warp has 16
-// of every 64 rows. Shared memory: what each warp sums of its rows, less than 11 KB. In flight and
-// limit: as rows.cuh.
+// queries, as Hedgehog's heads of keys do; or the kernel makes q's and k's features itself, Based's
+// Taylor series, of which a row is found by its number. Grid: kCols columns of the state of a head,
+// or all of them one after another with kNormalize, to a block of one warpgroup without roles; a
+// warp has 16 of every 64 rows. Shared memory: what each warp sums of its rows, less than 11 KB. In
+// flight and limit: as rows.cuh.
 #pragma once
 
 #include "kernels/state_step/step.cuh"
@@ -16,7 +17,7 @@
 namespace tk::state_step {
 
 template <typename TKey_, typename TValue_, int kCols_, bool kWhole_, bool kNormalize_,
-          int kQueries_>
+          int kQueries_, bool kTaylor_>
 struct ColumnsTraits {
   using TKey = TKey_;
   using TValue = TValue_;
@@ -24,6 +25,8 @@ struct ColumnsTraits {
   static constexpr bool kWhole = kWhole_;
   static constexpr bool kNormalize = kNormalize_;
   static constexpr int kQueries = kQueries_;
+  static constexpr bool kTaylor = kTaylor_;
+  static_assert(!kTaylor || kQueries == 1, "features are those of one query");
   static_assert(kQueries >= 1 && kQueries <= kMaxQueries, "queries have accumulators each");
 };
 
@@ -34,15 +37,21 @@ struct Columns {
   static constexpr int kCols = Traits::kCols;
   static constexpr bool kWhole = Traits::kWhole;
   static constexpr int kQueries = Traits::kQueries;
+  static constexpr bool kTaylor = Traits::kTaylor;
   static constexpr int kWarps = kThreads / 32;
 
   struct Sums {
     SharedVec<float, 16> vec[kWarps][kQueries];
   };
+  // Of k, and of q times the scale; each warp has sixteen of them.
+  struct Values {
+    SharedVec<float, 16> keys[kWarps], queries[kWarps];
+  };
   struct Nothing {};
   struct Shared {
     SharedVec<float, kCols> totals[kWarps][kQueries];
     Select<Traits::kNormalize, Sums, Nothing> sums;
+    Select<kTaylor, Values, Nothing> values;
   };
   static_assert(sizeof(Shared) + 1024 <= columns_shared_bytes(kCols, kQueries, Traits::kNormalize),
                 "state_step.h's columns_shared_bytes covers the kernel's shared memory");
@@ -75,14 +84,14 @@ struct Columns {
     for (int col = first; col < end; col += kCols) {
       // What the columns before have left in shared memory has been read.
       if (col > first) block::sync();
-      walk(shared, col);
+      walk(shared, col, col == first);
       block::sync();
       for (int r = warp::index(); r < kQueries; r += kWarps) finish(shared, col, r);
     }
   }
 
   // Steps the columns on from `col` on, and leaves each warp's sums over its rows.
-  __device__ __forceinline__ void walk(Shared& shared, int col) const {
+  __device__ __forceinline__ void walk(Shared& shared, int col, bool is_first) const {
     const int key_dim = params.key_dim, value_dim = params.value_dim;
     const int64 matrix = state * key_dim * value_dim;
     const GlobalView<float> view{params.state + matrix, key_dim, value_dim, value_dim};
@@ -100,27 +109,33 @@ struct Columns {
       warp::zero(totals[r]);
       warp::zero(row_sums[r]);
     }
+    if constexpr (kTaylor) {
+      if (is_first) share_values(shared.values);
+    }
 #pragma unroll 1
     for (int row = 0;;) {
-      PerRow<16> keys;
-      warpgroup::load(keys, k, row, 0.0f);
+      PerRow<16> keys, z;
+      load_rows(keys, z, shared, k, row);
       step_on(tile, decay, keys, values);
       warpgroup::store_runs<kWhole>(view, tile, row, col);
       // Rows that are not there have no part in the sums, not even as infinity times zero.
       if (row + kRows > key_dim) warpgroup::keep_rows_before(tile, key_dim - row, 0.0f);
       if constexpr (Traits::kNormalize) {
-        if (col == 0) step_normalizer(keys, row);
+        if (col == 0) {
+          if constexpr (!kTaylor) load_normalizer(z, row);  // no registers for it before
+          step_normalizer(z, keys, row);
+        }
       }
 #pragma unroll
       for (int r = 0; r < kQueries; ++r) {
         PerRow<16> queries;
         RegTile<float, 16, kCols> products;
-        warpgroup::load(queries, query(r), row, 0.0f);
+        load_queries(queries, shared, r, row);
         warp::mul_rows(products, tile, queries);
         warp::fold_col_sum(totals[r], products);
         if constexpr (Traits::kNormalize) {
           if (col == 0) {
-            warp::zip(queries, queries, keys, [](float q, float z) { return q * z; });
+            warp::zip(queries, queries, z, [](float q, float z) { return q * z; });
             warp::zip(row_sums[r], row_sums[r], queries, [](float x, float y) { return x + y; });
           }
         }
@@ -139,17 +154,71 @@ struct Columns {
     }
   }
 
-  // Keys become those of z, which are stored; 0 beyond its end.
-  __device__ __forceinline__ void step_normalizer(PerRow<16>& keys, int row) const {
-    PerRow<16> z;
+  // What rows have beside the state, after that is asked for and before it is stored: no load
+  // passes a store, for all that the compiler knows.
+  __device__ __forceinline__ void load_rows(PerRow<16>& keys, PerRow<16>& z, const Shared& shared,
+                                            const GlobalVec<const TKey>& k, int row) const {
+    if constexpr (kTaylor) {
+      warp::zero(keys);
+      warpgroup::for_each(
+          keys, [&, this](int i, float) { return feature(shared.values.keys, row + i, 1.0f); });
+    } else {
+      warpgroup::load(keys, k, row, 0.0f);
+    }
+    if constexpr (kTaylor && Traits::kNormalize) load_normalizer(z, row);
+  }
+  __device__ __forceinline__ void load_normalizer(PerRow<16>& z, int row) const {
     const int64 offset = state * params.key_dim;
     warpgroup::load(z, GlobalVec<const float>{params.normalizer + offset, params.key_dim}, row,
                     0.0f);
-    warp::zip(keys, z, keys, [=, this](float x, float added) { return stepped(decay, x, added); });
-    warpgroup::for_each(keys,
+  }
+  // After the state is stored: with them before, the compiler has twice the state in registers.
+  __device__ __forceinline__ void load_queries(PerRow<16>& queries, const Shared& shared, int r,
+                                               int row) const {
+    if constexpr (kTaylor) {
+      warp::zero(queries);
+      warpgroup::for_each(queries, [&, this](int i, float) {
+        return feature(shared.values.queries, row + i, 0.5f);
+      });
+    } else {
+      warpgroup::load(queries, query(r), row, 0.0f);
+    }
+  }
+
+  // All threads.
+  __device__ __forceinline__ void share_values(Values& values) const {
+    const int dim = params.taylor_dim;
+    PerRow<16> x;
+    warpgroup::load(x, place.shared_row<TKey>(params, params.k, params.key_heads, dim), 0, 0.0f);
+    warp::store(values.keys[warp::index()], x);
+    warpgroup::load(x, place.shared_row<TKey>(params, params.q, params.query_heads, dim), 0, 0.0f);
+    warp::mul(x, x, params.taylor_scale);
+    warp::store(values.queries[warp::index()], x);
+    block::sync();
+  }
+  // Feature `row` of the values; 0 beyond the last.
+  __device__ __forceinline__ float feature(const SharedVec<float, 16> (&values)[kWarps], int row,
+                                           float factor_of_squares) const {
+    const auto value = [&](int i) { return load_element(values[i / 16], i % 16); };
+    const int dim = params.taylor_dim;
+    if (row == 0) return 1.0f;
+    if (row <= dim) return value(row - 1);
+    if (row >= params.key_dim) return 0.0f;
+    int further = row - 1 - dim, a = 0;
+    for (; further >= dim - a; ++a) further -= dim - a;
+    const float product = value(a) * value(a + further);
+    return further == 0 ? factor_of_squares * product : product;
+  }
+
+  // z becomes the next one, which is stored; 0 beyond its end.
+  __device__ __forceinline__ void step_normalizer(PerRow<16>& z, const PerRow<16>& keys,
+                                                  int row) const {
+    const int64 offset = state * params.key_dim;
+    warp::zip(z, z, keys, [=, this](float x, float added) { return stepped(decay, x, added); });
+    warpgroup::for_each(z,
                         [=, this](int i, float x) { return row + i < params.key_dim ? x : 0.0f; });
     warp::sync();  // every thread has read before one writes
-    warpgroup::store(GlobalVec<float>{params.normalizer + offset, params.key_dim}, keys, row);
+    warpgroup::store(GlobalVec<float>{params.normalizer + offset, params.key_dim}, z, row);
   }
   // The sum of a warp's rows is that of any column of a tile that has them in each.
   __device__ __forceinline__ static void store_sum(SharedVec<float, 16>& dst,

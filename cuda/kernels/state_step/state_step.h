@@ -18,10 +18,14 @@ namespace tk::state_step {
 constexpr int kThreads = 128;
 constexpr int kRows = 64;       // of a state, that a block has at once
 constexpr int kMaxQueries = 8;  // of a state
+constexpr int kMaxTaylorDim = 32;
+// Features of a Taylor series: a one, d values, and their products, each once.
+constexpr long taylor_features(long dim) { return 1 + dim + dim * (dim + 1) / 2; }
 // Blocks that share a multiprocessor, at least: as many as nothing is spilled with.
-constexpr int resident_blocks(bool values_last, bool whole, bool normalize, long queries) {
+constexpr int resident_blocks(bool values_last, bool whole, bool normalize, long queries,
+                              bool taylor) {
   if (!whole || queries > 1) return 3;
-  return values_last && !normalize ? 4 : 5;
+  return values_last && (!normalize || taylor) ? 4 : 5;
 }
 
 // An array [B, H, ..] of which some axes may be there for all: strides of those are 0.
@@ -34,8 +38,10 @@ struct Gate {
 //   tk::state_step::rows<tk::state_step::Traits<TKey, TValue, kCols, kWhole>>
 // "kernels/state_step/columns.cuh"
 //   tk::state_step::columns<tk::state_step::ColumnsTraits<TKey, TValue, kCols, kWhole, kNormalize,
-//   kQueries>>
-// with tiles of kCols columns of the state; kWhole where a row is whole runs of sixteen bytes.
+//   kQueries, kTaylor>>
+// with tiles of kCols columns of the state; kWhole where a row is whole runs of sixteen bytes. With
+// kTaylor q and k are values of which the kernel makes the K features: a one, the values, for each
+// a the products of value a and of each from a on; those of q, scaled, with a half for squares.
 // Grid: B * H * parts blocks of kThreads. Parts are runs of rows ("rows") or columns of the state.
 struct StepParams {
   const void* q;
@@ -50,6 +56,8 @@ struct StepParams {
   float* sums;  // scale z q, [B, Ho]: if null, out is divided by them, and 0 where they are
   int num_heads, key_heads, query_heads;
   int key_dim, value_dim;
+  int taylor_dim;       // with kTaylor, of q and k
+  float taylor_scale;   // of q
   int parts;            // of a state
   int columns_of_part;  // with kNormalize all: z is one block's
   float scale;
@@ -57,8 +65,8 @@ struct StepParams {
 
 // Of columns: what each warp sums of its rows.
 constexpr int columns_shared_bytes(long columns, long queries, bool normalize) {
-  return static_cast<int>(kThreads / 32 * 4 * queries * (columns + (normalize ? 16 : 0))) + 16 +
-         1024;
+  return static_cast<int>(kThreads / 32 * 4 * queries * (columns + (normalize ? 16 : 0))) +
+         2 * 4 * kRows + 16 + 1024;
 }
 
 }  // namespace tk::state_step

@@ -134,9 +134,9 @@ def based_attention_step(
     shapes and dtype of the one taken: where that is donated (or carried by a scan), it
     is updated in place, and copied first otherwise.
 
-    A TK kernel runs it on Hopper GPUs for bfloat16, float16 and float32, which reads
-    and writes the state once, XLA operations elsewhere; features are XLA's. Derivatives
-    are XLA's everywhere, in both modes and of any order.
+    A TK kernel runs it on Hopper GPUs for bfloat16, float16 and float32, which makes
+    the features and reads and writes the state once, XLA operations elsewhere.
+    Derivatives are XLA's everywhere, in both modes and of any order.
 
     Args:
       q: Queries ``[..., G, D]``.

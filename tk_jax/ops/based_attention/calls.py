@@ -7,49 +7,92 @@ Shapes and what is computed stand in ``cuda/kernels/based_attention``. States ar
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from tk_jax import _ffi
 from tk_jax.ops.based_attention import config
-from tk_jax.ops.linear_attention.config import CHUNK, GradientsOptions
+from tk_jax.ops.linear_attention.config import CHUNK, SLICE, GradientsOptions
 
 
-def states(
+class Start(NamedTuple):
+    """What segments, numbered as they are walked, start from; all may be None."""
+
+    state: jax.Array | None = None  # float32 [B, H, V, F]: where the first starts
+    added: jax.Array | None = None  # what the others have added, of added_states
+    # int32 [B, segments]: the first segment of which something is left, or -1: of
+    # `state` too. None: of all.
+    since: jax.Array | None = None
+
+    def operands(self) -> list[jax.Array]:
+        return [
+            _ffi.optional(self.state),
+            _ffi.optional(self.added),
+            _ffi.optional(self.since, jnp.int32),
+        ]
+
+
+def added_states(
     keys,
     values,
     counts,
-    start,
     tiles: config.ScanConfig,
     *,
     scale: float = 1.0,
     reverse: bool = False,
-    stores: bool = False,
-    ends: bool = True,
 ):
-    """States at the starts of chunks if ``stores``, and after segments if ``ends``.
+    """What each segment but the last one adds to the state, in the kernels' layout.
 
-    With ``reverse``, gradients of states at the ends of chunks and before segments.
-    ``start`` is what segments begin with, [B, H, segments, V, F] or None for zeros.
+    float32 [B, H, slices, pieces, segments - 1, 64, columns of a piece].
     """
-    ended = _segment_states(keys, values, tiles) if ends else None
-    chunk_states, end = _ffi.call(
+    return _states(
+        keys, values, counts, Start(), tiles, scale, reverse, adds=True, final=False
+    )[1]
+
+
+def chunk_states(
+    keys,
+    values,
+    counts,
+    start: Start,
+    tiles: config.ScanConfig,
+    *,
+    scale: float = 1.0,
+    reverse: bool = False,
+    final: bool = False,
+):
+    """States at the starts of chunks, and after the last one if ``final``.
+
+    With ``reverse``, gradients of states at the ends of chunks and before the first.
+    """
+    chunk_states, _, end = _states(
+        keys, values, counts, start, tiles, scale, reverse, adds=False, final=final
+    )
+    return chunk_states, end if final else None
+
+
+def _states(keys, values, counts, start, tiles, scale, reverse, *, adds, final):
+    stored = None if adds else _chunk_states(keys, values)
+    added = _added_states(keys, values, tiles) if adds else None
+    last = _state(keys, values) if final else None
+    return _ffi.call(
         "tk_based_attention_states_v1",
         (
-            _ffi.result_type(
-                keys, _chunk_states(keys, values) if stores else None, keys.dtype
-            ),
-            _ffi.result_type(keys, ended),
+            _ffi.result_type(keys, stored, keys.dtype),
+            _ffi.result_type(keys, added),
+            _ffi.result_type(keys, last),
         ),
         keys,
         values,
         _ffi.optional(counts),
-        _ffi.optional(start),
+        *start.operands(),
         options=config.BasedStatesOptions(
             scale=scale, reverse=reverse, chunks_of_segment=tiles.chunks_of_segment
         ),
         config=tiles.states,
     )
-    return chunk_states if stores else None, end if ends else None
 
 
 def outputs(
@@ -57,28 +100,28 @@ def outputs(
     k,
     v,
     counts,
-    start,
+    start: Start,
     tiles: config.ScanConfig,
     *,
     scale: float,
-    ends: bool,
+    final: bool,
     normalize: bool = False,
     sums=None,
 ):
-    """out, and states after segments if ``ends``; ``start`` as that of states.
+    """out, and the state after the last chunk if ``final``.
 
     With ``normalize``, out is divided by the sums of weights, and ``sums`` is what
     segments begin with: [B, H, segments, 18, 16] as in ``normalizer.py``, or None.
     """
-    ended = _segment_states(k, v, tiles) if ends else None
+    last = _state(k, v) if final else None
     out, end = _ffi.call(
         "tk_based_attention_outputs_v1",
-        (_ffi.result_type(q, v.shape, q.dtype), _ffi.result_type(q, ended)),
+        (_ffi.result_type(q, v.shape, q.dtype), _ffi.result_type(q, last)),
         q,
         k,
         v,
         _ffi.optional(counts),
-        _ffi.optional(start),
+        *start.operands(),
         _ffi.optional(sums),
         options=config.BasedOutputsOptions(
             scale=scale,
@@ -87,7 +130,7 @@ def outputs(
         ),
         config=tiles.outputs,
     )
-    return out, end if ends else None
+    return out, end if final else None
 
 
 def chunk_outputs(q, k, v, chunk_states, counts, tiles: config.ScanConfig, *, scale):
@@ -140,8 +183,16 @@ def _chunk_states(keys, values) -> tuple[int, ...]:
     return (batch, num_heads, -(-seqlen // CHUNK), value_dim, features)
 
 
-def _segment_states(keys, values, tiles) -> tuple[int, ...]:
+def _state(keys, values) -> tuple[int, ...]:
+    batch, _, num_heads, value_dim = values.shape
+    return (batch, num_heads, value_dim, config.state_columns(keys.shape[-1]))
+
+
+def _added_states(keys, values, tiles) -> tuple[int, ...]:
     batch, seqlen, num_heads, value_dim = values.shape
-    segments = math.ceil(-(-seqlen // CHUNK) / tiles.chunks_of_segment)
-    features = config.state_columns(keys.shape[-1])
-    return (batch, num_heads, segments, value_dim, features)
+    dim = keys.shape[-1]
+    pieces = config.state_pieces(dim)
+    columns = config.state_columns(dim) // pieces
+    slices = -(-value_dim // SLICE)
+    added = tiles.segments(seqlen) - 1
+    return (batch, num_heads, slices, pieces, added, SLICE, columns)

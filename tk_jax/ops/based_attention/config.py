@@ -63,24 +63,35 @@ class ScanConfig:
     outputs: BasedConfig  # of chunk_outputs where those are taken
     gradients: BasedConfig
 
+    def segments(self, seqlen: int) -> int:
+        """How many segments a sequence has."""
+        return -(-seqlen // (CHUNK * self.chunks_of_segment))
+
 
 # Blocks that are there at once.
 _RESIDENT = 264
 # With fewer chunks to a segment, what a second pass and the first state cost is more
 # than what is won.
 _LEAST_CHUNKS_OF_SEGMENT = 4
+# How many states a block sums in the time that both passes take for a chunk. n chunks
+# in s segments cost n / s chunks and up to s states: least where s^2 is n times this.
+_STATES_OF_CHUNK = 4
 
 
 def scan_config(batch: int, seqlen: int, heads: int, dim: int, value_dim: int):
     """The ScanConfig for q [batch, seqlen, G, dim] and v [.., heads, value_dim]."""
     blocks = max(1, batch * heads * -(-value_dim // SLICE) * state_pieces(dim))
     chunks = -(-seqlen // CHUNK)
-    segments = min(_RESIDENT // blocks, chunks // _LEAST_CHUNKS_OF_SEGMENT)
+    segments = min(
+        _RESIDENT // blocks,
+        chunks // _LEAST_CHUNKS_OF_SEGMENT,
+        math.isqrt(_STATES_OF_CHUNK * chunks),
+    )
     return ScanConfig(
         chunks_of_segment=-(-chunks // max(1, segments)),
         states=BasedConfig(stages=3),
         outputs=BasedConfig(stages=3 if walks(dim) else 1),
-        gradients=BasedConfig(stages=2 if walks(dim) else 1),
+        gradients=BasedConfig(stages=3 if walks(dim) else 1),
     )
 
 

@@ -9,8 +9,9 @@ Taylor series of exp::
 The backward pass keeps nothing but the arguments: it computes the states at the starts
 of chunks again, then their gradients from the end to the start, and from both all other
 gradients chunk by chunk. Where there are few heads, a sequence is cut into segments: a
-first pass finds what each adds to the state, a sum of those where each starts, and a
-second pass, as the only one otherwise, goes through all of them side by side.
+first pass finds what each adds to the state, and a second one, as the only one
+otherwise, goes through all of them side by side; each starts from the sum of those
+before it.
 """
 
 from __future__ import annotations
@@ -124,30 +125,28 @@ def _counts(starts):
 def _run_forward(settings, arrays, _):
     tiles = _checked_tiles(settings, arrays)
     counts = _counts(arrays.starts)
-    start = _segment_starts(arrays, counts, tiles)
+    start = _start(arrays, counts, tiles)
     settled = {"scale": settings.scale, "tiles": tiles}
     if config.walks(arrays.q.shape[-1]):
-        out, ends = calls.outputs(
-            *arrays[:3], counts, start, ends=settings.return_state, **settled
+        return calls.outputs(
+            *arrays[:3], counts, start, final=settings.return_state, **settled
         )
-    else:
-        chunk_states, ends = calls.states(
-            *arrays[1:3], counts, start, tiles, stores=True, ends=settings.return_state
-        )
-        out = calls.chunk_outputs(*arrays[:3], chunk_states, counts, **settled)
-    return out, None if ends is None else ends[:, :, -1]
+    chunk_states, last = calls.chunk_states(
+        *arrays[1:3], counts, start, tiles, final=settings.return_state
+    )
+    return calls.chunk_outputs(*arrays[:3], chunk_states, counts, **settled), last
 
 
 def _run_normalized(settings, arrays, _):
     tiles = _checked_tiles(settings, arrays)
     counts = _counts(arrays.starts)
-    out, ends = calls.outputs(
+    out, state = calls.outputs(
         *arrays[:3],
         counts,
-        _segment_starts(arrays, counts, tiles),
+        _start(arrays, counts, tiles),
         tiles,
         scale=settings.scale,
-        ends=settings.return_state,
+        final=settings.return_state,
         normalize=True,
         sums=_segment_sums(arrays, counts, tiles),
     )
@@ -157,12 +156,12 @@ def _run_normalized(settings, arrays, _):
     kept = None if starts is None else ~jnp.any(starts, axis=1, keepdims=True)
     last = _with_heads(normalizer.added(arrays.k, starts, arrays.k.shape[1]), arrays)
     last = normalizer.chained(arrays.sums, kept, last)[:, :, -1]
-    return out, ends[:, :, -1], last
+    return out, state, last
 
 
 def _segment_sums(arrays, counts, tiles):
     """What normalizes at the starts of segments, [B, H, segments, 18, 16], or None."""
-    segments = _segments(arrays.v, tiles)
+    segments = tiles.segments(arrays.v.shape[1])
     if segments == 1:
         if arrays.sums is None:
             return None
@@ -181,19 +180,12 @@ def _with_heads(x, arrays):
     return jnp.repeat(x, arrays.v.shape[2] // x.shape[1], axis=1)
 
 
-def _segment_starts(arrays, counts, tiles):
-    """The states that segments start with, [B, H, segments, V, F]; None for zeros."""
-    segments = _segments(arrays.v, tiles)
+def _start(arrays, counts, tiles) -> calls.Start:
+    segments = tiles.segments(arrays.v.shape[1])
     if segments == 1:
-        return None if arrays.state is None else arrays.state[:, :, None]
-    _, ends = calls.states(arrays.k, arrays.v, counts, None, tiles)
-    kept = _kept(counts, segments, tiles)
-    return normalizer.chained(arrays.state, kept, ends)[:, :, :-1]
-
-
-def _segments(v, tiles) -> int:
-    chunks = -(-v.shape[1] // CHUNK)
-    return -(-chunks // tiles.chunks_of_segment)
+        return calls.Start(arrays.state)
+    added = calls.added_states(arrays.k, arrays.v, counts, tiles)
+    return calls.Start(arrays.state, added, _since(_kept(counts, segments, tiles)))
 
 
 def _kept(counts, segments, tiles):
@@ -206,6 +198,15 @@ def _kept(counts, segments, tiles):
     return jnp.all(last.reshape(last.shape[0], segments, -1) == 0, axis=-1)
 
 
+def _since(kept):
+    """Start.since of segments whose states are left after them, bool [B, segments]."""
+    if kept is None:
+        return None
+    ended = jnp.where(kept, -1, jnp.arange(kept.shape[1], dtype=jnp.int32))
+    before = jnp.pad(ended[:, :-1], [(0, 0), (1, 0)], constant_values=-1)
+    return jax.lax.cummax(before, axis=1)
+
+
 # -- Backward -------------------------------------------------------------------------
 
 
@@ -213,15 +214,8 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
     dout, dfinal = cotangents
     tiles = _checked_tiles(settings, arrays)
     counts = _counts(arrays.starts)
-    chunk_states, _ = calls.states(
-        arrays.k,
-        arrays.v,
-        counts,
-        _segment_starts(arrays, counts, tiles),
-        tiles,
-        stores=True,
-        ends=False,
-    )
+    start = _start(arrays, counts, tiles)
+    chunk_states, _ = calls.chunk_states(arrays.k, arrays.v, counts, start, tiles)
     chunk_dstates, dstate = _state_gradients(
         settings, arrays, counts, dout, dfinal, tiles
     )
@@ -239,24 +233,14 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
 
 def _state_gradients(settings, arrays, counts, dout, dfinal, tiles):
     """Gradients of the states at the ends of chunks, and of the initial state."""
-    walk = functools.partial(
-        calls.states,
-        arrays.q,
-        dout,
-        counts,
-        tiles=tiles,
-        scale=settings.scale,
-        reverse=True,
-    )
-    segments = _segments(arrays.v, tiles)
-    if segments == 1:
-        ends = None if dfinal is None else dfinal[:, :, None]
-    else:
-        _, added = walk(start=None)
+    walked = (arrays.q, dout, counts)
+    settled = {"tiles": tiles, "scale": settings.scale, "reverse": True}
+    segments = tiles.segments(arrays.v.shape[1])
+    start = calls.Start(dfinal)
+    if segments > 1:
+        added = calls.added_states(*walked, **settled)
         kept = _kept(counts, segments, tiles)
         kept = None if kept is None else jnp.flip(kept, 1)
-        ends = normalizer.chained(dfinal, kept, jnp.flip(added, 2))[:, :, :-1]
-        ends = jnp.flip(ends, axis=2)
+        start = calls.Start(dfinal, added, _since(kept))
     wanted = arrays.state is not None
-    chunk_dstates, dstarts = walk(start=ends, stores=True, ends=wanted)
-    return chunk_dstates, dstarts[:, :, 0] if wanted else None
+    return calls.chunk_states(*walked, start, final=wanted, **settled)

@@ -176,7 +176,8 @@ def _kernel_step(call, arrays):
         call.op.features,
         call.options.normalize,
     )
-    if features is not chunk.DOT:
+    taylor = getattr(features, "made_by_step", False)
+    if features is not chunk.DOT and not taylor:
         q = features.queries(q.astype(jnp.float32) * scale)
         k = features.keys(k.astype(jnp.float32))
         scale = 1.0
@@ -187,7 +188,11 @@ def _kernel_step(call, arrays):
     sums, normalizer = state if normalize else (state, None)
     found = _state_step.state_step(
         _state_step.StateStepOptions(
-            scale=scale, values_last=True, normalize=normalize, divide=normalize
+            scale=scale,
+            values_last=True,
+            normalize=normalize,
+            divide=normalize,
+            taylor=taylor,
         ),
         _state_step.Arrays(
             q=fold(q),
