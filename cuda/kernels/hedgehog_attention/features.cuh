@@ -25,7 +25,7 @@ __device__ __forceinline__ void exponentials(Square& dst, PerRow<16>& inverse, c
   warp::map_rows(dst, y, largest,
                  [=](float x, float m) { return math::exp2(math::fma(x, factor, -m)); });
   warp::row_sum(inverse, dst);
-  warp::map(inverse, inverse, [](float sum) { return 1.0f / sum; });
+  warp::map(inverse, inverse, [](float sum) { return math::reciprocal(sum); });
 }
 __device__ __forceinline__ void softmax(Square& dst, const Square& y, int sign) {
   PerRow<16> inverse;

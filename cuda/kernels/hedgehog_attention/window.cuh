@@ -49,9 +49,10 @@ __device__ __forceinline__ void weigh(Square& scores, const PerRow<16>& largest)
   warp::map_rows(scores, scores, largest, [](float s, float m) { return math::exp2(s - m); });
 }
 
-// 1 / divisors; 0 where there is nothing to divide.
+// 1 / divisors; 0 where there is nothing to divide. Divisors are sums of weights, of which what is
+// below 2^-126 is dropped already.
 __device__ __forceinline__ void invert(PerRow<16>& rows) {
-  warp::map(rows, rows, [](float x) { return x == 0.0f ? 0.0f : 1.0f / x; });
+  warp::map(rows, rows, [](float x) { return x == 0.0f ? 0.0f : math::reciprocal(x); });
 }
 
 }  // namespace tk::hedgehog_attention
