@@ -221,6 +221,8 @@ struct Outputs {
       warpgroup::mma_ABt(out, phi_minus, state_smem.template cols<kMap>(1));
       warpgroup::mma_commit();
 
+      // By now out has left, and the next chunk's q comes in time.
+      release_rows(shared, q_done, q_stage);
       warpgroup::mma_wait<1>(k_scores);
       meet<kConsumers>(kFeaturesFree);  // the last chunk's are read
 #pragma unroll
@@ -271,7 +273,6 @@ struct Outputs {
         warpgroup::mma_commit();
         warp::load(other, shared.sums[1 - consumer][quarter]);
         warp::zip(divisors, far, other, [](float x, float y) { return x + y; });
-        release_rows(shared, q_done, q_stage);
         warpgroup::mma_wait<0>(out, weights, others_weights, state);
       } else {
         Square last_scores, scores;
@@ -291,7 +292,6 @@ struct Outputs {
         warpgroup::mma_commit();
         warp::finish_row_sum(far);
         warp::zip(divisors, divisors, far, [](float x, float y) { return x + y; });
-        release_rows(shared, q_done, q_stage);
         warpgroup::mma_wait<0>(out, last_weights, weights, state);
       }
       invert(divisors);
