@@ -124,7 +124,7 @@ constexpr int kNormalizerBytes = (4 + 1) * kFeatures * 4;
 constexpr int sums_shared_bytes(long key_dim, long consumers) {
   return static_cast<int>(2 *
                           (key_dim * kMap + kKeyStages * kChunk * (key_dim + consumers * kSlice) +
-                           kChunk * kFeatures)) +
+                           2 * kChunk * kFeatures)) +
          kNormalizerBytes + kSharedSlack;
 }
 constexpr int outputs_shared_bytes(long key_dim, long consumers, bool documents) {
