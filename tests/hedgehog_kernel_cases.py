@@ -14,7 +14,6 @@ from tk_jax import _ffi
 from tk_jax.ops.hedgehog_attention import config, hedgehog_attention_reference
 from tk_jax.ops.hedgehog_attention.vjp import kernel_hedgehog_attention
 from tk_jax.ops.hedgehog_attention.xla import Inputs
-from tk_jax.ops.linear_attention import config as linear_config
 
 # In float32 whatever the tokens are in.
 EXACT = ("alpha", "beta", "sums", "normalizer")
@@ -219,27 +218,13 @@ def check(fn, case: Case, exact=None, arrays: dict | None = None) -> None:
 def specs_of(case: Case):
     """What a call and its gradient will ask for, as the names of kernels."""
     documents = bool(case.documents)
-    for kernel in config.DOCUMENT_KERNELS if documents else config.KERNELS:
+    own = config.DOCUMENT_KERNELS if documents else config.KERNELS
+    # Chunks are tiles for the kernel of sums.
+    for kernel in dict.fromkeys((*own, "document_states", "reverse_document_states")):
         yield from _ffi.extension().hedgehog_attention_specs(
             kernel=kernel,
             dtype=case.dtype,
             key_dim=case.key_dim,
             value_dim=case.value_dim,
-            documents=documents,
-        )
-    if documents:
-        return
-    seqlen = case.seqlen + (3 * config.CHUNK if case.lengths else 0)
-    for heads, kernel in zip(
-        reversed(case.heads), ("states", "reverse_states"), strict=True
-    ):
-        tiles = linear_config.scan_config(
-            case.batch, seqlen, heads, heads, 2 * config.MAP, case.value_dim
-        )
-        yield from _ffi.extension().linear_attention_specs(
-            kernel=kernel,
-            dtype=case.dtype,
-            key_dim=2 * config.MAP,
-            features=[],
-            config=dataclasses.asdict(tiles.states),
+            documents=documents or kernel.endswith("document_states"),
         )
