@@ -14,6 +14,7 @@ from tk_jax import _ffi
 from tk_jax.ops.hedgehog_attention import config, hedgehog_attention_reference
 from tk_jax.ops.hedgehog_attention.vjp import kernel_hedgehog_attention
 from tk_jax.ops.hedgehog_attention.xla import Inputs
+from tk_jax.ops.linear_attention import config as linear_config
 
 # In float32 whatever the tokens are in.
 EXACT = ("alpha", "beta", "sums", "normalizer")
@@ -227,4 +228,16 @@ def specs_of(case: Case):
             key_dim=case.key_dim,
             value_dim=case.value_dim,
             documents=documents or kernel.endswith("document_states"),
+        )
+    seqlen = case.seqlen + (3 * config.CHUNK if case.lengths else 0)
+    for heads in case.heads:
+        tiles = linear_config.scan_config(
+            case.batch, seqlen, heads, heads, config.MAP, case.key_dim
+        )
+        yield from _ffi.extension().linear_attention_specs(
+            kernel="states",
+            dtype=case.dtype,
+            key_dim=config.MAP,
+            features=[],
+            config=dataclasses.asdict(tiles.states),
         )

@@ -8,7 +8,7 @@ The backward pass takes four steps, between which arrays are in memory: the sums
 each chunk, from k and v; all that depends on a chunk's queries; the gradients of the
 sums, back from the end, from phi(q) over the divisors and dout; and the gradients of a
 chunk's keys and values. The gradients of the maps are products over all tokens of what
-the two kernels of gradients leave behind, and XLA's.
+the two kernels of gradients leave behind, and those of linear attention's states.
 
 With packed documents, tiles are what chunks are otherwise (``documents.py``). The sums
 of both directions come from a kernel of tiles, which chunks are too.
@@ -26,6 +26,8 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from tk_jax.ops.hedgehog_attention import calls, config, documents
+from tk_jax.ops.linear_attention import calls as linear_calls
+from tk_jax.ops.linear_attention import config as linear_config
 
 
 class Arrays(NamedTuple):
@@ -303,13 +305,12 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
             x = documents.of_tokens(tiles, x)
         return jnp.sum(x, axis=-1)
 
-    of_map = functools.partial(_wide_product, "bthd,bthf->bhdf")
     return Arrays(
         q=found.dq,
         k=dk,
         v=dv,
-        q_map=of_map(arrays.q, found.dscores),
-        k_map=of_map(arrays.k, dscores),
+        q_map=_map_gradient(arrays.q, found.dscores),
+        k_map=_map_gradient(arrays.k, dscores),
         alpha=over_tokens(found.dalpha),
         beta=over_tokens(found.dbeta),
         sums=None if arrays.sums is None else over_group(dsums),
@@ -318,14 +319,16 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
     )
 
 
-def _wide_product(equation, a, b):
-    """Of 16-bit numbers, in float32; XLA's CPU has no such product of batches."""
+def _map_gradient(tokens, dscores):
+    """The sum of tokens^T dscores over all tokens, float32 [B, heads, D, F].
 
-    def widened(a, b):
-        a, b = (x.astype(jnp.float32) for x in (a, b))
-        return jnp.einsum(equation, a, b, precision="highest")
-
-    def mixed(a, b):
-        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-
-    return lax.platform_dependent(a, b, cpu=widened, default=mixed)
+    A linear attention's kernel of states computes it from rows as they are; XLA's
+    product would transpose both operands before.
+    """
+    batch, seqlen, heads, dim = tokens.shape
+    tiles = linear_config.scan_config(batch, seqlen, heads, heads, config.MAP, dim)
+    no_decay = jnp.zeros((batch, heads, config.padded_tokens(seqlen)), jnp.float32)
+    _, ends = linear_calls.states(
+        dscores, tokens, linear_calls.Gates(no_decay), None, tiles
+    )
+    return jnp.sum(ends, axis=2)
