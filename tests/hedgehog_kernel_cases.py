@@ -219,27 +219,25 @@ def check(fn, case: Case, exact=None, arrays: dict | None = None) -> None:
 def specs_of(case: Case):
     """What a call and its gradient will ask for, as the names of kernels."""
     documents = bool(case.documents)
-    for kernel in config.DOCUMENT_KERNELS if documents else config.KERNELS:
+    own = config.DOCUMENT_KERNELS if documents else config.KERNELS
+    # Chunks are tiles for the kernel of sums.
+    for kernel in dict.fromkeys((*own, "document_states", "reverse_document_states")):
         yield from _ffi.extension().hedgehog_attention_specs(
             kernel=kernel,
             dtype=case.dtype,
             key_dim=case.key_dim,
             value_dim=case.value_dim,
-            documents=documents,
+            documents=documents or kernel.endswith("document_states"),
         )
-    if documents:
-        return
     seqlen = case.seqlen + (3 * config.CHUNK if case.lengths else 0)
-    for heads, kernel in zip(
-        reversed(case.heads), ("states", "reverse_states"), strict=True
-    ):
+    for heads in case.heads:
         tiles = linear_config.scan_config(
-            case.batch, seqlen, heads, heads, 2 * config.MAP, case.value_dim
+            case.batch, seqlen, heads, heads, config.MAP, case.key_dim
         )
         yield from _ffi.extension().linear_attention_specs(
-            kernel=kernel,
+            kernel="states",
             dtype=case.dtype,
-            key_dim=2 * config.MAP,
+            key_dim=config.MAP,
             features=[],
             config=dataclasses.asdict(tiles.states),
         )

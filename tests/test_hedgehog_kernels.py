@@ -44,6 +44,13 @@ EXHAUSTIVE = pytest.mark.exhaustive
 # In segments of so many chunks; the last one's sums are made of two pieces.
 SEGMENTED = Case(400)
 SEGMENTS = ((SEGMENTED, 1), (SEGMENTED, 3), (Case(513), 8))
+MORE_SEGMENTS = tuple(
+    pytest.param(case, chunks, marks=EXHAUSTIVE)
+    for case, chunks in (
+        (Case(400, 128, 128, (2, 1)), 3),
+        (Case(700, 64, 128, dtype="float16"), 2),
+    )
+)
 # The same of packed documents, which some segments have several of and some a part.
 PACKED = Case(400, 40, 24, (2, 1), batch=2, documents=(3, 280, 70, 130))
 PACKED_SEGMENTS = (
@@ -111,7 +118,7 @@ def test_packed_documents_after_a_state(case):
     check(public(case), case, public(case, "xla"))
 
 
-@pytest.mark.parametrize(("case", "chunks"), SEGMENTS, ids=str)
+@pytest.mark.parametrize(("case", "chunks"), SEGMENTS + MORE_SEGMENTS, ids=str)
 def test_segments_side_by_side(case, chunks):
     check(in_segments(case, chunks), case)
 

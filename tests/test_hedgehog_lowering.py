@@ -35,6 +35,9 @@ def targets(text) -> list[str]:
     return re.findall(r"custom_call @tk_(?:hedgehog|linear)_attention_(\w+)_v1", text)
 
 
+# The last two are gradients of maps.
+BACKWARD = ["document_states", "queries", "document_states", "keys", *["states"] * 2]
+
 run = functools.partial(
     tk_jax.hedgehog_attention, alpha=0.5, beta=0.5, implementation="tk"
 )
@@ -79,8 +82,7 @@ def test_any_batch_with_a_state(batch, packed):
     found = jax.grad(total)
     ids = struct(70, dtype=jnp.int32) if packed else None
     text = lowered(found, (q, k, k, *maps, state[:4]), state[4], ids)
-    states = "document_states" if packed else "states"
-    assert targets(text) == [states, "queries", states, "keys"]
+    assert targets(text) == BACKWARD
 
 
 def test_packed_documents():
@@ -92,8 +94,7 @@ def test_packed_documents():
         return jnp.sum(out.astype(jnp.float32))
 
     text = lowered(jax.grad(total), (q, k, v, *maps), ids)
-    found = ["document_states", "queries", "document_states", "keys"]
-    assert targets(text) == found
+    assert targets(text) == BACKWARD
     # Windows of at most 2 * (300 // 65) + 1 tiles, and no copies of tokens.
     assert "tensor<4x576xf32>" in text
     for copy in ("transpose", "pad", "slice", "concatenate"):
@@ -120,8 +121,7 @@ def test_few_heads_are_cut_into_segments():
 
 
 def test_backward_calls_each_kernel_once_but_for_the_states():
-    found = targets(lowered(gradients, *arrays()))
-    assert found == ["states", "queries", "states", "keys"]
+    assert targets(lowered(gradients, *arrays())) == BACKWARD
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,7 @@ def test_over_a_mesh(packed):
     ids = struct(4, 300, dtype=jnp.int32)
     text = lowered(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *arrays(), ids)
     assert "tensor<2x300x10x128xbf16>" in text
-    assert set(targets(text)) >= {"queries", "keys"}
-    assert ("document_states" in targets(text)) == packed
+    assert set(targets(text)) >= {"document_states", "queries", "keys"}
 
 
 def test_cpu_refuses_the_kernels():

@@ -80,8 +80,10 @@ def test_shared_vectors(rng, name):
         np.where(cols > 0, 2, 1) * x.astype(np.float32),
         cols[None, :] - x.astype(np.float32),
         round_to(3 * x.astype(np.float32), NAMES[name]),
+        zeros + cols[32:, None],
+        zeros + np.concatenate([cols[32:], 2 * cols[32:]]),
     ]
-    (result,) = VECTORS[name]([((7, 32, 64), np.float32)], rows, cols, x)
+    (result,) = VECTORS[name]([((9, 32, 64), np.float32)], rows, cols, x)
     assert_same(result, np.stack(expected))
 
 

@@ -25,7 +25,7 @@ __device__ __forceinline__ void exponentials(Square& dst, PerRow<16>& inverse, c
   warp::map_rows(dst, y, largest,
                  [=](float x, float m) { return math::exp2(math::fma(x, factor, -m)); });
   warp::row_sum(inverse, dst);
-  warp::map(inverse, inverse, [](float sum) { return 1.0f / sum; });
+  warp::map(inverse, inverse, [](float sum) { return math::reciprocal(sum); });
 }
 __device__ __forceinline__ void softmax(Square& dst, const Square& y, int sign) {
   PerRow<16> inverse;
@@ -33,8 +33,8 @@ __device__ __forceinline__ void softmax(Square& dst, const Square& y, int sign) 
   warp::mul_rows(dst, dst, inverse);
 }
 
-// The sum of features over all tokens so far, for both signs: a part for each warp's rows, and what
-// the segment started with.
+// The sum of features over all tokens so far, for both signs, read at the end: a part for each
+// warp's rows, and what the segment started with.
 struct Normalizer {
   MapVec parts[2][4];
   MapVec before[2];
@@ -71,6 +71,50 @@ struct Normalizer {
   }
 };
 
+// The same read at every chunk: parts are of one chunk, and the warps of a consumer add each a
+// quarter of their columns to the sum. Between add, gather and dot of a sign its warps meet.
+struct RunningNormalizer {
+  MapVec parts[2][4];
+  MapVec total[2];
+
+  // One warp.
+  __device__ __forceinline__ void clear(int sign) {
+    PerCol<kMap> zeros;
+    warp::zero(zeros);
+    warp::store(total[sign], zeros);
+  }
+  // Each warp: its rows of a chunk.
+  __device__ __forceinline__ void add(int sign, const Square& features) {
+    PerCol<kMap> added;
+    warp::col_sum(added, features);
+    warp::store(parts[sign][warp::index() & 3], added);
+  }
+  // Each warp: its columns. Or nothing more of all before.
+  __device__ __forceinline__ void gather(int sign, bool forget) {
+    const int quarter = warp::index() & 3;
+    auto& columns = part<16>(total[sign], quarter);
+    PerRow<16> sum, added;
+    warp::load(sum, columns);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      warp::load(added, part<16>(parts[sign][i], quarter));
+      warp::zip(sum, sum, added, [](float x, float y) { return x + y; });
+    }
+    if (forget) warp::zero(sum);
+    warp::store(columns, sum);
+  }
+  // Each lane's part of the products of rows with the sum.
+  __device__ __forceinline__ void dot(PerRow<16>& dst, const Square& features, int sign) const {
+    PerCol<kMap> sum;
+    warp::load(sum, total[sign]);
+    Square rows;  // all alike
+    warp::zero(rows);
+    warp::add_cols(rows, rows, sum);
+    warp::zero(dst);
+    warp::fold_row_dot(dst, features, rows);
+  }
+};
+
 // The first token of a batch element that is one.
 __device__ __forceinline__ int first_token(const int* first, int batch) {
   return first == nullptr ? 0 : load_scalar(first + batch);
@@ -86,8 +130,8 @@ __device__ __forceinline__ void drop_rows(Square& features, int token, int first
 __device__ __forceinline__ float sign_of(int index) { return index == 0 ? 1.0f : -1.0f; }
 
 // phi(k) of a sign from scores k W of tokens from `token` on: to shared memory, and to z.
-template <typename FeatureTile>
-__device__ __forceinline__ void key_features(const FeatureTile& phi_smem, Normalizer& normalizer,
+template <typename FeatureTile, typename Sums>
+__device__ __forceinline__ void key_features(const FeatureTile& phi_smem, Sums& normalizer,
                                              const Square& scores, int sign, int token, int first) {
   Square features;
   softmax(features, scores, sign);

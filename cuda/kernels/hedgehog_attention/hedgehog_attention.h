@@ -15,7 +15,7 @@
 //   outputs          out
 //   queries          dq, and what depends on queries alone
 //   keys             dk, dv
-//   document_states  of packed documents: the sums before each tile, and their gradients
+//   document_states  the sums before each tile or chunk, and their gradients
 //   step             one token: the latest two windows, in place, and its out
 //
 // Packed documents. Windows begin wherever a document does, so chunks of the sequence are no longer
@@ -124,7 +124,7 @@ constexpr int kNormalizerBytes = (4 + 1) * kFeatures * 4;
 constexpr int sums_shared_bytes(long key_dim, long consumers) {
   return static_cast<int>(2 *
                           (key_dim * kMap + kKeyStages * kChunk * (key_dim + consumers * kSlice) +
-                           kChunk * kFeatures)) +
+                           2 * kChunk * kFeatures)) +
          kNormalizerBytes + kSharedSlack;
 }
 constexpr int outputs_shared_bytes(long key_dim, long consumers, bool documents) {
@@ -145,15 +145,15 @@ struct QueriesParams {
   TensorMap k, v;      // as OutputsParams
   TensorMap dout;      // as OutputsParams' out
   TensorMap q_map;     // as OutputsParams
-  TensorMap states;    // [rows, kFeatures] where rows are (b, kv head, chunk, v): S at the start of
-                       // each chunk; dimensions (kFeatures, B * K * chunks * slices * 64), box
+  TensorMap states;    // [rows, kFeatures] where rows are (b, kv head, chunk, v): S as each chunk's
+                       // queries see it; dimensions (kFeatures, B * K * chunks * slices * 64), box
                        // (64, 64)
   TensorMap features;  // [B, T, H, kFeatures]: alpha phi(q) / Z; as q
   TensorMap dscores;   // [B, T, H, kMap]: the gradient of q W; as q
   const int* first;    // [B], or null
   const float* alpha;  // [H]
   const float* beta;   // [H]
-  const float* normalizers;  // [B, K, chunks, kFeatures]: z at the start of each chunk
+  const float* normalizers;  // [B, K, chunks, kFeatures]: z, as states
   float* divisors;           // [B, H, padded]: Z
   float* delta;              // [B, H, padded]: dout out
   float* largest;            // [B, H, padded]: m / ln 2
@@ -178,11 +178,11 @@ struct KeysParams {
   TensorMap dk, dv;           // as k, v
   TensorMap dout;             // as OutputsParams' out
   TensorMap k_map;            // as OutputsParams
-  TensorMap dstates;          // as QueriesParams' states: of S after each chunk
+  TensorMap dstates;          // as QueriesParams' states: of S with each chunk's keys
   TensorMap dscores;          // [B, T, K, kMap]: the gradient of k W; as k
   const int* first;           // [B], or null
   const float* beta;          // [H]
-  const float* dnormalizers;  // [B, K, chunks, kFeatures]: of z after each chunk
+  const float* dnormalizers;  // [B, K, chunks, kFeatures]: of z, as dstates
   const float* divisors;      // [B, H, padded]
   const float* delta;         // [B, H, padded]
   const float* largest;       // [B, H, padded]
@@ -213,6 +213,8 @@ constexpr int keys_shared_bytes(long key_dim, long value_dim, bool documents) {
 //   kKeyDim,
 //                                                                         kConsumers, kReverse>>
 // Grid: K (reverse: H), shares of tiles or the first of them, B.
+// Chunks of sequences that are not packed are tiles too, all of them far: keys that are not there
+// have no features.
 // Forward: S and z before each far tile, from k and v; a share has the tiles after its first one to
 // the first of the next share, as outputs.cuh takes them up there. Reverse: the gradients of both
 // after the tile that a far tile comes two tiles after, from alpha phi(q) / Z, dout and delta.

@@ -88,7 +88,7 @@ struct Keys {
       } else {
         query_chunks = min(2, params.chunks - chunk);
         token = chunk * kChunk;
-        far = true;
+        far = chunk + 2 < params.chunks;
       }
     }
     // Of the i-th chunk of queries.
@@ -155,9 +155,8 @@ struct Keys {
 
   __device__ __forceinline__ static void load_state(const KeysParams& params, Shared& shared,
                                                     const Place& place) {
-    // The next chunk's queries still see the keys near: the state's gradient is that after it.
-    const int state = (place.batch * params.num_kv_heads + place.kv_head) * params.chunks +
-                      (kDocuments ? place.token / kChunk : min(place.chunk + 1, params.chunks - 1));
+    const int state =
+        (place.batch * params.num_kv_heads + place.kv_head) * params.chunks + place.token / kChunk;
 #pragma unroll
     for (int i = 0; i < kValueDim / kSlice; ++i) {
       tma::load(shared.dstate_smem.template rows<kSlice>(i), params.dstates, shared.keys_full,

@@ -8,11 +8,11 @@
 // last chunk's stays; a consumer warpgroup has 64 columns of values: it keeps S (64 x 128, fp32) of
 // those in registers, and for phi(q) S a rounded copy in shared memory. Each makes phi(q) for
 // itself; phi(k), phi(q) z and near weights in halves: the first consumer phi of the positive
-// scores and the weights of the last chunk's keys, the second the others. For that they meet three
-// times a chunk. z is kept in shared memory, a part for each warp's rows, in fp32. Budget at D = V
-// = 128: 214 KB of shared memory: 32 of maps, 32 of q, 96 of k and v, 16 of phi(k), 32 of copies of
-// S; 64 registers of S, 32 each of scores, weights, out and phi(q) a thread. Limit: the chain of
-// products and softmaxes within a chunk, see docs/kernels/hedgehog_attention.md.
+// scores and the weights of the last chunk's keys, the second the others. They meet twice a chunk.
+// z is kept in shared memory in fp32. Budget at D = V = 128: 214 KB of shared memory: 32 of maps,
+// 32 of q, 96 of k and v, 16 of phi(k), 32 of copies of S; a thread has 64 registers of S, and 96
+// of scores from before the last out leaves. Limit: the chain of products and softmaxes within a
+// chunk, see docs/kernels/hedgehog_attention.md.
 // Packed documents: the same for tiles. S and z start anew where the next tile is no far one.
 #pragma once
 
@@ -40,8 +40,6 @@ struct Outputs {
   static constexpr bool kDocuments = Traits::kDocuments;
   static constexpr int kProducerRegisters = kConsumers == 1 ? 56 : 24;
   static constexpr int kConsumerRegisters = 240;
-  // Whether k W is computed while phi(q) is: one consumer, which has both signs, would spill.
-  static constexpr bool kKeysBesideQueries = kConsumers == 2;
 
   using MapTile = SharedTile<T, kKeyDim, kMap>;
   using KeyTile = SharedTile<T, kChunk, kKeyDim>;
@@ -54,7 +52,17 @@ struct Outputs {
   using KeyRing = Pipeline<kKeyStages>;
   using State = RegTile<float, 16, kFeatures>;
   using Operand = RegTile<T, 16, 64>;
+  // Out on its way. A rounded tile is stored in more instructions, but beside a tile's numbers
+  // there are no registers for another.
+  using Finished = Select<kDocuments, Operand, Square>;
   using Windows = RowWindows<kDocuments, kQueryStages>;
+  static_assert(kQueryStages == 2, "of a chunk and of the one before");
+
+  // What a consumer tells the other of a warp's rows: the largest score of its near keys; the sum
+  // of their weights and of phi(q) z of its sign.
+  struct RowNumbers {
+    SharedVec<float, 16> largest, sums;
+  };
 
   struct Shared {
     MapTile q_map_smem, k_map_smem;
@@ -63,10 +71,8 @@ struct Outputs {
     ValueTile v_smem[kKeyStages][kConsumers];
     FeatureTile phi_smem;  // of keys
     StateTile state_smem[kConsumers];
-    Normalizer normalizer;
-    // Of each consumer and each warp's rows: the largest score of its near keys; the sum of their
-    // weights and of phi(q) z of its sign.
-    SharedVec<float, 16> largest[2][4], sums[2][4];
+    RunningNormalizer normalizer;
+    RowNumbers rows[2][4];  // of each consumer's warps
     Barrier head_full;
     QueryRing q_ring;
     KeyRing kv_ring;
@@ -114,8 +120,8 @@ struct Outputs {
               place.kv_head);
     if (!starts) {
       const float* normalizer = params.normalizer + place.state(params, segment) * kFeatures;
-      tma::load(shared.normalizer.before[0], normalizer, shared.head_full);
-      tma::load(shared.normalizer.before[1], normalizer + kMap, shared.head_full);
+      tma::load(shared.normalizer.total[0], normalizer, shared.head_full);
+      tma::load(shared.normalizer.total[1], normalizer + kMap, shared.head_full);
     }
     typename QueryRing::State q_state;
     typename KeyRing::State kv_state;
@@ -166,10 +172,6 @@ struct Outputs {
     const Place place(params);
     const Segment segment = place.segment(params);
     const int first = first_token(params.first, place.batch);
-    const float alpha = load_scalar(params.alpha + place.head);
-    const float beta = load_scalar(params.beta + place.head);
-    const StateTile& state_smem = shared.state_smem[consumer];
-    const int quarter = warp::index() & 3;  // of the rows
     State state;
     if (params.sums == nullptr) {
       warp::zero(state);
@@ -178,17 +180,167 @@ struct Outputs {
           state, state_rows(params.sums, place.state(params, segment), params.value_dim, consumer),
           0, 0);
     }
-    clear_normalizer(params, shared, consumer);
-    share_state(state_smem, state);
+    if (params.normalizer == nullptr && (warp::index() & 3) == 0) {
+#pragma unroll
+      for (int i = 0; i < 2 / kConsumers; ++i) {
+        shared.normalizer.clear(sign_index<kConsumers>(consumer, i));
+      }
+    }
+    warpgroup::store(shared.state_smem[consumer], state);
+    publish_shared();
     meet<kConsumers>(kFeaturesReady);
     shared.head_full.wait(0);
 
+    if constexpr (kConsumers == 2) {
+      walk_together(params, shared, place, segment, first, consumer, state);
+    } else {
+      walk_alone(params, shared, place, segment, first, state);
+    }
+  }
+
+  // What is in flight from before a chunk's own steps.
+  struct Scores {
+    Square of_keys, of_queries, near;  // k W of the last chunk, q W, q k
+  };
+  // The stage whose keys' near weights a consumer computes.
+  __device__ __forceinline__ static int keys_of(int consumer, const typename KeyRing::State& last,
+                                                const typename KeyRing::State& stage) {
+    return consumer == 0 ? last.stage : stage.stage;
+  }
+  __device__ __forceinline__ static void issue_scores(Scores& scores, Shared& shared,
+                                                      const typename QueryRing::State& q_stage,
+                                                      const typename KeyRing::State& last,
+                                                      const typename KeyRing::State& stage,
+                                                      int consumer) {
+    warpgroup::mm_AB(scores.of_keys, shared.k_smem[last.stage], shared.k_map_smem);
+    warpgroup::mma_commit();
+    shared.q_ring.wait(q_stage);
+    const auto q_smem = q_view(shared, q_stage.stage);
+    warpgroup::mm_AB(scores.of_queries, q_smem, shared.q_map_smem);
+    warpgroup::mma_commit();
+    shared.kv_ring.wait(stage);
+    warpgroup::mm_ABt(scores.near, q_smem, shared.k_smem[keys_of(consumer, last, stage)]);
+    warpgroup::mma_commit();
+  }
+
+  // Two consumers, which meet when features and largest scores are there and q is read, and when
+  // weights are there and features are read. Products of q and k are issued before out leaves.
+  __device__ __forceinline__ static void walk_together(const OutputsParams& params, Shared& shared,
+                                                       const Place& place, const Segment& segment,
+                                                       int first, int consumer, State& state) {
+    const float alpha = load_scalar(params.alpha + place.head);
+    const float beta = load_scalar(params.beta + place.head);
+    const StateTile& state_smem = shared.state_smem[consumer];
+    RowNumbers& my_rows = shared.rows[consumer][warp::index() & 3];
+    const RowNumbers& others_rows = shared.rows[1 - consumer][warp::index() & 3];
     DocumentTile tile = {}, next = {};
     if constexpr (kDocuments) {
       next = DocumentTile::of(params.documents, place.batch, segment.first);
     }
-    typename QueryRing::State q_stage, q_done;
+    typename QueryRing::State q_stage;
     typename KeyRing::State last, stage;  // of k and v: the chunk before, and this one
+    stage.advance();
+    Scores scores;
+    shared.kv_ring.wait(last);
+    issue_scores(scores, shared, q_stage, last, stage, consumer);
+    for (int chunk = segment.first;;) {
+      if constexpr (kDocuments) {
+        tile = next;
+        next = DocumentTile::of(params.documents, place.batch, chunk + 1);
+      }
+      const int token = kDocuments ? tile.first : chunk * kChunk;
+      const int mine = keys_of(consumer, last, stage), others = keys_of(1 - consumer, last, stage);
+      warpgroup::mma_wait<2>(scores.of_keys);
+      key_features(warpgroup::afresh(shared.phi_smem), shared.normalizer, scores.of_keys, consumer,
+                   token - kChunk, first);
+      publish_shared();
+
+      Square out;
+      Operand phi_plus, phi_minus;
+      PerRow<16> far, largest, other;
+      warp::zero(far);
+      warpgroup::mma_wait<1>(scores.of_queries);
+      query_features(phi_plus, far, scores.of_queries, shared, 0, alpha, consumer, tile);
+      query_features(phi_minus, far, scores.of_queries, shared, 1, alpha, consumer, tile);
+      warpgroup::mm_ABt(out, phi_plus, state_smem.template cols<kMap>(0));
+      warpgroup::mma_ABt(out, phi_minus, state_smem.template cols<kMap>(1));
+      warpgroup::mma_commit();
+
+      warpgroup::mma_wait<1>(scores.near);
+      Square near;
+      scale_half(near, largest, scores.near, params.scale * kLog2E,
+                 tokens_of(shared, q_stage.stage, tile, token, first), consumer);
+      warp::store(my_rows.largest, largest);
+      // By now the last out has left, and the next q comes in time.
+      if (chunk > segment.first) release_rows(shared, q_stage);
+      meet<kConsumers>(kFeaturesReady);
+
+      warpgroup::mma_AtB(state, shared.v_smem[last.stage][consumer], shared.phi_smem);
+      warpgroup::mma_commit();
+      shared.normalizer.gather(consumer, kDocuments && !next.is_far());
+      warp::load(other, others_rows.largest);
+      warp::zip(largest, largest, other, [](float x, float y) { return math::max(x, y); });
+      weigh_near(near, largest, beta);
+      warp::fold_row_sum(far, near);
+      warp::finish_row_sum(far);
+      warp::store(my_rows.sums, far);
+      // Each consumer's weights stand where the other's out will.
+      const auto rows_smem = warpgroup::afresh(shared.rows_smem[q_stage.stage]);
+      Operand weights, others_weights;
+      warp::convert(weights, near);
+      warpgroup::store(rows_smem.template cols<kSlice>(1 - consumer), near);
+      warpgroup::mma_AB(out, weights, shared.v_smem[mine][consumer]);
+      warpgroup::mma_commit();
+      warpgroup::mma_wait<1>(state, phi_plus, phi_minus);
+      meet<kConsumers>(kWeightsReady);
+
+      warpgroup::load(others_weights, rows_smem.template cols<kSlice>(consumer));
+      warpgroup::mma_AB(out, others_weights, shared.v_smem[others][consumer]);
+      warpgroup::mma_commit();
+      PerRow<16> divisors;
+      warp::load(other, others_rows.sums);
+      warp::zip(divisors, far, other, [](float x, float y) { return x + y; });
+      invert(divisors);
+      warpgroup::mma_wait<0>(out, weights, others_weights);
+      shared.kv_ring.release(last);
+      last = stage;
+      stage.advance();
+      if constexpr (kDocuments) {
+        if (!next.is_far()) warp::zero(state);
+      }
+      warpgroup::store(warpgroup::afresh(state_smem), state);
+      Finished finished;
+      warp::mul_rows(finished, out, divisors);
+      const int out_stage = q_stage.stage;
+      q_stage.advance();
+      const bool is_stored = store_rows(params, place, consumer, finished, tile);
+      const auto leave = [&] {
+        store_out(params, shared, place, consumer, out_stage, token, finished, is_stored);
+      };
+      if (++chunk == segment.end) {
+        leave();
+        break;
+      }
+      issue_scores(scores, shared, q_stage, last, stage, consumer);
+      leave();
+    }
+    shared.kv_ring.release(last);
+    release_rows(shared, q_stage);
+  }
+
+  // One consumer, which has both signs and all keys.
+  __device__ __forceinline__ static void walk_alone(const OutputsParams& params, Shared& shared,
+                                                    const Place& place, const Segment& segment,
+                                                    int first, State& state) {
+    const float alpha = load_scalar(params.alpha + place.head);
+    const float beta = load_scalar(params.beta + place.head);
+    const StateTile& state_smem = shared.state_smem[0];
+    DocumentTile tile = {}, next = {};
+    if constexpr (kDocuments) {
+      next = DocumentTile::of(params.documents, place.batch, segment.first);
+    }
+    typename QueryRing::State q_stage;
+    typename KeyRing::State last, stage;
     stage.advance();
     shared.kv_ring.wait(last);
     for (int chunk = segment.first; chunk < segment.end; ++chunk) {
@@ -199,137 +351,74 @@ struct Outputs {
       const int token = kDocuments ? tile.first : chunk * kChunk;
       const auto q_smem = q_view(shared, q_stage.stage);
       const KeyTile& last_k_smem = shared.k_smem[last.stage];
-      const ValueTile& last_v_smem = shared.v_smem[last.stage][consumer];
+      const ValueTile& last_v_smem = shared.v_smem[last.stage][0];
       Square q_scores, k_scores, out;
       Operand phi_plus, phi_minus;
       PerRow<16> far;
       shared.q_ring.wait(q_stage);
       warpgroup::mm_AB(q_scores, q_smem, shared.q_map_smem);
       warpgroup::mma_commit();
-      const auto issue_key_scores = [&] {
-        warpgroup::mm_AB(k_scores, last_k_smem, shared.k_map_smem);
-        warpgroup::mma_commit();
-      };
-      if constexpr (kKeysBesideQueries) issue_key_scores();
-
       warp::zero(far);
-      warpgroup::mma_wait<kKeysBesideQueries ? 1 : 0>(q_scores);
-      query_features(phi_plus, far, q_scores, shared, 0, alpha, consumer, tile);
-      query_features(phi_minus, far, q_scores, shared, 1, alpha, consumer, tile);
-      if constexpr (!kKeysBesideQueries) issue_key_scores();
+      warpgroup::mma_wait<0>(q_scores);
+      query_features(phi_plus, far, q_scores, shared, 0, alpha, 0, tile);
+      query_features(phi_minus, far, q_scores, shared, 1, alpha, 0, tile);
+      // Not beside phi(q): there are no registers for both.
+      warpgroup::mm_AB(k_scores, last_k_smem, shared.k_map_smem);
+      warpgroup::mma_commit();
       warpgroup::mm_ABt(out, phi_plus, state_smem.template cols<kMap>(0));
       warpgroup::mma_ABt(out, phi_minus, state_smem.template cols<kMap>(1));
       warpgroup::mma_commit();
 
+      // By now the last out has left, and the next q comes in time.
+      if (chunk > segment.first) release_rows(shared, q_stage);
       warpgroup::mma_wait<1>(k_scores);
-      meet<kConsumers>(kFeaturesFree);  // the last chunk's are read
+      warpgroup::sync();  // z is read
 #pragma unroll
-      for (int i = 0; i < 2 / kConsumers; ++i) {
-        key_features(shared.phi_smem, shared.normalizer, k_scores,
-                     sign_index<kConsumers>(consumer, i), token - kChunk, first);
-      }
-      if constexpr (kDocuments) {
-        if (!next.is_far()) forget_normalizer(shared, consumer);
+      for (int sign = 0; sign < 2; ++sign) {
+        key_features(shared.phi_smem, shared.normalizer, k_scores, sign, token - kChunk, first);
       }
       publish_shared();
 
       shared.kv_ring.wait(stage);
-      PerRow<16> divisors;
-      const auto tokens = tokens_of(shared, q_stage.stage, tile, token, first);
-      if constexpr (kConsumers == 2) {
-        Square scores;
-        const int mine = consumer == 0 ? last.stage : stage.stage;
-        const int others = consumer == 0 ? stage.stage : last.stage;
-        warpgroup::mm_ABt(scores, q_smem, shared.k_smem[mine]);
-        warpgroup::mma_commit();
-        warpgroup::mma_wait<0>(out, phi_plus, phi_minus, scores);
-        Square near;
-        PerRow<16> largest;
-        scale_half(near, largest, scores, params.scale * kLog2E, tokens, consumer);
-        warp::store(shared.largest[consumer][quarter], largest);
-        meet<kConsumers>(kFeaturesReady);  // and q is read
-
-        warpgroup::mma_AtB(state, last_v_smem, shared.phi_smem);
-        warpgroup::mma_commit();
-        PerRow<16> other;
-        warp::load(other, shared.largest[1 - consumer][quarter]);
-        warp::zip(largest, largest, other, [](float x, float y) { return math::max(x, y); });
-        weigh_near(near, largest, beta);
-        warp::fold_row_sum(far, near);
-        warp::finish_row_sum(far);
-        warp::store(shared.sums[consumer][quarter], far);
-        // Each consumer's weights stand where the other's out will.
-        const RowsTile& rows_smem = shared.rows_smem[q_stage.stage];
-        Operand weights, others_weights;
-        warp::convert(weights, near);
-        warpgroup::store(rows_smem.template cols<kSlice>(1 - consumer), weights);
-        warpgroup::mma_AB(out, weights, shared.v_smem[mine][consumer]);
-        warpgroup::mma_commit();
-        meet<kConsumers>(kWeightsReady);
-        warpgroup::load(others_weights, rows_smem.template cols<kSlice>(consumer));
-        warpgroup::mma_AB(out, others_weights, shared.v_smem[others][consumer]);
-        warpgroup::mma_commit();
-        warp::load(other, shared.sums[1 - consumer][quarter]);
-        warp::zip(divisors, far, other, [](float x, float y) { return x + y; });
-        release_rows(shared, q_done, q_stage);
-        warpgroup::mma_wait<0>(out, weights, others_weights, state);
-      } else {
-        Square last_scores, scores;
-        warpgroup::mm_ABt(last_scores, q_smem, last_k_smem);
-        warpgroup::mm_ABt(scores, q_smem, shared.k_smem[stage.stage]);
-        warpgroup::mma_commit();
-        warpgroup::mma_wait<0>(out, phi_plus, phi_minus, last_scores, scores);
-        meet<kConsumers>(kFeaturesReady);  // and q is read
-
-        warpgroup::mma_AtB(state, last_v_smem, shared.phi_smem);
-        warpgroup::mma_commit();
-        Operand last_weights, weights;
-        weigh_keys(last_weights, weights, divisors, last_scores, scores, params.scale * kLog2E,
-                   beta, tokens);
-        warpgroup::mma_AB(out, last_weights, last_v_smem);
-        warpgroup::mma_AB(out, weights, shared.v_smem[stage.stage][consumer]);
-        warpgroup::mma_commit();
-        warp::finish_row_sum(far);
-        warp::zip(divisors, divisors, far, [](float x, float y) { return x + y; });
-        release_rows(shared, q_done, q_stage);
-        warpgroup::mma_wait<0>(out, last_weights, weights, state);
+      Square last_scores, scores;
+      warpgroup::mm_ABt(last_scores, q_smem, last_k_smem);
+      warpgroup::mm_ABt(scores, q_smem, shared.k_smem[stage.stage]);
+      warpgroup::mma_commit();
+      warpgroup::mma_wait<0>(out, phi_plus, phi_minus, last_scores, scores);
+      warpgroup::sync();  // features are there, and q is read
+#pragma unroll
+      for (int sign = 0; sign < 2; ++sign) {
+        shared.normalizer.gather(sign, kDocuments && !next.is_far());
       }
+
+      warpgroup::mma_AtB(state, last_v_smem, shared.phi_smem);
+      warpgroup::mma_commit();
+      PerRow<16> divisors;
+      Operand last_weights, weights;
+      weigh_keys(last_weights, weights, divisors, last_scores, scores, params.scale * kLog2E, beta,
+                 tokens_of(shared, q_stage.stage, tile, token, first));
+      warpgroup::mma_AB(out, last_weights, last_v_smem);
+      warpgroup::mma_AB(out, weights, shared.v_smem[stage.stage][0]);
+      warpgroup::mma_commit();
+      warp::finish_row_sum(far);
+      warp::zip(divisors, divisors, far, [](float x, float y) { return x + y; });
       invert(divisors);
+      warpgroup::mma_wait<0>(out, last_weights, weights, state);
       shared.kv_ring.release(last);
       last = stage;
       stage.advance();
-      warp::mul_rows(out, out, divisors);
-      store_out(params, shared, place, consumer, q_stage.stage, token, out, tile);
-      q_stage.advance();
       if constexpr (kDocuments) {
         if (!next.is_far()) warp::zero(state);
       }
-      share_state(state_smem, state);
+      warpgroup::store(state_smem, state);
+      Finished finished;
+      warp::mul_rows(finished, out, divisors);
+      const bool is_stored = store_rows(params, place, 0, finished, tile);
+      store_out(params, shared, place, 0, q_stage.stage, token, finished, is_stored);
+      q_stage.advance();
     }
     shared.kv_ring.release(last);
-    release_rows(shared, q_done, q_stage);
-  }
-
-  __device__ __forceinline__ static void clear_normalizer(const OutputsParams& params,
-                                                          Shared& shared, int consumer) {
-#pragma unroll
-    for (int i = 0; i < 2 / kConsumers; ++i) {
-      const int sign = sign_index<kConsumers>(consumer, i);
-      shared.normalizer.clear(sign);
-      if (params.normalizer == nullptr && (warp::index() & 3) == 0) {
-        shared.normalizer.clear_before(sign);
-      }
-    }
-  }
-
-  // z starts anew: each warp clears what it added to.
-  __device__ __forceinline__ static void forget_normalizer(Shared& shared, int consumer) {
-#pragma unroll
-    for (int i = 0; i < 2 / kConsumers; ++i) {
-      const int sign = sign_index<kConsumers>(consumer, i);
-      shared.normalizer.clear(sign);
-      if ((warp::index() & 3) == 0) shared.normalizer.clear_before(sign);
-    }
+    release_rows(shared, q_stage);
   }
 
   __device__ __forceinline__ static auto tokens_of(const Shared& shared, int stage,
@@ -354,100 +443,46 @@ struct Outputs {
     warp::map(scale, scale, [=](float x) { return x * alpha; });
     if constexpr (kDocuments) keep_continued(scale, tile);
     if (kConsumers == 1 || sign == consumer) {
-      PerCol<kMap> normalizer;
-      shared.normalizer.load(normalizer, sign);
-      Square rows;  // all alike
-      warp::zero(rows);
-      warp::add_cols(rows, rows, normalizer);
       PerRow<16> dot;
-      warp::zero(dot);
-      warp::fold_row_dot(dot, features, rows);
+      shared.normalizer.dot(dot, features, sign);
       warp::zip(dot, dot, scale, [](float x, float y) { return x * y; });
       warp::zip(far, far, dot, [](float x, float y) { return x + y; });
     }
     warp::mul_rows(phi, features, scale);
   }
 
-  // Of two consumers: the scores of one chunk's keys, and their largest.
-  template <typename TokensOf>
-  __device__ __forceinline__ static void scale_half(Square& dst, PerRow<16>& largest,
-                                                    const Square& scores, float scale_log2,
-                                                    const TokensOf& tokens, int consumer) {
-    if (consumer == 0) {
-      scale_last_scores(dst, scores, scale_log2, tokens);
-    } else {
-      scale_own_scores(dst, scores, scale_log2, tokens);
+  // Rows of a tile that is not full, which threads store; whether it is one.
+  __device__ __forceinline__ static bool store_rows(const OutputsParams& params, const Place& place,
+                                                    int consumer, const Finished& out,
+                                                    const DocumentTile& tile) {
+    if constexpr (kDocuments) {
+      if (tile.is_full()) return false;
+      warpgroup::store(tile_rows<T>(params.out_rows, tile, params.seqlen, place.head, place.batch),
+                       out, 0, consumer * kSlice);
+      return true;
     }
-    warp::row_max(largest, dst);
+    return false;
   }
-  // beta joins the exponent: exp2(s - m + log2 beta), which is 0 where beta is.
-  __device__ __forceinline__ static void weigh_near(Square& scores, const PerRow<16>& largest,
-                                                    float beta) {
-    const float beta_log2 = math::log2(beta);
-    PerRow<16> shift;
-    warp::map(shift, largest, [=](float m) { return (m == -kInfinity ? 0.0f : m) - beta_log2; });
-    weigh(scores, shift);
-  }
-
-  // Weights of the keys of the last chunk and of this one, of which divisors are the sums.
-  template <typename TokensOf>
-  __device__ __forceinline__ static void weigh_keys(Operand& last_weights, Operand& weights,
-                                                    PerRow<16>& divisors, const Square& last_scores,
-                                                    const Square& scores, float scale_log2,
-                                                    float beta, const TokensOf& tokens) {
-    Square last, own;
-    scale_last_scores(last, last_scores, scale_log2, tokens);
-    scale_own_scores(own, scores, scale_log2, tokens);
-    PerRow<16> largest;
-    largest_score(largest, last, own);
-    weigh_near(last, largest, beta);
-    weigh_near(own, largest, beta);
-    warp::zero(divisors);
-    warp::fold_row_sum(divisors, last);
-    warp::fold_row_sum(divisors, own);
-    warp::finish_row_sum(divisors);
-    warp::convert(last_weights, last);
-    warp::convert(weights, own);
-  }
-
+  // Out of all others. With it, the state's copy becomes readable for phi(q) S of the next chunk.
   __device__ __forceinline__ static void store_out(const OutputsParams& params, Shared& shared,
                                                    const Place& place, int consumer, int stage,
-                                                   int token, const Square& out,
-                                                   const DocumentTile& tile) {
-    if constexpr (kDocuments) {
-      if (!tile.is_full()) {
-        warpgroup::store(
-            tile_rows<T>(params.out_rows, tile, params.seqlen, place.head, place.batch), out, 0,
-            consumer * kSlice);
-        return;
-      }
-    }
+                                                   int token, const Finished& out, bool is_stored) {
     const auto out_smem = shared.rows_smem[stage].template cols<kSlice>(consumer);
-    warpgroup::store(out_smem, out);
+    if (!is_stored) warpgroup::store(out_smem, out);
     publish_shared();
     warpgroup::sync();
-    if (warpgroup::leader()) {
+    if (!is_stored && warpgroup::leader()) {
       tma::store(params.out, out_smem, consumer * kSlice, token, place.head, place.batch);
       tma::commit();
     }
   }
 
-  // Gives back the rows of the last chunk, once its out has left.
+  // The rows before `stage`'s, once their out has left.
   __device__ __forceinline__ static void release_rows(Shared& shared,
-                                                      typename QueryRing::State& done,
-                                                      const typename QueryRing::State& stage) {
-    if (!(done != stage)) return;
+                                                      typename QueryRing::State stage) {
     if (warpgroup::leader()) tma::wait_read<0>();
-    shared.q_ring.release(done);
-    done.advance();
-  }
-
-  // The rounded copy that phi(q) S reads.
-  __device__ __forceinline__ static void share_state(const StateTile& state_smem,
-                                                     const State& state) {
-    warpgroup::store(state_smem, state);
-    publish_shared();
-    warpgroup::sync();
+    stage.stage = 1 - stage.stage;
+    shared.q_ring.release(stage);
   }
 };
 

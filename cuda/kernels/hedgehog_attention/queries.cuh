@@ -117,9 +117,8 @@ struct Queries {
                 full);
       if (!place.far) return;
     }
-    // The window has the last chunk, and the state what is before it.
-    const int state = (place.batch * params.num_kv_heads + place.kv_head) * params.chunks +
-                      (kDocuments ? token / kChunk : max(place.chunk - 1, 0));
+    const int state =
+        (place.batch * params.num_kv_heads + place.kv_head) * params.chunks + token / kChunk;
 #pragma unroll
     for (int i = 0; i < kValueDim / kSlice; ++i) {
       tma::load(shared.state_smem.template rows<kSlice>(i), params.states, full, tma::Keep::kNormal,

@@ -7,7 +7,7 @@
 // Roles: a producer warp loads the head's map and a ring of k and v; a consumer warpgroup has 64
 // columns of values and keeps their S (64 x 128, fp32) in registers. phi(k) is computed in halves,
 // by sign, and shared. z is a part for each warp's rows until the end.
-// Budget at D = V = 128: 129 KB of shared memory; 64 registers of S, 64 of scores and features a
+// Budget at D = V = 128: 145 KB of shared memory; 64 registers of S, 64 of scores and features a
 // thread. Limit: as outputs.cuh, in which a chunk takes three times as long.
 #pragma once
 
@@ -43,7 +43,7 @@ struct Sums {
     MapTile map_smem;
     KeyTile k_smem[kKeyStages];
     ValueTile v_smem[kKeyStages][kConsumers];
-    FeatureTile phi_smem;
+    FeatureTile phi_smem[2];  // of a chunk and of the one before
     Normalizer normalizer;
     Barrier head_full;
     Ring ring;
@@ -91,26 +91,39 @@ struct Sums {
     }
     shared.head_full.wait(0);
 
-    typename Ring::State stage;
-    for (int chunk = segment.first - 1; chunk < segment.end - 1; ++chunk, stage.advance()) {
-      shared.ring.wait(stage);
-      Square scores;
-      warpgroup::mm_AB(scores, shared.k_smem[stage.stage], shared.map_smem);
-      warpgroup::mma_commit();
+    // Scores of the next chunk run beside what is left of S's product, and with two tiles of
+    // features consumers meet once a chunk: by then both have waited for the product before.
+    typename Ring::State stage, done;
+    const int last = segment.end - 2;
+    Square scores;
+    shared.ring.wait(stage);
+    warpgroup::mma_wait<0>(state);  // which is zero before any product begins
+    warpgroup::mm_AB(scores, shared.k_smem[stage.stage], shared.map_smem);
+    warpgroup::mma_commit();
+    for (int chunk = segment.first - 1;; ++chunk) {
       warpgroup::mma_wait<0>(scores, state);
-      meet<kConsumers>(kFeaturesFree);  // the last chunk's are read
+      if (chunk >= segment.first) {
+        shared.ring.release(done);
+        done.advance();
+      }
+      const FeatureTile& phi_smem = shared.phi_smem[chunk & 1];
 #pragma unroll
       for (int i = 0; i < 2 / kConsumers; ++i) {
-        key_features(shared.phi_smem, shared.normalizer, scores,
-                     sign_index<kConsumers>(consumer, i), chunk * kChunk, first);
+        key_features(phi_smem, shared.normalizer, scores, sign_index<kConsumers>(consumer, i),
+                     chunk * kChunk, first);
       }
       publish_shared();
       meet<kConsumers>(kFeaturesReady);
-      warpgroup::mma_AtB(state, shared.v_smem[stage.stage][consumer], shared.phi_smem);
+      warpgroup::mma_AtB(state, shared.v_smem[stage.stage][consumer], phi_smem);
       warpgroup::mma_commit();
-      warpgroup::mma_wait<0>(state);
-      shared.ring.release(stage);
+      if (chunk == last) break;
+      stage.advance();
+      shared.ring.wait(stage);
+      warpgroup::mm_AB(scores, shared.k_smem[stage.stage], shared.map_smem);
+      warpgroup::mma_commit();
     }
+    warpgroup::mma_wait<0>(state);
+    shared.ring.release(done);
 
     const int64 index =
         (static_cast<int64>(batch) * params.num_kv_heads + head) * params.segments + segment.index;

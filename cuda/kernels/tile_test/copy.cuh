@@ -150,6 +150,14 @@ __device__ __forceinline__ void shared_vectors(const KernelParams& params) {
                        });
   out.put(tile);
   warp::convert(tile, doubled), out.put(tile);
+
+  // The second half of one vector takes the first one's place in another.
+  warp::load(rows, part<32>(shared.cols, 1));
+  warp::store(part<32>(shared.cols_out, 0), rows);
+  warp::sync();
+  warp::load(cols, shared.cols_out);
+  out.put(spread<64>(rows));
+  out.put(spread<32>(cols));
 }
 
 // A warpgroup's 64 x 48 tile at (scalar 0, scalar 1) of an array. Buffers: x; a vector of pairs;

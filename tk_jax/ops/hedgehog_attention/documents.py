@@ -14,16 +14,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from tk_jax.ops.hedgehog_attention import calls, config
+
+# Shares that are added up one by one.
+_FEW = 4
 
 
 class Tiles(NamedTuple):
     """What kernels are told, and the first tokens of the documents of tiles."""
 
     documents: calls.Documents
-    origins: jax.Array  # int32 [B, most + 2]
+    origins: jax.Array | None  # int32 [B, most + 2]; None where all is one document
 
 
 def find_tiles(positions) -> Tiles:
@@ -64,6 +68,27 @@ def find_tiles(positions) -> Tiles:
     return Tiles(documents, first - position)
 
 
+def of_chunks(batch: int, seqlen: int) -> Tiles:
+    """The chunks of sequences that are not packed, for the kernel of sums.
+
+    All are far: before the first tokens is nothing that adds to sums.
+    """
+    count, most = -(-seqlen // config.CHUNK), config.most_tiles(seqlen)
+    first = config.CHUNK * np.arange(count)
+    numbers = np.zeros((most + 2, 4), np.int32)
+    numbers[:count, 0] = first
+    numbers[:count, 1] = np.minimum(seqlen - first, config.CHUNK)
+    numbers[:count, 2] = config.CHUNK
+    numbers[:count, 3] = config.FAR_TILE | config.ONE_WINDOW
+    documents = calls.Documents(
+        tiles=jnp.broadcast_to(numbers, (batch, *numbers.shape)),
+        counts=jnp.full((batch,), count, jnp.int32),
+        # The kernel of sums does not ask.
+        windows=jnp.zeros((batch, most * config.CHUNK), jnp.float32),
+    )
+    return Tiles(documents, None)
+
+
 def _iterated(following, count):
     """Of each row of [B, n]: 0, what follows 0, what follows that, ...: [B, count].
 
@@ -95,7 +120,10 @@ def _kept(tiles: Tiles, shares: int, *, reverse: bool):
     """Whether what sums there are at a share's start are still in those at its end.
 
     bool [B, shares]; with ``reverse``, of what is at its end in those at its start.
+    None where all are.
     """
+    if tiles.origins is None:
+        return None
     counts = tiles.documents.counts[:, None]
     size = -(-counts // shares)
     bounds = jnp.minimum(jnp.arange(shares + 1, dtype=jnp.int32) * size, counts)
@@ -105,10 +133,21 @@ def _kept(tiles: Tiles, shares: int, *, reverse: bool):
     return far & (origins[:, 1:] == origins[:, :-1])
 
 
-def _chained(first, kept, added):
-    """x[0] = first, x[s + 1] = (x[s] where kept[s], or 0) + added[s], along axis 2."""
+def chained(first, kept, added):
+    """x[0] = first, x[s + 1] = (x[s] where kept[s], or 0) + added[s], along axis 2.
+
+    ``first`` may be None for zeros, and ``kept`` where all are.
+    """
     first = jnp.zeros_like(added[:, :, 0]) if first is None else first
+    if kept is None and added.shape[2] <= _FEW:
+        # One fusion, which a scan is not.
+        values = [first]
+        for i in range(added.shape[2]):
+            values.append(values[-1] + added[:, :, i])
+        return jnp.stack(values, axis=2)
     values = jnp.concatenate([first[:, :, None], added], axis=2)
+    if kept is None:
+        return jnp.cumsum(values, axis=2)
     kept = jnp.pad(kept, ((0, 0), (1, 0)))
     kept = jnp.expand_dims(kept, (1, *range(3, values.ndim)))
 
@@ -127,7 +166,7 @@ def starts_of_segments(arrays, tiles: Tiles, segments: int, pieces: int):
     _, added = _walk_on(arrays, tiles, shares=segments * pieces, ended=count)
     kept = _kept(tiles, segments * pieces, reverse=False)[:, :count]
     return tuple(
-        _chained(first, kept, x)[:, :, ::pieces]
+        chained(first, kept, x)[:, :, ::pieces]
         for first, x in zip(given, added, strict=True)
     )
 
@@ -135,7 +174,12 @@ def starts_of_segments(arrays, tiles: Tiles, segments: int, pieces: int):
 def states(arrays, tiles: Tiles):
     """Sums and normalizers before far tiles, [B, K, chunks, ..]."""
     shares = config.segments(*arrays.k.shape[:3])
-    start = starts_of_segments(arrays, tiles, shares, 1)
+    return stored_states(arrays, tiles, starts_of_segments(arrays, tiles, shares, 1))
+
+
+def stored_states(arrays, tiles: Tiles, start):
+    """The same, from what segments start with."""
+    shares = config.segments(*arrays.k.shape[:3])
     stored, _ = _walk_on(arrays, tiles, shares=shares, start=start, stored=True)
     return stored
 
@@ -157,6 +201,8 @@ def state_gradients(arrays, tiles: Tiles, features, delta, dout):
     The latter are None unless there are sums to begin with.
     """
     shares = config.segments(*dout.shape[:3])
+    rows = tiles.documents.windows.shape[1]
+    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, rows - delta.shape[2])))
     walk = functools.partial(
         calls.document_states,
         features,
@@ -168,9 +214,11 @@ def state_gradients(arrays, tiles: Tiles, features, delta, dout):
     ends = (None, None)
     if shares > 1:
         _, added = walk(ended=shares)
-        kept = jnp.flip(_kept(tiles, shares, reverse=True), 1)[:, :-1]
+        kept = _kept(tiles, shares, reverse=True)
+        if kept is not None:
+            kept = jnp.flip(kept, 1)[:, :-1]
         ends = (
-            jnp.flip(_chained(None, kept, jnp.flip(x, 2)[:, :, :-1]), 2) for x in added
+            jnp.flip(chained(None, kept, jnp.flip(x, 2)[:, :, :-1]), 2) for x in added
         )
     wanted = arrays.sums is not None
     stored, starts = walk(

@@ -5,14 +5,13 @@ where there are few heads, a sequence is cut into segments, and another one find
 what each adds to the sums for those after it.
 
 The backward pass takes four steps, between which arrays are in memory: the sums before
-each chunk (linear attention's kernel of states, from phi(k)); all that depends on a
-chunk's queries; the gradients of the sums, back from the end (the same kernel, from
-phi(q) over the divisors and dout); and the gradients of a chunk's keys and values. The
-gradients of the maps are products over all tokens of what the two kernels of gradients
-leave behind, and XLA's.
+each chunk, from k and v; all that depends on a chunk's queries; the gradients of the
+sums, back from the end, from phi(q) over the divisors and dout; and the gradients of a
+chunk's keys and values. The gradients of the maps are products over all tokens of what
+the two kernels of gradients leave behind, and those of linear attention's states.
 
-With packed documents, tiles are what chunks are otherwise (``documents.py``), and the
-sums of both directions come from a kernel of their own.
+With packed documents, tiles are what chunks are otherwise (``documents.py``). The sums
+of both directions come from a kernel of tiles, which chunks are too.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from jax.custom_batching import custom_vmap
 from tk_jax.ops.hedgehog_attention import calls, config, documents
 from tk_jax.ops.linear_attention import calls as linear_calls
 from tk_jax.ops.linear_attention import config as linear_config
-from tk_jax.ops.linear_attention import scan
 
 
 class Arrays(NamedTuple):
@@ -243,9 +241,7 @@ def _segment_starts(arrays, of_segment):
 
     def chained(first, added):
         shape = (*added.shape[:2], segments - 1, pieces, *added.shape[3:])
-        added = added.reshape(shape).sum(3)
-        first = jnp.zeros_like(added[:, :, :1]) if first is None else first[:, :, None]
-        return jnp.cumsum(jnp.concatenate([first, added], axis=2), axis=2)
+        return documents.chained(first, None, added.reshape(shape).sum(3))
 
     return tuple(map(chained, given, added))
 
@@ -259,11 +255,11 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
     num_heads, num_kv_heads = arrays.q.shape[2], arrays.k.shape[2]
     packed = tiles = None
     if arrays.positions is None:
-        phi_k = _key_features(arrays)
-        states = _chunk_states(arrays, phi_k.astype(arrays.k.dtype))
-        normalizers = _before_chunks(arrays, phi_k)
+        walked = documents.of_chunks(*arrays.k.shape[:2])
+        start = _segment_starts(arrays, config.chunks_of_segment(*arrays.k.shape[:3]))
+        states, normalizers = documents.stored_states(arrays, walked, start)
     else:
-        tiles = documents.find_tiles(arrays.positions)
+        walked = tiles = documents.find_tiles(arrays.positions)
         packed = tiles.documents
         states, normalizers = documents.states(arrays, tiles)
     found = calls.queries(
@@ -278,13 +274,9 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
         settings.scale,
         packed,
     )
-    if tiles is None:
-        dstates, dsums = _chunk_state_gradients(arrays, found.features, dout)
-        dnormalizers, dnormalizer = _normalizer_gradients(found.features, found.delta)
-    else:
-        (dstates, dnormalizers), (dsums, dnormalizer) = documents.state_gradients(
-            arrays, tiles, found.features, found.delta, dout
-        )
+    (dstates, dnormalizers), (dsums, dnormalizer) = documents.state_gradients(
+        arrays, walked, found.features, found.delta, dout
+    )
 
     def over_group(x):
         if num_heads == num_kv_heads:
@@ -313,13 +305,12 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
             x = documents.of_tokens(tiles, x)
         return jnp.sum(x, axis=-1)
 
-    of_map = functools.partial(_wide_product, "bthd,bthf->bhdf")
     return Arrays(
         q=found.dq,
         k=dk,
         v=dv,
-        q_map=of_map(arrays.q, found.dscores),
-        k_map=of_map(arrays.k, dscores),
+        q_map=_map_gradient(arrays.q, found.dscores),
+        k_map=_map_gradient(arrays.k, dscores),
         alpha=over_tokens(found.dalpha),
         beta=over_tokens(found.dbeta),
         sums=None if arrays.sums is None else over_group(dsums),
@@ -328,85 +319,16 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
     )
 
 
-def _key_features(arrays):
-    """phi(k), float32 [B, T, K, 2 F]; zero for what is no token."""
-    scores = _wide_product("bthd,hdf->bthf", arrays.k, arrays.k_map)
-    phi = jnp.concatenate([jax.nn.softmax(scores), jax.nn.softmax(-scores)], axis=-1)
-    if arrays.first is None:
-        return phi
-    is_token = jnp.arange(phi.shape[1]) >= arrays.first[:, None]
-    return jnp.where(is_token[..., None, None], phi, 0)
+def _map_gradient(tokens, dscores):
+    """The sum of tokens^T dscores over all tokens, float32 [B, heads, D, F].
 
-
-def _wide_product(equation, a, b):
-    """Of 16-bit numbers, in float32; XLA's CPU has no such product of batches."""
-
-    def widened(a, b):
-        a, b = (x.astype(jnp.float32) for x in (a, b))
-        return jnp.einsum(equation, a, b, precision="highest")
-
-    def mixed(a, b):
-        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-
-    return lax.platform_dependent(a, b, cpu=widened, default=mixed)
-
-
-def _linear(q, k, v, state=None):
-    """A linear attention without decay, its gates, and its kernels' tiles."""
-    batch, seqlen, num_heads, value_dim = v.shape
-    arrays = scan.Arrays(q, k, v, state=state)
-    zeros = jnp.zeros((batch, num_heads, config.padded_tokens(seqlen)), jnp.float32)
-    tiles = linear_config.scan_config(
-        batch, seqlen, k.shape[2], num_heads, k.shape[3], value_dim
+    A linear attention's kernel of states computes it from rows as they are; XLA's
+    product would transpose both operands before.
+    """
+    batch, seqlen, heads, dim = tokens.shape
+    tiles = linear_config.scan_config(batch, seqlen, heads, heads, config.MAP, dim)
+    no_decay = jnp.zeros((batch, heads, config.padded_tokens(seqlen)), jnp.float32)
+    _, ends = linear_calls.states(
+        dscores, tokens, linear_calls.Gates(no_decay), None, tiles
     )
-    return arrays, linear_calls.Gates(zeros), tiles
-
-
-def _chunk_states(arrays, phi_k):
-    """The sums at the starts of chunks, [B, K, chunks, padded V, 2 F]."""
-    linear, gates, tiles = _linear(phi_k, phi_k, arrays.v, arrays.sums)
-    start = scan.segment_starts(linear, gates, tiles)
-    states, _ = linear_calls.states(
-        phi_k, arrays.v, gates, start, tiles, stored_every=1, ends=False
-    )
-    return states
-
-
-def _chunk_state_gradients(arrays, features, dout):
-    """Gradients of the sums at the ends of chunks, and before the first."""
-    state = None
-    if arrays.sums is not None:
-        # Only whether there is one matters here.
-        shape = (dout.shape[0], dout.shape[2], *arrays.sums.shape[2:])
-        state = jnp.zeros(shape, jnp.float32)
-    linear, gates, tiles = _linear(features, features, dout, state)
-    settings = scan.Settings("hedgehog_attention", 1.0, False)
-    return scan.state_gradients(settings, linear, gates, dout, None, tiles, 1)
-
-
-def _before_chunks(arrays, phi_k):
-    """The sums of features at the starts of chunks, [B, K, chunks, 2 F]."""
-    added = _sums_of_chunks(phi_k)
-    first = jnp.zeros_like(added[:, :, 0])
-    if arrays.normalizer is not None:
-        first = first + arrays.normalizer
-    added = jnp.concatenate([first[:, :, None], added[:, :, :-1]], axis=2)
-    return jnp.cumsum(added, axis=2)
-
-
-def _normalizer_gradients(features, delta):
-    """The same of the gradients: at the ends of chunks, and before the first."""
-    delta = jnp.swapaxes(delta, 1, 2)[:, : features.shape[1], :, None]
-    added = _sums_of_chunks(-features.astype(jnp.float32) * delta)
-    upto = lax.cumsum(added, axis=2, reverse=True)
-    after = jnp.concatenate([upto[:, :, 1:], jnp.zeros_like(upto[:, :, :1])], axis=2)
-    return after, upto[:, :, 0]
-
-
-def _sums_of_chunks(x):
-    """[B, T, H, F] -> float32 [B, H, chunks, F]"""
-    batch, seqlen, heads, columns = x.shape
-    missing = config.padded_tokens(seqlen) - seqlen
-    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
-    x = x.reshape(batch, x.shape[1] // config.CHUNK, config.CHUNK, heads, columns)
-    return jnp.moveaxis(jnp.sum(x, axis=2, dtype=jnp.float32), 2, 1)
+    return jnp.sum(ends, axis=2)
