@@ -84,6 +84,8 @@ def _chunk_sums(arrays, out_types, options, _):
 
 def _segment_sums(arrays, out_types, options, config):
     _, ends = _all_states((*arrays, None), options)
+    if options.of_all:
+        return [ends]
     return [ends[:, :, 1:] if options.reverse else ends[:, :, :-1]]
 
 

@@ -45,6 +45,7 @@ def segment_sums(
     weights=_NONE,
     to=None,
     reverse=False,
+    of_all=False,
     chunks_of_segment=1,
     consumers=2,
     stages=3,
@@ -58,6 +59,7 @@ def segment_sums(
             "options": {
                 "scale": 1.0,
                 "reverse": reverse,
+                "of_all": of_all,
                 "chunks_of_segment": chunks_of_segment,
             },
             "config": {"consumers": consumers, "stages": stages},

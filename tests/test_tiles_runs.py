@@ -56,3 +56,22 @@ def test_runs(rng, case, at):
     places += within % 8 // 2 * 4 + within // 8 * 2 + within % 2 - within
     padded = np.append(y.astype(f32)[col:], np.full(width, other))
     assert_same(order, np.broadcast_to(padded[places], (16, width)))
+
+
+PAIRS = kernel("runs", "pairs", threads=32)
+
+
+@pytest.mark.parametrize("at", [(0, 0), (7, 10), (20, 30), (40, 2)], ids=str)
+def test_pairs(rng, at):
+    """As they are in the tile: what is outside reads as zero and is not written."""
+    row, col = at
+    x = integers(rng, (30, 34))
+    f32 = np.float32
+    moved, tile = PAIRS([(x.shape, f32), ((16, 32), f32)], x, scalars=(row, col))
+    here = np.s_[row : row + 16, col : col + 32]
+    expected = np.full_like(x, 7)
+    expected[here] = x[here]
+    assert_same(moved, expected)
+    padded = np.zeros((100, 100), f32)
+    padded[:30, :34] = x
+    assert_same(tile, padded[here])

@@ -22,6 +22,7 @@ struct StatesOptions {
 struct SegmentSumsOptions {
   float scale;
   bool reverse;
+  bool of_all;  // or all but the last, reverse: but the first
   long chunks_of_segment;
 };
 struct OutputsOptions {
@@ -74,7 +75,7 @@ TK_REGISTER_SETTINGS(tk::ffi::StatesOptions, StructMember<float>("scale"),
                      StructMember<bool>("reverse"), StructMember<std::int64_t>("chunks_of_segment"),
                      StructMember<std::int64_t>("stored_every"));
 TK_REGISTER_SETTINGS(tk::ffi::SegmentSumsOptions, StructMember<float>("scale"),
-                     StructMember<bool>("reverse"),
+                     StructMember<bool>("reverse"), StructMember<bool>("of_all"),
                      StructMember<std::int64_t>("chunks_of_segment"));
 TK_REGISTER_SETTINGS(tk::ffi::OutputsOptions, StructMember<float>("scale"),
                      StructMember<std::int64_t>("chunks_of_segment"));

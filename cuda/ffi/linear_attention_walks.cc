@@ -93,11 +93,10 @@ Result<WalkCall> read_segment_sums(const SegmentSumsBuffers& b, const SegmentSum
   const auto call = read_walk(s, options.reverse ? Walk::kReverseSegmentSums : Walk::kSegmentSums,
                               features_of(b.gates), options.chunks_of_segment, config);
   if (!call.ok()) return call;
-  if (call->segments < 2 && !s.empty()) {
-    return invalid("there is one segment; expected several");
-  }
+  const std::int64_t wanted = call->segments - (options.of_all ? 0 : 1);
+  if (wanted < 1 && !s.empty()) return invalid("there is one segment; expected several");
   if (!is_given(b.to) && !s.empty()) return invalid("to is not given");
-  if (Status status = check_segment_states("to", b.to, s, call->segments - 1); !status.ok()) {
+  if (Status status = check_segment_states("to", b.to, s, wanted); !status.ok()) {
     return status.error();
   }
   return call;
@@ -135,8 +134,10 @@ Status execute_segment_sums(int device_ordinal, runtime::cuda::Stream stream,
       !status.ok()) {
     return status;
   }
+  params.left_out = options.of_all ? 0 : 1;
   set_walk(&params, *call, b.gates, b.to, options.chunks_of_segment, options.scale);
-  return runtime::launch(**kernel, stream, grid_of(*call, call->segments - 1), &params);
+  return runtime::launch(**kernel, stream, grid_of(*call, call->segments - params.left_out),
+                         &params);
 }
 
 // -- States ---------------------------------------------------------------------------------------

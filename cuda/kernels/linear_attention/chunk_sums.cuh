@@ -35,9 +35,10 @@ __device__ __forceinline__ void chunk_sums(const ChunkSumsParams& params) {
   // What is below `least` is `least`; what is not a number stays so.
   warp::map(tile, tile, [=](float x) { return (x < least ? least : x) * scale; });
   warp::cumsum_cols(tile, tile);
-  warp::store(GlobalView<float>{params.sums + results, heads, kChunk, padded}, tile, head, 0);
+  warp::store_pairs(GlobalView<float>{params.sums + results, heads, kChunk, padded}, tile, head, 0);
   if (params.y != nullptr) {
-    warp::store(GlobalView<float>{params.moved + results, heads, kChunk, padded}, moved, head, 0);
+    warp::store_pairs(GlobalView<float>{params.moved + results, heads, kChunk, padded}, moved, head,
+                      0);
   }
 }
 

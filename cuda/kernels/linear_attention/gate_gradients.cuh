@@ -26,26 +26,26 @@ __device__ __forceinline__ void gate_gradients(const GateGradientsParams& params
   const int64 start = static_cast<int64>(batch) * heads * padded + first;
   using Tile = RegTile<float, kHeadsOfBlock, kChunk>;
   const auto load = [&](Tile& tile, const float* array) {
-    warp::load(tile, GlobalView<const float>{array + start, heads, kChunk, padded}, head, 0);
+    warp::load_pairs(tile, GlobalView<const float>{array + start, heads, kChunk, padded}, head, 0);
   };
-  Tile sum, other;
+  // All are read at once: there are few warps to hide what that takes.
+  Tile sum, other, to_state, through;
   load(sum, params.as_query);
   load(other, params.as_key);
+  load(to_state, params.to_state);
+  load(through, params.through);
   warp::sub(sum, sum, other);
   warp::reverse_cols(sum, sum);
   warp::cumsum_cols(sum, sum);
   warp::reverse_cols(sum, sum);
 
-  load(other, params.to_state);
-  Tile before;
-  warp::cumsum_cols(before, other);
-  warp::sub(before, before, other);
-  warp::add(sum, sum, before);
+  warp::cumsum_cols(other, to_state);
+  warp::sub(other, other, to_state);
+  warp::add(sum, sum, other);
 
-  load(other, params.through);
-  PerRow<kHeadsOfBlock> through;
-  warp::row_sum(through, other);
-  warp::add_rows(sum, sum, through);
+  PerRow<kHeadsOfBlock> of_state;
+  warp::row_sum(of_state, through);
+  warp::add_rows(sum, sum, of_state);
 
   float* dgates = params.dgates + (static_cast<int64>(batch) * params.seqlen + first) * heads;
   warp::store(GlobalView<float>{dgates, heads, tokens, 1, heads}, sum, head, 0);

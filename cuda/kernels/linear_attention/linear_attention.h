@@ -101,13 +101,14 @@ struct StatesParams {
 // Kernel: "kernels/linear_attention/segment_sums.cuh"
 //   tk::linear_attention::segment_sums<tk::linear_attention::SegmentSumsTraits<
 //       T, kKeyDim, kReverse, kFeatures, kConsumers, kStages>>
-// Grid: H * slices / consumers, segments - 1, B.
-// Forward: of every segment but the last, from keys k and values v. Reverse: of every one but the
-// first, from keys q and values dout. Features: as states.
+// Grid: H * slices / consumers, segments - left_out, B.
+// Forward: of segments, from keys k and values v; the last may be left out. Reverse: from keys q
+// and values dout; the first may be. Features: as states.
 struct SegmentSumsParams {
   TensorMap keys, values;  // as StatesParams'
   Gates gates;
-  float* to;  // [B, H, segments - 1, V, K]
+  float* to;     // [B, H, segments - left_out, V, K]
+  int left_out;  // 0 or 1
   int seqlen, num_heads, num_groups, key_dim, value_dim;
   int chunks, chunks_of_segment;
   float scale;  // of the keys (reverse)

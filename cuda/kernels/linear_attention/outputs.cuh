@@ -182,7 +182,7 @@ struct Outputs {
       warpgroup::mma_ABt(out, v, weights_smem);
       warpgroup::mma_commit();
       const auto finish_out = [&] {
-        warp::mul(out, out, params.scale);
+        if (params.scale != 1) warp::mul(out, out, params.scale);
         if constexpr (kHasSkip) add_skip(out, v, shared.skip[consumer]);
         if constexpr (kTiles == 1) {  // all have read the weights, and the out before has left
           if (warpgroup::leader()) tma::wait_read<0>();

@@ -8,7 +8,7 @@
 // goes from the segment's last chunk to the first, reverse from the first to the last: against the
 // way of the kernel that comes after it, so that this one begins with what is still in L2. And a
 // state that only grows is never scaled.
-// Grid: kConsumers slices of 64 values, segments but the last (reverse: but the first), batch.
+// Grid: kConsumers slices of 64 values, segments, or all but the last (reverse: the first), batch.
 // Roles: a producer warp loads a ring of keys and each consumer's values and gates; a consumer
 // warpgroup keeps the sum (64 x K, fp32) of its slice in registers.
 // Budget: that of states.cuh without the copy on its way out. Limit: reading keys and values.
@@ -62,7 +62,7 @@ struct SegmentSums {
       KeyTile::kBytes + kConsumers * (ValueTile::kBytes + ChunkGates<kFeatures>::kBytes);
 
   __device__ __forceinline__ static Segment segment_of(const SegmentSumsParams& params) {
-    return Segment::at(params, grid::block_y() + (Traits::kReverse ? 1 : 0));
+    return Segment::at(params, grid::block_y() + (Traits::kReverse ? params.left_out : 0));
   }
   // The chunk of a step.
   __device__ __forceinline__ static int chunk_at(const Segment& segment, int step) {
@@ -121,7 +121,7 @@ struct SegmentSums {
       warpgroup::mma_wait<0>(sum, values);
       shared.ring.release(stage);
     }
-    store_state(sum, params, place, Segment{grid::block_y(), segment.count - 1});
+    store_state(sum, params, place, Segment{grid::block_y(), segment.count - params.left_out});
   }
 };
 

@@ -43,4 +43,15 @@ __device__ __forceinline__ void runs(const KernelParams& params) {
   warp::store_runs<kWhole>(matrix<float>(params, 3), x, warp_row, col);
 }
 
+// A warp's 16 x 32 tile at (scalar 0, scalar 1) of an array of floats, moved in pairs. Buffers: x;
+// 7s with the tile at its place; the tile.
+__device__ __forceinline__ void pairs(const KernelParams& params) {
+  const int row = scalar(params, 0), col = scalar(params, 1);
+  fill_array<float>(params, 1, 7.0f);
+  RegTile<float, 16, 32> x;
+  warp::load_pairs(x, matrix<float>(params, 0), row, col);
+  warp::store_pairs(matrix<float>(params, 1), x, row, col);
+  warp::store(matrix<float>(params, 2), x, 0, 0);
+}
+
 }  // namespace tk::tile_test

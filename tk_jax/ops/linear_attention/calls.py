@@ -53,20 +53,26 @@ def segment_sums(
     *,
     scale: float = 1.0,
     reverse: bool = False,
+    of_all: bool = False,
 ):
-    """What every segment but the last adds to the state: [B, H, segments - 1, V, K].
+    """What segments add to the state: [B, H, segments - 1, V, K], without the last.
 
-    With ``reverse``, what every one but the first adds to its gradient.
+    With ``reverse``, what they add to its gradient, without the first; with ``of_all``
+    none is left out.
     """
     *leading, segments, value_dim, key_dim = _segment_states(keys, values, tiles)
+    segments = segments if of_all else segments - 1
     (sums,) = _ffi.call(
         "tk_linear_attention_segment_sums_v1",
-        (_ffi.result_type(keys, (*leading, segments - 1, value_dim, key_dim)),),
+        (_ffi.result_type(keys, (*leading, segments, value_dim, key_dim)),),
         keys,
         values,
         *map(_ffi.optional, gates),
         options=config.SegmentSumsOptions(
-            scale=scale, reverse=reverse, chunks_of_segment=tiles.chunks_of_segment
+            scale=scale,
+            reverse=reverse,
+            of_all=of_all,
+            chunks_of_segment=tiles.chunks_of_segment,
         ),
         config=tiles.states,
     )

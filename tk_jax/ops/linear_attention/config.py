@@ -72,6 +72,7 @@ class SegmentSumsOptions:
 
     scale: float  # of the keys
     reverse: bool
+    of_all: bool  # or of all but the last, reverse: but the first
     chunks_of_segment: int
 
 
@@ -115,12 +116,17 @@ class ScanConfig:
     gradients: GradientsConfig
 
 
-# Blocks that are there at once, of one consumer (where two such blocks fit a
-# multiprocessor) and of two.
-_RESIDENT = {1: 264, 2: 132}
+# Multiprocessors of an H100 or H200.
+_MULTIPROCESSORS = 132
 # With fewer chunks to a segment, what a second pass and the first state cost is more
 # than what is won.
 _LEAST_CHUNKS_OF_SEGMENT = 4
+# Measured on an H100 (docs/kernels/linear_attention.md), in us: a chunk's step of one
+# consumer on a multiprocessor, of two on one; what a second pass costs beside its work;
+# and the bytes that passes move in a microsecond.
+_STEP_US = {1: 1.5, 2: 2.35}
+_SECOND_PASS_US = 14.0
+_BYTES_PER_US = 2.6e6
 # Up to this dimension of keys' tiles, two blocks of one consumer, or one of two, fit.
 _NARROW_KEYS = 128
 # Shared memory of a block and how much of it linear_attention.h keeps for other things.
@@ -162,21 +168,52 @@ def kernels(config: ScanConfig, features: Iterable[str]):
 def scan_config(
     batch: int, seqlen: int, groups: int, heads: int, key_dim: int, value_dim: int
 ) -> ScanConfig:
-    """For q [batch, seqlen, groups, key_dim] and v [.., heads, value_dim]."""
+    """For q [batch, seqlen, groups, key_dim] and v [.., heads, value_dim].
+
+    Segments walk side by side, at the price of another pass over keys and values: of
+    the numbers of segments that fill the multiprocessors, with one consumer on each or
+    with two, that of the least predicted time of the forward pass.
+    """
     tile = round_up(key_dim, TILE_STEP)
-    slices = heads * -(-value_dim // SLICE)
     narrow = tile <= _NARROW_KEYS
-    consumers = 2 if narrow and slices // groups % 2 == 0 else 1
-    blocks = max(1, batch * slices // consumers)
-    resident = _RESIDENT[consumers] if narrow else _RESIDENT[2]
+    slices = heads * -(-value_dim // SLICE)
     chunks = -(-seqlen // CHUNK)
-    segments = min(resident // blocks, chunks // _LEAST_CHUNKS_OF_SEGMENT)
-    stages = 2 if gradients_shared_bytes(tile, 2) <= _SHARED_BYTES else 1
+    key_bytes = 2 * batch * seqlen * groups * key_dim
+    value_bytes = 2 * batch * seqlen * heads * value_dim
+    # Two slices of a group share a block and its keys.
+    shared = 2 if narrow and slices // groups % 2 == 0 else 1
+
+    def predicted_us(on_each: int, segments: int) -> float:
+        room = _MULTIPROCESSORS * on_each
+        waves = -(-batch * slices * segments // room)
+        steps = waves * -(-chunks // segments)
+        step = _STEP_US[on_each] * (1 if narrow else 2)
+        moved = 2 * (key_bytes + value_bytes)
+        us = max(steps * step, moved / _BYTES_PER_US)
+        if segments == 1:
+            return us
+        again = (key_bytes + value_bytes) * (segments - 1) / segments
+        return us + again / _BYTES_PER_US + _SECOND_PASS_US
+
+    def most_segments(on_each: int) -> int:
+        blocks = max(1, batch * slices)
+        room = _MULTIPROCESSORS * on_each // blocks
+        return max(1, min(room, chunks // _LEAST_CHUNKS_OF_SEGMENT))
+
+    options = [
+        (on_each, segments)
+        for on_each in ((1, 2) if narrow else (1,))
+        for segments in range(1, most_segments(on_each) + 1)
+    ]
+    on_each, segments = min(options, key=lambda option: predicted_us(*option))
+    consumers = shared if on_each == 2 else 1
+    outputs_stages = 3 if narrow and consumers == on_each else 2
+    gradients_stages = 2 if gradients_shared_bytes(tile, 2) <= _SHARED_BYTES else 1
     return ScanConfig(
-        chunks_of_segment=-(-chunks // max(1, segments)),
+        chunks_of_segment=-(-chunks // segments),
         states=WalkConfig(consumers=consumers, stages=3),
-        outputs=WalkConfig(consumers=consumers, stages=2),
-        gradients=GradientsConfig(stages=stages),
+        outputs=WalkConfig(consumers=consumers, stages=outputs_stages),
+        gradients=GradientsConfig(stages=gradients_stages),
     )
 
 

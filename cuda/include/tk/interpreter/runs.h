@@ -27,6 +27,17 @@ void check_runs(const T* data, int64 row_stride, int rows, int cols, Location at
   }
 }
 
+template <typename T>
+void check_pairs(const GlobalView<T>& view, int first_col, Location at) {
+  const bool aligned = reinterpret_cast<uint64>(view.data) % 8 == 0;
+  if (aligned && view.col_stride == 1 && view.cols % 2 == 0 && first_col % 2 == 0 &&
+      (view.rows <= 1 || view.row_stride % 2 == 0)) {
+    return;
+  }
+  interpreter::fail(interpreter::FaultKind::kOutOfBounds,
+                    "moves pairs at once of rows that are not made of whole ones", at);
+}
+
 template <bool kWhole, typename Dst, typename T>
 void load_runs(Dst& dst, const GlobalView<T>& src, int first_row, int first_col, Location at) {
   check_runs<kWhole>(src.data, src.row_stride, src.rows, src.cols, at);
@@ -69,6 +80,19 @@ template <bool kWhole, int kRows, int kCols>
 void store_runs(const GlobalView<float>& dst, const RegTile<float, kRows, kCols>& src, int row,
                 int col, Location at = {}) {
   detail::store_runs<kWhole>(dst, src, row, col, at);
+}
+
+template <int kRows, int kCols, typename T>
+void load_pairs(RegTile<float, kRows, kCols>& dst, const GlobalView<T>& src, int row, int col,
+                Location at = {}) {
+  detail::check_pairs(src, col, at);
+  load(dst, src, row, col, at);
+}
+template <int kRows, int kCols>
+void store_pairs(const GlobalView<float>& dst, const RegTile<float, kRows, kCols>& src, int row,
+                 int col, Location at = {}) {
+  detail::check_pairs(dst, col, at);
+  store(dst, src, row, col, at);
 }
 
 template <bool kWhole, int kN, typename T>

@@ -126,6 +126,34 @@ __device__ __forceinline__ void store_runs(const GlobalView<float>& dst,
   detail::store_runs<kWhole>(dst, src, row, col);
 }
 
+// The same two at a time, in the tile's own order: rows start at multiples of eight bytes and have
+// whole pairs, and so does `col`.
+template <int kRows, int kCols, typename T>
+__device__ __forceinline__ void load_pairs(RegTile<float, kRows, kCols>& dst,
+                                           const GlobalView<T>& src, int row, int col,
+                                           Location = {}) {
+  detail::for_each_pair<RegTile<float, kRows, kCols>>([&](int s, int g, int h) {
+    const int r = row + detail::row_of(s, 2 * h), c = col + detail::col_of(g, 0);
+    float2 pair = make_float2(0.0f, 0.0f);
+    if (r < src.rows && c < src.cols) {
+      pair = *reinterpret_cast<const float2*>(src.data + r * src.row_stride + c);
+    }
+    detail::set_pair(dst, s, g, h, pair.x, pair.y);
+  });
+}
+template <int kRows, int kCols>
+__device__ __forceinline__ void store_pairs(const GlobalView<float>& dst,
+                                            const RegTile<float, kRows, kCols>& src, int row,
+                                            int col, Location = {}) {
+  detail::for_each_pair<RegTile<float, kRows, kCols>>([&](int s, int g, int h) {
+    const int r = row + detail::row_of(s, 2 * h), c = col + detail::col_of(g, 0);
+    if (r < dst.rows && c < dst.cols) {
+      *reinterpret_cast<float2*>(dst.data + r * dst.row_stride + c) =
+          make_float2(detail::get(src, s, g, 2 * h), detail::get(src, s, g, 2 * h + 1));
+    }
+  });
+}
+
 // A value for each column of such a tile, from element `first` on of a vector of any type whose
 // elements lie side by side; with kWhole, in runs of four as above. Elements beyond its size read
 // as `missing` and are not written.
