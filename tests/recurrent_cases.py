@@ -84,19 +84,28 @@ def values_and_gradients(fn, arrays: dict, cotangents=None, *, as_written=False)
 
 
 def samples(fn, many: list[dict], cotangents=None, *, as_written=False):
-    """Yields ``values_and_gradients`` of each: one program, integers of the first."""
+    """Yields ``values_and_gradients`` of each: one program, integers of the first.
+
+    Where ``cotangents`` are not given, each has its own.
+    """
     names = [name for name, value in many[0].items() if _floats(value)]
     others = {name: many[0][name] for name in many[0] if name not in names}
 
-    def run(floating):
-        results, pull_back = jax.vjp(lambda x: fn(**x, **others), floating)
-        given = weights_like(results) if cotangents is None else cotangents
-        given = jax.tree.map(lambda w, x: jnp.asarray(w, x.dtype), given, results)
+    def values(floating):
+        return fn(**floating, **others)
+
+    def run(floating, given):
+        results, pull_back = jax.vjp(values, floating)
+        given = jax.tree.map(lambda w, x: w.astype(x.dtype), given, results)
         return results, pull_back(given)[0]
 
     run = quick_jit(run, as_written=as_written)
-    for arrays in many:
-        yield run({name: arrays[name] for name in names})
+    for index, arrays in enumerate(many):
+        floating = {name: arrays[name] for name in names}
+        given = cotangents
+        if given is None:
+            given = weights_like(jax.eval_shape(values, floating), seed=7 + index)
+        yield run(floating, jax.tree.map(np.asarray, given))
 
 
 def _floats(value) -> bool:
@@ -137,11 +146,13 @@ def pooled(trees):
 def compare(fn, reference, arrays: dict, dtype, exact=(), gates=()) -> None:
     """``fn`` against ``reference`` in float64, from the same rounded inputs.
 
-    Both return (out, state). Names in ``gates`` have the wider bar.
+    Both return (out, state). Names in ``gates`` have the wider bar. Gradients of few
+    values are those for several cotangents.
     """
+    times = len(seeds_for(arrays, work=1 / 8))
     with jax.enable_x64(True):
         given = rounded(arrays, dtype, exact)
-        got, gradients = values_and_gradients(fn, given)
+        got, gradients = pooled(samples(fn, [given] * times))
         wide = jax.tree.map(
             lambda x: (
                 jnp.asarray(x, jnp.float64)
@@ -150,7 +161,7 @@ def compare(fn, reference, arrays: dict, dtype, exact=(), gates=()) -> None:
             ),
             given,
         )
-        expected, exact_gradients = values_and_gradients(reference, wide)
+        expected, exact_gradients = pooled(samples(reference, [wide] * times))
         for name, gradient in gradients.items():
             leaves = map(jax.tree.leaves, (gradient, given[name]))
             for x, y in zip(*leaves, strict=True):
