@@ -18,8 +18,14 @@ BARS = {
 }
 
 
-def quick_jit(fn, **settings):
-    return jax.jit(fn, compiler_options=QUICK, **settings)
+# For what stands for low precision: where a rounding to a narrow type is followed by a
+# widening, XLA may leave out both, and on GPUs it does.
+AS_WRITTEN = {"xla_allow_excess_precision": False}
+
+
+def quick_jit(fn, *, as_written=False, **settings):
+    options = QUICK | AS_WRITTEN if as_written else QUICK
+    return jax.jit(fn, compiler_options=options, **settings)
 
 
 def relative_rms(got, exact) -> float:
@@ -55,38 +61,98 @@ def rounded(tree, dtype, exact=()):
 
 
 def weights_like(tree, seed=7):
-    """Cotangents: unrelated numbers for each array of a result."""
+    """Cotangents: unrelated numbers for each array of a result, exact in every dtype.
+
+    Rounded for results of low precision and not for float64, they would be other
+    cotangents: a sum that cancels differs by more than what its computation adds.
+    """
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: rng.standard_normal(x.shape), tree)
+
+    def weights(x):
+        units = np.round(64 * rng.standard_normal(x.shape))  # bfloat16 has eight bits
+        return np.clip(units, -255, 255) / 64
+
+    return jax.tree.map(weights, tree)
 
 
-def values_and_gradients(fn, arrays: dict, cotangents=None):
-    """fn(**arrays), and the gradients of its floating arrays by name."""
-    floating = {
-        name: value
-        for name, value in arrays.items()
-        if value is not None
-        and jnp.issubdtype(jax.tree.leaves(value)[0].dtype, jnp.floating)
-    }
-    others = {name: arrays[name] for name in arrays if name not in floating}
+def values_and_gradients(fn, arrays: dict, cotangents=None, *, as_written=False):
+    """fn(**arrays), and the gradients of its floating arrays by name.
 
-    def run(floating):
-        results, pull_back = jax.vjp(lambda x: fn(**x, **others), floating)
-        given = weights_like(results) if cotangents is None else cotangents
-        given = jax.tree.map(lambda w, x: jnp.asarray(w, x.dtype), given, results)
+    ``as_written`` keeps every rounding: for what stands for low precision.
+    """
+    return next(samples(fn, [arrays], cotangents, as_written=as_written))
+
+
+def samples(fn, many: list[dict], cotangents=None, *, as_written=False):
+    """Yields ``values_and_gradients`` of each: one program, integers of the first.
+
+    Where ``cotangents`` are not given, each has its own.
+    """
+    names = [name for name, value in many[0].items() if _floats(value)]
+    others = {name: many[0][name] for name in many[0] if name not in names}
+
+    def values(floating):
+        return fn(**floating, **others)
+
+    def run(floating, given):
+        results, pull_back = jax.vjp(values, floating)
+        given = jax.tree.map(lambda w, x: w.astype(x.dtype), given, results)
         return results, pull_back(given)[0]
 
-    return quick_jit(run)(floating)
+    run = quick_jit(run, as_written=as_written)
+    for index, arrays in enumerate(many):
+        floating = {name: arrays[name] for name in names}
+        given = cotangents
+        if given is None:
+            given = weights_like(jax.eval_shape(values, floating), seed=7 + index)
+        yield run(floating, jax.tree.map(np.asarray, given))
+
+
+def _floats(value) -> bool:
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and jnp.issubdtype(leaves[0].dtype, jnp.floating)
+
+
+# Of fewer values, the largest error and the RMS error are a matter of luck.
+ENOUGH = 16
+
+
+def seeds_for(arrays: dict, work: float) -> range:
+    """For ENOUGH values of each gradient; fewer where that takes too long.
+
+    ``work`` is that of one seed, as a part of what all may take.
+    """
+    leaves = jax.tree.leaves([value for value in arrays.values() if _floats(value)])
+    wanted = -(-ENOUGH // min(x.size for x in leaves))
+    return range(max(1, min(wanted, int(1 / work))))
+
+
+def pooled(trees):
+    """Of the same results of several samples, small arrays as one; of others the first.
+
+    No sample is kept for longer than it takes.
+    """
+    found = []
+    for tree in trees:
+        leaves, structure = jax.tree.flatten(tree)
+        found = found or [[] for _ in leaves]
+        for kept, x in zip(found, leaves, strict=True):
+            if not kept or x.size < ENOUGH:
+                kept.append(x)
+    joined = [kept[0] if len(kept) == 1 else np.stack(kept) for kept in found]
+    return structure.unflatten(joined)
 
 
 def compare(fn, reference, arrays: dict, dtype, exact=(), gates=()) -> None:
     """``fn`` against ``reference`` in float64, from the same rounded inputs.
 
-    Both return (out, state). Names in ``gates`` have the wider bar.
+    Both return (out, state). Names in ``gates`` have the wider bar. Gradients of few
+    values are those for several cotangents.
     """
+    times = len(seeds_for(arrays, work=1 / 8))
     with jax.enable_x64(True):
         given = rounded(arrays, dtype, exact)
-        got, gradients = values_and_gradients(fn, given)
+        got, gradients = pooled(samples(fn, [given] * times))
         wide = jax.tree.map(
             lambda x: (
                 jnp.asarray(x, jnp.float64)
@@ -95,7 +161,7 @@ def compare(fn, reference, arrays: dict, dtype, exact=(), gates=()) -> None:
             ),
             given,
         )
-        expected, exact_gradients = values_and_gradients(reference, wide)
+        expected, exact_gradients = pooled(samples(reference, [wide] * times))
         for name, gradient in gradients.items():
             leaves = map(jax.tree.leaves, (gradient, given[name]))
             for x, y in zip(*leaves, strict=True):

@@ -13,9 +13,11 @@ from recurrent_cases import (
     BARS,
     assert_within_bars,
     decays,
+    pooled,
     relative_rms,
     rounded,
-    values_and_gradients,
+    samples,
+    seeds_for,
 )
 from tolerance import assert_close
 
@@ -88,8 +90,8 @@ MORE = [
 ]
 
 
-def arrays_of(case: Case) -> dict:
-    rng = np.random.default_rng(case.seqlen)
+def arrays_of(case: Case, seed: int = 0) -> dict:
+    rng = np.random.default_rng([case.seqlen, seed] if seed else case.seqlen)
     groups, heads = case.heads
     rows = (case.batch, case.seqlen)
     q, k = rng.standard_normal((2, *rows, groups, case.key_dim))
@@ -175,6 +177,12 @@ def kernels(case: Case, tiles: config.ScanConfig | None = None):
     return linear_attention
 
 
+def seeds_of(case: Case, tokens: int = 2**16) -> range:
+    """Of which few values are enough to compare, within ``tokens`` of all heads."""
+    mine = case.batch * case.heads[1] * case.seqlen
+    return seeds_for(arrays_of(case), mine / tokens)
+
+
 @contextlib.contextmanager
 def modelled():
     """Calls of kernels are those of the model."""
@@ -201,14 +209,20 @@ def assert_all_close(dtype, got, exact, low, floors=()):
         assert_close(*each, what=what, floor=floor)
 
 
-def check(fn, case: Case, arrays: dict | None = None, floors=()) -> None:
-    """``fn`` against the recurrence in float64, measured by plain XLA's errors."""
+def check(
+    fn, case: Case, arrays: dict | None = None, floors=(), seeds: range = range(1)
+) -> None:
+    """``fn`` against the recurrence in float64, measured by plain XLA's errors.
+
+    Results of few values are compared over all ``seeds``.
+    """
+    many = [arrays] if arrays else [arrays_of(case, seed) for seed in seeds]
     with jax.enable_x64(True):
-        arrays = rounded(arrays or arrays_of(case), case.dtype, EXACT)
-        got = values_and_gradients(fn, arrays)
+        many = [rounded(each, case.dtype, EXACT) for each in many]
+        got = pooled(samples(fn, many))
         with modelled():
-            low = values_and_gradients(kernels(case), arrays)
-        exact = values_and_gradients(reference(case), jax.tree.map(floats64, arrays))
+            low = pooled(samples(kernels(case), many, as_written=True))
+        exact = pooled(samples(reference(case), jax.tree.map(floats64, many)))
     for x, y in zip(*map(jax.tree.leaves, (got, low)), strict=True):
         assert x.dtype == y.dtype
     assert_all_close(case.dtype, got, exact, low, floors)

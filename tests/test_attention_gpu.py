@@ -70,6 +70,18 @@ def test_gradients_that_need_no_fixed_order(case):
     _check(case, deterministic=False)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_equal_scores_in_block_after_block(head_dim):
+    """What a block does to the sums before it shows where there are 64 and more."""
+    case = Case(1, 64, 8192, 2, 1, head_dim)
+    q, k, *others = case.inputs()
+    inputs = (8 * q, np.broadcast_to(k[:, :1], k.shape), *others)
+    results = [_run(case, inputs), attention_cases.reference_f64(case, *inputs)]
+    results.append(attention_cases.low_precision(case, *inputs))
+    for name, *arrays in zip(_NAMES[:2], *results, strict=False):
+        assert_close(*arrays, what=name)
+
+
 def test_scale():
     # Powers of two scale exactly.
     case = _TYPICAL[0]

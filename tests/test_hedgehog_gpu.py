@@ -21,6 +21,7 @@ from hedgehog_kernel_cases import (
     arrays_of,
     check,
     public,
+    seeds_of,
     specs_of,
 )
 from recurrent_cases import rounded, split_at, values_and_gradients
@@ -64,7 +65,7 @@ def poisoned_memory():
     "case", CASES + MORE + LENGTHS + DOCUMENTS + MORE_DOCUMENTS + LARGER, ids=str
 )
 def test_values_and_gradients(case):
-    check(public(case, "tk"), case)
+    check(public(case, "tk"), case, seeds=seeds_of(case))
 
 
 @pytest.mark.parametrize(

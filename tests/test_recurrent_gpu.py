@@ -23,6 +23,7 @@ from recurrent_kernel_cases import (
     floats64,
     public,
     reference,
+    seeds_of,
     specs_of,
 )
 
@@ -78,7 +79,7 @@ def poisoned_memory():
 
 @pytest.mark.parametrize("case", CASES + MORE + LENGTHS + LARGER, ids=str)
 def test_values_and_gradients(case):
-    check(public(case, "tk"), case)
+    check(public(case, "tk"), case, seeds=seeds_of(case))
 
 
 @pytest.mark.parametrize("case", LARGER[:3] + LARGER[4:9], ids=str)

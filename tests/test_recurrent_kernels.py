@@ -22,6 +22,7 @@ from recurrent_kernel_cases import (
     kernels,
     public,
     reference,
+    seeds_of,
     specs_of,
 )
 
@@ -69,7 +70,7 @@ def compiled(request):
     "case", CASES + [pytest.param(case, marks=EXHAUSTIVE) for case in MORE], ids=str
 )
 def test_values_and_gradients(case):
-    check(public(case), case)
+    check(public(case), case, seeds=seeds_of(case))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_values_and_gradients(case):
     ids=str,
 )
 def test_what_the_gpu_executes(case, ptx):
-    check(public(case), case)
+    check(public(case), case, seeds=seeds_of(case, tokens=2**8))
 
 
 @pytest.mark.parametrize("chunks", SEGMENTS)

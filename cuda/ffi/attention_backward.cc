@@ -211,9 +211,13 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.tiles = static_cast<int>(key_blocks * s.num_kv_heads * s.batch);
   params.turn_group = static_cast<int>(std::min(key_blocks, resident));
   params.tile_rows = static_cast<int>(s.num_kv_heads * s.batch);
-  params.rows_together = static_cast<int>(std::min<std::int64_t>(
-      params.tile_rows, attention::causal_rows_together(s.padded_q(), s.num_heads / s.num_kv_heads,
-                                                        call.kernels.narrow_head_dim())));
+  params.rows_together = 1;
+  const std::int64_t head_dim = call.kernels.narrow_head_dim();
+  if (attention::causal_longest_first(head_dim, call.kernels.features)) {
+    const std::int64_t together =
+        attention::causal_rows_together(s.padded_q(), s.num_heads / s.num_kv_heads, head_dim);
+    params.rows_together = static_cast<int>(std::min<std::int64_t>(params.tile_rows, together));
+  }
   return runtime::launch(kernel, stream, {backward_blocks(call, resident)}, &params);
 }
 

@@ -82,7 +82,7 @@ struct Backward {
   using Weights = RegTile<T, 16, kBlockQ>;
   using DkvTile = RegTile<float, 16, kHeadDim>;
   using DqPart = RegTile<float, 16, 64>;
-  using QTurns = Turns<Traits::kMask, kFeatures, kBlockQ, kBlockKv>;
+  using QTurns = Turns<Traits::kMask, kFeatures, kHeadDim, kBlockQ, kBlockKv>;
 
   struct Shared {
     KvTile k_smem, v_smem;  // at a tile's end, dk and dv on their way out

@@ -69,7 +69,7 @@ struct BackwardWide {
   using KvRing = Pipeline<1>;
   using Scores = RegTile<float, 16, kBlockQ>;
   using Weights = RegTile<T, 16, kBlockQ>;
-  using Steps = Turns<Traits::kMask, kFeatures, kBlockQ, kBlockKv>;
+  using Steps = Turns<Traits::kMask, kFeatures, kHeadDim, kBlockQ, kBlockKv>;
   // No turns: heads one after another, which takes fewer registers.
   using Queries = Select<Steps::kMapped, MappedSteps, CountedSteps<Steps>>;
   // Whether a bias is loaded where it is added: for all of it to arrive beside the scores' product

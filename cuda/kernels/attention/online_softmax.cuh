@@ -37,8 +37,10 @@ struct OnlineSoftmax {
               [=](float old, float now) { return (now - old) * factor <= kSlack ? old : now; });
     PerRow<16> shift;
     warp::map(shift, row_max, [=](float x) { return shift_of(x, factor); });
+    // From one rounded shift to the next, so one where it stays: what a fused multiply-add keeps of
+    // the product would enter the sum anew with every block.
     warp::zip(correction, before, shift,
-              [=](float old, float now) { return math::exp2(old * factor - now); });
+              [=](float old, float now) { return math::exp2(math::mul(old, factor) - now); });
     warp::map_rows(scores, scores, shift,
                    [=](float s, float now) { return math::exp2(s * factor - now); });
     // The block's own sum first: adding each weight to the running sum would round as often.

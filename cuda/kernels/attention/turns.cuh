@@ -4,10 +4,10 @@
 // where blocks that run together are never at the same query block at the same time, each a step
 // behind the one before it, and add in just that order.
 //
-// A causal mask, but for one beside a cap and a bias: key blocks with most to do are started first,
+// A causal mask, where causal_longest_first says so: key blocks with most to do are started first,
 // those of all heads side by side, so that none of them is left over at the end. All go down from
 // the last query block, for which turns go from the lowest n up: whoever started together is soon
-// apart by the time that a turn takes. A band, a block map, or that one: key block n starts at the
+// apart by the time that a turn takes. Any other mask, or a block map: key block n starts at the
 // first query block that sees it and goes up; a higher n starts further on, or later. All started
 // together, the higher n is always ahead: turns go from the highest n down. Otherwise: of a group
 // of blocks that run together, each starts at a different query block, evenly spread, goes up and
@@ -19,13 +19,12 @@
 
 namespace tk::attention {
 
-template <Mask kMask, unsigned kFeatures, int kBlockQ, int kBlockKv>
+template <Mask kMask, unsigned kFeatures, int kHeadDim, int kBlockQ, int kBlockKv>
 struct Turns {
   static constexpr bool kMapped = (kFeatures & kMapFeatures) != 0;
-  // Whether turns go from the first key block up, or from the last down, rather than by arrival. A
-  // cap and a bias together leave no registers for steps down.
-  static constexpr bool kAscending = kMask == Mask::kCausal && !kMapped &&
-                                     !((kFeatures & kSoftCap) != 0 && (kFeatures & kBias) != 0);
+  // Whether turns go from the first key block up, or from the last down, rather than by arrival.
+  static constexpr bool kAscending =
+      kMask == Mask::kCausal && !kMapped && causal_longest_first(kHeadDim, kFeatures);
   static constexpr bool kDescending = !kAscending && (kMask != Mask::kNone || kMapped);
 
   int q_blocks;   // query blocks of the sequence
