@@ -207,7 +207,8 @@ def scan_config(
     ]
     on_each, segments = min(options, key=lambda option: predicted_us(*option))
     consumers = shared if on_each == 2 else 1
-    outputs_stages = 3 if narrow and consumers == on_each else 2
+    # One consumer alone has little else to hide what loads take.
+    outputs_stages = 3 if narrow and on_each == 1 else 2
     gradients_stages = 2 if gradients_shared_bytes(tile, 2) <= _SHARED_BYTES else 1
     return ScanConfig(
         chunks_of_segment=-(-chunks // segments),
