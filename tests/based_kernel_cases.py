@@ -9,9 +9,10 @@ import numpy as np
 from recurrent_cases import (
     BARS,
     assert_within_bars,
+    pooled,
     relative_rms,
     rounded,
-    values_and_gradients,
+    samples,
 )
 from tolerance import assert_close
 
@@ -204,9 +205,15 @@ def check(fn, case: Case, arrays: dict | None = None) -> None:
     """``fn`` against the recurrence in float64, measured by plain XLA's errors."""
     with jax.enable_x64(True):
         arrays = rounded(arrays or arrays_of(case), case.dtype, EXACT)
-        got = values_and_gradients(fn, arrays)
-        low = values_and_gradients(low_precision(case), arrays, as_written=True)
-        exact = values_and_gradients(reference(case), jax.tree.map(floats64, arrays))
+        # What the divisors' state gets is large for the constant feature alone: a number
+        # for each head, whose error is a matter of luck. Hence several cotangents.
+        times, few = (4, 1024) if case.normalize and case.state else (1, 0)
+        got = pooled(samples(fn, [arrays] * times), few)
+        low = pooled(
+            samples(low_precision(case), [arrays] * times, as_written=True), few
+        )
+        wide = jax.tree.map(floats64, arrays)
+        exact = pooled(samples(reference(case), [wide] * times), few)
     paths = [
         jax.tree_util.keystr(path) for path, _ in jax.tree.flatten_with_path(got)[0]
     ]

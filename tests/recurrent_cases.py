@@ -127,17 +127,18 @@ def seeds_for(arrays: dict, work: float) -> range:
     return range(max(1, min(wanted, int(1 / work))))
 
 
-def pooled(trees):
+def pooled(trees, enough=ENOUGH):
     """Of the same results of several samples, small arrays as one; of others the first.
 
-    No sample is kept for longer than it takes.
+    Small are those of fewer than ``enough`` values. No sample is kept for longer than
+    it takes.
     """
     found = []
     for tree in trees:
         leaves, structure = jax.tree.flatten(tree)
         found = found or [[] for _ in leaves]
         for kept, x in zip(found, leaves, strict=True):
-            if not kept or x.size < ENOUGH:
+            if not kept or x.size < enough:
                 kept.append(x)
     joined = [kept[0] if len(kept) == 1 else np.stack(kept) for kept in found]
     return structure.unflatten(joined)

@@ -36,7 +36,13 @@ def targets(text) -> list[str]:
 
 
 # The last two are gradients of maps.
-BACKWARD = ["document_states", "queries", "document_states", "keys", *["segment_sums"] * 2]
+BACKWARD = [
+    "document_states",
+    "queries",
+    "document_states",
+    "keys",
+    *["segment_sums"] * 2,
+]
 
 run = functools.partial(
     tk_jax.hedgehog_attention, alpha=0.5, beta=0.5, implementation="tk"
