@@ -205,8 +205,8 @@ def check(fn, case: Case, arrays: dict | None = None) -> None:
     """``fn`` against the recurrence in float64, measured by plain XLA's errors."""
     with jax.enable_x64(True):
         arrays = rounded(arrays or arrays_of(case), case.dtype, EXACT)
-        # What the divisors' state gets is large for the constant feature alone: a number
-        # for each head, whose error is a matter of luck. Hence several cotangents.
+        # What the divisors' state gets is large for the constant feature alone: of a
+        # number for each head, the error is a matter of luck. Hence several cotangents.
         times, few = (4, 1024) if case.normalize and case.state else (1, 0)
         got = pooled(samples(fn, [arrays] * times), few)
         low = pooled(

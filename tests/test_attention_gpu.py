@@ -51,9 +51,9 @@ def _check(case, **settings):
         assert_close(*arrays, what=f"{case} {name}", floor=floor)
 
 
-# Tensor cores cut sums off as they add: scores of some 2000 come out 4e-4 too small where
-# one register has the sum over 256 dimensions, as ours. XLA splits it into four here, so
-# that lse has a third of our error.
+# Tensor cores cut sums off as they add: scores of some 2000 come out 4e-4 too small
+# where one register has the sum over 256 dimensions, as ours. XLA splits it into four
+# here, so that lse has a third of our error.
 _CUT_OFF = Case(1, 193, 193, 2, 1, 256, "causal", gain=30)
 
 
