@@ -75,10 +75,10 @@ CASES = [
     SSD(1, 16, 64, skip="H"),
     SSD(65, 128, 64, (1, 4), skip="H", gate=True),
     SSD(200, 16, 64, (2, 4), "float16", skip="P", packed=True, gate=True),
+    LINEAR(66, 192, 16, (1, 1), "float16", decay="head", state=False),
 ]
 MORE = [
     LINEAR(130, 6, 10, (2, 2), decay="none", packed=True),
-    LINEAR(66, 192, 16, (1, 1), "float16", decay="head", state=False),
     LINEAR(129, 256, 72, (1, 1), "float16", packed=True),
     LINEAR(1000, 64, 64, (1, 2), "float16"),
     LINEAR(193, 128, 64, (2, 2), normalize=True, decay="head"),

@@ -45,9 +45,9 @@ struct Outputs {
 
   // S is kept in parts of so many columns. Where it is one, there are registers for a rounded copy
   // and S q^T is computed beside q k^T.
-  static constexpr int kPart = kKeyDim <= 128 ? kKeyDim : 128;
+  static constexpr int kPart = kKeyDim <= 128 ? kKeyDim : kKeyDim % 128 == 0 ? 128 : 64;
   static constexpr int kParts = kKeyDim / kPart;
-  static_assert(kKeyDim % kPart == 0 && kParts <= 2, "a state of one or two parts");
+  static_assert(kKeyDim % kPart == 0 && kParts <= 3, "a state of one to three parts");
 
   using KeyTile = SharedTile<T, kChunk, kKeyDim>;
   using ValueTile = SharedTile<T, kChunk, kSlice>;
@@ -139,6 +139,7 @@ struct Outputs {
     for (int chunk = segment.first; chunk < segment.end; ++chunk, stage.advance()) {
       const KeyTile& q_smem = shared.q_smem[stage.stage];
       const KeyTile& k_smem = shared.k_smem[stage.stage];
+      const ValueTile& v_smem = shared.v_smem[consumer][stage.stage];
       const WeightTile& weights_smem = shared.weights_smem[consumer][chunk % kTiles];
       const ChunkGates<kFeatures>& gates = shared.gates[consumer][stage.stage];
       Scores scores;
@@ -148,15 +149,12 @@ struct Outputs {
       warpgroup::mma_commit();
       Values v, values;
       GateColumns<kFeatures> cols;
-      const auto load_operands = [&] {
-        gates.load_columns(cols);
-        warpgroup::load_transposed(v, shared.v_smem[consumer][stage.stage]);
-      };
       RegTile<T, 16, kChunk> weights;
       if constexpr (kParts == 1) {
         warpgroup::mm_ABt(out, rounded, q_smem);
         warpgroup::mma_commit();
-        load_operands();
+        gates.load_columns(cols);
+        warpgroup::load_transposed(v, v_smem);
         warpgroup::mma_wait<1>(scores);
         gates.apply(weights, scores, cols);
       } else {
@@ -167,6 +165,8 @@ struct Outputs {
       publish(params, shared, place, consumer, segment, chunk);
       if constexpr (kParts == 1) {
         warpgroup::mma_wait<0>(out, rounded);
+        gates.scale_cols_before(out, cols);
+        warp::convert(values, v);
       } else {
 #pragma unroll
         for (int i = 0; i < kParts; ++i) {
@@ -175,14 +175,14 @@ struct Outputs {
           warpgroup::mma_commit();
           warpgroup::mma_wait<0>(out, rounded);
         }
-        load_operands();
+        warpgroup::load_transposed(v, v_smem);
+        gates.scale_cols_before(out, 1.0f);
       }
-      gates.scale_cols_before(out, cols);
-      if constexpr (kParts == 1) warp::convert(values, v);
       warpgroup::mma_ABt(out, v, weights_smem);
       warpgroup::mma_commit();
       const auto finish_out = [&] {
-        if (params.scale != 1) warp::mul(out, out, params.scale);
+        // To ask takes registers that large states leave none of.
+        if (kParts > 1 || params.scale != 1) warp::mul(out, out, params.scale);
         if constexpr (kHasSkip) add_skip(out, v, shared.skip[consumer]);
         if constexpr (kTiles == 1) {  // all have read the weights, and the out before has left
           if (warpgroup::leader()) tma::wait_read<0>();
@@ -194,8 +194,10 @@ struct Outputs {
         warpgroup::mma_wait<0>(out, v);
         finish_out();
         warp::convert(values, v);
+        gates.scale_cols_after(values);
+      } else {
+        gates.scale_cols_after(values, cols);
       }
-      gates.scale_cols_after(values, cols);
       const float total = gates.total();
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
@@ -207,7 +209,7 @@ struct Outputs {
         warpgroup::mma_wait<1>(out, v);
         finish_out();
       }
-      warpgroup::mma_wait<0>(state[0], state[kParts - 1], values);
+      warpgroup::mma_wait<0>(state[0], state[kParts / 2], state[kParts - 1], values);
       shared.ring.release(stage);
       if constexpr (kParts == 1) warp::convert(rounded, state[0]);
     }
