@@ -55,14 +55,19 @@ class Package:
             )
             if found:
                 return found[1]
-        command = ["git", "-C", str(self.folder), "rev-parse", "HEAD"]
+        command = ["git", "-C", str(self.folder), "rev-parse"]
+        command += ["--show-toplevel", "HEAD"]
         try:
             described = subprocess.run(
                 command, capture_output=True, text=True, check=True
             )
         except (OSError, subprocess.CalledProcessError):
             return "of unknown version"
-        return described.stdout.strip()
+        top, commit = described.stdout.splitlines()
+        # A copy within another repository has not that one's commit.
+        if pathlib.Path(top).resolve() != self.folder.resolve():
+            return "of unknown version"
+        return commit
 
 
 MAMBA_SSM = Package(

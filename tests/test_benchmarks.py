@@ -21,6 +21,7 @@ from benchmarks import (  # noqa: E402
     dispatch,
     implementations,
     plot,
+    recurrent,
     results,
     run,
     table,
@@ -306,7 +307,8 @@ def test_dispatch_rows(on_cpu, monkeypatch, tmp_path):
 def test_committed_results_are_the_readme_s(tmp_path):
     """README's tables are those of ``python -m benchmarks.table``."""
     page = (ROOT / "README.md").read_text()
-    for op in ("attention", "matmul"):
+    ops = ("attention", "matmul", *recurrent.CASE_TYPES)
+    for op in ops:
         path = results.default_path(op, GPU)
         text = table.render(results.read(path), op)
         assert table.replaced(page, text, op) == page, (

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import re
+import subprocess
 import sys
 import types
 
@@ -387,6 +389,20 @@ def test_merging_compares_versions_of_folders(folders, tmp_path):
     init.write_text('__version__ = "9.9"\n')
     with pytest.raises(results.MergeError, match=r"mamba-ssm 9\.8\.7, and 9\.9 is"):
         results.read_for_merging(path, GPU)
+    packages.set_folders({})
+
+
+def test_a_folder_s_commit_is_its_own(tmp_path):
+    """Of a copy of files within another repository, nothing is known."""
+    (tmp_path / "outer" / "copy").mkdir(parents=True)
+    git = ["git", "-C", str(tmp_path / "outer"), "-c", "user.name=a", "-c"]
+    git += ["user.email=a@b.c"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    packages.set_folders({"thunderkittens": tmp_path / "outer" / "copy"})
+    assert packages.THUNDERKITTENS.version() == "of unknown version"
+    packages.set_folders({"thunderkittens": tmp_path / "outer"})
+    assert re.fullmatch("[0-9a-f]{40}", packages.THUNDERKITTENS.version())
     packages.set_folders({})
 
 
