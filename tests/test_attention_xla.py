@@ -171,7 +171,10 @@ def test_float64_stays_float64(rng):
         np.testing.assert_allclose(lse, expected_lse, rtol=1e-12)
 
 
-@pytest.mark.parametrize("mask", ["full", "causal", "bottom_right"])
+@pytest.mark.parametrize(
+    "mask",
+    ["full", pytest.param("causal", marks=pytest.mark.exhaustive), "bottom_right"],
+)
 def test_derivatives_of_first_and_second_order_in_both_modes(mask, monkeypatch, rng):
     # Small chunks and blocks, so that several are visited.
     monkeypatch.setattr(xla, "BLOCK_Q", 3)
