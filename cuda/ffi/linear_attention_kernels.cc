@@ -91,7 +91,8 @@ Result<KernelSpec> LinearAttentionWalkKernel::spec() const {
                           type + "Params");
   if (is_reverse) spec.symbol += "_reverse";
   spec.symbol += "_" + suffix(dtype, key_dim, features);
-  spec.function += "<tk::linear_attention::" + type + "Traits<" + type_name(dtype) + ", " +
+  spec.function += std::string("<tk::linear_attention::") +
+                   (is_outputs ? "OutputsTraits<" : "StatesTraits<") + type_name(dtype) + ", " +
                    std::to_string(key_dim) + ", ";
   if (!is_outputs) spec.function += std::string(bool_name(is_reverse)) + ", ";
   spec.function += std::to_string(features) + ", " + std::to_string(config.consumers) + ", " +

@@ -81,19 +81,15 @@ struct ChunkGates {
   // times a factor.
   template <typename Tile>
   __device__ __forceinline__ void scale_cols_before(Tile& tile, float factor) const {
-    PerCol<kChunk> left;
-    warp::load(left, sums);
-    warp::map(left, left, [=](float a) { return math::exp2(a) * factor; });
-    warp::mul_cols(tile, tile, left);
-    if constexpr ((kFeatures & kCounts) != 0) {
-      warp::map_cols(tile, tile, counts, [](float x, float n) { return n > 0 ? 0.0f : x; });
-    }
+    GateColumns<kFeatures> cols;
+    warp::load(cols.sums, sums);
+    scale_cols_before(tile, cols, factor);
   }
   template <typename Tile>
-  __device__ __forceinline__ void scale_cols_before(Tile& tile,
-                                                    const GateColumns<kFeatures>& cols) const {
+  __device__ __forceinline__ void scale_cols_before(Tile& tile, const GateColumns<kFeatures>& cols,
+                                                    float factor = 1.0f) const {
     PerCol<kChunk> left;
-    warp::map(left, cols.sums, [](float a) { return math::exp2(a); });
+    warp::map(left, cols.sums, [=](float a) { return math::exp2(a) * factor; });
     warp::mul_cols(tile, tile, left);
     if constexpr ((kFeatures & kCounts) != 0) {
       warp::map_cols(tile, tile, counts, [](float x, float n) { return n > 0 ? 0.0f : x; });

@@ -99,7 +99,7 @@ struct StatesParams {
 
 // -- segment_sums ---------------------------------------------------------------------------------
 // Kernel: "kernels/linear_attention/segment_sums.cuh"
-//   tk::linear_attention::segment_sums<tk::linear_attention::SegmentSumsTraits<
+//   tk::linear_attention::segment_sums<tk::linear_attention::StatesTraits<
 //       T, kKeyDim, kReverse, kFeatures, kConsumers, kStages>>
 // Grid: H * slices / consumers, segments - left_out, B.
 // Forward: of segments, from keys k and values v; the last may be left out. Reverse: from keys q

@@ -14,52 +14,20 @@
 // Budget: that of states.cuh without the copy on its way out. Limit: reading keys and values.
 #pragma once
 
-#include "kernels/linear_attention/gates.cuh"
 #include "kernels/linear_attention/walk.cuh"
 #include "tk/tk.cuh"
 
 namespace tk::linear_attention {
 
-template <typename T_, int kKeyDim_, bool kReverse_, unsigned kFeatures_, int kConsumers_,
-          int kStages_>
-struct SegmentSumsTraits {
-  using T = T_;
-  static constexpr int kKeyDim = kKeyDim_;
-  static constexpr bool kReverse = kReverse_;
-  static constexpr unsigned kFeatures = kFeatures_;
-  static constexpr int kConsumers = kConsumers_;
-  static constexpr int kStages = kStages_;
-  static_assert(kConsumers == 1 || kConsumers == 2, "one or two slices share their keys");
-  static_assert((kFeatures & kSkip) == 0, "what skips the state has no part in it");
-  static_assert(!kReverse || (kFeatures & kWeights) == 0, "gradients of out have no weights");
-};
-
 template <typename Traits>
-struct SegmentSums {
+struct SegmentSums : StatesWalk<Traits> {
+  using Walk = StatesWalk<Traits>;
   using T = typename Traits::T;
-  static constexpr int kKeyDim = Traits::kKeyDim;
-  static constexpr unsigned kFeatures = Traits::kFeatures;
-  static constexpr int kConsumers = Traits::kConsumers;
-  static constexpr int kResidentBlocks = walk_blocks(kKeyDim, kConsumers);
-  static constexpr int kProducerRegisters = kConsumers == 1 && kResidentBlocks == 1 ? 56 : 24;
-  static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 232 : 240;
-
-  using KeyTile = SharedTile<T, kChunk, kKeyDim>;
-  using ValueTile = SharedTile<T, kChunk, kSlice>;
-  using Ring = Pipeline<Traits::kStages>;
-  using Sum = RegTile<float, 16, kKeyDim>;
-
-  struct Shared {
-    KeyTile keys_smem[Traits::kStages];
-    ValueTile values_smem[kConsumers][Traits::kStages];
-    ChunkGates<kFeatures> gates[kConsumers][Traits::kStages];
-    Ring ring;
-  };
+  using Shared = typename Walk::Stages;
   static_assert(sizeof(Shared) + 1024 <=
-                    segment_sums_shared_bytes(kKeyDim, {kConsumers, Traits::kStages}),
+                    segment_sums_shared_bytes(Traits::kKeyDim,
+                                              {Traits::kConsumers, Traits::kStages}),
                 "linear_attention.h's segment_sums_shared_bytes covers the shared memory");
-  static constexpr int kStageBytes =
-      KeyTile::kBytes + kConsumers * (ValueTile::kBytes + ChunkGates<kFeatures>::kBytes);
 
   __device__ __forceinline__ static Segment segment_of(const SegmentSumsParams& params) {
     return Segment::at(params, grid::block_y() + (Traits::kReverse ? params.left_out : 0));
@@ -70,43 +38,23 @@ struct SegmentSums {
   }
 
   __device__ __forceinline__ static void init(const SegmentSumsParams&, Shared& shared) {
-    shared.ring.init(4 * kConsumers);
+    shared.ring.init(4 * Traits::kConsumers);
   }
 
   __device__ __forceinline__ static void load(const SegmentSumsParams& params, Shared& shared) {
-    tma::prefetch(params.keys);
-    tma::prefetch(params.values);
-    const Segment segment = segment_of(params);
-    typename Ring::State state;
-    for (int step = 0; step < segment.end - segment.first; ++step, state.advance()) {
-      const int chunk = chunk_at(segment, step);
-      shared.ring.acquire(state, kStageBytes);
-      Barrier& full = shared.ring.full(state);
-#pragma unroll
-      for (int i = 0; i < kConsumers; ++i) {
-        const Place place = Place::of(params, kConsumers, i);
-        if (i == 0) {
-          tma::load(shared.keys_smem[state.stage], params.keys, full, tma::Keep::kNormal, 0,
-                    chunk * kChunk, place.group(params), place.batch);
-        }
-        tma::load(shared.values_smem[i][state.stage], params.values, full, tma::Keep::kNormal,
-                  place.slice * kSlice, chunk * kChunk, place.head, place.batch);
-        shared.gates[i][state.stage].load(params.gates, full, place.row(params), place.batch, chunk,
-                                          params.chunks);
-      }
-    }
+    Walk::template load_chunks<SegmentSums>(params, shared);
   }
 
   __device__ __forceinline__ static void compute(const SegmentSumsParams& params, Shared& shared,
                                                  int consumer) {
-    const Place place = Place::of(params, kConsumers, consumer);
+    const Place place = Place::of(params, Traits::kConsumers, consumer);
     const Segment segment = segment_of(params);
-    Sum sum;
+    typename Walk::State sum;
     warp::zero(sum);
     float left = 1;  // of a chunk's own sum
-    typename Ring::State stage;
+    typename Walk::Ring::State stage;
     for (int step = 0; step < segment.end - segment.first; ++step, stage.advance()) {
-      const ChunkGates<kFeatures>& gates = shared.gates[consumer][stage.stage];
+      const ChunkGates<Traits::kFeatures>& gates = shared.gates[consumer][stage.stage];
       RegTile<T, 16, kChunk> values;  // a row for each column of values
       shared.ring.wait(stage);
       warpgroup::load_transposed(values, shared.values_smem[consumer][stage.stage]);

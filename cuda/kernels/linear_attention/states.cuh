@@ -14,55 +14,28 @@
 // column.
 #pragma once
 
-#include "kernels/linear_attention/gates.cuh"
 #include "kernels/linear_attention/walk.cuh"
 #include "tk/tk.cuh"
 
 namespace tk::linear_attention {
 
-template <typename T_, int kKeyDim_, bool kReverse_, unsigned kFeatures_, int kConsumers_,
-          int kStages_>
-struct StatesTraits {
-  using T = T_;
-  static constexpr int kKeyDim = kKeyDim_;
-  static constexpr bool kReverse = kReverse_;
-  static constexpr unsigned kFeatures = kFeatures_;
-  static constexpr int kConsumers = kConsumers_;
-  static constexpr int kStages = kStages_;
-  static_assert(kConsumers == 1 || kConsumers == 2, "one or two slices share their keys");
-  static_assert((kFeatures & kSkip) == 0, "what skips the state has no part in it");
-  static_assert(!kReverse || (kFeatures & kWeights) == 0, "gradients of out have no weights");
-};
-
 template <typename Traits>
-struct States {
+struct States : StatesWalk<Traits> {
+  using Walk = StatesWalk<Traits>;
   using T = typename Traits::T;
-  static constexpr int kKeyDim = Traits::kKeyDim;
-  static constexpr unsigned kFeatures = Traits::kFeatures;
-  static constexpr int kConsumers = Traits::kConsumers;
-  static constexpr int kResidentBlocks = walk_blocks(kKeyDim, kConsumers);
-  static constexpr int kProducerRegisters = kConsumers == 1 && kResidentBlocks == 1 ? 56 : 24;
-  static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 232 : 240;
+  using StateTile = SharedTile<T, kSlice, Traits::kKeyDim>;
+  using typename Walk::State;
 
-  using KeyTile = SharedTile<T, kChunk, kKeyDim>;
-  using ValueTile = SharedTile<T, kChunk, kSlice>;
-  using StateTile = SharedTile<T, kSlice, kKeyDim>;
-  using Ring = Pipeline<Traits::kStages>;
-  using State = RegTile<float, 16, kKeyDim>;
-
-  struct Shared {
-    KeyTile keys_smem[Traits::kStages];
-    ValueTile values_smem[kConsumers][Traits::kStages];
-    StateTile state_smem[kConsumers];
-    ChunkGates<kFeatures> gates[kConsumers][Traits::kStages];
-    Ring ring;
+  struct Shared : Walk::Stages {
+    StateTile state_smem[Traits::kConsumers];
   };
   static_assert(sizeof(Shared) + 1024 <=
-                    states_shared_bytes(kKeyDim, {kConsumers, Traits::kStages}),
+                    states_shared_bytes(Traits::kKeyDim, {Traits::kConsumers, Traits::kStages}),
                 "linear_attention.h's states_shared_bytes covers the kernel's shared memory");
-  static constexpr int kStageBytes =
-      KeyTile::kBytes + kConsumers * (ValueTile::kBytes + ChunkGates<kFeatures>::kBytes);
 
+  __device__ __forceinline__ static Segment segment_of(const StatesParams& params) {
+    return Segment::of(params);
+  }
   // The chunk of a step.
   __device__ __forceinline__ static int chunk_at(const Segment& segment, int step) {
     return Traits::kReverse ? segment.end - 1 - step : segment.first + step;
@@ -75,42 +48,22 @@ struct States {
   }
 
   __device__ __forceinline__ static void init(const StatesParams&, Shared& shared) {
-    shared.ring.init(4 * kConsumers);
+    shared.ring.init(4 * Traits::kConsumers);
   }
 
   __device__ __forceinline__ static void load(const StatesParams& params, Shared& shared) {
-    tma::prefetch(params.keys);
-    tma::prefetch(params.values);
-    const Segment segment = Segment::of(params);
-    typename Ring::State state;
-    for (int step = 0; step < segment.end - segment.first; ++step, state.advance()) {
-      const int chunk = chunk_at(segment, step);
-      shared.ring.acquire(state, kStageBytes);
-      Barrier& full = shared.ring.full(state);
-#pragma unroll
-      for (int i = 0; i < kConsumers; ++i) {
-        const Place place = Place::of(params, kConsumers, i);
-        if (i == 0) {
-          tma::load(shared.keys_smem[state.stage], params.keys, full, tma::Keep::kNormal, 0,
-                    chunk * kChunk, place.group(params), place.batch);
-        }
-        tma::load(shared.values_smem[i][state.stage], params.values, full, tma::Keep::kNormal,
-                  place.slice * kSlice, chunk * kChunk, place.head, place.batch);
-        shared.gates[i][state.stage].load(params.gates, full, place.row(params), place.batch, chunk,
-                                          params.chunks);
-      }
-    }
+    Walk::template load_chunks<States>(params, shared);
   }
 
   __device__ __forceinline__ static void compute(const StatesParams& params, Shared& shared,
                                                  int consumer) {
-    const Place place = Place::of(params, kConsumers, consumer);
-    const Segment segment = Segment::of(params);
+    const Place place = Place::of(params, Traits::kConsumers, consumer);
+    const Segment segment = segment_of(params);
     const int slices = ceil_div(params.value_dim, kSlice);
     State state;
     load_state(state, params, place, segment);
 
-    typename Ring::State stage;
+    typename Walk::Ring::State stage;
     for (int step = 0; step < segment.end - segment.first; ++step, stage.advance()) {
       const int chunk = chunk_at(segment, step);
       if (begins_run(params, chunk)) {
@@ -119,7 +72,7 @@ struct States {
         store_chunk_state(params, shared.state_smem[consumer], state,
                           (matrix * slices + place.slice) * kSlice);
       }
-      const ChunkGates<kFeatures>& gates = shared.gates[consumer][stage.stage];
+      const ChunkGates<Traits::kFeatures>& gates = shared.gates[consumer][stage.stage];
       shared.ring.wait(stage);
       if constexpr (Traits::kReverse) {
         step_back(state, gates, shared.keys_smem[stage.stage],

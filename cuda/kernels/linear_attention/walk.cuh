@@ -2,7 +2,7 @@
 // a sequence.
 #pragma once
 
-#include "kernels/linear_attention/linear_attention.h"
+#include "kernels/linear_attention/gates.cuh"
 #include "tk/tk.cuh"
 
 namespace tk::linear_attention {
@@ -73,5 +73,74 @@ __device__ __forceinline__ void store_state(const State& state, const Params& pa
     warpgroup::store(state_rows(params.to, params, place, segment), state, 0, first_col);
   }
 }
+
+// -- Kernels of the state alone -------------------------------------------------------------------
+
+template <typename T_, int kKeyDim_, bool kReverse_, unsigned kFeatures_, int kConsumers_,
+          int kStages_>
+struct StatesTraits {
+  using T = T_;
+  static constexpr int kKeyDim = kKeyDim_;
+  static constexpr bool kReverse = kReverse_;
+  static constexpr unsigned kFeatures = kFeatures_;
+  static constexpr int kConsumers = kConsumers_;
+  static constexpr int kStages = kStages_;
+  static_assert(kConsumers == 1 || kConsumers == 2, "one or two slices share their keys");
+  static_assert((kFeatures & kSkip) == 0, "what skips the state has no part in it");
+  static_assert(!kReverse || (kFeatures & kWeights) == 0, "gradients of out have no weights");
+};
+
+// What segment_sums.cuh and states.cuh share: a ring of keys and of each consumer's values and
+// gates, which a producer warp fills with the chunks that Kernel::chunk_at names, one for each step
+// through Kernel::segment_of.
+template <typename Traits>
+struct StatesWalk {
+  using T = typename Traits::T;
+  static constexpr int kKeyDim = Traits::kKeyDim;
+  static constexpr unsigned kFeatures = Traits::kFeatures;
+  static constexpr int kConsumers = Traits::kConsumers;
+  static constexpr int kResidentBlocks = walk_blocks(kKeyDim, kConsumers);
+  static constexpr int kProducerRegisters = kConsumers == 1 && kResidentBlocks == 1 ? 56 : 24;
+  static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 232 : 240;
+
+  using KeyTile = SharedTile<T, kChunk, kKeyDim>;
+  using ValueTile = SharedTile<T, kChunk, kSlice>;
+  using Ring = Pipeline<Traits::kStages>;
+  using State = RegTile<float, 16, kKeyDim>;
+
+  struct Stages {
+    KeyTile keys_smem[Traits::kStages];
+    ValueTile values_smem[kConsumers][Traits::kStages];
+    ChunkGates<kFeatures> gates[kConsumers][Traits::kStages];
+    Ring ring;
+  };
+  static constexpr int kStageBytes =
+      KeyTile::kBytes + kConsumers * (ValueTile::kBytes + ChunkGates<kFeatures>::kBytes);
+
+  template <typename Kernel, typename Params>
+  __device__ __forceinline__ static void load_chunks(const Params& params, Stages& stages) {
+    tma::prefetch(params.keys);
+    tma::prefetch(params.values);
+    const Segment segment = Kernel::segment_of(params);
+    typename Ring::State state;
+    for (int step = 0; step < segment.end - segment.first; ++step, state.advance()) {
+      const int chunk = Kernel::chunk_at(segment, step);
+      stages.ring.acquire(state, kStageBytes);
+      Barrier& full = stages.ring.full(state);
+#pragma unroll
+      for (int i = 0; i < kConsumers; ++i) {
+        const Place place = Place::of(params, kConsumers, i);
+        if (i == 0) {
+          tma::load(stages.keys_smem[state.stage], params.keys, full, tma::Keep::kNormal, 0,
+                    chunk * kChunk, place.group(params), place.batch);
+        }
+        tma::load(stages.values_smem[i][state.stage], params.values, full, tma::Keep::kNormal,
+                  place.slice * kSlice, chunk * kChunk, place.head, place.batch);
+        stages.gates[i][state.stage].load(params.gates, full, place.row(params), place.batch, chunk,
+                                          params.chunks);
+      }
+    }
+  }
+};
 
 }  // namespace tk::linear_attention

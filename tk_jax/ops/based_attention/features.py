@@ -17,8 +17,6 @@ import numpy as np
 class Taylor:
     """For ``linear_attention.chunk``: weights, and the features that make them."""
 
-    made_by_step = True  # by the kernel of one token's step, from the values
-
     def num_features(self, dim):
         return 1 + dim + dim * (dim + 1) // 2
 

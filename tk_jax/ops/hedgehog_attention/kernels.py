@@ -8,7 +8,7 @@ The backward pass takes four steps, between which arrays are in memory: the sums
 each chunk, from k and v; all that depends on a chunk's queries; the gradients of the
 sums, back from the end, from phi(q) over the divisors and dout; and the gradients of a
 chunk's keys and values. The gradients of the maps are products over all tokens of what
-the two kernels of gradients leave behind, and those of linear attention's states.
+the two kernels of gradients leave behind: linear attention's sums of segments.
 
 With packed documents, tiles are what chunks are otherwise (``documents.py``). The sums
 of both directions come from a kernel of tiles, which chunks are too.
@@ -322,7 +322,7 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
 def _map_gradient(tokens, dscores):
     """The sum of tokens^T dscores over all tokens, float32 [B, heads, D, F].
 
-    A linear attention's kernel of states computes it from rows as they are; XLA's
+    Linear attention's sums of segments are computed from rows as they are; XLA's
     product would transpose both operands before.
     """
     batch, seqlen, heads, dim = tokens.shape

@@ -176,11 +176,8 @@ def _kernel_step(call, arrays):
         call.op.features,
         call.options.normalize,
     )
-    taylor = getattr(features, "made_by_step", False)
-    if features is not chunk.DOT and not taylor:
-        q = features.queries(q.astype(jnp.float32) * scale)
-        k = features.keys(k.astype(jnp.float32))
-        scale = 1.0
+    # The kernel makes the only others that there are.
+    taylor = features is not chunk.DOT
     decays = None
     if log_decay is not None:
         decays = jnp.exp(log_decay.astype(jnp.float32))

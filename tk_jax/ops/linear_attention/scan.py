@@ -191,7 +191,7 @@ def _run_forward(settings, arrays, _):
         *arrays[:3],
         gates,
         arrays.skip,
-        segment_starts(arrays, gates, tiles),
+        _segment_starts(arrays, gates, tiles),
         tiles,
         scale=settings.scale,
         ends=settings.return_state,
@@ -238,7 +238,7 @@ def _gates(arrays) -> calls.Gates:
     return calls.Gates(sums, weights, counts)
 
 
-def segment_starts(arrays, gates, tiles):
+def _segment_starts(arrays, gates, tiles):
     """The states that segments start with, [B, H, segments, V, K]; None for zeros."""
     kept = _kept(gates, tiles)
     if kept is None:
@@ -297,12 +297,14 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
         arrays.k,
         arrays.v,
         gates,
-        segment_starts(arrays, gates, tiles),
+        _segment_starts(arrays, gates, tiles),
         tiles,
         stored_every=config.PAIR,
         ends=False,
     )
-    pair_dstates, dstate = state_gradients(settings, arrays, gates, dout, dfinal, tiles)
+    pair_dstates, dstate = _state_gradients(
+        settings, arrays, gates, dout, dfinal, tiles
+    )
     found = calls.gradients(
         *arrays[:3],
         dout,
@@ -324,10 +326,8 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
     )
 
 
-def state_gradients(
-    settings, arrays, gates, dout, dfinal, tiles, stored_every=config.PAIR
-):
-    """Gradients of the states after runs of chunks, and of the initial state."""
+def _state_gradients(settings, arrays, gates, dout, dfinal, tiles):
+    """Gradients of the states after pairs of chunks, and of the initial state."""
     keys_and_values = (arrays.q, dout, gates._replace(weights=None))
     how = {"tiles": tiles, "scale": settings.scale, "reverse": True}
     kept = _kept(gates, tiles)
@@ -338,6 +338,6 @@ def state_gradients(
         ends = jnp.flip(_chained(dfinal, jnp.flip(kept, 2), jnp.flip(added, 2)), axis=2)
     wanted = arrays.state is not None
     dstates, dstarts = calls.states(
-        *keys_and_values, start=ends, stored_every=stored_every, ends=wanted, **how
+        *keys_and_values, start=ends, stored_every=config.PAIR, ends=wanted, **how
     )
     return dstates, dstarts[:, :, 0] if wanted else None
