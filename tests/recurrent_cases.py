@@ -113,8 +113,10 @@ def _floats(value) -> bool:
     return bool(leaves) and jnp.issubdtype(leaves[0].dtype, jnp.floating)
 
 
-# Of fewer values, the largest error and the RMS error are a matter of luck.
-ENOUGH = 16
+# Of fewer values, the largest error and the RMS error are a matter of luck. (Of 16 they
+# still were once: of twelve samples of 16 gradients of A, with an RMS error 0.72 times
+# that of plain XLA, one had a largest error 2.17 times as large, the others 0.4 to 1.1.)
+ENOUGH = 32
 
 
 def seeds_for(arrays: dict, work: float) -> range:
