@@ -46,7 +46,7 @@ def in_segments(chunks: int) -> config.ScanConfig:
         chunks_of_segment=chunks,
         states=config.WalkConfig(consumers=1, stages=2),
         outputs=config.WalkConfig(consumers=1, stages=2),
-        gradients=config.GradientsConfig(stages=2),
+        gradients=config.GradientsConfig(stages=2, key_stages=2),
     )
 
 

@@ -104,6 +104,7 @@ class GradientsConfig:
     """How the kernel of gradients computes them."""
 
     stages: int  # depth of the ring of slices
+    key_stages: int  # depth of that of groups' keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,13 +210,20 @@ def scan_config(
     consumers = shared if on_each == 2 else 1
     # One consumer alone has little else to hide what loads take.
     outputs_stages = 3 if narrow and on_each == 1 else 2
-    gradients_stages = 2 if gradients_shared_bytes(tile, 2) <= _SHARED_BYTES else 1
     return ScanConfig(
         chunks_of_segment=-(-chunks // segments),
         states=WalkConfig(consumers=consumers, stages=3),
         outputs=WalkConfig(consumers=consumers, stages=outputs_stages),
-        gradients=GradientsConfig(stages=gradients_stages),
+        gradients=_gradients_config(tile),
     )
+
+
+def _gradients_config(tile: int) -> GradientsConfig:
+    """Two stages of both rings where they fit."""
+    for stages, key_stages in ((2, 2), (2, 1)):
+        if gradients_shared_bytes(tile, stages, key_stages) <= _SHARED_BYTES:
+            return GradientsConfig(stages, key_stages)
+    return GradientsConfig(1, 1)
 
 
 def gradients_columns(tile: int) -> int:
@@ -223,11 +231,11 @@ def gradients_columns(tile: int) -> int:
     return tile if tile <= 128 else 64
 
 
-def gradients_shared_bytes(tile: int, stages: int) -> int:
+def gradients_shared_bytes(tile: int, stages: int, key_stages: int) -> int:
     """As gradients_shared_bytes in linear_attention.h."""
     stage = 2 * CHUNK * 3 * SLICE + 2 * SLICE * 2 * tile + 2048
-    out = 2 * CHUNK * (SLICE + 2 * gradients_columns(tile))
-    return 2 * CHUNK * 3 * tile + stages * stage + out + _SHARED_SLACK
+    keys = 2 * CHUNK * 3 * tile
+    return key_stages * keys + stages * stage + 2 * CHUNK * SLICE + _SHARED_SLACK
 
 
 def round_up(size: int, multiple: int) -> int:
