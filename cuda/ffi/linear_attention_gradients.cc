@@ -24,7 +24,6 @@ struct Buffers {
 struct Call {
   LinearAttentionSizes sizes;
   LinearAttentionGradientsKernel kernel;
-  std::int64_t parts;  // of the columns of dq and dk
 };
 
 Status check_arrays(const Buffers& b, const LinearAttentionSizes& s) {
@@ -60,13 +59,8 @@ Result<Call> read_call(const Buffers& b, const GradientsConfig& config) {
                        " dimensions; the kernels take up to " +
                        std::to_string(linear_attention::kMaxKeyDim));
   }
-  const std::int64_t parts = linear_attention::gradients_parts(tile);
-  if (Status status = check_grid("groups, times parts of their keys", s.num_groups * parts);
-      !status.ok()) {
-    return status.error();
-  }
   const unsigned skip = is_given(b.skip) ? linear_attention::kSkip : 0u;
-  return Call{s, {s.dtype, tile, features_of(b.gates) | skip, config}, parts};
+  return Call{s, {s.dtype, tile, features_of(b.gates) | skip, config}};
 }
 
 Status initialize(int device_ordinal, const Buffers& buffers, const GradientsConfig& config) {
@@ -128,7 +122,8 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   set_sizes(&params, s);
   params.group_heads = static_cast<int>(s.num_heads / s.num_groups);
   params.scale = options.scale;
-  const std::int64_t places = s.batch * s.num_groups * s.chunks() * call->parts;
+  const std::int64_t places =
+      s.batch * s.num_groups * s.chunks() * linear_attention::gradients_parts(call->kernel.key_dim);
   params.places = static_cast<int>(places);
   const auto blocks = std::min<std::int64_t>(places, (*device)->multiprocessors);
   return runtime::launch(**kernel, stream, {blocks, 1, 1}, &params);

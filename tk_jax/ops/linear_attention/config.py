@@ -226,11 +226,6 @@ def _gradients_config(tile: int) -> GradientsConfig:
     return GradientsConfig(1, 1)
 
 
-def gradients_columns(tile: int) -> int:
-    """Columns of dq and dk of a block, as gradients_columns in linear_attention.h."""
-    return tile if tile <= 128 else 64
-
-
 def gradients_shared_bytes(tile: int, stages: int, key_stages: int) -> int:
     """As gradients_shared_bytes in linear_attention.h."""
     stage = 2 * CHUNK * 3 * SLICE + 2 * SLICE * 2 * tile + 2048
@@ -259,21 +254,17 @@ def unsupported(q, v, *, normalize: bool = False) -> str | None:
         return f"keys of {q.shape[-1]} dimensions (it takes up to {MAX_KEY_DIM})"
     if normalize and q.dtype == jnp.float16:
         return "normalize in float16 (of which the sums may exceed the range)"
-    return exceeded_limit(q.shape, (*v.shape[:-1], v.shape[-1] + normalize))
+    return exceeded_limit((*v.shape[:-1], v.shape[-1] + normalize))
 
 
-def exceeded_limit(q_shape, v_shape) -> str | None:
+def exceeded_limit(v_shape) -> str | None:
     """Which size is beyond the kernels, in words."""
     *leading, seqlen, heads, value_dim = v_shape
-    groups, key_dim = q_shape[-2:]
     batch = math.prod(leading)
-    tile = round_up(key_dim, TILE_STEP)
-    parts = tile // gradients_columns(tile)
     columns = heads * round_up(value_dim, SLICE)
     rows = batch * columns // SLICE * padded_tokens(seqlen)
     for name, size, limit in (
         ("a batch", batch, MAX_GRID),
-        ("a number of groups, times parts of their keys,", groups * parts, MAX_GRID),
         ("a number of heads", heads, 16 * MAX_GRID),
         ("a number of heads times dimensions of values", columns, MAX_ROWS),
         ("a B * H * T times slices of 64 values", rows, MAX_ROWS),
