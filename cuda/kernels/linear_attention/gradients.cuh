@@ -113,7 +113,7 @@ struct Gradients : GradientsCopies<Traits> {
         shared.ring.release(state);
       }
       if (place.leads()) {
-        const int64 index = place.index(params, head);
+        const int index = place.index(params, head);
         warpgroup::store_row_sums(chunk_of(params.as_query, index), as_query,
                                   chunk_of(params.through, index), through);
       }
@@ -159,22 +159,21 @@ struct Gradients : GradientsCopies<Traits> {
         Square dp, from_state;
         warpgroup::mm_ABt(dp, v, step.dout_smem);
         warpgroup::mma_commit();
+        PerRow<16> after, weights;
+        step.gates.after(after);
+        step.gates.load_weights(weights);
         if (!place.is_second) shared.stepped[state.stage].wait(state.phase);
         warpgroup::mm_ABt(from_state, k_smem, step.dstate_smem);
         warpgroup::mma_commit();
         warpgroup::mma_wait<1>(dp, v);
         Operand p;
         step.gates.fold_transposed(p, given, kept, dp, scores);
-        PerRow<16> after;
-        step.gates.after(after);
         warpgroup::mma_wait<0>(from_state);
         fold_dot(to_state, v, from_state, after);
         Square& du = dp;  // whose registers are free
         warp::mul_rows(du, from_state, after);
         warpgroup::mma_AB(du, p, step.dout_smem);
         warpgroup::mma_commit();
-        PerRow<16> weights;
-        step.gates.load_weights(weights);
         warp::mul(after, after, weights);
         warp::mul_rows(v, v, after);
         warpgroup::mma_AB(dk, v, step.dstate_smem.template cols<kColumns>(place.part));
@@ -266,12 +265,12 @@ struct Gradients : GradientsCopies<Traits> {
   }
 
   // A chunk's 64 numbers of [B, H, padded].
-  __device__ __forceinline__ static GlobalVec<float> chunk_of(float* array, int64 index) {
+  __device__ __forceinline__ static GlobalVec<float> chunk_of(float* array, int index) {
     return {array + index * kChunk, kChunk};
   }
 
   // What tokens have as keys, of sums that were not weighted yet.
-  __device__ __forceinline__ static void store_key_sums(const GradientsParams& params, int64 index,
+  __device__ __forceinline__ static void store_key_sums(const GradientsParams& params, int index,
                                                         PerRow<16>& given, PerRow<16>& kept,
                                                         PerRow<16>& to_state,
                                                         const PerRow<16>& weights) {
@@ -305,7 +304,7 @@ struct Gradients : GradientsCopies<Traits> {
                                                      int head, int slice) {
     PerRow<16> sums;
     warpgroup::diagonal(sums, products);
-    const int64 first = (place.index(params, head) * place.slices + slice) * kSlice;
+    const int first = (place.index(params, head) * place.slices + slice) * kSlice;
     warpgroup::store(GlobalVec<float>{params.dskip + first, kSlice}, sums, 0);
   }
 

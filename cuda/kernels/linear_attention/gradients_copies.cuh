@@ -94,9 +94,9 @@ struct GradientsCopies {
     __device__ __forceinline__ int row(const GradientsParams& params, int head) const {
       return batch * params.num_heads + head;
     }
-    // Which of all heads' chunks, [B, H, chunks], a head's is.
-    __device__ __forceinline__ int64 index(const GradientsParams& params, int head) const {
-      return static_cast<int64>(row(params, head)) * params.chunks + chunk;
+    // Which of all heads' chunks, [B, H, chunks], a head's is: of them, B * H * T is below 2^31.
+    __device__ __forceinline__ int index(const GradientsParams& params, int head) const {
+      return row(params, head) * params.chunks + chunk;
     }
     // Of parts, the first does what all would do alike.
     __device__ __forceinline__ bool leads() const { return kParts == 1 || part == 0; }
@@ -130,12 +130,12 @@ struct GradientsCopies {
   __device__ __forceinline__ static void load(const GradientsParams& params, Shared& shared) {
     typename Ring::State state;
     walk(params, [&](const Place& place, const typename Keys::State& keys) {
-      const int steps = place.heads * place.slices;
-      const int keys_turn = steps_before_keys(steps);
+      int left = place.heads * place.slices;
+      const int left_after_keys = left - steps_before_keys(left);
       int head = place.first_head, slice = 0;
-      for (int step = 0;; ++step, state.advance()) {
-        if (step == keys_turn) load_keys(params, shared, place, keys);
-        if (step == steps) break;
+      for (;; --left, state.advance()) {
+        if (left == left_after_keys) load_keys(params, shared, place, keys);
+        if (left == 0) break;
         load_step(params, shared, place, state, head, slice);
         if (++slice == place.slices) ++head, slice = 0;
       }
