@@ -89,6 +89,8 @@ struct Gradients : GradientsCopies<Traits> {
         const Step& step = shared.steps[state.stage];
         const auto q_smem = warpgroup::afresh(tiles.q_smem);
         shared.ring.wait(state);
+        PerRow<16> before;
+        step.gates.before(before);
         step_state(params, tiles, step, place, through);
         if (warpgroup::leader()) shared.stepped[state.stage].arrive();
 
@@ -97,8 +99,6 @@ struct Gradients : GradientsCopies<Traits> {
         warpgroup::mma_commit();
         warpgroup::mm_ABt(dp, step.dout_smem, step.v_smem);
         warpgroup::mma_commit();
-        PerRow<16> before;
-        step.gates.before(before);
         warp::mul(before, before, params.scale);
         Operand dout;
         warpgroup::load(dout, step.dout_smem);
