@@ -113,6 +113,11 @@ def test_a_block_of_gradients_walks_many_places(key_stages, case):
         check(kernels(case, with_key_stages(case, key_stages)), case)
 
 
+def test_what_the_gpu_executes_of_a_walk(ptx):
+    with tk_jax.interpret_options(multiprocessors=2):
+        check(public(PLACES[1]), PLACES[1])
+
+
 @pytest.mark.parametrize("case", [LINEAR(65, 128, 128, (2, 4), packed=True)], ids=str)
 def test_split_sequence_is_the_whole_one(case):
     arrays = arrays_of(case)
