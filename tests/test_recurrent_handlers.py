@@ -134,6 +134,7 @@ def gradients(
     dweights=_NONE,
     dskip=_NONE,
     stages=1,
+    key_stages=1,
 ):
     a = arrays
     kept = [states or a.states, a.states]
@@ -141,7 +142,10 @@ def gradients(
         "tk_linear_attention_gradients_v1",
         [a.q, a.q, a.v, a.v, *kept, a.gates, weights, counts, skip],
         [a.q, a.q, a.v, *[a.gates] * 4, dweights, dskip],
-        {"options": {"scale": 1.0}, "config": {"stages": stages}},
+        {
+            "options": {"scale": 1.0},
+            "config": {"stages": stages, "key_stages": key_stages},
+        },
     )
 
 
@@ -149,11 +153,11 @@ def gate_gradients(parts=ARRAYS.gates, dgates=ARRAYS.tokens):
     return Call("tk_linear_attention_gate_gradients_v1", [parts] * 4, [dgates], {})
 
 
-def test_blocks_of_gradients_take_several_parts_of_groups():
+def test_blocks_of_gradients_walk_several_places():
     """Twelve parts, of three groups, by as many blocks as there are multiprocessors."""
     wide = Arrays((1, 1, 3, 3, 256, 64), segments=1)
     ((_, answer),) = launched(Gpu(FAKE_MULTIPROCESSORS="4"), gradients(wide))
-    assert [x["grid"] for x in answer.of("launch")] == [[1, 4, 1]]
+    assert [x["grid"] for x in answer.of("launch")] == [[4, 1, 1]]
 
 
 def test_launches():
@@ -177,11 +181,11 @@ def test_launches():
         # Two slices for each of four heads, by two consumers; two segments.
         (f"{name}states_reverse_d128_counts_bf16", [4, 2, 2]),
         (f"{name}outputs_d128_weights_skip_bf16", [4, 2, 2]),
-        (f"{name}gradients_d128_weights_bf16", [2, 2, 2]),
+        (f"{name}gradients_d128_weights_bf16", [8, 1, 1]),
         (f"{name}gate_gradients", [1, 1, 2]),
         (f"{name}outputs_d256_bf16", [3, 1, 1]),
-        # Four blocks have a part of the columns of dq and dk each.
-        (f"{name}gradients_d256_bf16", [1, 12, 1]),
+        # Of a chunk, four blocks have a part of the columns of dq and dk each.
+        (f"{name}gradients_d256_bf16", [12, 1, 1]),
         (f"{name}segment_sums_d128_weights_bf16", [4, 1, 2]),
     ]
     keys, values, stored = ran[1].of("map")
@@ -347,6 +351,7 @@ def test_empty_batch_launches_nothing():
             "states has shape (2, 4, 1, 128, 128); expected (2, 4, 1, 128, 80)",
         ),
         (gradients(stages=0), _INVALID, "config.stages is 0; expected 1 to 8"),
+        (gradients(key_stages=3), _INVALID, "config.key_stages is 3; expected 1 to 2"),
         (
             gradients(Arrays((2, 100, 2, 4, 264, 96))),
             _UNIMPLEMENTED,

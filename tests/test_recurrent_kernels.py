@@ -1,5 +1,6 @@
 """Linear attention's kernels, in the interpreter: values and gradients of both ops."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -46,8 +47,20 @@ def in_segments(chunks: int) -> config.ScanConfig:
         chunks_of_segment=chunks,
         states=config.WalkConfig(consumers=1, stages=2),
         outputs=config.WalkConfig(consumers=1, stages=2),
-        gradients=config.GradientsConfig(stages=2),
+        gradients=config.GradientsConfig(stages=2, key_stages=2),
     )
+
+
+# Places of gradients, which are chunks of groups, of one step and of two.
+PLACES = [LINEAR(260, 16, value_dim, (2, 2)) for value_dim in (64, 72)]
+
+
+def with_key_stages(case, stages: int) -> config.ScanConfig:
+    tiles = config.scan_config(
+        case.batch, case.seqlen, *case.heads, case.key_dim, case.value_dim
+    )
+    gradients = config.GradientsConfig(stages=2, key_stages=stages)
+    return dataclasses.replace(tiles, gradients=gradients)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,6 +72,7 @@ def compiled(request):
     specs = [
         *itertools.chain.from_iterable(map(specs_of, CASES + more)),
         *specs_of(SEGMENTED, in_segments(1)),
+        *specs_of(PLACES[0], with_key_stages(PLACES[0], 1)),
     ]
     specs = {spec["function"]: spec for spec in specs}.values()
     by_header = functools.partial(sorted, key=lambda spec: spec["header"])
@@ -89,6 +103,19 @@ def test_what_the_gpu_executes(case, ptx):
 def test_segments_side_by_side(chunks):
     _ffi.interpreter()
     check(kernels(SEGMENTED, in_segments(chunks)), SEGMENTED)
+
+
+@pytest.mark.parametrize("case", PLACES, ids=str)
+@pytest.mark.parametrize("key_stages", [1, 2])
+def test_a_block_of_gradients_walks_many_places(key_stages, case):
+    _ffi.interpreter()
+    with tk_jax.interpret_options(seed=2, schedules=4, multiprocessors=2):
+        check(kernels(case, with_key_stages(case, key_stages)), case)
+
+
+def test_what_the_gpu_executes_of_a_walk(ptx):
+    with tk_jax.interpret_options(multiprocessors=2):
+        check(public(PLACES[1]), PLACES[1])
 
 
 @pytest.mark.parametrize("case", [LINEAR(65, 128, 128, (2, 4), packed=True)], ids=str)

@@ -106,13 +106,14 @@ Result<KernelSpec> LinearAttentionWalkKernel::spec() const {
 }
 
 KernelKey LinearAttentionGradientsKernel::key() const {
-  return {{static_cast<int>(dtype), key_dim, features, config.stages}};
+  return {{static_cast<int>(dtype), key_dim, features, config.stages, config.key_stages}};
 }
 
 Result<KernelSpec> LinearAttentionGradientsKernel::spec() const {
   if (Status status =
           first_error({check_common(dtype, key_dim, features, linear_attention::kAllFeatures),
-                       check_setting("stages", config.stages, 1, 8)});
+                       check_setting("stages", config.stages, 1, 8),
+                       check_setting("key_stages", config.key_stages, 1, 2)});
       !status.ok()) {
     return status.error();
   }
@@ -120,9 +121,10 @@ Result<KernelSpec> LinearAttentionGradientsKernel::spec() const {
   spec.symbol += "_" + suffix(dtype, key_dim, features);
   spec.function += std::string("<tk::linear_attention::GradientsTraits<") + type_name(dtype) +
                    ", " + std::to_string(key_dim) + ", " + std::to_string(features) + ", " +
-                   std::to_string(config.stages) + ">>";
+                   std::to_string(config.stages) + ", " + std::to_string(config.key_stages) + ">>";
   spec.threads = linear_attention::kGradientsThreads;
-  spec.shared_bytes = linear_attention::gradients_shared_bytes(key_dim, config.stages);
+  spec.shared_bytes =
+      linear_attention::gradients_shared_bytes(key_dim, config.stages, config.key_stages);
   return checked(std::move(spec));
 }
 

@@ -33,7 +33,7 @@ struct GradientsOptions {
   float scale;
 };
 struct GradientsConfig {
-  long stages;
+  long stages, key_stages;
 };
 
 // The bit of a feature's name, as it stands in symbols; 0 where there is none of that name.
@@ -80,6 +80,7 @@ TK_REGISTER_SETTINGS(tk::ffi::SegmentSumsOptions, StructMember<float>("scale"),
 TK_REGISTER_SETTINGS(tk::ffi::OutputsOptions, StructMember<float>("scale"),
                      StructMember<std::int64_t>("chunks_of_segment"));
 TK_REGISTER_SETTINGS(tk::ffi::GradientsOptions, StructMember<float>("scale"));
-TK_REGISTER_SETTINGS(tk::ffi::GradientsConfig, StructMember<std::int64_t>("stages"));
+TK_REGISTER_SETTINGS(tk::ffi::GradientsConfig, StructMember<std::int64_t>("stages"),
+                     StructMember<std::int64_t>("key_stages"));
 TK_REGISTER_SETTINGS(tk::linear_attention::WalkConfig, StructMember<std::int64_t>("consumers"),
                      StructMember<std::int64_t>("stages"));

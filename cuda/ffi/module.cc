@@ -178,7 +178,8 @@ nb::list linear_attention_specs(const std::string& kernel, const std::string& dt
     if (kernel == "gate_gradients") return gate_gradients_spec();
     const unsigned bits = to_features(features, linear_attention_feature_of);
     if (kernel == "gradients") {
-      return LinearAttentionGradientsKernel{to_dtype(dtype), tile, bits, {field(config, "stages")}}
+      return LinearAttentionGradientsKernel{
+          to_dtype(dtype), tile, bits, {field(config, "stages"), field(config, "key_stages")}}
           .spec();
     }
     const auto walk = [&] {

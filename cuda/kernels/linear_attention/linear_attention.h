@@ -170,9 +170,9 @@ constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
 // -- gradients ------------------------------------------------------------------------------------
 // Kernel: "kernels/linear_attention/gradients.cuh"
 //   tk::linear_attention::gradients<tk::linear_attention::GradientsTraits<T, kKeyDim, kFeatures,
-//                                                                         kStages>>
-// Grid: chunks, walkers, B. A block walks every walkers-th of G * gradients_parts parts of groups
-// (parts cut the columns of dq and dk), the heads of each group, and of each the slices of its
+//                                                                         kStages, kKeyStages>>
+// Grid: as many blocks as shall walk. Each walks every so many of all places: B * G * chunks, times
+// parts, which cut the columns of dq and dk; of each the heads of the group, and the slices of their
 // values.
 struct GradientsParams {
   TensorMap q, k;             // (K, T, G, B), box (64, 64, 1, 1)
@@ -191,19 +191,19 @@ struct GradientsParams {
   float* dskip;     // [B, H, chunks, 64 * slices], or null: to be summed over B and chunks
   int seqlen, num_heads, num_groups, key_dim, value_dim, chunks;
   int group_heads;  // num_heads / num_groups
-  int walkers;      // blocks that share a chunk
+  int places;
   float scale;
 };
 constexpr int kGradientsThreads = 3 * 128;
 // Columns of dq and dk that one block has room for, and how many blocks cut a tile of K columns.
 constexpr long gradients_columns(long key_dim) { return key_dim <= 128 ? key_dim : 64; }
 constexpr long gradients_parts(long key_dim) { return key_dim / gradients_columns(key_dim); }
-constexpr int gradients_shared_bytes(long key_dim, long stages) {
+constexpr int gradients_shared_bytes(long key_dim, long stages, long key_stages) {
   // q, k and the pair's other keys; of a stage v, dout and the pair's other values, both states and
-  // gates, aligned; dv, dq and dk on their way out.
-  return static_cast<int>(2 * kChunk * 3 * key_dim +
+  // gates, aligned; dv on its way out.
+  return static_cast<int>(2 * kChunk * 3 * key_dim * key_stages +
                           stages * (2 * kChunk * 3 * kSlice + 2 * kSlice * 2 * key_dim + 2048) +
-                          2 * kChunk * (kSlice + 2 * gradients_columns(key_dim))) +
+                          2 * kChunk * kSlice) +
          kSharedSlack;
 }
 

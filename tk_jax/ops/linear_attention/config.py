@@ -104,6 +104,7 @@ class GradientsConfig:
     """How the kernel of gradients computes them."""
 
     stages: int  # depth of the ring of slices
+    key_stages: int  # depth of that of groups' keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,25 +210,27 @@ def scan_config(
     consumers = shared if on_each == 2 else 1
     # One consumer alone has little else to hide what loads take.
     outputs_stages = 3 if narrow and on_each == 1 else 2
-    gradients_stages = 2 if gradients_shared_bytes(tile, 2) <= _SHARED_BYTES else 1
     return ScanConfig(
         chunks_of_segment=-(-chunks // segments),
         states=WalkConfig(consumers=consumers, stages=3),
         outputs=WalkConfig(consumers=consumers, stages=outputs_stages),
-        gradients=GradientsConfig(stages=gradients_stages),
+        gradients=_gradients_config(tile),
     )
 
 
-def gradients_columns(tile: int) -> int:
-    """Columns of dq and dk of a block, as gradients_columns in linear_attention.h."""
-    return tile if tile <= 128 else 64
+def _gradients_config(tile: int) -> GradientsConfig:
+    """Two stages of both rings where they fit."""
+    for stages, key_stages in ((2, 2), (2, 1)):
+        if gradients_shared_bytes(tile, stages, key_stages) <= _SHARED_BYTES:
+            return GradientsConfig(stages, key_stages)
+    return GradientsConfig(1, 1)
 
 
-def gradients_shared_bytes(tile: int, stages: int) -> int:
+def gradients_shared_bytes(tile: int, stages: int, key_stages: int) -> int:
     """As gradients_shared_bytes in linear_attention.h."""
     stage = 2 * CHUNK * 3 * SLICE + 2 * SLICE * 2 * tile + 2048
-    out = 2 * CHUNK * (SLICE + 2 * gradients_columns(tile))
-    return 2 * CHUNK * 3 * tile + stages * stage + out + _SHARED_SLACK
+    keys = 2 * CHUNK * 3 * tile
+    return key_stages * keys + stages * stage + 2 * CHUNK * SLICE + _SHARED_SLACK
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -251,21 +254,17 @@ def unsupported(q, v, *, normalize: bool = False) -> str | None:
         return f"keys of {q.shape[-1]} dimensions (it takes up to {MAX_KEY_DIM})"
     if normalize and q.dtype == jnp.float16:
         return "normalize in float16 (of which the sums may exceed the range)"
-    return exceeded_limit(q.shape, (*v.shape[:-1], v.shape[-1] + normalize))
+    return exceeded_limit((*v.shape[:-1], v.shape[-1] + normalize))
 
 
-def exceeded_limit(q_shape, v_shape) -> str | None:
+def exceeded_limit(v_shape) -> str | None:
     """Which size is beyond the kernels, in words."""
     *leading, seqlen, heads, value_dim = v_shape
-    groups, key_dim = q_shape[-2:]
     batch = math.prod(leading)
-    tile = round_up(key_dim, TILE_STEP)
-    parts = tile // gradients_columns(tile)
     columns = heads * round_up(value_dim, SLICE)
     rows = batch * columns // SLICE * padded_tokens(seqlen)
     for name, size, limit in (
         ("a batch", batch, MAX_GRID),
-        ("a number of groups, times parts of their keys,", groups * parts, MAX_GRID),
         ("a number of heads", heads, 16 * MAX_GRID),
         ("a number of heads times dimensions of values", columns, MAX_ROWS),
         ("a B * H * T times slices of 64 values", rows, MAX_ROWS),
