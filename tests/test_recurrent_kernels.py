@@ -137,6 +137,21 @@ def test_a_token_that_is_not_a_number_reaches_no_chunk_before_it():
         assert jnp.isnan(y[:, 70:]).all() and jnp.isnan(state).all()
 
 
+def test_a_rate_of_minus_infinity_forgets_everything():
+    """And nothing that is not a token has a part in it."""
+    case = SSD(70, 16, 64, (1, 2))
+    arrays = rounded(arrays_of(case), case.dtype, EXACT)
+    arrays["dt"] = arrays["dt"] + 1
+    arrays["A"] = jnp.array([-jnp.inf, -1.0])
+    (y, state), gradients = values_and_gradients(public(case), arrays)
+    x, dt, B, C = (np.float32(arrays[name]) for name in ("x", "dt", "B", "C"))
+    added = dt[..., None, None] * x[..., None] * B[..., None, :]
+    np.testing.assert_allclose(state[:, 0], added[:, -1, 0], rtol=1e-2, atol=1e-2)
+    read = np.einsum("bthvk,btgk->bthv", added[:, :, :1], C)
+    np.testing.assert_allclose(np.float32(y[:, :, :1]), read, rtol=5e-2, atol=5e-2)
+    assert all(jnp.isfinite(gradients[name]).all() for name in ("x", "B", "C"))
+
+
 @pytest.mark.parametrize("case", [CASES[2], CASES[8]], ids=str)
 def test_schedules_change_nothing(case):
     arrays = rounded(arrays_of(case), case.dtype, EXACT)

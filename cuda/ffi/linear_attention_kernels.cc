@@ -126,15 +126,39 @@ Result<KernelSpec> LinearAttentionGradientsKernel::spec() const {
   return checked(std::move(spec));
 }
 
-Result<KernelSpec> chunk_sums_spec() {
-  KernelSpec spec = named("chunk_sums", "ChunkSumsParams");
-  spec.threads = linear_attention::kChunkSumsThreads;
-  return checked(std::move(spec));
+KernelKey LinearAttentionGateKernel::key() const {
+  return {{static_cast<int>(name), static_cast<int>(raw_dtype)}};
 }
 
-Result<KernelSpec> gate_gradients_spec() {
-  KernelSpec spec = named("gate_gradients", "GateGradientsParams");
-  spec.threads = linear_attention::kChunkSumsThreads;
+Result<KernelSpec> LinearAttentionGateKernel::spec() const {
+  KernelSpec spec;
+  switch (name) {
+    case Name::kChunkSums:
+      spec = named("chunk_sums", "ChunkSumsParams");
+      break;
+    case Name::kGateGradients:
+      spec = named("gate_gradients", "GateGradientsParams");
+      break;
+    case Name::kStepGates:
+      spec = named("step_gates", "StepGatesParams");
+      break;
+    case Name::kStepGradients:
+      spec = named("step_gradients", "StepGradientsParams");
+      spec.shared_bytes = linear_attention::kStepSharedBytes;
+      break;
+    case Name::kHeadSums:
+      spec = named("head_sums", "HeadSumsParams");
+      spec.shared_bytes = linear_attention::kStepSharedBytes;
+      break;
+  }
+  if (name == Name::kStepGates || name == Name::kStepGradients) {
+    if (raw_dtype == runtime::DataType::kInt32) {
+      return unsupported("steps of int32; the kernels take float32, bfloat16 and float16");
+    }
+    spec.symbol += std::string("_") + type_suffix(raw_dtype);
+    spec.function += std::string("<") + type_name(raw_dtype) + ">";
+  }
+  spec.threads = linear_attention::kGateThreads;
   return checked(std::move(spec));
 }
 

@@ -14,12 +14,15 @@ from collections.abc import Iterable
 import jax.numpy as jnp
 
 KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
+STEP_DTYPES = (jnp.float32, *KERNEL_DTYPES)  # of raw steps
 # As in linear_attention.h: tokens of a chunk, columns of values of a slice, the largest
 # dimension of keys.
 CHUNK = 64
 PAIR = 2  # chunks that share a stored state
 SLICE = 64
 MAX_KEY_DIM = 256
+CHUNKS_OF_BLOCK = 4  # of kernels of gates
+HEAD_PARTS = 3
 # Rows, which the copy engine reads, are padded to multiples of this ...
 DIM_STEP = 8
 # ... and in tiles to multiples of this.
@@ -54,6 +57,16 @@ class ChunkSumsOptions:
     seqlen: int  # of x, which may have one token for all
     scale: float
     least: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """How raw steps become steps, and those the logarithms of decays."""
+
+    softplus: bool
+    least: float  # steps
+    most: float
+    least_log_decay: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +154,11 @@ KERNEL_KEY_DIMS = ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))
 KERNEL_FEATURES = ((), ("weights",), ("weights", "skip"))
 
 
+# Kernels that do not depend on dimensions: of gates, and of steps.
+GATE_KERNELS = ("chunk_sums", "gate_gradients")
+STEP_KERNELS = ("step_gates", "step_gradients", "head_sums")
+
+
 def kernels(config: ScanConfig, features: Iterable[str]):
     """The kernels of a call: their names, features and configs (None: it has none)."""
     taken = {
@@ -161,8 +179,8 @@ def kernels(config: ScanConfig, features: Iterable[str]):
     }
     for name, offered in taken.items():
         yield name, [x for x in features if x in offered], configs[name]
-    yield "chunk_sums", [], None
-    yield "gate_gradients", [], None
+    for name in GATE_KERNELS + (STEP_KERNELS if "weights" in features else ()):
+        yield name, [], None
 
 
 def scan_config(

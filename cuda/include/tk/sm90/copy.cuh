@@ -329,6 +329,27 @@ __device__ __forceinline__ void store(SharedVec<float, kN>& dst, const PerCol<kN
   }
 }
 
+// A value per row to an array, from element `first` on; elements beyond its size are not written.
+template <typename T, int kN>
+__device__ __forceinline__ void store(const GlobalVec<T>& dst, const PerRow<kN>& src, int first,
+                                      Location = {}) {
+  PerRow<kN> copy = src;
+  if ((ptx::lane_index() & 3) == 0) {
+    for_each(copy, [&](int row, float x) {
+      if (first + row < dst.size) *dst.at(first + row) = ptx::from_float<T>(x);
+      return x;
+    });
+  }
+}
+// Elements beyond the array's size read as `missing`.
+template <int kN, typename T>
+__device__ __forceinline__ void load(PerRow<kN>& dst, const GlobalVec<T>& src, int first,
+                                     float missing, Location = {}) {
+  for_each(dst, [&](int row, float) {
+    return first + row < src.size ? ptx::to_float(*src.at(first + row)) : missing;
+  });
+}
+
 }  // namespace warp
 
 namespace warpgroup {
@@ -402,25 +423,16 @@ __device__ __forceinline__ void zip_global(Tile& tile, const GlobalView<const T>
   }
 }
 
-// A value per row to an array, from element `first` on; elements beyond its size are not written.
+// A value per row to and from an array, whose element `first` is that of the warpgroup's first row.
 template <typename T, int kN>
 __device__ __forceinline__ void store(const GlobalVec<T>& dst, const PerRow<kN>& src, int first,
                                       Location = {}) {
-  PerRow<kN> copy = src;
-  if ((ptx::lane_index() & 3) == 0) {
-    for_each(copy, [&](int row, float x) {
-      if (first + row < dst.size) *dst.at(first + row) = ptx::from_float<T>(x);
-      return x;
-    });
-  }
+  warp::store(dst, src, first + kN * (ptx::warp_index() & 3));
 }
-// Elements beyond the array's size read as `missing`.
 template <int kN, typename T>
 __device__ __forceinline__ void load(PerRow<kN>& dst, const GlobalVec<T>& src, int first,
                                      float missing, Location = {}) {
-  for_each(dst, [&](int row, float) {
-    return first + row < src.size ? ptx::to_float(*src.at(first + row)) : missing;
-  });
+  warp::load(dst, src, first + kN * (ptx::warp_index() & 3), missing);
 }
 
 // A value per row from shared memory.
