@@ -242,6 +242,7 @@ def test_every_op_is_gated():
         "tk_linear_attention_head_sums",
         "tk_linear_attention_outputs_d128_weights_skip_bf16",
         "tk_linear_attention_outputs_d64_fp16",
+        "tk_linear_attention_paired_outputs_d128_weights_skip_bf16",
         "tk_linear_attention_states_d128_weights_bf16",
         "tk_linear_attention_states_reverse_d256_fp16",
         "tk_linear_attention_step_gates_fp32",

@@ -143,7 +143,9 @@ def test_few_heads_are_cut_into_segments():
 def test_configs(sizes, chunks_of_segment, consumers):
     chosen = config.scan_config(*sizes)
     assert chosen.chunks_of_segment == chunks_of_segment
-    assert chosen.states.consumers == chosen.outputs.consumers == consumers
+    assert chosen.states.consumers == consumers
+    # A third one makes the scores of two.
+    assert chosen.outputs.consumers == (1 if consumers == 1 else 3)
 
 
 @pytest.mark.parametrize(("tile", "stages"), [(64, 2), (128, 2), (192, 1), (256, 1)])

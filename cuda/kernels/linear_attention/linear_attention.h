@@ -188,6 +188,13 @@ constexpr int segment_sums_shared_bytes(long key_dim, const WalkConfig& c) {
                           c.consumers * c.stages * kGateBytes) +
          kSharedSlack;
 }
+// Two slices, whose scores a third consumer makes.
+constexpr int paired_outputs_shared_bytes(long key_dim, long stages) {
+  return static_cast<int>(2 * kChunk * stages * (2 * key_dim + 2 * kSlice) +
+                          2 * (2 * 2 * kChunk * (kSlice + kChunk) + 4 * 4 * kChunk +
+                               stages * kGateBytes + 4 * kSlice)) +
+         kSharedSlack;
+}
 constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
   return static_cast<int>(
              2 * kChunk * (c.stages * (2 * key_dim + c.consumers * kSlice)) +

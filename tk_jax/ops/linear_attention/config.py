@@ -108,7 +108,9 @@ class GradientsOptions:
 class WalkConfig:
     """How the kernels that walk through a sequence do it."""
 
-    consumers: int  # slices of values of a block, which share their keys
+    # Slices of values of a block, which share their keys; of outputs, 3 is two slices
+    # and a warpgroup that makes their scores.
+    consumers: int
     stages: int  # depth of the ring of chunks
 
 
@@ -147,10 +149,11 @@ _SHARED_BYTES = 227 * 1024
 _SHARED_SLACK = 2048
 
 
-# Dimensions of keys, and heads to a group, whose kernels are compiled ahead and gated,
-# of all that there are: with one consumer and, where there are two slices, with two.
+# Dimensions of keys, and slices of a block, whose kernels are compiled ahead and gated ...
 KERNEL_KEY_DIMS = ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))
-# And the features they are compiled with: those of linear_attention, and of ssd.
+# ... of sizes (batch, seqlen, groups, heads) that ask for so many slices ...
+SIZES_OF_CONSUMERS = {1: (1, 1, 1, 1), 2: (8, 4096, 1, 32)}
+# ... and the features they are compiled with: those of linear_attention, and of ssd.
 KERNEL_FEATURES = ((), ("weights",), ("weights", "skip"))
 
 
@@ -225,13 +228,16 @@ def scan_config(
     ]
     on_each, segments = min(options, key=lambda option: predicted_us(*option))
     consumers = shared if on_each == 2 else 1
-    # One consumer alone has little else to hide what loads take.
-    outputs_stages = 3 if narrow and on_each == 1 else 2
+    # A third consumer makes the scores of two; one alone has little else to hide what
+    # loads take.
+    outputs = WalkConfig(consumers=3, stages=3)
+    if consumers == 1:
+        outputs = WalkConfig(consumers=1, stages=3 if narrow and on_each == 1 else 2)
     gradients_stages = 2 if gradients_shared_bytes(tile, 2) <= _SHARED_BYTES else 1
     return ScanConfig(
         chunks_of_segment=-(-chunks // segments),
         states=WalkConfig(consumers=consumers, stages=3),
-        outputs=WalkConfig(consumers=consumers, stages=outputs_stages),
+        outputs=outputs,
         gradients=GradientsConfig(stages=gradients_stages),
     )
 
