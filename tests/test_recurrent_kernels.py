@@ -15,6 +15,7 @@ from recurrent_kernel_cases import (
     MORE,
     SSD,
     TIME_AXES,
+    Case,
     arrays_of,
     assert_all_close,
     check,
@@ -50,6 +51,23 @@ def in_segments(chunks: int) -> config.ScanConfig:
     )
 
 
+# Two slices to a block: heads that share keys, of several groups, halves of a head.
+PAIRED = [
+    SSD(200, 128, 64, (1, 4), skip="H", gate=True),
+    SSD(70, 16, 64, (2, 4), "float16", packed=True),
+    LINEAR(130, 64, 100, (1, 1)),
+]
+
+
+def in_pairs(case: Case) -> config.ScanConfig:
+    return config.ScanConfig(
+        chunks_of_segment=-(-case.seqlen // config.CHUNK),
+        states=config.WalkConfig(consumers=2, stages=2),
+        outputs=config.WalkConfig(consumers=3, stages=2),
+        gradients=config.GradientsConfig(stages=1),
+    )
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled(request):
     """Many kernels of a header take little longer to compile than one."""
@@ -59,6 +77,7 @@ def compiled(request):
     specs = [
         *itertools.chain.from_iterable(map(specs_of, CASES + more)),
         *specs_of(SEGMENTED, in_segments(1)),
+        *itertools.chain.from_iterable(specs_of(x, in_pairs(x)) for x in PAIRED),
     ]
     specs = {spec["function"]: spec for spec in specs}.values()
     by_header = functools.partial(sorted, key=lambda spec: spec["header"])
@@ -89,6 +108,12 @@ def test_what_the_gpu_executes(case, ptx):
 def test_segments_side_by_side(chunks):
     _ffi.interpreter()
     check(kernels(SEGMENTED, in_segments(chunks)), SEGMENTED)
+
+
+@pytest.mark.parametrize("case", PAIRED, ids=str)
+def test_slices_in_pairs(case):
+    _ffi.interpreter()
+    check(kernels(case, in_pairs(case)), case)
 
 
 @pytest.mark.parametrize("case", [LINEAR(65, 128, 128, (2, 4), packed=True)], ids=str)
