@@ -12,6 +12,7 @@ import pytest
 import recurrent_kernel_model as model
 from recurrent_cases import (
     BARS,
+    ENOUGH,
     assert_within_bars,
     decays,
     pooled,
@@ -187,10 +188,10 @@ def kernels(case: Case, tiles: config.ScanConfig | None = None):
     return linear_attention
 
 
-def seeds_of(case: Case, tokens: int = 2**16) -> range:
+def seeds_of(case: Case, tokens: int = 2**16, enough: int = ENOUGH) -> range:
     """Of which few values are enough to compare, within ``tokens`` of all heads."""
     mine = case.batch * case.heads[1] * case.seqlen
-    return seeds_for(arrays_of(case), mine / tokens)
+    return seeds_for(arrays_of(case), mine / tokens, enough)
 
 
 @contextlib.contextmanager
@@ -220,21 +221,27 @@ def assert_all_close(dtype, got, exact, low, floors=()):
 
 
 def check(
-    fn, case: Case, arrays: dict | None = None, floors=(), seeds: range = range(1)
+    fn,
+    case: Case,
+    arrays: dict | None = None,
+    floors=(),
+    seeds: range = range(1),
+    enough: int = ENOUGH,
 ) -> None:
     """``fn`` against the recurrence in float64, measured by plain XLA's errors.
 
-    Results of few values are compared over all ``seeds``.
+    Results of fewer than ``enough`` values are compared over all ``seeds``.
     """
     many = [arrays] if arrays else [arrays_of(case, seed) for seed in seeds]
     with jax.enable_x64(True):
         many = [rounded(each, case.dtype, EXACT) for each in many]
         if case.steps:
             many = [each | {"dt": each["dt"].astype(case.steps)} for each in many]
-        got = pooled(samples(fn, many))
+        got = pooled(samples(fn, many), enough)
         with modelled():
-            low = pooled(samples(kernels(case), many, as_written=True))
-        exact = pooled(samples(reference(case), jax.tree.map(floats64, many)))
+            low = pooled(samples(kernels(case), many, as_written=True), enough)
+        wide = jax.tree.map(floats64, many)
+        exact = pooled(samples(reference(case), wide), enough)
     for x, y in zip(*map(jax.tree.leaves, (got, low)), strict=True):
         assert x.dtype == y.dtype
     assert_all_close(case.dtype, got, exact, low, floors)
