@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,8 @@ class Case:
     normalize: bool = False
     skip: str = ""  # "H", "P"
     gate: bool = False  # z, and what makes dt
+    steps: str = ""  # dtype of dt, if not float32
+    limit: tuple[float, float] = (0.0, math.inf)  # of dt
 
     def __str__(self):
         fields = dataclasses.asdict(self).items()
@@ -77,6 +80,9 @@ CASES = [
     SSD(65, 128, 64, (1, 4), skip="H", gate=True),
     SSD(200, 16, 64, (2, 4), "float16", skip="P", packed=True, gate=True),
     LINEAR(66, 192, 16, (1, 1), "float16", decay="head", state=False),
+    # More heads and chunks than a block of the kernels of steps has.
+    SSD(330, 16, 16, (1, 20), skip="H", steps="bfloat16", limit=(0.2, 1.5)),
+    SSD(70, 16, 64, (1, 3), "float16", gate=True, limit=(0.1, 2.0), steps="float16"),
 ]
 MORE = [
     LINEAR(130, 6, 10, (2, 2), decay="none", packed=True),
@@ -141,7 +147,8 @@ def arrays_of(case: Case, seed: int = 0) -> dict:
 def public(case: Case, implementation: str = "interpret"):
     settings = {"return_final_state": True, "implementation": implementation}
     if case.op == "ssd":
-        return functools.partial(tk_jax.ssd, dt_softplus=case.gate, **settings)
+        steps = {"dt_softplus": case.gate, "dt_limit": case.limit}
+        return functools.partial(tk_jax.ssd, **steps, **settings)
     return functools.partial(
         tk_jax.linear_attention, normalize=case.normalize, **settings
     )
@@ -150,7 +157,10 @@ def public(case: Case, implementation: str = "interpret"):
 def reference(case: Case):
     if case.op == "ssd":
         return functools.partial(
-            ssd_reference, dt_softplus=case.gate, dtype=jnp.float64
+            ssd_reference,
+            dt_softplus=case.gate,
+            dt_limit=case.limit,
+            dtype=jnp.float64,
         )
     return functools.partial(
         linear_attention_reference, normalize=case.normalize, dtype=jnp.float64
@@ -160,7 +170,7 @@ def reference(case: Case):
 def kernels(case: Case, tiles: config.ScanConfig | None = None):
     """The ops' kernel forms, whose calls are not those of a jit of their own."""
     if case.op == "ssd":
-        options = SsdOptions(case.gate, 0.0, float("inf"))
+        options = SsdOptions(case.gate, *case.limit)
 
         def ssd(*, initial_state=None, **arrays):
             names = ("D", "z", "dt_bias", "segment_ids")
@@ -225,6 +235,8 @@ def check(
     many = [arrays] if arrays else [arrays_of(case, seed) for seed in seeds]
     with jax.enable_x64(True):
         many = [rounded(each, case.dtype, EXACT) for each in many]
+        if case.steps:
+            many = [each | {"dt": each["dt"].astype(case.steps)} for each in many]
         got = pooled(samples(fn, many), enough)
         with modelled():
             low = pooled(samples(kernels(case), many, as_written=True), enough)
