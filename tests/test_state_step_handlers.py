@@ -119,6 +119,7 @@ def test_launches():
             of_taylor,
             values_last=True,
             taylor=True,
+            decays=_NONE,
             state=floats(2, 4, 153, 100),
             next_state=floats(2, 4, 153, 100),
         ),
@@ -246,6 +247,17 @@ def test_states_are_in_place(call, name):
             step(dataclasses.replace(SIZES, key_dim=8), values_last=True, taylor=True),
             _INVALID,
             "state has shape (2, 4, 8, 100); expected (2, 4, 45, 100)",
+        ),
+        (
+            step(
+                dataclasses.replace(SIZES, key_dim=8),
+                values_last=True,
+                taylor=True,
+                state=floats(2, 4, 45, 100),
+                next_state=floats(2, 4, 45, 100),
+            ),
+            _INVALID,
+            "decays are those of states whose features are given",
         ),
         (
             step(values_last=True, normalize=True, sums=floats(2, 5)),

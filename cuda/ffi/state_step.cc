@@ -121,6 +121,9 @@ Result<Sizes> read(const Buffers& b, const StateStepOptions& options) {
   if (options.values_last && (is_given(b.weights) || is_given(b.skip))) {
     return invalid("weights and skip are those of states with values in rows");
   }
+  if (options.taylor && is_given(b.decays)) {
+    return invalid("decays are those of states whose features are given");
+  }
   if (s.key_dim > kMaxInt - state_step::kRows || s.value_dim > kMaxInt - state_step::kRows ||
       int_product({s.batch, s.num_heads, ceil_div(s.value_dim, 16)}) < 0) {
     return unsupported("more than 2^31 - 1 blocks: v " + shape_text(b.v));

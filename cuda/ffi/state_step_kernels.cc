@@ -59,12 +59,12 @@ Result<KernelSpec> StateStepKernel::spec() const {
   if (values_last) {
     spec.function += std::string(", ") + bool_name(normalize) + ", " + std::to_string(queries) +
                      ", " + bool_name(taylor);
-    spec.shared_bytes = state_step::columns_shared_bytes(columns, queries, normalize);
+    spec.shared_bytes = state_step::columns_shared_bytes(columns, queries, normalize, taylor);
   }
   spec.function += ">>";
   spec.params_type = "tk::state_step::StepParams";
   spec.threads = state_step::kThreads;
-  spec.min_blocks = state_step::resident_blocks(values_last, whole, normalize, queries, taylor);
+  spec.min_blocks = state_step::resident_blocks(values_last, whole, normalize, queries);
   if (Status status = runtime::check_spec(spec); !status.ok()) return status.error();
   return spec;
 }
