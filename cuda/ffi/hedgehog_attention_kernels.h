@@ -20,7 +20,9 @@ struct HedgehogOutputsOptions {
 struct HedgehogGradientsOptions {
   float scale;
 };
-
+struct HedgehogStepOptions {
+  float scale;
+};
 struct HedgehogDocumentStatesOptions {
   bool reverse;
   long shares;
@@ -53,5 +55,6 @@ TK_REGISTER_SETTINGS(tk::ffi::HedgehogOutputsOptions, StructMember<float>("scale
                      StructMember<std::int64_t>("chunks_of_segment"),
                      StructMember<std::int64_t>("shares"));
 TK_REGISTER_SETTINGS(tk::ffi::HedgehogGradientsOptions, StructMember<float>("scale"));
+TK_REGISTER_SETTINGS(tk::ffi::HedgehogStepOptions, StructMember<float>("scale"));
 TK_REGISTER_SETTINGS(tk::ffi::HedgehogDocumentStatesOptions, StructMember<bool>("reverse"),
                      StructMember<std::int64_t>("shares"));

@@ -64,7 +64,7 @@ Result<KernelSpec> StateStepKernel::spec() const {
   spec.function += ">>";
   spec.params_type = "tk::state_step::StepParams";
   spec.threads = state_step::kThreads;
-  spec.min_blocks = state_step::resident_blocks(values_last, whole, normalize, queries);
+  spec.min_blocks = state_step::resident_blocks(values_last, whole, normalize, queries, taylor);
   if (Status status = runtime::check_spec(spec); !status.ok()) return status.error();
   return spec;
 }

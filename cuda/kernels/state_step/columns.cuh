@@ -2,7 +2,8 @@
 // features before it.
 //
 //   S <- decay S + k v^T,   out = scale S^T q
-//   z <- decay z + k,       out = S^T q / z q          with kNormalize
+//   z <- decay z + k,       out = S^T q / z q          with kNormalize; and if they are given
+//                           out = (scale S^T q + numerators) / (scale z q + divisors)
 //
 // (Katharopoulos et al., "Transformers are RNNs", 2020, section 3.3.) A state may have several
 // queries, as Hedgehog's heads of keys do; or the kernel makes q's and k's features itself, Based's
@@ -39,21 +40,19 @@ struct Columns {
   static constexpr int kQueries = Traits::kQueries;
   static constexpr bool kTaylor = Traits::kTaylor;
   static constexpr int kWarps = kThreads / 32;
-  // Beside the state: with features, before it.
-  static constexpr bool kStepsNormalizer = Traits::kNormalize && !kTaylor;
 
+  static constexpr int kAhead = 3;  // sixty-fours of rows of z: all of Based with sixteen values
   struct Sums {
     SharedVec<float, 16> vec[kWarps][kQueries];
+    SharedVec<float, 16> ahead[kAhead][kWarps];  // of z
   };
   // Of k and of q times the scale: sixteen values from each warp, and all features.
   struct Values {
     SharedVec<float, 16> values[kWarps];
     SharedVec<float, kMaxTaylorRows> features;
   };
-  static constexpr int kAhead = 3;  // sixty-fours of rows of z: all, of sixteen values
   struct Features {
     Values keys, queries;
-    SharedVec<float, 16> normalizer[4 * kAhead];
   };
   struct Nothing {};
   struct Shared {
@@ -104,38 +103,25 @@ struct Columns {
     const int key_dim = params.key_dim, value_dim = params.value_dim;
     const int64 matrix = state * key_dim * value_dim;
     const GlobalView<float> view{params.state + matrix, key_dim, value_dim, value_dim};
-    const auto k = place.shared_row<TKey>(params, params.k, params.key_heads, key_dim);
 
     // First of all what is large: whatever is computed from the rest waits for that.
     RegTile<float, 16, kCols> tile;
     warpgroup::load_runs<kWhole>(tile, view, 0, col);
     PerCol<kCols> values, totals[kQueries];
-    PerRow<16> row_sums[kQueries];
     warp::load_runs<kWhole>(
         values, place.shared_row<TValue>(params, params.v, params.num_heads, value_dim), col, 0.0f);
 #pragma unroll
-    for (int r = 0; r < kQueries; ++r) {
-      warp::zero(totals[r]);
-      warp::zero(row_sums[r]);
-    }
-    if constexpr (kTaylor) {
-      // The first columns of a block: without z there are no others.
-      if (!Traits::kNormalize || col == 0) begin_taylor(shared);
-    }
+    for (int r = 0; r < kQueries; ++r) warp::zero(totals[r]);
+    // With the first columns of a block: without z there are no others.
+    if (!Traits::kNormalize || col == 0) begin(shared);
 #pragma unroll 1
     for (int row = 0;;) {
-      PerRow<16> keys, z;
-      load_keys(keys, shared, k, row);
+      PerRow<16> keys;
+      load_keys(keys, shared, row);
       step_on(tile, decay, keys, values);
       warpgroup::store_runs<kWhole>(view, tile, row, col);
       // Rows that are not there have no part in the sums, not even as infinity times zero.
       if (row + kRows > key_dim) warpgroup::keep_rows_before(tile, key_dim - row, 0.0f);
-      if constexpr (kStepsNormalizer) {
-        if (col == 0) {
-          load_normalizer(z, row);  // there are no registers for it before
-          step_normalizer(z, keys, row);
-        }
-      }
 #pragma unroll
       for (int r = 0; r < kQueries; ++r) {
         PerRow<16> queries;
@@ -143,9 +129,6 @@ struct Columns {
         load_queries(queries, shared, r, row);
         warp::mul_rows(products, tile, queries);
         warp::fold_col_sum(totals[r], products);
-        if constexpr (kStepsNormalizer) {
-          if (col == 0) add_product(row_sums[r], queries, z);
-        }
       }
       row += kRows;
       if (row >= key_dim) break;
@@ -155,20 +138,18 @@ struct Columns {
     for (int r = 0; r < kQueries; ++r) {
       warp::finish_col_sum(totals[r]);
       warp::store(shared.totals[warp::index()][r], totals[r]);
-      if constexpr (kStepsNormalizer) {
-        if (col == 0) store_sum(shared.sums.vec[warp::index()][r], row_sums[r]);
-      }
     }
   }
 
   // After the state is asked for and before it is stored: no load passes a store, for all that the
   // compiler knows.
-  __device__ __forceinline__ void load_keys(PerRow<16>& keys, const Shared& shared,
-                                            const GlobalVec<const TKey>& k, int row) const {
+  __device__ __forceinline__ void load_keys(PerRow<16>& keys, const Shared& shared, int row) const {
     if constexpr (kTaylor) {
       load_features(keys, shared.features.keys, row);
     } else {
-      warpgroup::load(keys, k, row, 0.0f);
+      warpgroup::load(keys,
+                      place.shared_row<TKey>(params, params.k, params.key_heads, params.key_dim),
+                      row, 0.0f);
     }
   }
   __device__ __forceinline__ void load_normalizer(PerRow<16>& z, int row) const {
@@ -188,44 +169,66 @@ struct Columns {
 
   // All threads, while the first rows of the state are under way: features, and z, which needs
   // nothing else.
-  __device__ __forceinline__ void begin_taylor(Shared& shared) const {
-    const int dim = params.taylor_dim, warp = warp::index();
-    Features& features = shared.features;
-    PerRow<16> k, q, z[kAhead];
-    warpgroup::load(k, place.shared_row<TKey>(params, params.k, params.key_heads, dim), 0, 0.0f);
-    warpgroup::load(q, place.shared_row<TKey>(params, params.q, params.query_heads, dim), 0, 0.0f);
+  __device__ __forceinline__ void begin(Shared& shared) const {
+    PerRow<16> ahead[kAhead];
     if constexpr (Traits::kNormalize) {
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) load_normalizer(z[i], kRows * i);
+      for (int i = 0; i < kAhead; ++i) load_normalizer(ahead[i], kRows * i);
     }
+    if constexpr (kTaylor) share_values(shared.features);
+    if constexpr (Traits::kNormalize) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) warp::store(shared.sums.ahead[i][warp::index()], ahead[i]);
+      warp::sync();
+    }
+    if constexpr (kTaylor) {
+      block::sync();
+      if (warp::index() == 0) make_features(shared.features.keys, 1.0f);
+      if (warp::index() == 1) make_features(shared.features.queries, 0.5f);
+      block::sync();
+    }
+    if constexpr (Traits::kNormalize) step_normalizer(shared);
+  }
+  __device__ __forceinline__ void step_normalizer(Shared& shared) const {
+    const GlobalVec<float> normalizer{params.normalizer + state * params.key_dim, params.key_dim};
+    PerRow<16> sums[kQueries];
+#pragma unroll
+    for (int r = 0; r < kQueries; ++r) warp::zero(sums[r]);
+#pragma unroll 1
+    for (int row = 0; row < params.key_dim; row += kRows) {
+      PerRow<16> z, keys;
+      if (row < kRows * kAhead) {
+        warp::load(z, shared.sums.ahead[row / kRows][warp::index()]);
+      } else {
+        load_normalizer(z, row);
+      }
+      load_keys(keys, shared, row);
+      warp::zip(z, z, keys, [this](float x, float added) { return stepped(decay, x, added); });
+      warpgroup::for_each(
+          z, [=, this](int i, float x) { return row + i < params.key_dim ? x : 0.0f; });
+#pragma unroll
+      for (int r = 0; r < kQueries; ++r) {
+        PerRow<16> products;
+        load_queries(products, shared, r, row);
+        warp::zip(products, products, z, [](float q, float z) { return q * z; });
+        warp::zip(sums[r], sums[r], products, [](float x, float y) { return x + y; });
+      }
+      warp::sync();  // every thread has read before one writes
+      warpgroup::store(normalizer, z, row);
+    }
+#pragma unroll
+    for (int r = 0; r < kQueries; ++r) {
+      store_sum(shared.sums.vec[warp::index()][r], sums[r]);
+    }
+  }
+  __device__ __forceinline__ void share_values(Features& features) const {
+    const int dim = params.taylor_dim, warp = warp::index();
+    PerRow<16> k, q;
+    warpgroup::load(k, place.shared_row<TKey>(params, params.k, params.key_heads, dim), 0, 0.0f);
+    warpgroup::load(q, place.shared_row<TKey>(params, params.q, params.query_heads, dim), 0, 0.0f);
     warp::mul(q, q, params.taylor_scale);
     warp::store(features.keys.values[warp], k);
     warp::store(features.queries.values[warp], q);
-    if constexpr (Traits::kNormalize) {
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) warp::store(features.normalizer[4 * i + warp], z[i]);
-    }
-    block::sync();
-    if (warp == 0) make_features(features.keys, 1.0f);
-    if (warp == 1) make_features(features.queries, 0.5f);
-    block::sync();
-    if constexpr (Traits::kNormalize) {
-      PerRow<16> sums;
-      warp::zero(sums);
-#pragma unroll 1
-      for (int row = 0; row < params.key_dim; row += kRows) {
-        if (row < kRows * kAhead) {
-          warp::load(z[0], features.normalizer[row / 16 + warp]);
-        } else {
-          load_normalizer(z[0], row);
-        }
-        load_features(k, features.keys, row);
-        load_features(q, features.queries, row);
-        step_normalizer(z[0], k, row);
-        add_product(sums, q, z[0]);
-      }
-      store_sum(shared.sums.vec[warp][0], sums);
-    }
   }
   // A warp: a one, the values, and the products of value a and of each from a on.
   __device__ __forceinline__ void make_features(Values& x, float factor_of_squares) const {
@@ -264,21 +267,6 @@ struct Columns {
     });
   }
 
-  // z becomes the next one, which is stored; 0 beyond its end.
-  __device__ __forceinline__ void step_normalizer(PerRow<16>& z, const PerRow<16>& keys,
-                                                  int row) const {
-    const int64 offset = state * params.key_dim;
-    warp::zip(z, z, keys, [=, this](float x, float added) { return stepped(decay, x, added); });
-    warpgroup::for_each(z,
-                        [=, this](int i, float x) { return row + i < params.key_dim ? x : 0.0f; });
-    warp::sync();  // every thread has read before one writes
-    warpgroup::store(GlobalVec<float>{params.normalizer + offset, params.key_dim}, z, row);
-  }
-  __device__ __forceinline__ static void add_product(PerRow<16>& sums, PerRow<16> a,
-                                                     const PerRow<16>& b) {
-    warp::zip(a, a, b, [](float x, float y) { return x * y; });
-    warp::zip(sums, sums, a, [](float x, float y) { return x + y; });
-  }
   // The sum of a warp's rows is that of any column of a tile that has them in each.
   __device__ __forceinline__ static void store_sum(SharedVec<float, 16>& dst,
                                                    const PerRow<16>& rows) {
@@ -299,23 +287,24 @@ struct Columns {
       warp::load(part, shared.totals[w][r]);
       warp::add(total, total, part);
     }
-    const int64 row = state * kQueries + r;
+    // Found again: between, there is no register for it.
+    const int64 row = Place::of(params).state(params) * kQueries + r;
     const float scale = params.scale;
     if constexpr (Traits::kNormalize) {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += load_element(shared.sums.vec[w][r], 0);
-      if (params.sums == nullptr) {
+      if (params.divisors == nullptr) {
         const float divisor = scale * sum;
         warp::map(total, total,
                   [=](float x) { return divisor == 0.0f ? 0.0f : scale * x / divisor; });
       } else {
-        warp::mul(total, total, scale);
-        if (col == 0) {
-          PerCol<16> sums;
-          warp::fill(sums, scale * sum);
-          warp::store_runs<false>(GlobalVec<float>{params.sums + row, 1}, sums, 0);
-        }
+        const GlobalVec<const float> numerators{params.numerators + row * params.value_dim,
+                                                params.value_dim};
+        const float divisor = scale * sum + load_scalar(params.divisors + row);
+        warp::load_runs<kWhole>(part, numerators, col, 0.0f);
+        warp::zip(total, total, part, [=](float x, float y) { return scale * x + y; });
+        warp::map(total, total, [=](float x) { return divisor == 0.0f ? 0.0f : x / divisor; });
       }
     } else {
       warp::mul(total, total, scale);

@@ -110,6 +110,13 @@ class HedgehogGradientsOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class HedgehogStepOptions:
+    """What a step computes."""
+
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
 class HedgehogDocumentStatesOptions:
     """Which states of packed documents are computed."""
 
