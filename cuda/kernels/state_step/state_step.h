@@ -26,7 +26,8 @@ constexpr int kMaxTaylorRows =
 // Blocks that share a multiprocessor, at least: as many as nothing is spilled with.
 constexpr int resident_blocks(bool values_last, bool whole, bool normalize, long queries,
                               bool taylor) {
-  if (!whole || queries > 1) return 3;
+  if (!whole) return queries > 1 ? 2 : 3;
+  if (queries > 1) return 3;
   return values_last && !(normalize && taylor) ? 4 : 5;
 }
 
