@@ -77,12 +77,6 @@ struct RunningNormalizer {
   MapVec parts[2][4];
   MapVec total[2];
 
-  // One warp.
-  __device__ __forceinline__ void clear(int sign) {
-    PerCol<kMap> zeros;
-    warp::zero(zeros);
-    warp::store(total[sign], zeros);
-  }
   // Each warp: its rows of a chunk.
   __device__ __forceinline__ void add(int sign, const Square& features) {
     PerCol<kMap> added;

@@ -104,9 +104,12 @@ struct OutputsParams {
   const int* first;        // [B]: the first token that is one; or null where all are
   const float* alpha;      // [H]
   const float* beta;       // [H]
-  // What precedes the chunk before each segment's first.
-  const float* sums;        // [B, K, segments, V, kFeatures], or null for zeros
-  const float* normalizer;  // [B, K, segments, kFeatures], or null for zeros
+  // What precedes the chunk before each segment's first: of packed documents a state for each
+  // segment; otherwise the sum of the first states, start_states and states_of_segment for each
+  // segment before.
+  const float* sums;        // [B, K, states, V, kFeatures], or null for zeros
+  const float* normalizer;  // [B, K, states, kFeatures], or null for zeros
+  int states, start_states, states_of_segment;
   int seqlen, num_heads, num_kv_heads, value_dim;
   int chunks, chunks_of_segment;
   float scale;
