@@ -4,6 +4,7 @@
 // the hardware.
 #pragma once
 
+#include "tk/interpreter/copy.h"
 #include "tk/interpreter/map.h"
 
 namespace tk::warp {
@@ -94,6 +95,21 @@ void reduce_cols(PerCol<kN>& cols, const Src& src, float start, Op&& op, Locatio
   fill(cols, start, at);
   fold_cols(cols, src, op, at);
   finish_cols(cols, op, at);
+}
+
+template <typename Src>
+void store_col_sum(SharedVec<float, 64>& dst, const Src& src, Location at = {}) {
+  PerCol<64> cols;
+  fill(cols, 0.0f, at);
+  fold_cols(cols, src, [](float x, float y) { return x + y; }, at);
+  // Exchanges with the parts 4, 2 and 1 away.
+  for (auto& parts : cols.data) {
+    for (int distance = 4; distance > 0; distance /= 2) {
+      for (int i = 0; i < distance; ++i) parts[i] += parts[i + distance];
+    }
+    for (float& part : parts) part = parts[0];
+  }
+  store(dst, cols, at);
 }
 
 template <typename Dst, typename Src>
