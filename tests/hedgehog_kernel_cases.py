@@ -151,15 +151,21 @@ def scores_of(case: Case) -> int:
     return case.batch * case.heads[0] * case.seqlen**2
 
 
+def _state(case: Case, arrays: dict):
+    """Takes it from the arrays."""
+    names = ("sums", "normalizer", "keys", "values")
+    parts = [arrays.pop(name) for name in names if name in arrays]
+    if not case.lengths:
+        return None
+    return config.HedgehogState(*parts, jnp.asarray(case.lengths, jnp.int32))
+
+
 def public(case: Case, implementation: str = "interpret", final: bool | None = None):
     """Returns (out,), and the final state without its length where there is one."""
     final = bool(case.lengths) if final is None else final
 
-    def run(*, sums=None, normalizer=None, keys=None, values=None, **arrays):
-        state = None
-        if case.lengths:
-            length = jnp.asarray(case.lengths, jnp.int32)
-            state = config.HedgehogState(sums, normalizer, keys, values, length)
+    def run(**arrays):
+        state = _state(case, arrays)
         results = tk_jax.hedgehog_attention(
             **arrays,
             initial_state=state,
@@ -174,7 +180,8 @@ def public(case: Case, implementation: str = "interpret", final: bool | None = N
 def in_segments(case: Case, chunks: int):
     def run(**arrays):
         options = config.HedgehogOptions(case.key_dim**-0.5, config.CHUNK)
-        inputs = Inputs(**{"state": None, "segment_ids": None} | arrays)
+        state = _state(case, arrays)
+        inputs = Inputs(**{"state": state, "segment_ids": None} | arrays)
         out, _ = kernel_hedgehog_attention(
             options, False, inputs, chunks_of_segment=chunks
         )

@@ -63,7 +63,7 @@ class Case:
         queries = self.heads[0] // self.heads[1] if is_hedgehog else 1
         return {
             "key_dtype": "float32" if is_hedgehog else self.dtype,
-            "value_dtype": "float32" if is_hedgehog else self.dtype,
+            "value_dtype": self.dtype,
             "values_last": self.op != "ssd",
             "whole": columns % 4 == 0,
             "normalize": self.normalize or is_hedgehog,

@@ -249,7 +249,7 @@ def test_every_op_is_gated():
         "tk_linear_attention_step_gradients_bf16",
         "tk_matmul_nn_bf16",
         "tk_matmul_tt_fp16",
-        "tk_state_step_columns_c32_normalized_q4_fp32",
+        "tk_state_step_columns_c32_normalized_q4_fp32_bf16",
         "tk_state_step_columns_c64_bf16",
         "tk_state_step_columns_c64_taylor_normalized_fp16",
         "tk_state_step_rows_c16_fp16",

@@ -65,9 +65,12 @@ def outputs(
     first=_ALL,
     starts=(_NONE, _NONE),
     chunks=2,
+    states=1,
     documents=_UNPACKED,
     shares=0,
 ):
+    options = {"scale": 1.0, "chunks_of_segment": chunks}
+    options |= {"states_of_segment": 0 if shares else states, "shares": shares}
     return Call(
         "tk_hedgehog_attention_outputs_v1",
         [
@@ -75,7 +78,7 @@ def outputs(
             *(a.weight, a.weight, first, *starts, *documents),
         ],
         [a.out],
-        {"options": {"scale": 1.0, "chunks_of_segment": chunks, "shares": shares}},
+        {"options": options},
     )
 
 
@@ -218,6 +221,21 @@ def test_empty_batch_launches_nothing():
             outputs(starts=(ARRAYS.starts[0], _NONE)),
             _INVALID,
             "sums and normalizer go together",
+        ),
+        (
+            outputs(starts=ARRAYS.starts, states=3),
+            _INVALID,
+            "sums are of 2 states; expected 3, or one more before the first segment",
+        ),
+        (
+            outputs(documents=ARRAYS.documents, starts=ARRAYS.ends, shares=4),
+            _INVALID,
+            "sums are of 1 states; expected 2",
+        ),
+        (
+            outputs(states=-1),
+            _INVALID,
+            "states_of_segment is -1; expected none where documents are packed",
         ),
         (
             outputs(Arrays((2, 150, 3, 2, 80, 96))),

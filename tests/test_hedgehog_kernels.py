@@ -133,6 +133,11 @@ def test_states_and_their_gradients(case):
     check(public(case), case, public(case, "xla"))
 
 
+def test_segments_after_a_state():
+    case = Case(150, heads=(2, 1), batch=2, lengths=(37, 300))
+    check(in_segments(case, 2), case, public(case, "xla", final=False))
+
+
 @pytest.mark.parametrize("seqlen", [1, 130])
 def test_final_state_without_an_initial_one(seqlen):
     case = Case(seqlen)

@@ -33,7 +33,6 @@ def step(
     key_dtype=None,
     values_last=False,
     normalize=False,
-    divide=False,
     taylor=False,
     columns=64,
     query_heads=None,
@@ -45,7 +44,6 @@ def step(
     query_heads = query_heads or (out_heads if s.queries > 1 else s.key_heads)
     state = (s.key_dim, s.value_dim) if values_last else (s.value_dim, s.key_dim)
     normalizer = floats(s.batch, s.heads, s.key_dim) if normalize else _NONE
-    sums = floats(s.batch, out_heads) if normalize and not divide else _NONE
     usual = {
         "q": (key_dtype or dtype, [s.batch, query_heads, s.key_dim]),
         "k": (key_dtype or dtype, [s.batch, s.key_heads, s.key_dim]),
@@ -53,10 +51,11 @@ def step(
         "decays": floats(s.batch, s.heads),
         "weights": _NONE,
         "skip": _NONE,
+        "numerators": _NONE,
+        "divisors": _NONE,
         "state": floats(s.batch, s.heads, *state),
         "normalizer": normalizer,
         "out": (dtype, [s.batch, out_heads, s.value_dim]),
-        "sums": sums,
         "next_state": floats(s.batch, s.heads, *state),
         "next_normalizer": normalizer,
     }
@@ -66,15 +65,14 @@ def step(
         "scale": 1.0,
         "values_last": values_last,
         "normalize": normalize,
-        "divide": divide,
         "taylor": taylor,
     }
     return Call(
         "tk_state_step_v1",
-        given[:8],
-        given[8:],
+        given[:10],
+        given[10:],
         {"options": options, "config": {"columns": columns}},
-        in_place={2: 6, 3: 7} if in_place is None else in_place,
+        in_place={1: 8, 2: 9} if in_place is None else in_place,
     )
 
 
@@ -84,26 +82,31 @@ def windows(
     """The other kernel of Hedgehog's steps: B, H = 2 R, K = 2, windows of 64."""
     heads = 2 * queries
     usual = {
-        "query": floats(batch, heads, 128),
-        "features": floats(batch, heads, 128),
-        "token_key": floats(batch, 2, 128),
-        "token_value": floats(batch, 2, 128),
+        "query": (dtype, [batch, heads, D]),
+        "token_key": (dtype, [batch, 2, D]),
+        "token_value": (dtype, [batch, 2, V]),
         "keys": (dtype, [batch, 128, 2, D]),
         "values": (dtype, [batch, 128, 2, V]),
+        "q_map": (dtype, [heads, D, 64]),
         "k_map": (dtype, [2, D, 64]),
+        "alpha": floats(heads),
         "beta": floats(heads),
-        "sums": floats(batch, heads, V),
-        "divisors": floats(batch, heads),
         "length": ("int32", [batch]),
-        "out": (dtype, [batch, heads, V]),
+        "features": floats(batch, heads, 128),
+        "key_features": floats(batch, 2, 128),
+        "value": (dtype, [batch, 2, V]),
+        "decays": floats(batch, 2),
+        "numerators": floats(batch, heads, V),
+        "divisors": floats(batch, heads),
         "next_keys": (dtype, [batch, 128, 2, D]),
         "next_values": (dtype, [batch, 128, 2, V]),
     }
     assert arrays.keys() <= usual.keys()
     given = list((usual | arrays).values())
-    aliases = {1: 4, 2: 5} if in_place is None else in_place
+    aliases = {6: 3, 7: 4} if in_place is None else in_place
     target = "tk_hedgehog_attention_step_v1"
-    return Call(target, given[:11], given[11:], {}, in_place=aliases)
+    options = {"options": {"scale": 1.0}}
+    return Call(target, given[:10], given[10:], options, in_place=aliases)
 
 
 def test_launches():
@@ -113,12 +116,21 @@ def test_launches():
     calls = [
         step(weights=floats(2, 4), skip=floats(1, 4, 1)),
         step(values_last=True, decays=floats(1, 4)),
-        step(values_last=True, normalize=True, divide=True, key_dtype="float32"),
-        step(several, values_last=True, normalize=True, dtype="float32", columns=32),
+        step(values_last=True, normalize=True, key_dtype="float32"),
+        step(
+            several,
+            values_last=True,
+            normalize=True,
+            dtype="float32",
+            columns=32,
+            numerators=floats(2, 16, 100),
+            divisors=floats(2, 16),
+        ),
         step(
             of_taylor,
             values_last=True,
             taylor=True,
+            decays=_NONE,
             state=floats(2, 4, 153, 100),
             next_state=floats(2, 4, 153, 100),
         ),
@@ -138,9 +150,10 @@ def test_launches():
         (f"{name}rows_c16_odd_fp16", [8, 1, 1]),
         ("tk_hedgehog_attention_step_d128_v128_bf16", [2, 1, 2]),
     ]
-    keys, values, k_map = ran[-1].of("map")
+    keys, values, q_map, k_map = ran[-1].of("map")
     assert (keys["dims"], keys["box"]) == ([80, 128, 2, 2], [64, 64, 1, 1])
     assert values["dims"] == [96, 128, 2, 2]
+    assert q_map["dims"] == [64, 80, 4]
     assert (k_map["dims"], k_map["box"]) == ([64, 80, 2], [64, 128, 1])
 
 
@@ -155,11 +168,11 @@ def test_empty_batch_launches_nothing():
     [
         (step(in_place={}), "next_state is not where state"),
         (
-            step(values_last=True, normalize=True, divide=True, in_place={2: 6}),
+            step(values_last=True, normalize=True, in_place={1: 8}),
             "next_normalizer is not where normalizer",
         ),
-        (windows(in_place={2: 5}), "next_keys is not where keys"),
-        (windows(in_place={1: 4}), "next_values is not where values"),
+        (windows(in_place={7: 4}), "next_keys is not where keys"),
+        (windows(in_place={6: 3}), "next_values is not where values"),
     ],
 )
 def test_states_are_in_place(call, name):
@@ -228,14 +241,23 @@ def test_states_are_in_place(call, name):
             "weights and skip are those of states with values in rows",
         ),
         (
-            step(normalize=True, divide=True),
+            step(normalize=True),
             _INVALID,
             "states with values in rows are not normalized and have one query",
         ),
         (
-            step(values_last=True, divide=True),
+            step(
+                values_last=True,
+                numerators=floats(2, 4, 100),
+                divisors=floats(2, 4),
+            ),
             _INVALID,
-            "options.divide without options.normalize",
+            "numerators and divisors are given together, where out is divided",
+        ),
+        (
+            step(values_last=True, normalize=True, divisors=floats(2, 4)),
+            _INVALID,
+            "numerators and divisors are given together, where out is divided",
         ),
         (
             step(dataclasses.replace(SIZES, key_dim=33), values_last=True, taylor=True),
@@ -248,9 +270,25 @@ def test_states_are_in_place(call, name):
             "state has shape (2, 4, 8, 100); expected (2, 4, 45, 100)",
         ),
         (
-            step(values_last=True, normalize=True, sums=floats(2, 5)),
+            step(
+                dataclasses.replace(SIZES, key_dim=8),
+                values_last=True,
+                taylor=True,
+                state=floats(2, 4, 45, 100),
+                next_state=floats(2, 4, 45, 100),
+            ),
             _INVALID,
-            "sums has shape (2, 5); expected (2, 4)",
+            "decays are those of states whose features are given",
+        ),
+        (
+            step(
+                values_last=True,
+                normalize=True,
+                numerators=floats(2, 4, 100),
+                divisors=floats(2, 5),
+            ),
+            _INVALID,
+            "divisors has shape (2, 5); expected (2, 4)",
         ),
         (
             step(dataclasses.replace(SIZES, queries=9), values_last=True, columns=16),
@@ -268,9 +306,9 @@ def test_states_are_in_place(call, name):
             "expected nothing but the batch to be empty",
         ),
         (
-            windows(query=floats(2, 4, 80)),
+            windows(token_key=("bfloat16", [2, 2, 128])),
             _INVALID,
-            "query has shape (2, 4, 80); expected (2, 4, 128)",
+            "token_key has shape (2, 2, 128); expected (2, 2, 80)",
         ),
         (
             windows(

@@ -35,6 +35,7 @@ SETTINGS = {
     "HedgehogSumsOptions": hedgehog_attention.HedgehogSumsOptions,
     "HedgehogOutputsOptions": hedgehog_attention.HedgehogOutputsOptions,
     "HedgehogGradientsOptions": hedgehog_attention.HedgehogGradientsOptions,
+    "HedgehogStepOptions": hedgehog_attention.HedgehogStepOptions,
     "HedgehogDocumentStatesOptions": hedgehog_attention.HedgehogDocumentStatesOptions,
     "MatmulOptions": matmul.MatmulOptions,
     "MatmulConfig": matmul.MatmulConfig,
@@ -199,7 +200,7 @@ def call_state_step():
     q = jnp.zeros((2, 2, 64), jnp.bfloat16)
     v = jnp.zeros((2, 4, 80), jnp.bfloat16)
     return _state_step.state_step(
-        _state_step.StateStepOptions(0.25, True, True, True),
+        _state_step.StateStepOptions(0.25, True, True),
         _state_step.Arrays(
             q, q, v, jnp.zeros((2, 4, 64, 80)), normalizer=jnp.zeros((2, 4, 64))
         ),

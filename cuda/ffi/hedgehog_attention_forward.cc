@@ -112,6 +112,34 @@ Status check_document_segments(const HedgehogOutputsOptions& options, const Hedg
   return check_shares(options.shares, s);
 }
 
+// Before the first segment; those that segments begin with are sums of states unless documents are
+// packed.
+std::int64_t start_states(const AnyBuffer& sums, std::int64_t segments,
+                          const HedgehogOutputsOptions& options) {
+  return dim(sums, 2) - options.states_of_segment * (segments - 1);
+}
+
+Status check_starts(const OutputsBuffers& b, std::int64_t segments, const HedgehogSizes& s,
+                    const HedgehogOutputsOptions& options) {
+  if (is_given(b.sums) != is_given(b.normalizer)) return invalid("sums and normalizer go together");
+  if (options.states_of_segment < 0 || (s.documents && options.states_of_segment != 0)) {
+    return invalid("states_of_segment is " + std::to_string(options.states_of_segment) +
+                   "; expected none where documents are packed, and no fewer");
+  }
+  if (!is_given(b.sums)) return {};
+  if (Status status = check_rank("sums", b.sums, 5); !status.ok()) return status;
+  const std::int64_t states = dim(b.sums, 2);
+  const std::int64_t first = start_states(b.sums, segments, options);
+  if (s.documents ? states != segments : first != 0 && first != 1) {
+    return invalid("sums are of " + std::to_string(states) + " states; expected " +
+                   std::to_string(s.documents ? segments : states - first) +
+                   (s.documents ? "" : ", or one more before the first segment"));
+  }
+  return first_error(
+      {check_floats("sums", b.sums, {s.batch, s.num_kv_heads, states, s.value_dim, kFeatures}),
+       check_floats("normalizer", b.normalizer, {s.batch, s.num_kv_heads, states, kFeatures})});
+}
+
 Result<HedgehogSizes> read_outputs(const OutputsBuffers& b, const HedgehogOutputsOptions& options) {
   if (Status status = check_rank("q", b.q, 4); !status.ok()) return status.error();
   const auto sizes = read_hedgehog_sizes(b.k, b.v, dim(b.q, 2));
@@ -124,18 +152,13 @@ Result<HedgehogSizes> read_outputs(const OutputsBuffers& b, const HedgehogOutput
       !status.ok()) {
     return status.error();
   }
-  const std::int64_t segments = segments_of(s, options);
-  if (is_given(b.sums) != is_given(b.normalizer)) return invalid("sums and normalizer go together");
   if (Status status = first_error(
           {check_like("q", b.q, b.k, {s.batch, s.seqlen, s.num_heads, s.key_dim}),
            check_like("q_map", b.q_map, b.k, {s.num_heads, s.key_dim, kMap}),
            check_like("k_map", b.k_map, b.k, {s.num_kv_heads, s.key_dim, kMap}),
            check_floats("alpha", b.alpha, {s.num_heads}),
            check_floats("beta", b.beta, {s.num_heads}), check_first(b.first, s),
-           check_optional_floats("sums", b.sums,
-                                 {s.batch, s.num_kv_heads, segments, s.value_dim, kFeatures}),
-           check_optional_floats("normalizer", b.normalizer,
-                                 {s.batch, s.num_kv_heads, segments, kFeatures}),
+           check_starts(b, segments_of(s, options), s, options),
            check_like("out", b.out, b.k, {s.batch, s.seqlen, s.num_heads, s.value_dim})});
       !status.ok()) {
     return status.error();
@@ -189,6 +212,11 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
   params.beta = floats(b.beta);
   params.sums = optional_floats(b.sums);
   params.normalizer = optional_floats(b.normalizer);
+  if (is_given(b.sums)) {
+    params.states = static_cast<int>(dim(b.sums, 2));
+    params.start_states = static_cast<int>(start_states(b.sums, segments_of(s, options), options));
+    params.states_of_segment = static_cast<int>(options.states_of_segment);
+  }
   set_sizes(&params, s);
   params.num_heads = static_cast<int>(s.num_heads);
   params.chunks_of_segment = static_cast<int>(options.chunks_of_segment);

@@ -15,12 +15,15 @@ struct HedgehogSumsOptions {
 struct HedgehogOutputsOptions {
   float scale;
   long chunks_of_segment;  // of packed documents: shares of tiles
+  long states_of_segment;  // that those after it begin with; 0 where documents are packed
   long shares;             // 0 where documents are not packed
 };
 struct HedgehogGradientsOptions {
   float scale;
 };
-
+struct HedgehogStepOptions {
+  float scale;
+};
 struct HedgehogDocumentStatesOptions {
   bool reverse;
   long shares;
@@ -51,7 +54,9 @@ struct HedgehogKernel {
 TK_REGISTER_SETTINGS(tk::ffi::HedgehogSumsOptions, StructMember<std::int64_t>("chunks_of_segment"));
 TK_REGISTER_SETTINGS(tk::ffi::HedgehogOutputsOptions, StructMember<float>("scale"),
                      StructMember<std::int64_t>("chunks_of_segment"),
+                     StructMember<std::int64_t>("states_of_segment"),
                      StructMember<std::int64_t>("shares"));
 TK_REGISTER_SETTINGS(tk::ffi::HedgehogGradientsOptions, StructMember<float>("scale"));
+TK_REGISTER_SETTINGS(tk::ffi::HedgehogStepOptions, StructMember<float>("scale"));
 TK_REGISTER_SETTINGS(tk::ffi::HedgehogDocumentStatesOptions, StructMember<bool>("reverse"),
                      StructMember<std::int64_t>("shares"));

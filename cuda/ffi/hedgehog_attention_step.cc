@@ -13,9 +13,8 @@ using hedgehog_attention::kFeatures;
 using hedgehog_attention::kMap;
 
 struct Buffers {
-  AnyBuffer query, features, token_key, token_value, keys, values, k_map, beta, sums, divisors,
-      length;
-  AnyBuffer out, next_keys, next_values;
+  AnyBuffer query, token_key, token_value, keys, values, q_map, k_map, alpha, beta, length;
+  AnyBuffer features, key_features, value, decays, numerators, divisors, next_keys, next_values;
 };
 
 Result<HedgehogSizes> read(const Buffers& b) {
@@ -23,24 +22,33 @@ Result<HedgehogSizes> read(const Buffers& b) {
   const auto sizes = read_hedgehog_sizes(b.keys, b.values, dim(b.query, 1));
   if (!sizes.ok()) return sizes.error();
   const HedgehogSizes& s = *sizes;
-  const std::int64_t key_tile = hedgehog_attention::tile_dim(s.key_dim);
+  const auto check_tokens = [&](const char* name, const AnyBuffer& buffer, std::int64_t heads,
+                                std::int64_t size) {
+    return check_like(name, buffer, b.keys, {s.batch, heads, size});
+  };
+  const auto check_heads = [&](const char* name, const AnyBuffer& buffer) {
+    return check_floats(name, buffer, {s.num_heads});
+  };
   if (Status status = first_error(
           {check_dims("keys", b.keys, {s.batch, 2 * kChunk, s.num_kv_heads, s.key_dim}),
            check_like("next_keys", b.next_keys, b.keys,
                       {s.batch, 2 * kChunk, s.num_kv_heads, s.key_dim}),
            check_like("next_values", b.next_values, b.keys,
                       {s.batch, 2 * kChunk, s.num_kv_heads, s.value_dim}),
-           check_floats("query", b.query, {s.batch, s.num_heads, key_tile}),
-           check_floats("features", b.features, {s.batch, s.num_heads, kFeatures}),
-           check_floats("token_key", b.token_key, {s.batch, s.num_kv_heads, key_tile}),
-           check_floats("token_value", b.token_value, {s.batch, s.num_kv_heads, s.padded_values()}),
+           check_tokens("query", b.query, s.num_heads, s.key_dim),
+           check_tokens("token_key", b.token_key, s.num_kv_heads, s.key_dim),
+           check_tokens("token_value", b.token_value, s.num_kv_heads, s.value_dim),
+           check_like("q_map", b.q_map, b.keys, {s.num_heads, s.key_dim, kMap}),
            check_like("k_map", b.k_map, b.keys, {s.num_kv_heads, s.key_dim, kMap}),
-           check_floats("beta", b.beta, {s.num_heads}),
-           check_floats("sums", b.sums, {s.batch, s.num_heads, s.value_dim}),
-           check_floats("divisors", b.divisors, {s.batch, s.num_heads}),
+           check_heads("alpha", b.alpha), check_heads("beta", b.beta),
            check_dims("length", b.length, {s.batch}),
            check_dtype("length", b.length, xffi::DataType::S32),
-           check_like("out", b.out, b.keys, {s.batch, s.num_heads, s.value_dim})});
+           check_floats("features", b.features, {s.batch, s.num_heads, kFeatures}),
+           check_floats("key_features", b.key_features, {s.batch, s.num_kv_heads, kFeatures}),
+           check_tokens("value", b.value, s.num_kv_heads, s.value_dim),
+           check_floats("decays", b.decays, {s.batch, s.num_kv_heads}),
+           check_floats("numerators", b.numerators, {s.batch, s.num_heads, s.value_dim}),
+           check_floats("divisors", b.divisors, {s.batch, s.num_heads})});
       !status.ok()) {
     return status.error();
   }
@@ -59,7 +67,8 @@ Status check_in_place(const char* name, const AnyBuffer& next, const char* of,
   return invalid(std::string(name) + " is not where " + of + " is; expected one aliased with it");
 }
 
-Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& b) {
+Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& b,
+               const HedgehogStepOptions& options) {
   const auto sizes = read(b);
   if (!sizes.ok()) return sizes.error();
   const HedgehogSizes& s = *sizes;
@@ -76,38 +85,50 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
   declare_arrays({{"query", b.query, false},
-                  {"features", b.features, false},
                   {"token_key", b.token_key, false},
                   {"token_value", b.token_value, false},
                   {"keys", b.keys, false},
                   {"values", b.values, false},
+                  {"q_map", b.q_map, false},
                   {"k_map", b.k_map, false},
+                  {"alpha", b.alpha, false},
                   {"beta", b.beta, false},
-                  {"sums", b.sums, false},
-                  {"divisors", b.divisors, false},
                   {"length", b.length, false},
-                  {"out", b.out, true},
+                  {"features", b.features, true},
+                  {"key_features", b.key_features, true},
+                  {"value", b.value, true},
+                  {"decays", b.decays, true},
+                  {"numerators", b.numerators, true},
+                  {"divisors", b.divisors, true},
                   {"next_keys", b.next_keys, true},
                   {"next_values", b.next_values, true}});
   hedgehog_attention::StepParams params = {};
   if (Status status = first_error({encode_tokens(&params.keys, b.keys, s),
                                    encode_tokens(&params.values, b.values, s),
+                                   encode_head_maps(&params.q_map, b.q_map, s),
                                    encode_head_maps(&params.k_map, b.k_map, s)});
       !status.ok()) {
     return status;
   }
-  params.query = floats(b.query);
-  params.features = floats(b.features);
-  params.token_key = floats(b.token_key);
-  params.token_value = floats(b.token_value);
+  params.old_keys = b.keys.untyped_data();
+  params.old_values = b.values.untyped_data();
+  params.query = b.query.untyped_data();
+  params.token_key = b.token_key.untyped_data();
+  params.token_value = b.token_value.untyped_data();
+  params.alpha = floats(b.alpha);
   params.beta = floats(b.beta);
-  params.sums = floats(b.sums);
-  params.divisors = floats(b.divisors);
   params.length = static_cast<const int*>(b.length.untyped_data());
-  params.out = b.out.untyped_data();
+  params.features = floats(b.features);
+  params.key_features = floats(b.key_features);
+  params.value = b.value.untyped_data();
+  params.decays = floats(b.decays);
+  params.numerators = floats(b.numerators);
+  params.divisors = floats(b.divisors);
   params.num_heads = static_cast<int>(s.num_heads);
   params.num_kv_heads = static_cast<int>(s.num_kv_heads);
+  params.key_dim = static_cast<int>(s.key_dim);
   params.value_dim = static_cast<int>(s.value_dim);
+  params.scale = options.scale;
   return runtime::launch(**kernel, stream, {s.num_kv_heads, 1, s.batch}, &params);
 }
 
@@ -115,45 +136,54 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error ffi_initialize(std::int32_t device, AnyBuffer query, AnyBuffer features,
-                           AnyBuffer token_key, AnyBuffer token_value, AnyBuffer keys,
-                           AnyBuffer values, AnyBuffer k_map, AnyBuffer beta, AnyBuffer sums,
-                           AnyBuffer divisors, AnyBuffer length, Ret out, Ret next_keys,
-                           Ret next_values) {
+xffi::Error ffi_initialize(std::int32_t device, AnyBuffer query, AnyBuffer token_key,
+                           AnyBuffer token_value, AnyBuffer keys, AnyBuffer values, AnyBuffer q_map,
+                           AnyBuffer k_map, AnyBuffer alpha, AnyBuffer beta, AnyBuffer length,
+                           Ret features, Ret key_features, Ret value, Ret decays, Ret numerators,
+                           Ret divisors, Ret next_keys, Ret next_values, HedgehogStepOptions) {
   return to_ffi(
-      kName, initialize(device, {query, features, token_key, token_value, keys, values, k_map, beta,
-                                 sums, divisors, length, *out, *next_keys, *next_values}));
+      kName, initialize(device, {query, token_key, token_value, keys, values, q_map, k_map, alpha,
+                                 beta, length, *features, *key_features, *value, *decays,
+                                 *numerators, *divisors, *next_keys, *next_values}));
 }
 
 xffi::Error ffi_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer query,
-                        AnyBuffer features, AnyBuffer token_key, AnyBuffer token_value,
-                        AnyBuffer keys, AnyBuffer values, AnyBuffer k_map, AnyBuffer beta,
-                        AnyBuffer sums, AnyBuffer divisors, AnyBuffer length, Ret out,
-                        Ret next_keys, Ret next_values) {
+                        AnyBuffer token_key, AnyBuffer token_value, AnyBuffer keys,
+                        AnyBuffer values, AnyBuffer q_map, AnyBuffer k_map, AnyBuffer alpha,
+                        AnyBuffer beta, AnyBuffer length, Ret features, Ret key_features, Ret value,
+                        Ret decays, Ret numerators, Ret divisors, Ret next_keys, Ret next_values,
+                        HedgehogStepOptions options) {
   return to_ffi(kName, explore([&] {
                   return execute(device, stream,
-                                 {query, features, token_key, token_value, keys, values, k_map,
-                                  beta, sums, divisors, length, *out, *next_keys, *next_values});
+                                 {query, token_key, token_value, keys, values, q_map, k_map, alpha,
+                                  beta, length, *features, *key_features, *value, *decays,
+                                  *numerators, *divisors, *next_keys, *next_values},
+                                 options);
                 }));
 }
 
 template <typename Binding>
 auto bind(Binding binding) {
   return std::move(binding)
-      .template Arg<AnyBuffer>()   // query
-      .template Arg<AnyBuffer>()   // features
-      .template Arg<AnyBuffer>()   // token_key
-      .template Arg<AnyBuffer>()   // token_value
-      .template Arg<AnyBuffer>()   // keys
-      .template Arg<AnyBuffer>()   // values
-      .template Arg<AnyBuffer>()   // k_map
-      .template Arg<AnyBuffer>()   // beta
-      .template Arg<AnyBuffer>()   // sums
-      .template Arg<AnyBuffer>()   // divisors
-      .template Arg<AnyBuffer>()   // length
-      .template Ret<AnyBuffer>()   // out
-      .template Ret<AnyBuffer>()   // next_keys
-      .template Ret<AnyBuffer>();  // next_values
+      .template Arg<AnyBuffer>()  // query
+      .template Arg<AnyBuffer>()  // token_key
+      .template Arg<AnyBuffer>()  // token_value
+      .template Arg<AnyBuffer>()  // keys
+      .template Arg<AnyBuffer>()  // values
+      .template Arg<AnyBuffer>()  // q_map
+      .template Arg<AnyBuffer>()  // k_map
+      .template Arg<AnyBuffer>()  // alpha
+      .template Arg<AnyBuffer>()  // beta
+      .template Arg<AnyBuffer>()  // length
+      .template Ret<AnyBuffer>()  // features
+      .template Ret<AnyBuffer>()  // key_features
+      .template Ret<AnyBuffer>()  // value
+      .template Ret<AnyBuffer>()  // decays
+      .template Ret<AnyBuffer>()  // numerators
+      .template Ret<AnyBuffer>()  // divisors
+      .template Ret<AnyBuffer>()  // next_keys
+      .template Ret<AnyBuffer>()  // next_values
+      .template Attr<HedgehogStepOptions>("options");
 }
 
 XLA_FFI_DEFINE_HANDLER(

@@ -67,6 +67,7 @@ nb::dict struct_fields() {
   fields["HedgehogSumsOptions"] = nb::cast(SettingsFields<HedgehogSumsOptions>::names());
   fields["HedgehogOutputsOptions"] = nb::cast(SettingsFields<HedgehogOutputsOptions>::names());
   fields["HedgehogGradientsOptions"] = nb::cast(SettingsFields<HedgehogGradientsOptions>::names());
+  fields["HedgehogStepOptions"] = nb::cast(SettingsFields<HedgehogStepOptions>::names());
   fields["HedgehogDocumentStatesOptions"] =
       nb::cast(SettingsFields<HedgehogDocumentStatesOptions>::names());
   fields["StateStepOptions"] = nb::cast(SettingsFields<StateStepOptions>::names());

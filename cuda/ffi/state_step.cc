@@ -13,8 +13,9 @@ runtime::KernelTable<KernelKey> kernels;
 struct Buffers {
   AnyBuffer q, k, v;
   AnyBuffer decays, weights, skip;  // or of size 0
+  AnyBuffer numerators, divisors;   // both or neither
   AnyBuffer state, normalizer;      // the latter where the options say so
-  AnyBuffer out, sums, next_state, next_normalizer;
+  AnyBuffer out, next_state, next_normalizer;
 };
 
 struct Sizes {
@@ -110,16 +111,29 @@ Result<Sizes> read(const Buffers& b, const StateStepOptions& options) {
   if (options.normalize) {
     if (Status status = first_error(
             {check_floats("normalizer", b.normalizer, {s.batch, s.num_heads, s.key_dim}),
-             check_floats("next_normalizer", b.next_normalizer, {s.batch, s.num_heads, s.key_dim}),
-             options.divide ? Status() : check_floats("sums", b.sums, {s.batch, out_heads})});
+             check_floats("next_normalizer", b.next_normalizer,
+                          {s.batch, s.num_heads, s.key_dim})});
         !status.ok()) {
       return status.error();
     }
-  } else if (options.divide) {
-    return invalid("options.divide without options.normalize");
+  }
+  if (is_given(b.numerators) != is_given(b.divisors) ||
+      (is_given(b.divisors) && !options.normalize)) {
+    return invalid("numerators and divisors are given together, where out is divided");
+  }
+  if (is_given(b.numerators)) {
+    if (Status status = first_error(
+            {check_floats("numerators", b.numerators, {s.batch, out_heads, s.value_dim}),
+             check_floats("divisors", b.divisors, {s.batch, out_heads})});
+        !status.ok()) {
+      return status.error();
+    }
   }
   if (options.values_last && (is_given(b.weights) || is_given(b.skip))) {
     return invalid("weights and skip are those of states with values in rows");
+  }
+  if (options.taylor && is_given(b.decays)) {
+    return invalid("decays are those of states whose features are given");
   }
   if (s.key_dim > kMaxInt - state_step::kRows || s.value_dim > kMaxInt - state_step::kRows ||
       int_product({s.batch, s.num_heads, ceil_div(s.value_dim, 16)}) < 0) {
@@ -180,10 +194,11 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
                   {"decays", b.decays, false},
                   {"weights", b.weights, false},
                   {"skip", b.skip, false},
+                  {"numerators", b.numerators, false},
+                  {"divisors", b.divisors, false},
                   {"state", b.state, false},
                   {"normalizer", b.normalizer, false},
                   {"out", b.out, true},
-                  {"sums", b.sums, true},
                   {"next_state", b.next_state, true},
                   {"next_normalizer", b.next_normalizer, true}});
   state_step::StepParams params = {};
@@ -196,7 +211,10 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   params.state = floats(b.state);
   if (options.normalize) {
     params.normalizer = floats(b.normalizer);
-    if (!options.divide) params.sums = floats(b.sums);
+  }
+  if (is_given(b.numerators)) {
+    params.numerators = floats(b.numerators);
+    params.divisors = floats(b.divisors);
   }
   params.out = b.out.untyped_data();
   params.num_heads = static_cast<int>(s.num_heads);
@@ -220,23 +238,25 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
 using Ret = xffi::Result<AnyBuffer>;
 
 xffi::Error ffi_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                           AnyBuffer decays, AnyBuffer weights, AnyBuffer skip, AnyBuffer state,
-                           AnyBuffer normalizer, Ret out, Ret sums, Ret next_state,
-                           Ret next_normalizer, StateStepOptions options, StateStepConfig config) {
+                           AnyBuffer decays, AnyBuffer weights, AnyBuffer skip,
+                           AnyBuffer numerators, AnyBuffer divisors, AnyBuffer state,
+                           AnyBuffer normalizer, Ret out, Ret next_state, Ret next_normalizer,
+                           StateStepOptions options, StateStepConfig config) {
   return to_ffi(kName, initialize(device,
-                                  {q, k, v, decays, weights, skip, state, normalizer, *out, *sums,
-                                   *next_state, *next_normalizer},
+                                  {q, k, v, decays, weights, skip, numerators, divisors, state,
+                                   normalizer, *out, *next_state, *next_normalizer},
                                   options, config));
 }
 
 xffi::Error ffi_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q, AnyBuffer k,
                         AnyBuffer v, AnyBuffer decays, AnyBuffer weights, AnyBuffer skip,
-                        AnyBuffer state, AnyBuffer normalizer, Ret out, Ret sums, Ret next_state,
-                        Ret next_normalizer, StateStepOptions options, StateStepConfig config) {
+                        AnyBuffer numerators, AnyBuffer divisors, AnyBuffer state,
+                        AnyBuffer normalizer, Ret out, Ret next_state, Ret next_normalizer,
+                        StateStepOptions options, StateStepConfig config) {
   return to_ffi(kName, explore([&] {
                   return execute(device, stream,
-                                 {q, k, v, decays, weights, skip, state, normalizer, *out, *sums,
-                                  *next_state, *next_normalizer},
+                                 {q, k, v, decays, weights, skip, numerators, divisors, state,
+                                  normalizer, *out, *next_state, *next_normalizer},
                                  options, config);
                 }));
 }
@@ -250,10 +270,11 @@ auto bind(Binding binding) {
       .template Arg<AnyBuffer>()  // decays, or of size 0
       .template Arg<AnyBuffer>()  // weights, or of size 0
       .template Arg<AnyBuffer>()  // skip, or of size 0
+      .template Arg<AnyBuffer>()  // numerators, or of size 0
+      .template Arg<AnyBuffer>()  // divisors, or of size 0
       .template Arg<AnyBuffer>()  // state
       .template Arg<AnyBuffer>()  // normalizer
       .template Ret<AnyBuffer>()  // out
-      .template Ret<AnyBuffer>()  // sums
       .template Ret<AnyBuffer>()  // next_state
       .template Ret<AnyBuffer>()  // next_normalizer
       .template Attr<StateStepOptions>("options")

@@ -59,7 +59,7 @@ Result<KernelSpec> StateStepKernel::spec() const {
   if (values_last) {
     spec.function += std::string(", ") + bool_name(normalize) + ", " + std::to_string(queries) +
                      ", " + bool_name(taylor);
-    spec.shared_bytes = state_step::columns_shared_bytes(columns, queries, normalize);
+    spec.shared_bytes = state_step::columns_shared_bytes(columns, queries, normalize, taylor);
   }
   spec.function += ">>";
   spec.params_type = "tk::state_step::StepParams";

@@ -13,7 +13,6 @@ struct StateStepOptions {
   float scale;
   bool values_last;  // states [K, V] instead of [V, K]
   bool normalize;
-  bool divide;  // out by the sums, which are not returned then
   bool taylor;  // K features are made of q and k
 };
 struct StateStepConfig {
@@ -34,5 +33,5 @@ struct StateStepKernel {
 
 TK_REGISTER_SETTINGS(tk::ffi::StateStepOptions, StructMember<float>("scale"),
                      StructMember<bool>("values_last"), StructMember<bool>("normalize"),
-                     StructMember<bool>("divide"), StructMember<bool>("taylor"));
+                     StructMember<bool>("taylor"));
 TK_REGISTER_SETTINGS(tk::ffi::StateStepConfig, StructMember<std::int64_t>("columns"));

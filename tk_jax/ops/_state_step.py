@@ -38,8 +38,7 @@ class StateStepOptions:
 
     scale: float
     values_last: bool  # states are [K, V] instead of [V, K]
-    normalize: bool  # there are sums of keys as well
-    divide: bool  # out by its sums, which are not returned then
+    normalize: bool  # there are sums of keys as well, and out is divided by theirs
     # q and k are values, of which the kernel makes K features: those of Based attention
     # in their public order. `scale` is that of the queries' values.
     taylor: bool = False
@@ -67,13 +66,15 @@ class Arrays(NamedTuple):
     decays: jax.Array | None = None  # float32 [B, H]: factors, not logarithms
     weights: jax.Array | None = None  # float32 [B, H]
     skip: jax.Array | None = None  # float32 [B, H, V]
+    # With normalize, what is added to out and to what it is divided by, before that.
+    numerators: jax.Array | None = None  # float32 [B, H or R H, V]
+    divisors: jax.Array | None = None  # float32 [B, H or R H]
 
 
 class Results(NamedTuple):
     """What a step returns."""
 
     out: jax.Array  # [B, H or R H, V]
-    sums: jax.Array | None  # float32 [B, H or R H]: with normalize, without divide
     state: jax.Array
     normalizer: jax.Array | None
 
@@ -109,7 +110,7 @@ def kernels(dtype: str):
     for queries in (1, 4):
         tile = config(64, queries)
         several = columns | {"normalize": True, "queries": queries, "config": tile}
-        yield "float32", "float32", several
+        yield "float32", dtype, several
 
 
 def unsupported(
@@ -206,13 +207,11 @@ def _call(options, arrays) -> Results:
         )
     out_heads = max(q.shape[1], num_heads)
     normalizer = arrays.normalizer
-    returns_sums = options.normalize and not options.divide
-    in_place = {6: 2} if normalizer is None else {6: 2, 7: 3}
-    out, sums, next_state, next_normalizer = _ffi.call(
+    in_place = {8: 1} if normalizer is None else {8: 1, 9: 2}
+    out, next_state, next_normalizer = _ffi.call(
         "tk_state_step_v1",
         (
             _ffi.result_type(v, (batch, out_heads, value_dim), v.dtype),
-            _ffi.result_type(v, (batch, out_heads) if returns_sums else None),
             _ffi.result_type(v, state.shape),
             _ffi.result_type(v, None if normalizer is None else normalizer.shape),
         ),
@@ -220,6 +219,7 @@ def _call(options, arrays) -> Results:
         arrays.k,
         v,
         *map(_ffi.optional, (arrays.decays, arrays.weights, arrays.skip)),
+        *map(_ffi.optional, (arrays.numerators, arrays.divisors)),
         state,
         _ffi.optional(normalizer),
         in_place=in_place,
@@ -228,7 +228,6 @@ def _call(options, arrays) -> Results:
     )
     return Results(
         out,
-        sums if returns_sums else None,
         next_state,
         None if normalizer is None else next_normalizer,
     )

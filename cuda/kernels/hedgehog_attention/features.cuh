@@ -77,17 +77,9 @@ struct RunningNormalizer {
   MapVec parts[2][4];
   MapVec total[2];
 
-  // One warp.
-  __device__ __forceinline__ void clear(int sign) {
-    PerCol<kMap> zeros;
-    warp::zero(zeros);
-    warp::store(total[sign], zeros);
-  }
   // Each warp: its rows of a chunk.
   __device__ __forceinline__ void add(int sign, const Square& features) {
-    PerCol<kMap> added;
-    warp::col_sum(added, features);
-    warp::store(parts[sign][warp::index() & 3], added);
+    warp::store_col_sum(parts[sign][warp::index() & 3], features);
   }
   // Each warp: its columns. Or nothing more of all before.
   __device__ __forceinline__ void gather(int sign, bool forget) {

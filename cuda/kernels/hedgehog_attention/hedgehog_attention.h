@@ -104,9 +104,12 @@ struct OutputsParams {
   const int* first;        // [B]: the first token that is one; or null where all are
   const float* alpha;      // [H]
   const float* beta;       // [H]
-  // What precedes the chunk before each segment's first.
-  const float* sums;        // [B, K, segments, V, kFeatures], or null for zeros
-  const float* normalizer;  // [B, K, segments, kFeatures], or null for zeros
+  // What precedes the chunk before each segment's first: of packed documents a state for each
+  // segment; otherwise the sum of the first states, start_states and states_of_segment for each
+  // segment before.
+  const float* sums;        // [B, K, states, V, kFeatures], or null for zeros
+  const float* normalizer;  // [B, K, states, kFeatures], or null for zeros
+  int states, start_states, states_of_segment;
   int seqlen, num_heads, num_kv_heads, value_dim;
   int chunks, chunks_of_segment;
   float scale;
@@ -246,25 +249,32 @@ constexpr int document_states_shared_bytes(long key_dim, long consumers, bool re
 // -- step -----------------------------------------------------------------------------------------
 // Kernel: "kernels/hedgehog_attention/step.cuh"
 //   tk::hedgehog_attention::step<tk::hedgehog_attention::StepTraits<T, kKeyDim, kValueDim>>
-// Grid: K, 1, B. Vectors are padded with zeros to the dimensions of tiles.
+// Grid: K, 1, B.
 struct StepParams {
-  TensorMap keys, values;    // [B, 2 kChunk, K, ..], before and after: as OutputsParams' k, v
-  TensorMap k_map;           // as OutputsParams
-  const float* query;        // [B, H, kKeyDim]: scale q
-  const float* features;     // [B, H, kFeatures]: alpha phi(q)
-  const float* token_key;    // [B, K, kKeyDim]
-  const float* token_value;  // [B, K, kValueDim]
-  const float* beta;         // [H]
-  const float* sums;         // [B, H, V]: of weights times values that are older
-  const float* divisors;     // [B, H]: of weights of what is older
-  const int* length;         // [B]: of the sequence before the token
-  void* out;                 // [B, H, V]
-  int num_heads, num_kv_heads, value_dim;
+  TensorMap keys, values;  // [B, 2 kChunk, K, ..], before and after: as OutputsParams' k, v
+  TensorMap q_map, k_map;  // as OutputsParams
+  const void* old_keys;    // where `keys` begins
+  const void* old_values;
+  const void* query;        // [B, H, D]
+  const void* token_key;    // [B, K, D]
+  const void* token_value;  // [B, K, V]
+  const float* alpha;       // [H]
+  const float* beta;        // [H]
+  const int* length;        // [B]: of the sequence before the token
+  // What the sums' step takes: as its queries, keys, values and decays, and what the windows add.
+  float* features;      // [B, H, kFeatures]: alpha phi(q)
+  float* key_features;  // [B, K, kFeatures]: of the key that leaves the windows; or zeros
+  void* value;          // [B, K, V]: its value; or zeros
+  float* decays;        // [B, K]: 0 where nothing has left them before
+  float* numerators;    // [B, H, V]: of weights times values
+  float* divisors;      // [B, H]: of weights
+  int num_heads, num_kv_heads, key_dim, value_dim;
+  float scale;
 };
 constexpr int kStepThreads = 128;
 constexpr int kStepBlocks = 2;  // that share a multiprocessor
 constexpr int step_shared_bytes(long key_dim, long value_dim) {
-  return static_cast<int>(2 * (2 * kChunk * (key_dim + value_dim) + key_dim * kMap) +
+  return static_cast<int>(2 * (2 * kChunk * (key_dim + value_dim) + 2 * key_dim * kMap) +
                           4 * (2 * key_dim + value_dim + kFeatures + 4 * value_dim) +
                           2 * 2 * kChunk * 4) +
          kSharedSlack;

@@ -89,10 +89,8 @@ struct Outputs {
       kv_head = head / (params.num_heads / params.num_kv_heads);
       batch = grid::block_z();
     }
-    __device__ __forceinline__ int64 state(const OutputsParams& params,
-                                           const Segment& segment) const {
-      return (static_cast<int64>(batch) * params.num_kv_heads + kv_head) * segment.count +
-             segment.index;
+    __device__ __forceinline__ int64 state(const OutputsParams& params, int index) const {
+      return (static_cast<int64>(batch) * params.num_kv_heads + kv_head) * params.states + index;
     }
     __device__ __forceinline__ Segment segment(const OutputsParams& params) const {
       if constexpr (kDocuments) {
@@ -112,17 +110,11 @@ struct Outputs {
   __device__ __forceinline__ static void load(const OutputsParams& params, Shared& shared) {
     const Place place(params);
     const Segment segment = place.segment(params);
-    const bool starts = params.normalizer == nullptr;
-    shared.head_full.expect(2 * MapTile::kBytes + (starts ? 0 : 2 * MapVec::kBytes));
+    shared.head_full.expect(2 * MapTile::kBytes);
     tma::load(shared.q_map_smem, params.q_map, shared.head_full, tma::Keep::kLong, 0, 0,
               place.head);
     tma::load(shared.k_map_smem, params.k_map, shared.head_full, tma::Keep::kLong, 0, 0,
               place.kv_head);
-    if (!starts) {
-      const float* normalizer = params.normalizer + place.state(params, segment) * kFeatures;
-      tma::load(shared.normalizer.total[0], normalizer, shared.head_full);
-      tma::load(shared.normalizer.total[1], normalizer + kMap, shared.head_full);
-    }
     typename QueryRing::State q_state;
     typename KeyRing::State kv_state;
     for (int chunk = segment.first - 1; chunk < segment.end; ++chunk) {
@@ -173,19 +165,12 @@ struct Outputs {
     const Segment segment = place.segment(params);
     const int first = first_token(params.first, place.batch);
     State state;
-    if (params.sums == nullptr) {
-      warp::zero(state);
-    } else {
-      warpgroup::load(
-          state, state_rows(params.sums, place.state(params, segment), params.value_dim, consumer),
-          0, 0);
-    }
-    if (params.normalizer == nullptr && (warp::index() & 3) == 0) {
-#pragma unroll
-      for (int i = 0; i < 2 / kConsumers; ++i) {
-        shared.normalizer.clear(sign_index<kConsumers>(consumer, i));
-      }
-    }
+    // S and z before the segment.
+    const int states =
+        kDocuments ? 1 : params.start_states + segment.index * params.states_of_segment;
+    sum_states<kConsumers>(state, shared.normalizer, params.sums, params.normalizer,
+                           place.state(params, kDocuments ? segment.index : 0),
+                           params.sums == nullptr ? 0 : states, params.value_dim, consumer);
     warpgroup::store(shared.state_smem[consumer], state);
     publish_shared();
     meet<kConsumers>(kFeaturesReady);

@@ -127,7 +127,8 @@ struct Sums {
 
     const int64 index =
         (static_cast<int64>(batch) * params.num_kv_heads + head) * params.segments + segment.index;
-    warpgroup::store(state_rows(params.sums, index, params.value_dim, consumer), state, 0, 0);
+    warp::store_pairs(state_rows(params.sums, index, params.value_dim, consumer), state,
+                      16 * (warp::index() & 3), 0);
     meet<kConsumers>(kFeaturesFree);
     if (consumer == 0 && (warp::index() & 3) == 0) {
 #pragma unroll

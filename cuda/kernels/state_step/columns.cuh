@@ -2,14 +2,15 @@
 // features before it.
 //
 //   S <- decay S + k v^T,   out = scale S^T q
-//   z <- decay z + k,       out = S^T q / z q          with kNormalize
+//   z <- decay z + k,       out = S^T q / z q          with kNormalize; and if they are given
+//                           out = (scale S^T q + numerators) / (scale z q + divisors)
 //
 // (Katharopoulos et al., "Transformers are RNNs", 2020, section 3.3.) A state may have several
 // queries, as Hedgehog's heads of keys do; or the kernel makes q's and k's features itself, Based's
-// Taylor series, of which a row is found by its number. Grid: kCols columns of the state of a head,
-// or all of them one after another with kNormalize, to a block of one warpgroup without roles; a
-// warp has 16 of every 64 rows. Shared memory: what each warp sums of its rows, less than 11 KB. In
-// flight and limit: as rows.cuh.
+// Taylor series, all of them in shared memory before the first rows of the state have come. Grid:
+// kCols columns of the state of a head, or all of them one after another with kNormalize, to a
+// block of one warpgroup without roles; a warp has 16 of every 64 rows. Shared memory: what each
+// warp sums of its rows, and features, less than 11 KB. In flight and limit: as rows.cuh.
 #pragma once
 
 #include "kernels/state_step/step.cuh"
@@ -40,20 +41,27 @@ struct Columns {
   static constexpr bool kTaylor = Traits::kTaylor;
   static constexpr int kWarps = kThreads / 32;
 
+  static constexpr int kAhead = 3;  // sixty-fours of rows of z: all of Based with sixteen values
   struct Sums {
     SharedVec<float, 16> vec[kWarps][kQueries];
+    SharedVec<float, 16> ahead[kAhead][kWarps];  // of z
   };
-  // Of k, and of q times the scale; each warp has sixteen of them.
+  // Of k and of q times the scale: sixteen values from each warp, and all features.
   struct Values {
-    SharedVec<float, 16> keys[kWarps], queries[kWarps];
+    SharedVec<float, 16> values[kWarps];
+    SharedVec<float, kMaxTaylorRows> features;
+  };
+  struct Features {
+    Values keys, queries;
   };
   struct Nothing {};
   struct Shared {
     SharedVec<float, kCols> totals[kWarps][kQueries];
     Select<Traits::kNormalize, Sums, Nothing> sums;
-    Select<kTaylor, Values, Nothing> values;
+    Select<kTaylor, Features, Nothing> features;
   };
-  static_assert(sizeof(Shared) + 1024 <= columns_shared_bytes(kCols, kQueries, Traits::kNormalize),
+  static_assert(sizeof(Shared) + 1024 <=
+                    columns_shared_bytes(kCols, kQueries, Traits::kNormalize, kTaylor),
                 "state_step.h's columns_shared_bytes covers the kernel's shared memory");
 
   const StepParams& params;
@@ -65,7 +73,7 @@ struct Columns {
       : params(params),
         place(Place::of(params)),
         state(place.state(params)),
-        decay(place.value(params.decays, 1.0f)) {}
+        decay(kTaylor ? 1.0f : place.value(params.decays, 1.0f)) {}
 
   // A row of q: that of a group of heads, or one of the head's own.
   __device__ __forceinline__ GlobalVec<const TKey> query(int r) const {
@@ -84,48 +92,36 @@ struct Columns {
     for (int col = first; col < end; col += kCols) {
       // What the columns before have left in shared memory has been read.
       if (col > first) block::sync();
-      walk(shared, col, col == first);
+      walk(shared, col);
       block::sync();
       for (int r = warp::index(); r < kQueries; r += kWarps) finish(shared, col, r);
     }
   }
 
   // Steps the columns on from `col` on, and leaves each warp's sums over its rows.
-  __device__ __forceinline__ void walk(Shared& shared, int col, bool is_first) const {
+  __device__ __forceinline__ void walk(Shared& shared, int col) const {
     const int key_dim = params.key_dim, value_dim = params.value_dim;
     const int64 matrix = state * key_dim * value_dim;
     const GlobalView<float> view{params.state + matrix, key_dim, value_dim, value_dim};
-    const auto k = place.shared_row<TKey>(params, params.k, params.key_heads, key_dim);
 
     // First of all what is large: whatever is computed from the rest waits for that.
     RegTile<float, 16, kCols> tile;
     warpgroup::load_runs<kWhole>(tile, view, 0, col);
     PerCol<kCols> values, totals[kQueries];
-    PerRow<16> row_sums[kQueries];
     warp::load_runs<kWhole>(
         values, place.shared_row<TValue>(params, params.v, params.num_heads, value_dim), col, 0.0f);
 #pragma unroll
-    for (int r = 0; r < kQueries; ++r) {
-      warp::zero(totals[r]);
-      warp::zero(row_sums[r]);
-    }
-    if constexpr (kTaylor) {
-      if (is_first) share_values(shared.values);
-    }
+    for (int r = 0; r < kQueries; ++r) warp::zero(totals[r]);
+    // With the first columns of a block: without z there are no others.
+    if (!Traits::kNormalize || col == 0) begin(shared);
 #pragma unroll 1
     for (int row = 0;;) {
-      PerRow<16> keys, z;
-      load_rows(keys, z, shared, k, row);
+      PerRow<16> keys;
+      load_keys(keys, shared, row);
       step_on(tile, decay, keys, values);
       warpgroup::store_runs<kWhole>(view, tile, row, col);
       // Rows that are not there have no part in the sums, not even as infinity times zero.
       if (row + kRows > key_dim) warpgroup::keep_rows_before(tile, key_dim - row, 0.0f);
-      if constexpr (Traits::kNormalize) {
-        if (col == 0) {
-          if constexpr (!kTaylor) load_normalizer(z, row);  // no registers for it before
-          step_normalizer(z, keys, row);
-        }
-      }
 #pragma unroll
       for (int r = 0; r < kQueries; ++r) {
         PerRow<16> queries;
@@ -133,12 +129,6 @@ struct Columns {
         load_queries(queries, shared, r, row);
         warp::mul_rows(products, tile, queries);
         warp::fold_col_sum(totals[r], products);
-        if constexpr (Traits::kNormalize) {
-          if (col == 0) {
-            warp::zip(queries, queries, z, [](float q, float z) { return q * z; });
-            warp::zip(row_sums[r], row_sums[r], queries, [](float x, float y) { return x + y; });
-          }
-        }
       }
       row += kRows;
       if (row >= key_dim) break;
@@ -148,24 +138,19 @@ struct Columns {
     for (int r = 0; r < kQueries; ++r) {
       warp::finish_col_sum(totals[r]);
       warp::store(shared.totals[warp::index()][r], totals[r]);
-      if constexpr (Traits::kNormalize) {
-        if (col == 0) store_sum(shared.sums.vec[warp::index()][r], row_sums[r]);
-      }
     }
   }
 
-  // What rows have beside the state, after that is asked for and before it is stored: no load
-  // passes a store, for all that the compiler knows.
-  __device__ __forceinline__ void load_rows(PerRow<16>& keys, PerRow<16>& z, const Shared& shared,
-                                            const GlobalVec<const TKey>& k, int row) const {
+  // After the state is asked for and before it is stored: no load passes a store, for all that the
+  // compiler knows.
+  __device__ __forceinline__ void load_keys(PerRow<16>& keys, const Shared& shared, int row) const {
     if constexpr (kTaylor) {
-      warp::zero(keys);
-      warpgroup::for_each(
-          keys, [&, this](int i, float) { return feature(shared.values.keys, row + i, 1.0f); });
+      load_features(keys, shared.features.keys, row);
     } else {
-      warpgroup::load(keys, k, row, 0.0f);
+      warpgroup::load(keys,
+                      place.shared_row<TKey>(params, params.k, params.key_heads, params.key_dim),
+                      row, 0.0f);
     }
-    if constexpr (kTaylor && Traits::kNormalize) load_normalizer(z, row);
   }
   __device__ __forceinline__ void load_normalizer(PerRow<16>& z, int row) const {
     const int64 offset = state * params.key_dim;
@@ -176,50 +161,112 @@ struct Columns {
   __device__ __forceinline__ void load_queries(PerRow<16>& queries, const Shared& shared, int r,
                                                int row) const {
     if constexpr (kTaylor) {
-      warp::zero(queries);
-      warpgroup::for_each(queries, [&, this](int i, float) {
-        return feature(shared.values.queries, row + i, 0.5f);
-      });
+      load_features(queries, shared.features.queries, row);
     } else {
       warpgroup::load(queries, query(r), row, 0.0f);
     }
   }
 
-  // All threads.
-  __device__ __forceinline__ void share_values(Values& values) const {
-    const int dim = params.taylor_dim;
-    PerRow<16> x;
-    warpgroup::load(x, place.shared_row<TKey>(params, params.k, params.key_heads, dim), 0, 0.0f);
-    warp::store(values.keys[warp::index()], x);
-    warpgroup::load(x, place.shared_row<TKey>(params, params.q, params.query_heads, dim), 0, 0.0f);
-    warp::mul(x, x, params.taylor_scale);
-    warp::store(values.queries[warp::index()], x);
-    block::sync();
+  // All threads, while the first rows of the state are under way: features, and z, which needs
+  // nothing else.
+  __device__ __forceinline__ void begin(Shared& shared) const {
+    PerRow<16> ahead[kAhead];
+    if constexpr (Traits::kNormalize) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) load_normalizer(ahead[i], kRows * i);
+    }
+    if constexpr (kTaylor) share_values(shared.features);
+    if constexpr (Traits::kNormalize) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) warp::store(shared.sums.ahead[i][warp::index()], ahead[i]);
+      warp::sync();
+    }
+    if constexpr (kTaylor) {
+      block::sync();
+      if (warp::index() == 0) make_features(shared.features.keys, 1.0f);
+      if (warp::index() == 1) make_features(shared.features.queries, 0.5f);
+      block::sync();
+    }
+    if constexpr (Traits::kNormalize) step_normalizer(shared);
   }
-  // Feature `row` of the values; 0 beyond the last.
-  __device__ __forceinline__ float feature(const SharedVec<float, 16> (&values)[kWarps], int row,
-                                           float factor_of_squares) const {
-    const auto value = [&](int i) { return load_element(values[i / 16], i % 16); };
+  __device__ __forceinline__ void step_normalizer(Shared& shared) const {
+    const GlobalVec<float> normalizer{params.normalizer + state * params.key_dim, params.key_dim};
+    PerRow<16> sums[kQueries];
+#pragma unroll
+    for (int r = 0; r < kQueries; ++r) warp::zero(sums[r]);
+#pragma unroll 1
+    for (int row = 0; row < params.key_dim; row += kRows) {
+      PerRow<16> z, keys;
+      if (row < kRows * kAhead) {
+        warp::load(z, shared.sums.ahead[row / kRows][warp::index()]);
+      } else {
+        load_normalizer(z, row);
+      }
+      load_keys(keys, shared, row);
+      warp::zip(z, z, keys, [this](float x, float added) { return stepped(decay, x, added); });
+      warpgroup::for_each(
+          z, [=, this](int i, float x) { return row + i < params.key_dim ? x : 0.0f; });
+#pragma unroll
+      for (int r = 0; r < kQueries; ++r) {
+        PerRow<16> products;
+        load_queries(products, shared, r, row);
+        warp::zip(products, products, z, [](float q, float z) { return q * z; });
+        warp::zip(sums[r], sums[r], products, [](float x, float y) { return x + y; });
+      }
+      warp::sync();  // every thread has read before one writes
+      warpgroup::store(normalizer, z, row);
+    }
+#pragma unroll
+    for (int r = 0; r < kQueries; ++r) {
+      store_sum(shared.sums.vec[warp::index()][r], sums[r]);
+    }
+  }
+  __device__ __forceinline__ void share_values(Features& features) const {
+    const int dim = params.taylor_dim, warp = warp::index();
+    PerRow<16> k, q;
+    warpgroup::load(k, place.shared_row<TKey>(params, params.k, params.key_heads, dim), 0, 0.0f);
+    warpgroup::load(q, place.shared_row<TKey>(params, params.q, params.query_heads, dim), 0, 0.0f);
+    warp::mul(q, q, params.taylor_scale);
+    warp::store(features.keys.values[warp], k);
+    warp::store(features.queries.values[warp], q);
+  }
+  // A warp: a one, the values, and the products of value a and of each from a on.
+  __device__ __forceinline__ void make_features(Values& x, float factor_of_squares) const {
     const int dim = params.taylor_dim;
-    if (row == 0) return 1.0f;
-    if (row <= dim) return value(row - 1);
-    if (row >= params.key_dim) return 0.0f;
-    int further = row - 1 - dim, a = 0;
-    for (; further >= dim - a; ++a) further -= dim - a;
-    const float product = value(a) * value(a + further);
-    return further == 0 ? factor_of_squares * product : product;
+    if (warp::leader()) store_element(x.features, 0, 1.0f);
+#pragma unroll 1
+    for (int first = 0; first < dim; first += 16) {
+      PerRow<16> rows;
+      warp::load(rows, x.values[first / 16]);
+      warp::for_each(rows, [&](int i, float value) {
+        if (first + i < dim) store_element(x.features, 1 + first + i, value);
+        return value;
+      });
+#pragma unroll 1
+      for (int other = first; other < dim; other += 16) {
+        PerCol<16> cols;
+        RegTile<float, 16, 16> products;
+        warp::load(cols, x.values[other / 16]);
+        warp::outer(products, rows, cols, [](float a, float b) { return a * b; });
+        warp::for_each(products, [&](int i, int j, float product) {
+          const int a = first + i, b = other + j;
+          const int of_a = 1 + dim + a * dim - a * (a - 1) / 2;  // the square of value a
+          if (a <= b && b < dim) {
+            store_element(x.features, of_a + b - a, a == b ? factor_of_squares * product : product);
+          }
+          return product;
+        });
+      }
+    }
+  }
+  // Those of rows; 0 beyond the last.
+  __device__ __forceinline__ void load_features(PerRow<16>& dst, const Values& x, int row) const {
+    warp::zero(dst);
+    warpgroup::for_each(dst, [&, this](int i, float) {
+      return row + i < params.key_dim ? load_element(x.features, row + i) : 0.0f;
+    });
   }
 
-  // z becomes the next one, which is stored; 0 beyond its end.
-  __device__ __forceinline__ void step_normalizer(PerRow<16>& z, const PerRow<16>& keys,
-                                                  int row) const {
-    const int64 offset = state * params.key_dim;
-    warp::zip(z, z, keys, [=, this](float x, float added) { return stepped(decay, x, added); });
-    warpgroup::for_each(z,
-                        [=, this](int i, float x) { return row + i < params.key_dim ? x : 0.0f; });
-    warp::sync();  // every thread has read before one writes
-    warpgroup::store(GlobalVec<float>{params.normalizer + offset, params.key_dim}, z, row);
-  }
   // The sum of a warp's rows is that of any column of a tile that has them in each.
   __device__ __forceinline__ static void store_sum(SharedVec<float, 16>& dst,
                                                    const PerRow<16>& rows) {
@@ -240,23 +287,24 @@ struct Columns {
       warp::load(part, shared.totals[w][r]);
       warp::add(total, total, part);
     }
-    const int64 row = state * kQueries + r;
+    // Found again: between, there is no register for it.
+    const int64 row = Place::of(params).state(params) * kQueries + r;
     const float scale = params.scale;
     if constexpr (Traits::kNormalize) {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += load_element(shared.sums.vec[w][r], 0);
-      if (params.sums == nullptr) {
+      if (params.divisors == nullptr) {
         const float divisor = scale * sum;
         warp::map(total, total,
                   [=](float x) { return divisor == 0.0f ? 0.0f : scale * x / divisor; });
       } else {
-        warp::mul(total, total, scale);
-        if (col == 0) {
-          PerCol<16> sums;
-          warp::fill(sums, scale * sum);
-          warp::store_runs<false>(GlobalVec<float>{params.sums + row, 1}, sums, 0);
-        }
+        const GlobalVec<const float> numerators{params.numerators + row * params.value_dim,
+                                                params.value_dim};
+        const float divisor = scale * sum + load_scalar(params.divisors + row);
+        warp::load_runs<kWhole>(part, numerators, col, 0.0f);
+        warp::zip(total, total, part, [=](float x, float y) { return scale * x + y; });
+        warp::map(total, total, [=](float x) { return divisor == 0.0f ? 0.0f : x / divisor; });
       }
     } else {
       warp::mul(total, total, scale);

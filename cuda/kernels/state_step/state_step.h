@@ -21,11 +21,14 @@ constexpr int kMaxQueries = 8;  // of a state
 constexpr int kMaxTaylorDim = 32;
 // Features of a Taylor series: a one, d values, and their products, each once.
 constexpr long taylor_features(long dim) { return 1 + dim + dim * (dim + 1) / 2; }
+constexpr int kMaxTaylorRows =
+    static_cast<int>(taylor_features(kMaxTaylorDim) + kRows - 1) / kRows * kRows;
 // Blocks that share a multiprocessor, at least: as many as nothing is spilled with.
 constexpr int resident_blocks(bool values_last, bool whole, bool normalize, long queries,
                               bool taylor) {
-  if (!whole || queries > 1) return 3;
-  return values_last && (!normalize || taylor) ? 4 : 5;
+  if (!whole) return queries > 1 ? 2 : 3;
+  if (queries > 1) return 3;
+  return values_last && !(normalize && taylor) ? 4 : 5;
 }
 
 // An array [B, H, ..] of which some axes may be there for all: strides of those are 0.
@@ -47,13 +50,16 @@ struct StepParams {
   const void* q;
   const void* k;
   const void* v;
-  Gate decays;        // exp(g), [B, H]; 0 forgets whatever the state is, NaN too
+  Gate decays;        // exp(g), [B, H]; 0 forgets whatever the state is, NaN too; not with kTaylor
   Gate weights;       // w, [B, H]; rows alone
   Gate skip;          // [B, H, V]; rows alone
   float* state;       // [B, H, V, K] or [B, H, K, V], before and after
   float* normalizer;  // with kNormalize z <- exp(g) z + k, [B, H, K]
   void* out;
-  float* sums;  // scale z q, [B, Ho]: if null, out is divided by them, and 0 where they are
+  // With kNormalize out is divided by scale z q, and 0 where that is; after these have been added
+  // to both, or null.
+  const float* numerators;  // [B, Ho, V]
+  const float* divisors;    // [B, Ho]
   int num_heads, key_heads, query_heads;
   int key_dim, value_dim;
   int taylor_dim;       // with kTaylor, of q and k
@@ -63,10 +69,11 @@ struct StepParams {
   float scale;
 };
 
-// Of columns: what each warp sums of its rows.
-constexpr int columns_shared_bytes(long columns, long queries, bool normalize) {
+// Of columns: what each warp sums of its rows, and features.
+constexpr int columns_shared_bytes(long columns, long queries, bool normalize, bool taylor) {
   return static_cast<int>(kThreads / 32 * 4 * queries * (columns + (normalize ? 16 : 0))) +
-         2 * 4 * kRows + 16 + 1024;
+         (normalize ? 4 * 3 * kRows : 0) + (taylor ? 4 * 2 * (kRows + kMaxTaylorRows) : 0) + 16 +
+         1024;
 }
 
 }  // namespace tk::state_step

@@ -47,6 +47,17 @@ __device__ __forceinline__ void triangles(const KernelParams& params) {
   const auto alone = [](float u) { return u + 3.0f; };
   warpgroup::map_lower(y, x, alone), put();
   warpgroup::map_upper(y, x, alone), put();
+  block::sync();
+  if (first_thread()) store_element(shared.more, scalar(params, 0), element - 2.0f);
+  block::sync();
+  PerCol<64> cols;
+  warp::load(cols, shared.more);
+  warp::fill(y, 1.0f), warp::mul_cols(y, y, cols), put();
+  block::sync();
+  if (warp::index() == 1) warp::store_col_sum(shared.more, x);
+  block::sync();
+  warp::load(cols, shared.more);
+  warp::fill(y, 1.0f), warp::mul_cols(y, y, cols), put();
 }
 
 // Buffers: x (64 x 64), rows, cols, more (64 each). Then tiles of the type T that sums over the

@@ -62,14 +62,17 @@ def outputs(
     *,
     scale: float,
     chunks_of_segment: int,
+    states_of_segment: int = 0,
     documents: Documents | None = None,
     shares: int = 0,
 ):
     """out.
 
-    ``start`` is what segments begin with: sums [B, K, segments, V, 2 F] and normalizer
-    [B, K, segments, 2 F]; both None for zeros. With ``documents``, segments are of
-    ``chunks_of_segment`` of the ``shares`` that tiles are dealt out in.
+    ``start`` is what segments begin with: sums [B, K, states, V, 2 F] and normalizer
+    [B, K, states, 2 F]; both None for zeros. A segment begins with the sum of the first
+    one, where there is one more, and of ``states_of_segment`` for each segment before.
+    With ``documents``, segments are of ``chunks_of_segment`` of the ``shares`` that
+    tiles are dealt out in, and have a state each.
     """
     (out,) = _ffi.call(
         "tk_hedgehog_attention_outputs_v1",
@@ -85,7 +88,10 @@ def outputs(
         *map(_ffi.optional, start),
         *_operands(documents),
         options=config.HedgehogOutputsOptions(
-            scale=scale, chunks_of_segment=chunks_of_segment, shares=shares
+            scale=scale,
+            chunks_of_segment=chunks_of_segment,
+            states_of_segment=states_of_segment,
+            shares=shares,
         ),
     )
     return out

@@ -99,12 +99,20 @@ class HedgehogOutputsOptions:
 
     scale: float
     chunks_of_segment: int  # of packed documents: shares of tiles
+    states_of_segment: int = 0  # that those after it begin with; not of documents
     shares: int = 0  # 0 where documents are not packed
 
 
 @dataclasses.dataclass(frozen=True)
 class HedgehogGradientsOptions:
     """Of what the gradients are."""
+
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class HedgehogStepOptions:
+    """What a step computes."""
 
     scale: float
 

@@ -196,12 +196,14 @@ def _run_forward(settings, arrays, _):
     of_segment = min(of_segment, -(-seqlen // config.CHUNK))
     if arrays.positions is not None:
         return (_run_documents_forward(settings, arrays, of_segment),)
+    start, states_of_segment = _states_of_segments(arrays, of_segment)
     out = calls.outputs(
         *arrays[:7],
         arrays.first,
-        _segment_starts(arrays, of_segment),
+        start,
         scale=settings.scale,
         chunks_of_segment=of_segment,
+        states_of_segment=states_of_segment,
     )
     return (out,)
 
@@ -223,12 +225,17 @@ def _run_documents_forward(settings, arrays, of_segment):
     )
 
 
-def _segment_starts(arrays, of_segment):
-    """Sums and normalizer that segments start with; None for zeros."""
-    given = (arrays.sums, arrays.normalizer)
-    if -(-arrays.k.shape[1] // config.CHUNK) <= of_segment:
-        return tuple(None if x is None else x[:, :, None] for x in given)
+def _states_of_segments(arrays, of_segment):
+    """Sums and normalizers that segments begin with, and how many of each segment.
+
+    Those before the first token, if they are given, and what each piece of a segment
+    adds; None for zeros.
+    """
+    start = (arrays.sums, arrays.normalizer)
+    start = tuple(None if x is None else x[:, :, None] for x in start)
     segments = -(-arrays.k.shape[1] // config.CHUNK // of_segment)
+    if segments <= 1:
+        return start, 0
     pieces = config.pieces_of_segment(*arrays.k.shape[:3], of_segment)
     added = calls.sums(
         arrays.k,
@@ -238,12 +245,26 @@ def _segment_starts(arrays, of_segment):
         chunks_of_segment=of_segment // pieces,
         segments=pieces * (segments - 1),
     )
+    if arrays.sums is not None:
+        both = zip(start, added, strict=True)
+        added = tuple(jnp.concatenate(x, axis=2) for x in both)
+    return added, pieces
 
-    def chained(first, added):
-        shape = (*added.shape[:2], segments - 1, pieces, *added.shape[3:])
+
+def _segment_starts(arrays, of_segment):
+    """The same, added up: a state for each segment."""
+    states, pieces = _states_of_segments(arrays, of_segment)
+    if pieces == 0:
+        return states
+
+    def chained(x):
+        first, added = None, x
+        if arrays.sums is not None:
+            first, added = x[:, :, 0], x[:, :, 1:]
+        shape = (*added.shape[:2], -1, pieces, *added.shape[3:])
         return documents.chained(first, None, added.reshape(shape).sum(3))
 
-    return tuple(map(chained, given, added))
+    return tuple(map(chained, states))
 
 
 # -- Backward -------------------------------------------------------------------------

@@ -188,7 +188,6 @@ def _kernel_step(call, arrays):
             scale=scale,
             values_last=True,
             normalize=normalize,
-            divide=normalize,
             taylor=taylor,
         ),
         _state_step.Arrays(

@@ -16,9 +16,7 @@ from tk_jax.ops import _chunks, _state_step
 from tk_jax.ops.ssd import xla
 from tk_jax.ops.ssd.config import SsdOptions
 
-_STEP = _state_step.StateStepOptions(
-    scale=1.0, values_last=False, normalize=False, divide=False
-)
+_STEP = _state_step.StateStepOptions(scale=1.0, values_last=False, normalize=False)
 
 
 def xla_step(options: SsdOptions, inputs: xla.Inputs):

@@ -387,6 +387,13 @@ float load_element(const SharedVec<float, kN>& src, int index, Location at = {})
       "loads a number from shared memory", at);
   return src.data[index];
 }
+template <int kN>
+void store_element(SharedVec<float, kN>& dst, int index, float x, Location at = {}) {
+  interpreter::write_shared(
+      interpreter::chunks_of(interpreter::shared_address(dst.data + index), sizeof(float)),
+      "stores a number to shared memory", at);
+  dst.data[index] = x;
+}
 template <typename T>
 T load_scalar(const T* address, Location at = {}) {
   const interpreter::GlobalSpan span = {address, sizeof(T)};

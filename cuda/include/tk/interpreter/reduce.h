@@ -97,6 +97,21 @@ void reduce_cols(PerCol<kN>& cols, const Src& src, float start, Op&& op, Locatio
   finish_cols(cols, op, at);
 }
 
+template <typename Src>
+void store_col_sum(SharedVec<float, 64>& dst, const Src& src, Location at = {}) {
+  PerCol<64> cols;
+  fill(cols, 0.0f, at);
+  fold_cols(cols, src, [](float x, float y) { return x + y; }, at);
+  // Exchanges with the parts 4, 2 and 1 away.
+  for (auto& parts : cols.data) {
+    for (int distance = 4; distance > 0; distance /= 2) {
+      for (int i = 0; i < distance; ++i) parts[i] += parts[i + distance];
+    }
+    for (float& part : parts) part = parts[0];
+  }
+  store(dst, cols, at);
+}
+
 template <typename Dst, typename Src>
 void cumsum_cols(Dst& dst, const Src& src, Location at = {}) {
   static_assert(detail::kSameShape<Dst, Src>, "cumsum_cols needs tiles of one shape");

@@ -6,7 +6,9 @@
 #pragma once
 
 #include "tk/global_view.cuh"
+#include "tk/shared_tile.cuh"
 #include "tk/sm90/map.cuh"
+#include "tk/sm90/ptx/matrix.cuh"
 
 namespace tk::warp {
 
@@ -83,6 +85,33 @@ __device__ __forceinline__ void reduce_cols(PerCol<kN>& cols, const Src& src, fl
   fill(cols, start);
   fold_cols(cols, src, op);
   finish_cols(cols, op);
+}
+
+// dst = the sums of src's columns. Every exchange halves what a lane still has, until it has two
+// columns of its own, in fourteen shuffles where col_sum, whole in every lane, takes 48.
+template <typename Src>
+__device__ __forceinline__ void store_col_sum(SharedVec<float, 64>& dst, const Src& src,
+                                              Location = {}) {
+  const auto sum = [](float x, float y) { return x + y; };
+  const int lane = ptx::lane_index();
+  PerCol<64> cols;
+  fill(cols, 0.0f);
+  fold_cols(cols, src, sum);
+#pragma unroll
+  for (int kept = 4; kept > 0; kept /= 2) {
+    const bool keeps_upper = (lane & (4 * kept)) != 0;
+#pragma unroll
+    for (int g = 0; g < kept; ++g) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float lower = cols.data[g][e], upper = cols.data[g + kept][e];
+        const float other = ptx::shuffle_xor(keeps_upper ? lower : upper, 4 * kept);
+        cols.data[g][e] = sum(keeps_upper ? upper : lower, other);
+      }
+    }
+  }
+  ptx::store_shared_f32x2(ptx::shared_address(dst.data) + 8 * lane, cols.data[0][0],
+                          cols.data[0][1]);
 }
 
 // dst(r, c) = src(r, 0) + ... + src(r, c).
