@@ -11,6 +11,7 @@ import pytest
 from tk_jax import _ffi
 from tk_jax.compile import specialisations
 from tk_jax.ops.attention import config as attention_config
+from tk_jax.ops.linear_attention import config as linear_config
 
 # Of the tile library, without wgmma: compiled in milliseconds.
 _SOURCE = """
@@ -184,6 +185,44 @@ def test_gradient_of_a_bias(head_dim, mask, features):
         features=features,
     )
     verdict = compile_gate.judge(spec, compile_gate.Requirements())
+    assert not verdict.problems, "\n".join(verdict.problems)
+
+
+# Documents that are packed need registers where gates are. make test compiles those
+# of ssd at K = 128.
+def _with_documents():
+    seen = set()
+    for dtype, (key_dim, slices), features in itertools.product(
+        ("bfloat16", "float16"),
+        ((128, 2), (64, 2), (256, 1)),
+        (("weights", "counts", "skip"), ("counts",)),
+    ):
+        chosen = linear_config.scan_config(
+            *linear_config.SIZES_OF_CONSUMERS[slices], key_dim, 64
+        )
+        for kernel, taken, config in linear_config.kernels(chosen, features):
+            if "counts" not in taken:
+                continue
+            for spec in _ffi.extension().linear_attention_specs(
+                kernel=kernel,
+                dtype=dtype,
+                key_dim=key_dim,
+                features=taken,
+                config=dataclasses.asdict(config),
+            ):
+                if spec["function"] in seen:
+                    continue
+                seen.add(spec["function"])
+                often = dtype == "bfloat16" and key_dim == 128 and len(features) > 1
+                marks = [] if often else pytest.mark.exhaustive
+                yield pytest.param(spec, marks=marks, id=f"{spec['symbol']}-{kernel}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [*_with_documents()])
+def test_kernel_of_packed_documents_is_fit_to_ship(spec, record_property):
+    verdict = compile_gate.judge(spec, compile_gate.Requirements())
+    record_property("compile_gate", verdict.row())
     assert not verdict.problems, "\n".join(verdict.problems)
 
 

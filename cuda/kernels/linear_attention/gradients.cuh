@@ -82,16 +82,15 @@ struct Gradients : GradientsCopies<Traits> {
     multiply_keys(scores, tiles.q_smem, tiles.k_smem, params.scale);
     int head = place.first_head;
     do {
-      PerRow<16> as_query, through;
+      PerRow<16> as_query;
       warp::zero(as_query);
-      warp::zero(through);
       for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
         const Step& step = shared.steps[state.stage];
         const auto q_smem = warpgroup::afresh(tiles.q_smem);
         shared.ring.wait(state);
         PerRow<16> before;
         step.gates.before(before);
-        step_state(params, tiles, step, place, through);
+        step_state(params, tiles, step, place);
         if (warpgroup::leader()) shared.stepped[state.stage].arrive();
 
         Square from_state, dp;
@@ -114,8 +113,7 @@ struct Gradients : GradientsCopies<Traits> {
       }
       if (place.leads()) {
         const int index = place.index(params, head);
-        warpgroup::store_row_sums(chunk_of(params.as_query, index), as_query,
-                                  chunk_of(params.through, index), through);
+        warpgroup::store_row_sums(chunk_of(params.as_query, index), as_query);
       }
     } while (++head < place.first_head + place.heads);
 
@@ -146,10 +144,11 @@ struct Gradients : GradientsCopies<Traits> {
     multiply_keys(scores, tiles.k_smem, tiles.q_smem, params.scale);
     int head = place.first_head;
     do {
-      PerRow<16> given, kept, to_state;  // sums over slices
+      PerRow<16> given, kept, to_state, through;  // sums over slices
       warp::zero(given);
       warp::zero(kept);
       warp::zero(to_state);
+      warp::zero(through);
       for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
         const Step& step = shared.steps[state.stage];
         const auto k_smem = warpgroup::afresh(tiles.k_smem);
@@ -185,15 +184,26 @@ struct Gradients : GradientsCopies<Traits> {
           warpgroup::mma_commit();
         }
         warp::mul_rows(du, du, weights);
-        if (place.leads()) {
-          hand_over_dv(shared, dv_state, step, du);
-          if (slice + 1 == place.slices) {
-            store_key_sums(params, place.index(params, head), given, kept, to_state, weights);
-          }
+        if (place.leads()) hand_over_dv(shared, dv_state, step, du);
+        if (place.is_second) shared.stepped[state.stage].wait(state.phase);
+        Square& states = dp;
+        warpgroup::mm_ABt(states, warpgroup::afresh(step.state_smem),
+                          warpgroup::afresh(step.dstate_smem));
+        warpgroup::mma_commit();
+        const bool ends = place.leads() && slice + 1 == place.slices;
+        if (ends) {
+          store_key_sums(params, place.index(params, head), given, kept, to_state, weights);
         }
-        warpgroup::mma_wait<0>(dk, v, products);
+        warpgroup::mma_wait<0>(dk, v, products, states);
         if constexpr ((kFeatures & kSkip) != 0) {
           if (place.leads()) store_dskip(params, products, place, head, slice);
+        }
+        PerRow<16> dot;
+        warpgroup::diagonal(dot, states);
+        warp::add(through, through, dot);
+        if (ends) {
+          warp::mul(through, through, step.gates.total());
+          warpgroup::store(chunk_of(params.through, place.index(params, head)), through, 0);
         }
         shared.ring.release(state);
       }
@@ -227,39 +237,32 @@ struct Gradients : GradientsCopies<Traits> {
   }
 
   // The pair has its S at its start and its dS at its end: the second chunk's S and the first's dS
-  // take the place of those, some columns at a time. And through += total rowsum(S * dS).
+  // take the place of those, some columns at a time.
   __device__ __forceinline__ static void step_state(const GradientsParams& params,
                                                     const KeyTiles& tiles, const Step& step,
-                                                    const Place& place, PerRow<16>& through) {
+                                                    const Place& place) {
     Operand values;  // a row for each column of v or dout
     warpgroup::load_transposed(values, step.other_smem);
+    const auto state_smem = warpgroup::afresh(place.is_second ? step.state_smem : step.dstate_smem);
+    Operand next;
+    warpgroup::load(next, state_smem.template cols<64>(0));
+    const float left = place.has_other ? step.other_gates.total() : 1.0f;
     if (place.is_second) {
       step.other_gates.scale_cols_after(values);
     } else {
       step.other_gates.scale_cols_before(values, params.scale);
     }
-    const float left = place.has_other ? step.other_gates.total() : 1.0f;
-    const auto state_smem = warpgroup::afresh(place.is_second ? step.state_smem : step.dstate_smem);
-    const auto fixed_smem = warpgroup::afresh(place.is_second ? step.dstate_smem : step.state_smem);
     const auto keys_smem = warpgroup::afresh(tiles.other_smem);
-    PerRow<16> dot, total;
-    warp::zero(dot);
-    warp::fill(total, step.gates.total());
-#pragma unroll 1  // one piece at a time: both are many registers
+#pragma unroll  // one piece at a time, as registers are few, and the next one read beside it
     for (int i = 0; i < kKeyDim / 64; ++i) {
       Square piece;
-      warpgroup::load(piece, state_smem.template cols<64>(i));
-      warp::mul(piece, piece, left);
+      warp::mul(piece, next, left);
       warpgroup::mma_AB(piece, values, keys_smem.template cols<64>(i));
       warpgroup::mma_commit();
-      Operand fixed;
-      warpgroup::load(fixed, fixed_smem.template cols<64>(i));
+      if (i + 1 < kKeyDim / 64) warpgroup::load(next, state_smem.template cols<64>(i + 1));
       warpgroup::mma_wait<0>(piece, values);
-      warp::fold_row_dot(dot, piece, fixed);
       warpgroup::store(state_smem.template cols<64>(i), piece);
     }
-    warp::mul(dot, dot, total);
-    warp::add(through, through, dot);
     publish_shared();
     warpgroup::sync();
   }
