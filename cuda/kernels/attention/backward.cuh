@@ -28,7 +28,7 @@
 namespace tk::attention {
 
 template <typename T_, int kHeadDim_, Mask kMask_, unsigned kFeatures_, bool kDeterministic_,
-          int kBlockQ_, int kBlockKv_, int kStages_>
+          int kBlockQ_, int kBlockKv_, int kStages_, int kSchedule_ = 0>
 struct BackwardTraits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -38,11 +38,17 @@ struct BackwardTraits {
   static constexpr int kBlockQ = kBlockQ_;
   static constexpr int kBlockKv = kBlockKv_;
   static constexpr int kStages = kStages_;
+  static constexpr int kSchedule = kSchedule_;
   static constexpr int kConsumers = kBlockKv / 64;
   static constexpr int kDqCols = kHeadDim / 64;  // dq of a step is this many 64 x 64 parts wide
   static_assert(kBlockQ % 64 == 0 && kBlockKv % 64 == 0 && kHeadDim % 64 == 0,
                 "tiles are cut into 64 x 64 parts");
   static_assert(kBlockQ / 64 * kDqCols == kConsumers, "each consumer computes one part of dq");
+};
+
+template <bool kValue_>
+struct Constant {
+  static constexpr bool kValue = kValue_;
 };
 
 template <typename Traits>
@@ -59,6 +65,8 @@ struct Backward {
   static constexpr bool kOverlapSteps = kBlockQ == 64 && Traits::kMask != Mask::kBand &&
                                         (kFeatures & kHidingFeatures) == 0 && !Map::kCaps &&
                                         !Map::kAdds;
+  static constexpr int kSchedule = Traits::kSchedule;
+  static constexpr bool kDqBehind = kOverlapSteps && kSchedule != 0;
   // Whether dp's product waits until there are registers: a bias beside a cap, segments or a mask,
   // or of fp32.
   static constexpr bool kLateDp =
@@ -298,83 +306,246 @@ struct Backward {
       shared.kv_ring.wait(kv_state);
 
       QuerySteps<QTurns> steps(walk.turns, params, tile.n, tile.kv_head, tile.batch);
-      for (; steps.valid(); steps.next()) {
-        const int first_query = steps.q_block() * kBlockQ;
-
-        shared.q_ring.wait(state);
-        warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[state.stage]);
-        warpgroup::mma_commit();
-        const auto issue_dp = [&] {
-          shared.dout_ring.wait(state);
+      if constexpr (kSchedule == 2 && kOverlapSteps) {
+        // Scores of the next step are issued before ds of this one is made, and read after them.
+        Weights weights;
+        int first_query = steps.q_block() * kBlockQ;
+        const auto issue_s = [&](Scores& s_acc, const typename Ring::State& at) {
+          shared.q_ring.wait(at);
+          warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[at.stage]);
+          warpgroup::mma_commit();
+        };
+        const auto weigh = [&](Scores& s_acc, const typename Ring::State& at) {
+          bool masked = ragged;
+          if constexpr (Traits::kMask != Mask::kNone) {
+            masked = masked || first_query + bounds.last_offset < first_key + 63;
+          }
+          if (masked) {
+            mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, first_key, bounds);
+          }
+          score_map.weigh(weights, s_acc, bias, shared.lse_smem[at.stage]);
+        };
+        const auto issue_dv = [&](const typename Ring::State& at) {
+          shared.dout_ring.wait(at);
+          warpgroup::mma_AB(dv_acc, weights, shared.dout_smem[at.stage]);
+          warpgroup::mma_commit();
+        };
+        const auto issue_dp = [&](Scores& dp_acc) {
           warpgroup::mm_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
           warpgroup::mma_commit();
         };
-        if constexpr (!kLateDp) issue_dp();
-
-        if constexpr (kOverlapSteps) {
-          warpgroup::mma_wait<2>(ds);
-          release_q();
-        }
-        const auto load_bias = [&] {
-          Map::load_transposed_bias(bias, params, tile.batch, steps.head, first_query, first_key);
+        const auto differentiate = [&](Scores& dp_acc) {
+          warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
+                         [](float dp, float delta) { return dp - delta; });
+          shared.dout_ring.release(state);
+          warp::mul(dp_acc, dp_acc, weights);
+          warp::convert(weights, dp_acc);
+          warpgroup::store(shared.ds_smem[ds_buffer].template rows<64>(consumer), weights);
+          warpgroup::mma_AB(dk_acc, weights, shared.q_smem[state.stage]);
+          warpgroup::mma_commit();
         };
-        if constexpr (!Map::kCaps) load_bias();
-        warpgroup::mma_wait<kLateDp ? 0 : 1>(s_acc);
-        score_map.begin(s_acc, bias);
-        bool masked = ragged;
-        if constexpr (Traits::kMask != Mask::kNone) {
-          masked = masked || first_query + bounds.last_offset < first_key + 63;
-        }
-        if constexpr (Traits::kMask == Mask::kBand) {
-          masked = masked || first_query + kBlockQ - 1 + bounds.first_offset > first_key;
-        }
-        if constexpr ((kFeatures & kLengths) != 0) {
-          masked = masked || first_query + kBlockQ > bounds.seqlen_q;
-        }
-        if (masked) {
-          mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, first_key, bounds);
-        }
-        if constexpr (QTurns::kMapped) {
-          if (!steps.blocks.is_whole()) {
-            mask_transposed_by_arrays<kFeatures>(s_acc, params, tile.batch, steps.head, first_query,
-                                                 first_key);
+        const auto issue_dq = [&](DqPart& dq_acc) {
+          publish_shared();
+          named_sync(kDsWritten, 128 * kConsumers);
+          warpgroup::mm_AtB(dq_acc,
+                            shared.ds_smem[ds_buffer].template cols<64>(consumer / Traits::kDqCols),
+                            k_cols);
+          warpgroup::mma_commit();
+          ds_buffer ^= 1;
+        };
+        const auto take_dq = [&](DqPart& dq_acc) {
+          shared.dq_ring.acquire(dq_state);
+          warpgroup::store(shared.dq_smem[dq_state.stage][consumer], dq_acc);
+          shared.dq_ring.hand_over(dq_state);
+          dq_state.advance();
+        };
+        if (steps.valid()) {
+          {
+            Scores s_acc;
+            issue_s(s_acc, state);
+            warpgroup::mma_wait<0>(s_acc);
+            weigh(s_acc, state);
+            issue_dv(state);
+          }
+          for (steps.next(); steps.valid(); steps.next()) {
+            typename Ring::State next = state;
+            next.advance();
+            first_query = steps.q_block() * kBlockQ;
+            Scores s_acc, dp_acc;
+            DqPart dq_acc;
+            issue_dp(dp_acc);
+            issue_s(s_acc, next);
+            warpgroup::mma_wait<1>(dp_acc, dv_acc, weights);
+            differentiate(dp_acc);
+            issue_dq(dq_acc);
+            warpgroup::mma_wait<1>(s_acc, dk_acc, weights);
+            shared.q_ring.release(state);
+            weigh(s_acc, next);
+            issue_dv(next);
+            warpgroup::mma_wait<1>(dq_acc);
+            take_dq(dq_acc);
+            state.advance();
+          }
+          {
+            Scores dp_acc;
+            DqPart dq_acc;
+            issue_dp(dp_acc);
+            warpgroup::mma_wait<0>(dp_acc, dv_acc, weights);
+            differentiate(dp_acc);
+            issue_dq(dq_acc);
+            warpgroup::mma_wait<0>(dk_acc, dq_acc, weights);
+            shared.q_ring.release(state);
+            take_dq(dq_acc);
+            state.advance();
           }
         }
-        if constexpr (Map::kCaps) load_bias();  // beside tanh there are no registers for it
-        score_map.weigh(p, s_acc, bias, shared.lse_smem[state.stage]);
-        if constexpr (kLateDp) issue_dp();
-
-        warpgroup::mma_wait<0>(dp_acc);
-        warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
-                       [](float dp, float delta) { return dp - delta; });
-        warp::mul(dp_acc, dp_acc, s_acc);
-        warp::convert(ds, dp_acc);
-        auto& ds_smem = shared.ds_smem[ds_buffer];
-        ds_buffer ^= 1;
-        warpgroup::store(ds_smem.template rows<64>(consumer), ds);
-        publish_shared();
-
-        warpgroup::mma_AB(dv_acc, p, shared.dout_smem[state.stage]);
-        warpgroup::mma_commit();
-        named_sync(kDsWritten, 128 * kConsumers);
-        warpgroup::mm_AtB(dq_acc, ds_smem.template cols<64>(consumer / Traits::kDqCols), k_cols);
-        warpgroup::mma_commit();
-        warpgroup::mma_AB(dk_acc, ds, shared.q_smem[state.stage]);
-        warpgroup::mma_commit();
-
-        warpgroup::mma_wait<2>(dv_acc, p);
-        shared.dout_ring.release(state);
-        warpgroup::mma_wait<1>(dq_acc);
-        shared.dq_ring.acquire(dq_state);
-        warpgroup::store(shared.dq_smem[dq_state.stage][consumer], dq_acc);
-        shared.dq_ring.hand_over(dq_state);
-        dq_state.advance();
-        state.advance();
-        if constexpr (!kOverlapSteps) {
-          warpgroup::mma_wait<0>(dk_acc, ds);
+        q_read = state;
+      } else if constexpr (kDqBehind) {
+        // ds of the step before is written: dq's product joins those in flight.
+        const auto issue_dq = [&](DqPart& dq_acc) {
+          publish_shared();
+          named_sync(kDsWritten, 128 * kConsumers);
+          warpgroup::mm_AtB(dq_acc,
+                            shared.ds_smem[ds_buffer].template cols<64>(consumer / Traits::kDqCols),
+                            k_cols);
+          warpgroup::mma_commit();
+          ds_buffer ^= 1;
+        };
+        const auto take_dq = [&](DqPart& dq_acc) {
+          shared.dq_ring.acquire(dq_state);
+          warpgroup::store(shared.dq_smem[dq_state.stage][consumer], dq_acc);
+          shared.dq_ring.hand_over(dq_state);
+          dq_state.advance();
+        };
+        bool first = true;
+        for (; steps.valid(); steps.next()) {
+          const int first_query = steps.q_block() * kBlockQ;
+          Scores s_acc, dp_acc;
+          DqPart dq_acc;
+          Weights p;
+          shared.q_ring.wait(state);
+          warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[state.stage]);
+          warpgroup::mma_commit();
+          issue_dq(dq_acc);
+          warpgroup::mma_wait<1>(s_acc, ds);
+          release_q();
+          score_map.begin(s_acc, bias);
+          bool masked = ragged;
+          if constexpr (Traits::kMask != Mask::kNone) {
+            masked = masked || first_query + bounds.last_offset < first_key + 63;
+          }
+          if (masked) {
+            mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, first_key, bounds);
+          }
+          score_map.weigh(p, s_acc, bias, shared.lse_smem[state.stage]);
+          shared.dout_ring.wait(state);
+          const auto& dout_smem = shared.dout_smem[state.stage];
+          const auto issue_dp = [&] {
+            warpgroup::mm_ABt(dp_acc, v_rows, dout_smem);
+            warpgroup::mma_commit();
+          };
+          warpgroup::mma_AB(dv_acc, p, dout_smem);
+          warpgroup::mma_commit();
+          warpgroup::mma_wait<1>(dq_acc);
+          if (!first) take_dq(dq_acc);
+          issue_dp();
+          warpgroup::mma_wait<0>(dp_acc, dv_acc, p);
+          warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
+                         [](float dp, float delta) { return dp - delta; });
+          warp::mul(dp_acc, dp_acc, s_acc);
+          warp::convert(ds, dp_acc);
+          warpgroup::store(shared.ds_smem[ds_buffer].template rows<64>(consumer), ds);
+          warpgroup::mma_AB(dk_acc, ds, shared.q_smem[state.stage]);
+          warpgroup::mma_commit();
+          shared.dout_ring.release(state);
+          state.advance();
+          first = false;
+        }
+        if (!first) {
+          DqPart dq_acc;
+          issue_dq(dq_acc);
+          warpgroup::mma_wait<0>(dq_acc, dk_acc, ds);
+          take_dq(dq_acc);
           release_q();
         }
-      }
+      } else
+        for (; steps.valid(); steps.next()) {
+          const int first_query = steps.q_block() * kBlockQ;
+
+          shared.q_ring.wait(state);
+          warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[state.stage]);
+          warpgroup::mma_commit();
+          const auto issue_dp = [&] {
+            shared.dout_ring.wait(state);
+            warpgroup::mm_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
+            warpgroup::mma_commit();
+          };
+          if constexpr (!kLateDp) issue_dp();
+
+          if constexpr (kOverlapSteps) {
+            warpgroup::mma_wait<2>(ds);
+            release_q();
+          }
+          const auto load_bias = [&] {
+            Map::load_transposed_bias(bias, params, tile.batch, steps.head, first_query, first_key);
+          };
+          if constexpr (!Map::kCaps) load_bias();
+          warpgroup::mma_wait<kLateDp ? 0 : 1>(s_acc);
+          score_map.begin(s_acc, bias);
+          bool masked = ragged;
+          if constexpr (Traits::kMask != Mask::kNone) {
+            masked = masked || first_query + bounds.last_offset < first_key + 63;
+          }
+          if constexpr (Traits::kMask == Mask::kBand) {
+            masked = masked || first_query + kBlockQ - 1 + bounds.first_offset > first_key;
+          }
+          if constexpr ((kFeatures & kLengths) != 0) {
+            masked = masked || first_query + kBlockQ > bounds.seqlen_q;
+          }
+          if (masked) {
+            mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, first_key, bounds);
+          }
+          if constexpr (QTurns::kMapped) {
+            if (!steps.blocks.is_whole()) {
+              mask_transposed_by_arrays<kFeatures>(s_acc, params, tile.batch, steps.head,
+                                                   first_query, first_key);
+            }
+          }
+          if constexpr (Map::kCaps) load_bias();  // beside tanh there are no registers for it
+          score_map.weigh(p, s_acc, bias, shared.lse_smem[state.stage]);
+          if constexpr (kLateDp) issue_dp();
+
+          warpgroup::mma_wait<0>(dp_acc);
+          warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
+                         [](float dp, float delta) { return dp - delta; });
+          warp::mul(dp_acc, dp_acc, s_acc);
+          warp::convert(ds, dp_acc);
+          auto& ds_smem = shared.ds_smem[ds_buffer];
+          ds_buffer ^= 1;
+          warpgroup::store(ds_smem.template rows<64>(consumer), ds);
+          publish_shared();
+
+          warpgroup::mma_AB(dv_acc, p, shared.dout_smem[state.stage]);
+          warpgroup::mma_commit();
+          named_sync(kDsWritten, 128 * kConsumers);
+          warpgroup::mm_AtB(dq_acc, ds_smem.template cols<64>(consumer / Traits::kDqCols), k_cols);
+          warpgroup::mma_commit();
+          warpgroup::mma_AB(dk_acc, ds, shared.q_smem[state.stage]);
+          warpgroup::mma_commit();
+
+          warpgroup::mma_wait<2>(dv_acc, p);
+          shared.dout_ring.release(state);
+          warpgroup::mma_wait<1>(dq_acc);
+          shared.dq_ring.acquire(dq_state);
+          warpgroup::store(shared.dq_smem[dq_state.stage][consumer], dq_acc);
+          shared.dq_ring.hand_over(dq_state);
+          dq_state.advance();
+          state.advance();
+          if constexpr (!kOverlapSteps) {
+            warpgroup::mma_wait<0>(dk_acc, ds);
+            release_q();
+          }
+        }
       warpgroup::mma_wait<0>(dk_acc, ds);
       release_q();
 
