@@ -306,7 +306,7 @@ struct Backward {
       shared.kv_ring.wait(kv_state);
 
       QuerySteps<QTurns> steps(walk.turns, params, tile.n, tile.kv_head, tile.batch);
-      if constexpr (kSchedule == 2 && kOverlapSteps) {
+      if constexpr (kSchedule >= 2 && kOverlapSteps) {
         // Scores of the next step are issued before ds of this one is made, and read after them.
         Weights weights;
         int first_query = steps.q_block() * kBlockQ;
@@ -315,7 +315,7 @@ struct Backward {
           warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[at.stage]);
           warpgroup::mma_commit();
         };
-        const auto weigh = [&](Scores& s_acc, const typename Ring::State& at) {
+        const auto exponentiate = [&](Scores& s_acc, const typename Ring::State& at) {
           bool masked = ragged;
           if constexpr (Traits::kMask != Mask::kNone) {
             masked = masked || first_query + bounds.last_offset < first_key + 63;
@@ -323,20 +323,30 @@ struct Backward {
           if (masked) {
             mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, first_key, bounds);
           }
-          score_map.weigh(weights, s_acc, bias, shared.lse_smem[at.stage]);
+          score_map.weigh_apart(weights, s_acc, bias, shared.lse_smem[at.stage]);
         };
         const auto issue_dv = [&](const typename Ring::State& at) {
           shared.dout_ring.wait(at);
           warpgroup::mma_AB(dv_acc, weights, shared.dout_smem[at.stage]);
           warpgroup::mma_commit();
         };
+        // dp starts from -delta, which takes its place before the product is waited for.
         const auto issue_dp = [&](Scores& dp_acc) {
-          warpgroup::mm_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
+          if constexpr (kSchedule >= 3) {
+            warp::zero(dp_acc);
+            warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
+                           [](float, float delta) { return -delta; });
+            warpgroup::mma_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
+          } else {
+            warpgroup::mm_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
+          }
           warpgroup::mma_commit();
         };
         const auto differentiate = [&](Scores& dp_acc) {
-          warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
-                         [](float dp, float delta) { return dp - delta; });
+          if constexpr (kSchedule < 3) {
+            warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
+                           [](float dp, float delta) { return dp - delta; });
+          }
           shared.dout_ring.release(state);
           warp::mul(dp_acc, dp_acc, weights);
           warp::convert(weights, dp_acc);
@@ -364,7 +374,8 @@ struct Backward {
             Scores s_acc;
             issue_s(s_acc, state);
             warpgroup::mma_wait<0>(s_acc);
-            weigh(s_acc, state);
+            exponentiate(s_acc, state);
+            warp::convert(weights, s_acc);
             issue_dv(state);
           }
           for (steps.next(); steps.valid(); steps.next()) {
@@ -378,9 +389,18 @@ struct Backward {
             warpgroup::mma_wait<1>(dp_acc, dv_acc, weights);
             differentiate(dp_acc);
             issue_dq(dq_acc);
-            warpgroup::mma_wait<1>(s_acc, dk_acc, weights);
-            shared.q_ring.release(state);
-            weigh(s_acc, next);
+            if constexpr (kSchedule >= 4) {
+              warpgroup::mma_wait<2>(s_acc);
+              exponentiate(s_acc, next);
+              warp::pin(s_acc);
+              warpgroup::mma_wait<1>(dk_acc, weights);
+              shared.q_ring.release(state);
+            } else {
+              warpgroup::mma_wait<1>(s_acc, dk_acc, weights);
+              shared.q_ring.release(state);
+              exponentiate(s_acc, next);
+            }
+            warp::convert(weights, s_acc);
             issue_dv(next);
             warpgroup::mma_wait<1>(dq_acc);
             take_dq(dq_acc);
