@@ -82,6 +82,11 @@ struct Backward {
   using DsTile = SharedTile<T, kBlockKv, kBlockQ>;
   using QVec = SharedVec<float, kBlockQ>;
   using Ring = Pipeline<Traits::kStages>;
+  // One buffer for ds leaves room for a third stage of q, which is read a step longer than dout.
+  static constexpr bool kThirdQ = kOverlapSteps && Traits::kSchedule >= 5;
+  static constexpr int kDsBuffers = kThirdQ ? 1 : 2;
+  static constexpr int kQStages = Traits::kStages + kThirdQ;
+  using QRing = Pipeline<kQStages>;
   using KvRing = Pipeline<1>;
   static constexpr int kDqStages = backward_dq_stages(kHeadDim);
   static constexpr int kStorers = Traits::kDeterministic ? kDqStages : 1;
@@ -94,14 +99,15 @@ struct Backward {
 
   struct Shared {
     KvTile k_smem, v_smem;  // at a tile's end, dk and dv on their way out
-    QTile q_smem[Traits::kStages];
+    QTile q_smem[kQStages];
     QTile dout_smem[Traits::kStages];
-    DsTile ds_smem[2];
+    DsTile ds_smem[kDsBuffers];
     Fragments<64> dq_smem[kDqStages][kConsumers];
-    QVec lse_smem[Traits::kStages];
+    QVec lse_smem[kQStages];
     QVec delta_smem[Traits::kStages];
     KvRing kv_ring;
-    Ring q_ring, dout_ring;
+    QRing q_ring;
+    Ring dout_ring;
     DqRing dq_ring;
   };
   static_assert(sizeof(Shared) + 1024 <=
@@ -109,8 +115,9 @@ struct Backward {
                 "attention.h's backward_shared_bytes covers the kernel's shared memory");
 
   enum Rendezvous : int {
-    kDsWritten = kFirstKernelBarrier,  // all consumers have written their rows of ds
-    kKeysRead,                         // all consumers have read k for the last time
+    kDsWritten = kFirstKernelBarrier,     // all consumers have written their rows of ds
+    kDsRead = kFirstKernelBarrier + 2,    // and + 3: a consumer's rows of ds have been read
+    kKeysRead = kFirstKernelBarrier + 1,  // all consumers have read k for the last time
   };
 
   struct Tile {
@@ -197,6 +204,7 @@ struct Backward {
     tma::prefetch(params.dout);
     typename KvRing::State kv_state;
     typename Ring::State state;
+    typename QRing::State q_state;
     for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
       const Tile tile = walk.tile();
       shared.kv_ring.acquire(kv_state, 2 * KvTile::kBytes);
@@ -210,11 +218,12 @@ struct Backward {
       for_each_step(walk, tile, [&](int head, int m) {
         const int first_query = m * kBlockQ;
         const int row = (tile.batch * params.num_heads + head) * params.padded_q + first_query;
-        shared.q_ring.acquire(state, QTile::kBytes + QVec::kBytes);
-        Barrier& q_full = shared.q_ring.full(state);
-        tma::load(shared.q_smem[state.stage], params.q, q_full, tma::Keep::kLong, 0, first_query,
+        shared.q_ring.acquire(q_state, QTile::kBytes + QVec::kBytes);
+        Barrier& q_full = shared.q_ring.full(q_state);
+        tma::load(shared.q_smem[q_state.stage], params.q, q_full, tma::Keep::kLong, 0, first_query,
                   head, tile.batch);
-        tma::load(shared.lse_smem[state.stage], params.lse_log2 + row, q_full);
+        tma::load(shared.lse_smem[q_state.stage], params.lse_log2 + row, q_full);
+        q_state.advance();
         shared.dout_ring.acquire(state, QTile::kBytes + QVec::kBytes);
         Barrier& dout_full = shared.dout_ring.full(state);
         tma::load(shared.dout_smem[state.stage], params.dout, dout_full, tma::Keep::kLong, 0,
@@ -276,7 +285,8 @@ struct Backward {
   __device__ __forceinline__ static void compute(const BackwardParams& params, Shared& shared,
                                                  int consumer) {
     typename KvRing::State kv_state;
-    typename Ring::State state, q_read;  // the step at hand; the first that still reads its q
+    typename Ring::State state;
+    typename QRing::State q_state, q_read;  // the step at hand; the first that still reads its q
     typename DqRing::State dq_state;
     const Map score_map(params.scale, params.extras);
     const auto k_rows = shared.k_smem.template rows<64>(consumer);
@@ -284,7 +294,7 @@ struct Backward {
     const auto k_cols = shared.k_smem.template cols<64>(consumer % Traits::kDqCols);
     int ds_buffer = 0;
     const auto release_q = [&] {
-      if (q_read != state) {
+      if (q_read != q_state) {
         shared.q_ring.release(q_read);
         q_read.advance();
       }
@@ -310,12 +320,12 @@ struct Backward {
         // Scores of the next step are issued before ds of this one is made, and read after them.
         Weights weights;
         int first_query = steps.q_block() * kBlockQ;
-        const auto issue_s = [&](Scores& s_acc, const typename Ring::State& at) {
+        const auto issue_s = [&](Scores& s_acc, const typename QRing::State& at) {
           shared.q_ring.wait(at);
           warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[at.stage]);
           warpgroup::mma_commit();
         };
-        const auto exponentiate = [&](Scores& s_acc, const typename Ring::State& at) {
+        const auto exponentiate = [&](Scores& s_acc, const typename QRing::State& at) {
           bool masked = ragged;
           if constexpr (Traits::kMask != Mask::kNone) {
             masked = masked || first_query + bounds.last_offset < first_key + 63;
@@ -350,8 +360,10 @@ struct Backward {
           shared.dout_ring.release(state);
           warp::mul(dp_acc, dp_acc, weights);
           warp::convert(weights, dp_acc);
+          if constexpr (kThirdQ)
+            named_sync(static_cast<Rendezvous>(kDsRead + consumer), 128 * kConsumers);
           warpgroup::store(shared.ds_smem[ds_buffer].template rows<64>(consumer), weights);
-          warpgroup::mma_AB(dk_acc, weights, shared.q_smem[state.stage]);
+          warpgroup::mma_AB(dk_acc, weights, shared.q_smem[q_state.stage]);
           warpgroup::mma_commit();
         };
         const auto issue_dq = [&](DqPart& dq_acc) {
@@ -361,7 +373,7 @@ struct Backward {
                             shared.ds_smem[ds_buffer].template cols<64>(consumer / Traits::kDqCols),
                             k_cols);
           warpgroup::mma_commit();
-          ds_buffer ^= 1;
+          if constexpr (!kThirdQ) ds_buffer ^= 1;
         };
         const auto take_dq = [&](DqPart& dq_acc) {
           shared.dq_ring.acquire(dq_state);
@@ -369,18 +381,27 @@ struct Backward {
           shared.dq_ring.hand_over(dq_state);
           dq_state.advance();
         };
+        // Others may write ds again as far as this consumer is concerned.
+        const auto allow_ds = [&] {
+          if constexpr (kThirdQ && kConsumers == 2) {
+            named_arrive(static_cast<Rendezvous>(kDsRead + 1 - consumer), 128 * kConsumers);
+          }
+        };
         if (steps.valid()) {
+          allow_ds();
           {
             Scores s_acc;
-            issue_s(s_acc, state);
+            issue_s(s_acc, q_state);
             warpgroup::mma_wait<0>(s_acc);
-            exponentiate(s_acc, state);
+            exponentiate(s_acc, q_state);
             warp::convert(weights, s_acc);
             issue_dv(state);
           }
           for (steps.next(); steps.valid(); steps.next()) {
-            typename Ring::State next = state;
+            typename QRing::State next = q_state;
             next.advance();
+            typename Ring::State next_dout = state;
+            next_dout.advance();
             first_query = steps.q_block() * kBlockQ;
             Scores s_acc, dp_acc;
             DqPart dq_acc;
@@ -394,17 +415,19 @@ struct Backward {
               exponentiate(s_acc, next);
               warp::pin(s_acc);
               warpgroup::mma_wait<1>(dk_acc, weights);
-              shared.q_ring.release(state);
+              shared.q_ring.release(q_state);
             } else {
               warpgroup::mma_wait<1>(s_acc, dk_acc, weights);
-              shared.q_ring.release(state);
+              shared.q_ring.release(q_state);
               exponentiate(s_acc, next);
             }
             warp::convert(weights, s_acc);
-            issue_dv(next);
+            issue_dv(next_dout);
             warpgroup::mma_wait<1>(dq_acc);
+            allow_ds();
             take_dq(dq_acc);
             state.advance();
+            q_state.advance();
           }
           {
             Scores dp_acc;
@@ -414,12 +437,13 @@ struct Backward {
             differentiate(dp_acc);
             issue_dq(dq_acc);
             warpgroup::mma_wait<0>(dk_acc, dq_acc, weights);
-            shared.q_ring.release(state);
+            shared.q_ring.release(q_state);
             take_dq(dq_acc);
             state.advance();
+            q_state.advance();
           }
         }
-        q_read = state;
+        q_read = q_state;
       } else if constexpr (kDqBehind) {
         // ds of the step before is written: dq's product joins those in flight.
         const auto issue_dq = [&](DqPart& dq_acc) {
@@ -443,8 +467,8 @@ struct Backward {
           Scores s_acc, dp_acc;
           DqPart dq_acc;
           Weights p;
-          shared.q_ring.wait(state);
-          warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[state.stage]);
+          shared.q_ring.wait(q_state);
+          warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[q_state.stage]);
           warpgroup::mma_commit();
           issue_dq(dq_acc);
           warpgroup::mma_wait<1>(s_acc, ds);
@@ -457,7 +481,7 @@ struct Backward {
           if (masked) {
             mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, first_key, bounds);
           }
-          score_map.weigh(p, s_acc, bias, shared.lse_smem[state.stage]);
+          score_map.weigh(p, s_acc, bias, shared.lse_smem[q_state.stage]);
           shared.dout_ring.wait(state);
           const auto& dout_smem = shared.dout_smem[state.stage];
           const auto issue_dp = [&] {
@@ -475,10 +499,11 @@ struct Backward {
           warp::mul(dp_acc, dp_acc, s_acc);
           warp::convert(ds, dp_acc);
           warpgroup::store(shared.ds_smem[ds_buffer].template rows<64>(consumer), ds);
-          warpgroup::mma_AB(dk_acc, ds, shared.q_smem[state.stage]);
+          warpgroup::mma_AB(dk_acc, ds, shared.q_smem[q_state.stage]);
           warpgroup::mma_commit();
           shared.dout_ring.release(state);
           state.advance();
+          q_state.advance();
           first = false;
         }
         if (!first) {
@@ -492,8 +517,8 @@ struct Backward {
         for (; steps.valid(); steps.next()) {
           const int first_query = steps.q_block() * kBlockQ;
 
-          shared.q_ring.wait(state);
-          warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[state.stage]);
+          shared.q_ring.wait(q_state);
+          warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[q_state.stage]);
           warpgroup::mma_commit();
           const auto issue_dp = [&] {
             shared.dout_ring.wait(state);
@@ -532,7 +557,7 @@ struct Backward {
             }
           }
           if constexpr (Map::kCaps) load_bias();  // beside tanh there are no registers for it
-          score_map.weigh(p, s_acc, bias, shared.lse_smem[state.stage]);
+          score_map.weigh(p, s_acc, bias, shared.lse_smem[q_state.stage]);
           if constexpr (kLateDp) issue_dp();
 
           warpgroup::mma_wait<0>(dp_acc);
@@ -550,7 +575,7 @@ struct Backward {
           named_sync(kDsWritten, 128 * kConsumers);
           warpgroup::mm_AtB(dq_acc, ds_smem.template cols<64>(consumer / Traits::kDqCols), k_cols);
           warpgroup::mma_commit();
-          warpgroup::mma_AB(dk_acc, ds, shared.q_smem[state.stage]);
+          warpgroup::mma_AB(dk_acc, ds, shared.q_smem[q_state.stage]);
           warpgroup::mma_commit();
 
           warpgroup::mma_wait<2>(dv_acc, p);
@@ -561,6 +586,7 @@ struct Backward {
           shared.dq_ring.hand_over(dq_state);
           dq_state.advance();
           state.advance();
+          q_state.advance();
           if constexpr (!kOverlapSteps) {
             warpgroup::mma_wait<0>(dk_acc, ds);
             release_q();
