@@ -157,7 +157,7 @@ Result<KernelSpec> AttentionBackwardKernels::main_spec() const {
                   type_name(dtype) + ", " + std::to_string(tile) + ", " + mask_name(mask) + ", " +
                   std::to_string(features) + ", " + bool_name(deterministic) + ", " +
                   std::to_string(config.block_q) + ", " + std::to_string(config.block_kv) + ", " +
-                  std::to_string(config.stages) + ", " + std::to_string(config.schedule) + ">>";
+                  std::to_string(config.stages) + ", " + std::to_string(config.schedule % 10) + ">>";
   spec.params_type = "tk::attention::BackwardParams";
   spec.threads = attention::backward_threads(config.block_kv);
   spec.min_blocks = attention::backward_resident_blocks(tile, config.block_kv);

@@ -66,6 +66,7 @@ struct Backward {
                                         (kFeatures & kHidingFeatures) == 0 && !Map::kCaps &&
                                         !Map::kAdds;
   static constexpr int kSchedule = Traits::kSchedule;
+  static constexpr bool kAhead = kOverlapSteps && kSchedule >= 2;
   static constexpr bool kDqBehind = kOverlapSteps && kSchedule != 0;
   // Whether dp's product waits until there are registers: a bias beside a cap, segments or a mask,
   // or of fp32.
@@ -105,7 +106,7 @@ struct Backward {
     Fragments<64> dq_smem[kDqStages][kConsumers];
     QVec lse_smem[kQStages];
     QVec delta_smem[Traits::kStages];
-    KvRing kv_ring;
+    KvRing k_ring, v_ring;
     QRing q_ring;
     Ring dout_ring;
     DqRing dq_ring;
@@ -191,7 +192,8 @@ struct Backward {
   }
 
   __device__ __forceinline__ static void init(const BackwardParams&, Shared& shared) {
-    shared.kv_ring.init(4 * kConsumers);
+    shared.k_ring.init(4 * kConsumers);
+    shared.v_ring.init(4 * kConsumers);
     shared.q_ring.init(4 * kConsumers);
     shared.dout_ring.init(4 * kConsumers);
     shared.dq_ring.init(4 * kConsumers);
@@ -207,14 +209,19 @@ struct Backward {
     typename QRing::State q_state;
     for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
       const Tile tile = walk.tile();
-      shared.kv_ring.acquire(kv_state, 2 * KvTile::kBytes);
-      Barrier& kv_full = shared.kv_ring.full(kv_state);
       const int first_key = tile.n * kBlockKv;
-      tma::load(shared.k_smem, params.k, kv_full, tma::Keep::kBriefly, 0, first_key, tile.kv_head,
-                tile.batch);
-      tma::load(shared.v_smem, params.v, kv_full, tma::Keep::kBriefly, 0, first_key, tile.kv_head,
-                tile.batch);
-      kv_state.advance();
+      shared.k_ring.acquire(kv_state, KvTile::kBytes);
+      tma::load(shared.k_smem, params.k, shared.k_ring.full(kv_state), tma::Keep::kBriefly, 0,
+                first_key, tile.kv_head, tile.batch);
+      // What the first product reads comes first, where the walk leaves registers to tell.
+      bool v_is_missing = QTurns::kAscending;
+      const auto load_v = [&] {
+        v_is_missing = false;
+        shared.v_ring.acquire(kv_state, KvTile::kBytes);
+        tma::load(shared.v_smem, params.v, shared.v_ring.full(kv_state), tma::Keep::kBriefly, 0,
+                  first_key, tile.kv_head, tile.batch);
+      };
+      if constexpr (!QTurns::kAscending) load_v();
       for_each_step(walk, tile, [&](int head, int m) {
         const int first_query = m * kBlockQ;
         const int row = (tile.batch * params.num_heads + head) * params.padded_q + first_query;
@@ -224,6 +231,7 @@ struct Backward {
                   head, tile.batch);
         tma::load(shared.lse_smem[q_state.stage], params.lse_log2 + row, q_full);
         q_state.advance();
+        if (QTurns::kAscending && v_is_missing) load_v();
         shared.dout_ring.acquire(state, QTile::kBytes + QVec::kBytes);
         Barrier& dout_full = shared.dout_ring.full(state);
         tma::load(shared.dout_smem[state.stage], params.dout, dout_full, tma::Keep::kLong, 0,
@@ -231,6 +239,8 @@ struct Backward {
         tma::load(shared.delta_smem[state.stage], params.delta + row, dout_full);
         state.advance();
       });
+      if (QTurns::kAscending && v_is_missing) load_v();
+      kv_state.advance();
     }
   }
 
@@ -313,10 +323,21 @@ struct Backward {
       Select<kLateDp, RegTile<float, 16, kBlockQ>, typename Map::template BiasTile<kBlockQ>> bias;
       warp::zero(dk_acc);
       warp::zero(dv_acc);
-      shared.kv_ring.wait(kv_state);
+      shared.k_ring.wait(kv_state);
+      if constexpr (!kAhead) shared.v_ring.wait(kv_state);
 
+      // Through v's memory, which only the consumer itself reads.
+      const auto store_dv = [&] {
+        warpgroup::store(v_rows, dv_acc);
+        publish_shared();
+        warpgroup::sync();
+        if (warpgroup::leader()) {
+          tma::store(params.dv, v_rows, 0, first_key, tile.kv_head, tile.batch);
+          tma::commit();
+        }
+      };
       QuerySteps<QTurns> steps(walk.turns, params, tile.n, tile.kv_head, tile.batch);
-      if constexpr (kSchedule >= 2 && kOverlapSteps) {
+      if constexpr (kAhead) {
         // Scores of the next step are issued before ds of this one is made, and read after them.
         Weights weights;
         int first_query = steps.q_block() * kBlockQ;
@@ -397,6 +418,7 @@ struct Backward {
             warp::convert(weights, s_acc);
             issue_dv(state);
           }
+          shared.v_ring.wait(kv_state);
           for (steps.next(); steps.valid(); steps.next()) {
             typename QRing::State next = q_state;
             next.advance();
@@ -436,12 +458,16 @@ struct Backward {
             warpgroup::mma_wait<0>(dp_acc, dv_acc, weights);
             differentiate(dp_acc);
             issue_dq(dq_acc);
+            store_dv();
             warpgroup::mma_wait<0>(dk_acc, dq_acc, weights);
             shared.q_ring.release(q_state);
             take_dq(dq_acc);
             state.advance();
             q_state.advance();
           }
+        } else {
+          shared.v_ring.wait(kv_state);
+          store_dv();
         }
         q_read = q_state;
       } else if constexpr (kDqBehind) {
@@ -596,19 +622,19 @@ struct Backward {
       release_q();
 
       warp::mul(dk_acc, dk_acc, params.scale);
-      warpgroup::store(v_rows, dv_acc);
+      if constexpr (!kAhead) store_dv();
       named_sync(kKeysRead, 128 * kConsumers);
       warpgroup::store(k_rows, dk_acc);
       publish_shared();
       warpgroup::sync();
       if (warpgroup::leader()) {
-        tma::store(params.dv, v_rows, 0, first_key, tile.kv_head, tile.batch);
         tma::store(params.dk, k_rows, 0, first_key, tile.kv_head, tile.batch);
         tma::commit();
         tma::wait_read<0>();
       }
       warpgroup::sync();
-      shared.kv_ring.release(kv_state);
+      shared.k_ring.release(kv_state);
+      shared.v_ring.release(kv_state);
       kv_state.advance();
     }
   }
