@@ -59,6 +59,7 @@ struct Backward {
   static constexpr unsigned kFeatures = Traits::kFeatures;
   static constexpr int kConsumers = Traits::kConsumers;
   using Map = ScoreMap<T, kFeatures>;
+  using QTurns = Turns<Traits::kMask, kFeatures, kHeadDim, kBlockQ, kBlockKv>;
   // Whether registers are left for ds while dk's product reads it beside the next step's scores. A
   // band, lengths and maps take too many in the producer, of which the consumers have the rest, and
   // a cap or a bias too many in the consumers.
@@ -67,6 +68,10 @@ struct Backward {
                                         !Map::kAdds;
   static constexpr int kSchedule = Traits::kSchedule;
   static constexpr bool kAhead = kOverlapSteps && kSchedule >= 2;
+  // Whether the last query block of a tile may be hidden from its second consumer: half of a
+  // diagonal's blocks. It then leaves out all but its part of dq.
+  static constexpr bool kHalfLast =
+      kAhead && kSchedule >= 6 && kConsumers == 2 && QTurns::kAscending;
   static constexpr bool kDqBehind = kOverlapSteps && kSchedule != 0;
   // Whether dp's product waits until there are registers: a bias beside a cap, segments or a mask,
   // or of fp32.
@@ -96,7 +101,6 @@ struct Backward {
   using Weights = RegTile<T, 16, kBlockQ>;
   using DkvTile = RegTile<float, 16, kHeadDim>;
   using DqPart = RegTile<float, 16, 64>;
-  using QTurns = Turns<Traits::kMask, kFeatures, kHeadDim, kBlockQ, kBlockKv>;
 
   struct Shared {
     KvTile k_smem, v_smem;  // at a tile's end, dk and dv on their way out
@@ -387,6 +391,12 @@ struct Backward {
           warpgroup::mma_AB(dk_acc, weights, shared.q_smem[q_state.stage]);
           warpgroup::mma_commit();
         };
+        // Whether the last step is hidden from this consumer, which then leaves it out.
+        bool leaves = false;
+        if constexpr (kHalfLast) {
+          const int last_query = steps.last_q_block() * kBlockQ + kBlockQ - 1;
+          leaves = consumer == 1 && !steps.is_last() && last_query + bounds.last_offset < first_key;
+        }
         const auto issue_dq = [&](DqPart& dq_acc) {
           publish_shared();
           named_sync(kDsWritten, 128 * kConsumers);
@@ -420,6 +430,9 @@ struct Backward {
           }
           shared.v_ring.wait(kv_state);
           for (steps.next(); steps.valid(); steps.next()) {
+            if constexpr (kHalfLast) {
+              if (leaves && steps.is_last()) break;
+            }
             typename QRing::State next = q_state;
             next.advance();
             typename Ring::State next_dout = state;
@@ -464,6 +477,24 @@ struct Backward {
             take_dq(dq_acc);
             state.advance();
             q_state.advance();
+          }
+          if constexpr (kHalfLast) {
+            if (leaves) {
+              allow_ds();
+              shared.q_ring.wait(q_state);
+              shared.q_ring.release(q_state);
+              shared.dout_ring.wait(state);
+              shared.dout_ring.release(state);
+              named_sync(static_cast<Rendezvous>(kDsRead + consumer), 128 * kConsumers);
+              warp::fill(weights, 0.0f);
+              warpgroup::store(shared.ds_smem[ds_buffer].template rows<64>(consumer), weights);
+              DqPart dq_acc;
+              issue_dq(dq_acc);
+              warpgroup::mma_wait<0>(dq_acc);
+              take_dq(dq_acc);
+              state.advance();
+              q_state.advance();
+            }
           }
         } else {
           shared.v_ring.wait(kv_state);
