@@ -68,6 +68,8 @@ struct Backward {
                                         !Map::kAdds;
   static constexpr int kSchedule = Traits::kSchedule;
   static constexpr bool kAhead = kOverlapSteps && kSchedule >= 2;
+  static constexpr bool kDeltaEarly = kSchedule >= 7;
+  static constexpr bool kLseEarly = kSchedule >= 8 && QTurns::kAscending;
   // Whether the last query block of a tile may be hidden from its second consumer: half of a
   // diagonal's blocks. It then leaves out all but its part of dq.
   static constexpr bool kHalfLast =
@@ -344,6 +346,7 @@ struct Backward {
       if constexpr (kAhead) {
         // Scores of the next step are issued before ds of this one is made, and read after them.
         Weights weights;
+        PerCol<kBlockQ> delta, lse;
         int first_query = steps.q_block() * kBlockQ;
         const auto issue_s = [&](Scores& s_acc, const typename QRing::State& at) {
           shared.q_ring.wait(at);
@@ -358,16 +361,25 @@ struct Backward {
           if (masked) {
             mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, first_key, bounds);
           }
-          score_map.weigh_apart(weights, s_acc, bias, shared.lse_smem[at.stage]);
+          if constexpr (kLseEarly) {
+            score_map.weigh_apart(weights, s_acc, bias, lse);
+          } else {
+            score_map.weigh_apart(weights, s_acc, bias, shared.lse_smem[at.stage]);
+          }
         };
         const auto issue_dv = [&](const typename Ring::State& at) {
           shared.dout_ring.wait(at);
           warpgroup::mma_AB(dv_acc, weights, shared.dout_smem[at.stage]);
           warpgroup::mma_commit();
+          if constexpr (kDeltaEarly) warp::load(delta, shared.delta_smem[at.stage]);
         };
         // dp starts from -delta, which takes its place before the product is waited for.
         const auto issue_dp = [&](Scores& dp_acc) {
-          if constexpr (kSchedule >= 3) {
+          if constexpr (kDeltaEarly) {
+            warp::zero(dp_acc);
+            warp::map_cols(dp_acc, dp_acc, delta, [](float, float d) { return -d; });
+            warpgroup::mma_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
+          } else if constexpr (kSchedule >= 3) {
             warp::zero(dp_acc);
             warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
                            [](float, float delta) { return -delta; });
@@ -397,8 +409,9 @@ struct Backward {
           const int last_query = steps.last_q_block() * kBlockQ + kBlockQ - 1;
           leaves = consumer == 1 && !steps.is_last() && last_query + bounds.last_offset < first_key;
         }
-        const auto issue_dq = [&](DqPart& dq_acc) {
+        const auto issue_dq = [&](DqPart& dq_acc, auto&& while_waiting) {
           publish_shared();
+          while_waiting();
           named_sync(kDsWritten, 128 * kConsumers);
           warpgroup::mm_AtB(dq_acc,
                             shared.ds_smem[ds_buffer].template cols<64>(consumer / Traits::kDqCols),
@@ -423,6 +436,7 @@ struct Backward {
           {
             Scores s_acc;
             issue_s(s_acc, q_state);
+            if constexpr (kLseEarly) warp::load(lse, shared.lse_smem[q_state.stage]);
             warpgroup::mma_wait<0>(s_acc);
             exponentiate(s_acc, q_state);
             warp::convert(weights, s_acc);
@@ -444,7 +458,9 @@ struct Backward {
             issue_s(s_acc, next);
             warpgroup::mma_wait<1>(dp_acc, dv_acc, weights);
             differentiate(dp_acc);
-            issue_dq(dq_acc);
+            issue_dq(dq_acc, [&] {
+              if constexpr (kLseEarly) warp::load(lse, shared.lse_smem[next.stage]);
+            });
             if constexpr (kSchedule >= 4) {
               warpgroup::mma_wait<2>(s_acc);
               exponentiate(s_acc, next);
@@ -470,7 +486,7 @@ struct Backward {
             issue_dp(dp_acc);
             warpgroup::mma_wait<0>(dp_acc, dv_acc, weights);
             differentiate(dp_acc);
-            issue_dq(dq_acc);
+            issue_dq(dq_acc, [] {});
             store_dv();
             warpgroup::mma_wait<0>(dk_acc, dq_acc, weights);
             shared.q_ring.release(q_state);
@@ -489,7 +505,7 @@ struct Backward {
               warp::fill(weights, 0.0f);
               warpgroup::store(shared.ds_smem[ds_buffer].template rows<64>(consumer), weights);
               DqPart dq_acc;
-              issue_dq(dq_acc);
+              issue_dq(dq_acc, [] {});
               warpgroup::mma_wait<0>(dq_acc);
               take_dq(dq_acc);
               state.advance();

@@ -200,7 +200,7 @@ _FORWARD_FEATURES = {
 # By narrow_head_dim.
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
-    128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2, schedule=6),
+    128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2, schedule=8),
 }
 # A cap or a bias takes more registers than two consumers at 128 queries have: one at
 # 64, and two such blocks on a multiprocessor.
