@@ -25,7 +25,7 @@ _PACKAGES = {
     "fla-fused-chunk": "fla-core",
     "thunderkittens[bhtd]": "thunderkittens",
 }
-_DIRECTIONS = {"fwd": "forward", "bwd": "backward"}
+DIRECTIONS = {"fwd": "forward", "bwd": "backward"}
 
 
 def main(argv=None) -> int:
@@ -66,8 +66,7 @@ def render(document: dict, op: str) -> str:
     """What was measured with which versions, and a row a case."""
     rows = [row for row in document["rows"] if row.direction != results.DISPATCH]
     cases = [CASE_TYPES[op].parse(name) for name in dict.fromkeys(r.case for r in rows)]
-    if op == "attention":
-        cases.sort(key=_order)
+    cases.sort(key=order)
     directions = CASE_TYPES[op].directions
     if op in recurrent.CASE_TYPES:
         return "\n".join(_times(document, rows, cases, directions)) + "\n"
@@ -75,7 +74,7 @@ def render(document: dict, op: str) -> str:
     any_order = any(row.implementation == implementations.ANY_ORDER for row in rows)
     titles = ["head dim, heads, T, mask" if op == "attention" else "M, N, K"]
     for direction in directions:
-        titles.append(_DIRECTIONS[direction])
+        titles.append(DIRECTIONS[direction])
         titles += ["any order"] if direction == "bwd" and any_order else []
         titles.append("best of the others")
     lines = [
@@ -83,14 +82,14 @@ def render(document: dict, op: str) -> str:
         "times as fast ours is.",
         f"{_versions(document, rows)}.",
         "",
-        _line(titles),
-        _line(["---"] * len(titles)),
+        line(titles),
+        line(["---"] * len(titles)),
     ]
     for case in cases:
-        cells = [_label(case)]
+        cells = [label(case)]
         for direction in directions:
             cells += _cells(case, direction, rows, any_order)
-        lines.append(_line(cells))
+        lines.append(line(cells))
     lines += _dispatch_lines(document["rows"])
     return "\n".join(lines) + "\n"
 
@@ -105,14 +104,14 @@ def _times(document: dict, rows: list[Row], cases, directions) -> list[str]:
             row.implementation for row in rows if row.direction == direction
         )
     ]
-    titles = [f"{_DIRECTIONS[direction]} {name}" for direction, name in columns]
+    titles = [f"{DIRECTIONS[direction]} {name}" for direction, name in columns]
     lines = [
         f"{document['gpu']}, {document['date']}, median microseconds; in brackets how "
         "many times as fast ours is.",
         f"{_versions(document, rows)}.",
         "",
-        _line(["sizes", *titles]),
-        _line(["---"] * (1 + len(titles))),
+        line(["sizes", *titles]),
+        line(["---"] * (1 + len(titles))),
     ]
     for case in cases:
         cells = []
@@ -125,21 +124,28 @@ def _times(document: dict, rows: list[Row], cases, directions) -> list[str]:
             else:
                 ratio = row.median_us / ours.median_us
                 cells.append(f"{row.median_us:.0f} ({ratio:.2f})")
-        lines.append(_line([str(case).replace("-", " "), *cells]))
+        lines.append(line([label(case), *cells]))
     return lines
 
 
-def _line(cells: list[str]) -> str:
+def line(cells: list[str]) -> str:
+    """A row of a table."""
     return f"| {' | '.join(cells)} |"
 
 
-def _order(case: AttentionCase):
+def order(case: Case):
+    """Attention's cases by family and length; others as they come."""
+    if not isinstance(case, AttentionCase):
+        return ()
     family = (case.head_dim, case.value_dim, case.num_heads, case.num_kv_heads)
     mask = (case.is_causal, case.window or 0, case.documents)
     return *family, case.seqlen_q, case.seqlen_kv, case.batch, mask
 
 
-def _label(case: Case) -> str:
+def label(case: Case) -> str:
+    """A case's sizes, as rows of tables begin."""
+    if isinstance(case, recurrent.RecurrentCase):
+        return str(case).replace("-", " ")
     if not isinstance(case, AttentionCase):
         batch = "" if case.batch == 1 else f"{case.batch} x "
         stored = "" if case.transposes == "nn" else f", {case.transposes}"

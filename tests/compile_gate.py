@@ -46,6 +46,8 @@ _NOTHING = Requirements(product=False, bulk_load=False, register_split=False)
 _HELPERS = {
     "tk_linear_attention_chunk_sums": _NOTHING,
     "tk_linear_attention_gate_gradients": _NOTHING,
+    "tk_linear_attention_head_sums": _NOTHING,
+    "tk_linear_attention_step_": _NOTHING,
     "tk_state_step_": _NOTHING,
     # One warpgroup, without roles.
     "tk_hedgehog_attention_step_": Requirements(register_split=False),

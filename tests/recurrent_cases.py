@@ -115,15 +115,19 @@ def _floats(value) -> bool:
 
 # Of fewer values, the largest error and the RMS error are a matter of luck.
 ENOUGH = 16
+# Where a seed takes no time. Of twelve samples of 16 gradients of A, whose RMS error is
+# 0.72 times that of plain XLA, one had a largest error 2.17 times as large, the others
+# 0.4 to 1.1.
+PLENTY = 32
 
 
-def seeds_for(arrays: dict, work: float) -> range:
-    """For ENOUGH values of each gradient; fewer where that takes too long.
+def seeds_for(arrays: dict, work: float, enough: int = ENOUGH) -> range:
+    """For ``enough`` values of each gradient; fewer where that takes too long.
 
     ``work`` is that of one seed, as a part of what all may take.
     """
     leaves = jax.tree.leaves([value for value in arrays.values() if _floats(value)])
-    wanted = -(-ENOUGH // min(x.size for x in leaves))
+    wanted = -(-enough // min(x.size for x in leaves))
     return range(max(1, min(wanted, int(1 / work))))
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import recurrent_kernel_model as model
 from recurrent_cases import (
     BARS,
+    ENOUGH,
     assert_within_bars,
     decays,
     pooled,
@@ -54,6 +56,8 @@ class Case:
     normalize: bool = False
     skip: str = ""  # "H", "P"
     gate: bool = False  # z, and what makes dt
+    steps: str = ""  # dtype of dt, if not float32
+    limit: tuple[float, float] = (0.0, math.inf)  # of dt
 
     def __str__(self):
         fields = dataclasses.asdict(self).items()
@@ -76,6 +80,9 @@ CASES = [
     SSD(65, 128, 64, (1, 4), skip="H", gate=True),
     SSD(200, 16, 64, (2, 4), "float16", skip="P", packed=True, gate=True),
     LINEAR(66, 192, 16, (1, 1), "float16", decay="head", state=False),
+    # More heads and chunks than a block of the kernels of steps has.
+    SSD(330, 16, 16, (1, 20), skip="H", steps="bfloat16", limit=(0.2, 1.5)),
+    SSD(70, 16, 64, (1, 3), "float16", gate=True, limit=(0.1, 2.0), steps="float16"),
 ]
 MORE = [
     LINEAR(130, 6, 10, (2, 2), decay="none", packed=True),
@@ -140,7 +147,8 @@ def arrays_of(case: Case, seed: int = 0) -> dict:
 def public(case: Case, implementation: str = "interpret"):
     settings = {"return_final_state": True, "implementation": implementation}
     if case.op == "ssd":
-        return functools.partial(tk_jax.ssd, dt_softplus=case.gate, **settings)
+        steps = {"dt_softplus": case.gate, "dt_limit": case.limit}
+        return functools.partial(tk_jax.ssd, **steps, **settings)
     return functools.partial(
         tk_jax.linear_attention, normalize=case.normalize, **settings
     )
@@ -149,7 +157,10 @@ def public(case: Case, implementation: str = "interpret"):
 def reference(case: Case):
     if case.op == "ssd":
         return functools.partial(
-            ssd_reference, dt_softplus=case.gate, dtype=jnp.float64
+            ssd_reference,
+            dt_softplus=case.gate,
+            dt_limit=case.limit,
+            dtype=jnp.float64,
         )
     return functools.partial(
         linear_attention_reference, normalize=case.normalize, dtype=jnp.float64
@@ -159,7 +170,7 @@ def reference(case: Case):
 def kernels(case: Case, tiles: config.ScanConfig | None = None):
     """The ops' kernel forms, whose calls are not those of a jit of their own."""
     if case.op == "ssd":
-        options = SsdOptions(case.gate, 0.0, float("inf"))
+        options = SsdOptions(case.gate, *case.limit)
 
         def ssd(*, initial_state=None, **arrays):
             names = ("D", "z", "dt_bias", "segment_ids")
@@ -177,10 +188,10 @@ def kernels(case: Case, tiles: config.ScanConfig | None = None):
     return linear_attention
 
 
-def seeds_of(case: Case, tokens: int = 2**16) -> range:
+def seeds_of(case: Case, tokens: int = 2**16, enough: int = ENOUGH) -> range:
     """Of which few values are enough to compare, within ``tokens`` of all heads."""
     mine = case.batch * case.heads[1] * case.seqlen
-    return seeds_for(arrays_of(case), mine / tokens)
+    return seeds_for(arrays_of(case), mine / tokens, enough)
 
 
 @contextlib.contextmanager
@@ -210,19 +221,27 @@ def assert_all_close(dtype, got, exact, low, floors=()):
 
 
 def check(
-    fn, case: Case, arrays: dict | None = None, floors=(), seeds: range = range(1)
+    fn,
+    case: Case,
+    arrays: dict | None = None,
+    floors=(),
+    seeds: range = range(1),
+    enough: int = ENOUGH,
 ) -> None:
     """``fn`` against the recurrence in float64, measured by plain XLA's errors.
 
-    Results of few values are compared over all ``seeds``.
+    Results of fewer than ``enough`` values are compared over all ``seeds``.
     """
     many = [arrays] if arrays else [arrays_of(case, seed) for seed in seeds]
     with jax.enable_x64(True):
         many = [rounded(each, case.dtype, EXACT) for each in many]
-        got = pooled(samples(fn, many))
+        if case.steps:
+            many = [each | {"dt": each["dt"].astype(case.steps)} for each in many]
+        got = pooled(samples(fn, many), enough)
         with modelled():
-            low = pooled(samples(kernels(case), many, as_written=True))
-        exact = pooled(samples(reference(case), jax.tree.map(floats64, many)))
+            low = pooled(samples(kernels(case), many, as_written=True), enough)
+        wide = jax.tree.map(floats64, many)
+        exact = pooled(samples(reference(case), wide), enough)
     for x, y in zip(*map(jax.tree.leaves, (got, low)), strict=True):
         assert x.dtype == y.dtype
     assert_all_close(case.dtype, got, exact, low, floors)

@@ -1,4 +1,4 @@
-"""What linear attention's five kernels compute, in XLA operations.
+"""What linear attention's kernels compute, in XLA operations.
 
 As the kernels, in their precision: operands of products are rounded to the dtype of the
 inputs, and summed in float32; gates and states are float32. So it stands for plain XLA
@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tk_jax.ops.linear_attention.config import StatesOptions
+from tk_jax.ops.ssd.config import SsdOptions
+from tk_jax.ops.ssd.xla import step_sizes
 
 CHUNK, SLICE, PAIR = 64, 64, 2
 
 
-def call(target, out_types, *arrays, options=None, config=None):
+def call(target, out_types, *arrays, options=None, config=None, vmap_method=None):
     """In place of ``tk_jax._ffi.call``."""
     name = target.removeprefix("tk_linear_attention_").removesuffix("_v1")
     arrays = [None if x.size == 0 else x for x in arrays]
@@ -73,13 +77,58 @@ def _product(dtype, equation, *arrays):
 
 
 def _chunk_sums(arrays, out_types, options, _):
-    x, y = arrays
+    (x,) = arrays
     batch, heads, _ = out_types[0].shape
     x = jnp.where(x < options.least, options.least, x) * options.scale
     x = jnp.broadcast_to(x, (batch, options.seqlen, heads))
     sums = jnp.cumsum(_in_chunks(x), axis=2)
-    moved = None if y is None else jnp.moveaxis(_in_chunks(y), 3, 1)
-    return jnp.moveaxis(sums, 3, 1), moved
+    return (jnp.moveaxis(sums, 3, 1),)
+
+
+def _steps(raw, rates, biases, options):
+    """Steps and the logarithms of decays, as XLA has them."""
+    sizes = SsdOptions(options.softplus, options.least, options.most)
+    biases = None if biases is None else biases[:, None]
+    steps = step_sizes(sizes, raw, biases, jnp.float32)
+    decays = steps * rates[:, None]
+    return steps, jnp.where(
+        decays < options.least_log_decay, options.least_log_decay, decays
+    )
+
+
+def _step_gates(arrays, out_types, options, _):
+    *steps, skip = arrays
+    weights, decays = _steps(*steps, options)
+    sums = jnp.cumsum(_in_chunks(decays * np.log2(np.e)), axis=2)
+    if skip is not None:
+        skip = jnp.broadcast_to(skip[:, None], out_types[2].shape)
+    gates = (jnp.moveaxis(x, 3, 1) for x in (sums, _in_chunks(weights)))
+    return *gates, skip
+
+
+def _step_gradients(arrays, out_types, options, _):
+    raw, rates, biases, *parts, dweights, dskip = arrays
+    batch, seqlen, heads = raw.shape
+    dgates, dweights = (jnp.swapaxes(x, 1, 2)[:, :seqlen] for x in (parts[0], dweights))
+    rates = jnp.broadcast_to(rates, (batch, heads))
+    biases = jnp.zeros_like(rates) if biases is None else biases
+    biases = jnp.broadcast_to(biases, (batch, heads))
+    run = functools.partial(_steps, options=options)
+    _, pull_back = jax.vjp(run, raw, rates, biases)
+    draw, drates, dbiases = pull_back((dweights, dgates))
+    if dskip is None:
+        dskip = jnp.zeros((batch, heads, 1, 1))
+    sums = jnp.stack([drates, dbiases, dskip.sum((2, 3))], axis=1)
+    # Of the blocks, all in the first one.
+    head_parts = jnp.zeros(out_types[1].shape).at[:, 0].set(sums)
+    return draw, head_parts
+
+
+def _head_sums(arrays, out_types, *_):
+    sums = arrays[0].sum(0)
+    return tuple(
+        x if kind.size else None for x, kind in zip(sums, out_types, strict=True)
+    )
 
 
 def _segment_sums(arrays, out_types, options, config):
@@ -222,4 +271,7 @@ MODELS = {
     "outputs": _outputs,
     "gradients": _gradients,
     "gate_gradients": _gate_gradients,
+    "step_gates": _step_gates,
+    "step_gradients": _step_gradients,
+    "head_sums": _head_sums,
 }

@@ -18,6 +18,7 @@ sys.path.append(str(ROOT))
 from benchmarks import (  # noqa: E402
     case_sets,
     cases,
+    compare,
     dispatch,
     implementations,
     plot,
@@ -331,6 +332,49 @@ def test_table_goes_where_the_page_says(tmp_path, capsys):
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     assert table.main([str(path), "--write", str(page)]) == 0
     assert page.read_text() == f"before\n{begin}\n{printed}{end}\nafter\n"
+
+
+def test_comparison_of_two_runs(tmp_path, capsys):
+    """Ours over the same rival's, so that another clock changes nothing."""
+
+    def write(name, ours, rival, *others):
+        rows = [
+            results.make_row(
+                cases.MatmulCase.parse(MATMUL),
+                "fwd",
+                implementation,
+                [seconds],
+                gpu="H100 80GB HBM3",
+                compile_s=0,
+                method="direct",
+            )
+            for implementation, seconds in [("tk", ours), ("cublas", rival), *others]
+        ]
+        results.write(tmp_path / name, rows, gpu="H100 80GB HBM3", commit=name)
+        return str(tmp_path / name)
+
+    before, after = write("before", 2e-3, 3e-3), write("after", 2e-3, 4e-3)
+    assert compare.main(["matmul", before, after]) == 0
+    printed = capsys.readouterr().out
+    assert "| direction | commit before | commit after |\n" in printed
+    assert "| forward | 1.50 | 2.00 |\n" in printed
+    assert "Geometric mean of after over before: 1.333.\n" in printed
+    assert compare.main(["matmul", before, after, "--rival", "xla"]) == 2
+    assert "no case has ours and xla in both files" in capsys.readouterr().err
+    other = ("xla", 1e-3)
+    after = write("more", 2e-3, 4e-3, other)
+    assert compare.main(["matmul", after, after]) == 2
+    assert "expected one rival in both files" in capsys.readouterr().err
+
+
+def test_the_interpreter_s_page_has_the_committed_comparison():
+    page = (ROOT / "docs" / "interpreter.md").read_text()
+    folder = results.default_path("", GPU).parent / "interpreter"
+    for op in ("attention", "matmul"):
+        before, after = (
+            results.read(folder / f"{op}-{x}.json") for x in ("before", "after")
+        )
+        assert compare.render(before, after, op) in page
 
 
 @pytest.mark.parametrize(

@@ -385,13 +385,6 @@ def _half(*shape, dtype=jnp.bfloat16):
             "a batch of 70000 (it takes up to 65535)",
         ),
         (
-            _half(1, 8, 40000, 256),
-            _half(1, 8, 40000, 64),
-            {},
-            "a number of groups, times parts of their keys, of 160000 (it takes up to "
-            "65535)",
-        ),
-        (
             _half(1, 2**25, 1, 64),
             _half(1, 2**25, 64, 64),
             {},

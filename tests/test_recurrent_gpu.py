@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recurrent_gpu_checks as checks
-from recurrent_cases import assert_within_bars, rounded, values_and_gradients
+from recurrent_cases import (
+    PLENTY,
+    assert_within_bars,
+    rounded,
+    values_and_gradients,
+)
 from recurrent_kernel_cases import (
     CASES,
     EXACT,
@@ -79,7 +84,8 @@ def poisoned_memory():
 
 @pytest.mark.parametrize("case", CASES + MORE + LENGTHS + LARGER, ids=str)
 def test_values_and_gradients(case):
-    check(public(case, "tk"), case, seeds=seeds_of(case))
+    seeds = seeds_of(case, enough=PLENTY)
+    check(public(case, "tk"), case, seeds=seeds, enough=PLENTY)
 
 
 @pytest.mark.parametrize("case", LARGER[:3] + LARGER[4:9], ids=str)

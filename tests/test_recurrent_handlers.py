@@ -24,6 +24,8 @@ class Arrays:
         self.gates = floats(B, H, 64 * chunks)
         self.counts = floats(B, 64 * chunks)
         self.tokens = floats(B, T, H)
+        self.heads = floats(1, H)
+        self.head_parts = floats(B, -(-chunks // 4), 3, H)
         self.skip = floats(H, columns)
         self.dskip = floats(B, H, chunks, columns)
         self.ends = floats(B, H, segments, V, K)
@@ -33,10 +35,60 @@ class Arrays:
 ARRAYS = Arrays()
 
 
-def chunk_sums(x=ARRAYS.tokens, y=_NONE, sums=ARRAYS.gates, moved=_NONE, *, seqlen=100):
+def chunk_sums(x=ARRAYS.tokens, sums=ARRAYS.gates, *, seqlen=100):
     options = {"seqlen": seqlen, "scale": 1.0, "least": -128.0}
     target = "tk_linear_attention_chunk_sums_v1"
-    return Call(target, [x, y], [sums, moved], {"options": options})
+    return Call(target, [x], [sums], {"options": options})
+
+
+_STEP_OPTIONS = {
+    "softplus": True,
+    "least": 0.0,
+    "most": float("inf"),
+    "least_log_decay": -128.0,
+}
+
+
+def step_gates(
+    raw=ARRAYS.tokens,
+    rates=ARRAYS.heads,
+    biases=_NONE,
+    skip=_NONE,
+    *,
+    sums=ARRAYS.gates,
+    weights=ARRAYS.gates,
+    columns=_NONE,
+):
+    return Call(
+        "tk_linear_attention_step_gates_v1",
+        [raw, rates, biases, skip],
+        [sums, weights, columns],
+        {"options": _STEP_OPTIONS},
+    )
+
+
+def step_gradients(
+    raw=ARRAYS.tokens,
+    rates=ARRAYS.heads,
+    biases=_NONE,
+    parts=ARRAYS.gates,
+    dweights=ARRAYS.gates,
+    dskip=_NONE,
+    *,
+    draw=None,
+    head_parts=ARRAYS.head_parts,
+):
+    return Call(
+        "tk_linear_attention_step_gradients_v1",
+        [raw, rates, biases, *[parts] * 4, dweights, dskip],
+        [draw or raw, head_parts],
+        {"options": _STEP_OPTIONS},
+    )
+
+
+def head_sums(parts, *results):
+    target = "tk_linear_attention_head_sums_v1"
+    return Call(target, [parts], list(results), {})
 
 
 def segment_sums(
@@ -134,6 +186,7 @@ def gradients(
     dweights=_NONE,
     dskip=_NONE,
     stages=1,
+    key_stages=1,
 ):
     a = arrays
     kept = [states or a.states, a.states]
@@ -141,7 +194,10 @@ def gradients(
         "tk_linear_attention_gradients_v1",
         [a.q, a.q, a.v, a.v, *kept, a.gates, weights, counts, skip],
         [a.q, a.q, a.v, *[a.gates] * 4, dweights, dskip],
-        {"options": {"scale": 1.0}, "config": {"stages": stages}},
+        {
+            "options": {"scale": 1.0},
+            "config": {"stages": stages, "key_stages": key_stages},
+        },
     )
 
 
@@ -149,18 +205,18 @@ def gate_gradients(parts=ARRAYS.gates, dgates=ARRAYS.tokens):
     return Call("tk_linear_attention_gate_gradients_v1", [parts] * 4, [dgates], {})
 
 
-def test_blocks_of_gradients_take_several_parts_of_groups():
+def test_blocks_of_gradients_walk_several_places():
     """Twelve parts, of three groups, by as many blocks as there are multiprocessors."""
     wide = Arrays((1, 1, 3, 3, 256, 64), segments=1)
     ((_, answer),) = launched(Gpu(FAKE_MULTIPROCESSORS="4"), gradients(wide))
-    assert [x["grid"] for x in answer.of("launch")] == [[1, 4, 1]]
+    assert [x["grid"] for x in answer.of("launch")] == [[4, 1, 1]]
 
 
 def test_launches():
     a = ARRAYS
     wide = Arrays((1, 1, 3, 3, 256, 64), segments=1)
     calls = [
-        chunk_sums(floats(1, 1, 4), a.tokens, moved=a.gates),
+        chunk_sums(floats(1, 1, 4)),
         states(counts=a.counts, reverse=True),
         outputs(weights=a.gates, skip=a.skip, start=a.ends, to=a.ends),
         gradients(weights=a.gates, dweights=a.gates),
@@ -168,6 +224,11 @@ def test_launches():
         outputs(wide, consumers=1),
         gradients(wide),
         segment_sums(weights=a.gates),
+        step_gates(
+            ("float16", a.tokens[1]), skip=floats(4), columns=a.skip, biases=a.heads
+        ),
+        step_gradients(rates=floats(2, 4), dskip=a.dskip),
+        head_sums(floats(7, 5, 3, 40), floats(7, 40), _NONE, floats(7, 40)),
     ]
     ran = [answer for _, answer in launched(Gpu(), *calls)]
     launches = [(x["symbol"], x["grid"]) for each in ran for x in each.of("launch")]
@@ -177,12 +238,15 @@ def test_launches():
         # Two slices for each of four heads, by two consumers; two segments.
         (f"{name}states_reverse_d128_counts_bf16", [4, 2, 2]),
         (f"{name}outputs_d128_weights_skip_bf16", [4, 2, 2]),
-        (f"{name}gradients_d128_weights_bf16", [2, 2, 2]),
+        (f"{name}gradients_d128_weights_bf16", [8, 1, 1]),
         (f"{name}gate_gradients", [1, 1, 2]),
         (f"{name}outputs_d256_bf16", [3, 1, 1]),
-        # Four blocks have a part of the columns of dq and dk each.
-        (f"{name}gradients_d256_bf16", [1, 12, 1]),
+        # Of a chunk, four blocks have a part of the columns of dq and dk each.
+        (f"{name}gradients_d256_bf16", [12, 1, 1]),
         (f"{name}segment_sums_d128_weights_bf16", [4, 1, 2]),
+        (f"{name}step_gates_fp16", [1, 1, 2]),
+        (f"{name}step_gradients_fp32", [1, 1, 2]),
+        (f"{name}head_sums", [3, 3, 7]),
     ]
     keys, values, stored = ran[1].of("map")
     assert keys["dims"] == [80, 100, 2, 2]
@@ -199,6 +263,14 @@ def test_empty_batch_launches_nothing():
     arrays = Arrays((0, *_SIZES[1:]))
     answers = Gpu().run(
         chunk_sums(arrays.tokens, sums=arrays.gates),
+        step_gates(arrays.tokens, sums=arrays.gates, weights=arrays.gates),
+        step_gradients(
+            arrays.tokens,
+            parts=arrays.gates,
+            dweights=arrays.gates,
+            head_parts=arrays.head_parts,
+        ),
+        head_sums(floats(0, 5, 3, 4), floats(0, 4), floats(0, 4), _NONE),
         segment_sums(arrays),
         states(arrays),
         outputs(arrays),
@@ -223,7 +295,71 @@ def test_empty_batch_launches_nothing():
             "sums has shape (2, 4, 100); expected (2, 4, 128)",
         ),
         (chunk_sums(("bfloat16", [2, 100, 4])), _INVALID, "x has FFI data type"),
-        (chunk_sums(y=ARRAYS.tokens), _INVALID, "y and moved go together"),
+        (
+            step_gates(("int32", ARRAYS.tokens[1])),
+            _UNIMPLEMENTED,
+            "steps of int32; the kernels take float32, bfloat16 and float16",
+        ),
+        (
+            step_gates(rates=floats(3, 4)),
+            _INVALID,
+            "rates has shape (3, 4); expected (2, 4)",
+        ),
+        (
+            step_gates(biases=floats(4)),
+            _INVALID,
+            "biases has shape (4); expected 2 dimensions",
+        ),
+        (
+            step_gates(weights=floats(2, 4, 100)),
+            _INVALID,
+            "weights has shape (2, 4, 100); expected (2, 4, 128)",
+        ),
+        (
+            step_gates(skip=floats(4)),
+            _INVALID,
+            "skip and skip_columns go together",
+        ),
+        (
+            step_gates(skip=floats(4), columns=floats(4, 96)),
+            _INVALID,
+            "skip_columns has 96 columns; expected a multiple of 64",
+        ),
+        (
+            step_gradients(draw=("float16", ARRAYS.tokens[1])),
+            _INVALID,
+            "draw has FFI data type",
+        ),
+        (
+            step_gradients(dweights=floats(2, 4, 64)),
+            _INVALID,
+            "dweights has shape (2, 4, 64); expected (2, 4, 128)",
+        ),
+        (
+            step_gradients(head_parts=floats(2, 1, 2, 4)),
+            _INVALID,
+            "head_parts has shape (2, 1, 2, 4); expected (2, 1, 3, 4)",
+        ),
+        (
+            step_gradients(dskip=floats(2, 4, 1, 128)),
+            _INVALID,
+            "dskip has shape (2, 4, 1, 128); expected (2, 4, 2, 128)",
+        ),
+        (
+            step_gradients(dskip=floats(2, 4, 2, 96)),
+            _INVALID,
+            "dskip has 96 columns; expected a multiple of 64",
+        ),
+        (
+            head_sums(floats(5, 2, 4), floats(4), _NONE, _NONE),
+            _INVALID,
+            "head_parts has shape (5, 2, 4); expected (.., rows, 3, H)",
+        ),
+        (
+            head_sums(floats(5, 3, 4), floats(4), floats(5), _NONE),
+            _INVALID,
+            "sums has shape (5); expected that of head_parts, (5, 3, 4), without",
+        ),
         (
             chunk_sums(floats(1, 1, 4), sums=floats(2, 4, 0), seqlen=0),
             _INVALID,
@@ -347,6 +483,7 @@ def test_empty_batch_launches_nothing():
             "states has shape (2, 4, 1, 128, 128); expected (2, 4, 1, 128, 80)",
         ),
         (gradients(stages=0), _INVALID, "config.stages is 0; expected 1 to 8"),
+        (gradients(key_stages=3), _INVALID, "config.key_stages is 3; expected 1 to 2"),
         (
             gradients(Arrays((2, 100, 2, 4, 264, 96))),
             _UNIMPLEMENTED,

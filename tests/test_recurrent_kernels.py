@@ -1,5 +1,6 @@
 """Linear attention's kernels, in the interpreter: values and gradients of both ops."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -15,6 +16,7 @@ from recurrent_kernel_cases import (
     MORE,
     SSD,
     TIME_AXES,
+    Case,
     arrays_of,
     assert_all_close,
     check,
@@ -46,7 +48,36 @@ def in_segments(chunks: int) -> config.ScanConfig:
         chunks_of_segment=chunks,
         states=config.WalkConfig(consumers=1, stages=2),
         outputs=config.WalkConfig(consumers=1, stages=2),
-        gradients=config.GradientsConfig(stages=2),
+        gradients=config.GradientsConfig(stages=2, key_stages=2),
+    )
+
+
+# Places of gradients, which are chunks of groups, of one step and of two.
+PLACES = [LINEAR(260, 16, value_dim, (2, 2)) for value_dim in (64, 72)]
+
+
+def with_key_stages(case, stages: int) -> config.ScanConfig:
+    tiles = config.scan_config(
+        case.batch, case.seqlen, *case.heads, case.key_dim, case.value_dim
+    )
+    gradients = config.GradientsConfig(stages=2, key_stages=stages)
+    return dataclasses.replace(tiles, gradients=gradients)
+
+
+# Two slices to a block: heads that share keys, of several groups, halves of a head.
+PAIRED = [
+    SSD(200, 128, 64, (1, 4), skip="H", gate=True),
+    SSD(70, 16, 64, (2, 4), "float16", packed=True),
+    LINEAR(130, 64, 100, (1, 1)),
+]
+
+
+def in_pairs(case: Case) -> config.ScanConfig:
+    return config.ScanConfig(
+        chunks_of_segment=-(-case.seqlen // config.CHUNK),
+        states=config.WalkConfig(consumers=2, stages=2),
+        outputs=config.WalkConfig(consumers=3, stages=2),
+        gradients=config.GradientsConfig(stages=1, key_stages=1),
     )
 
 
@@ -59,6 +90,8 @@ def compiled(request):
     specs = [
         *itertools.chain.from_iterable(map(specs_of, CASES + more)),
         *specs_of(SEGMENTED, in_segments(1)),
+        *specs_of(PLACES[0], with_key_stages(PLACES[0], 1)),
+        *itertools.chain.from_iterable(specs_of(x, in_pairs(x)) for x in PAIRED),
     ]
     specs = {spec["function"]: spec for spec in specs}.values()
     by_header = functools.partial(sorted, key=lambda spec: spec["header"])
@@ -89,6 +122,25 @@ def test_what_the_gpu_executes(case, ptx):
 def test_segments_side_by_side(chunks):
     _ffi.interpreter()
     check(kernels(SEGMENTED, in_segments(chunks)), SEGMENTED)
+
+
+@pytest.mark.parametrize("case", PLACES, ids=str)
+@pytest.mark.parametrize("key_stages", [1, 2])
+def test_a_block_of_gradients_walks_many_places(key_stages, case):
+    _ffi.interpreter()
+    with tk_jax.interpret_options(seed=2, schedules=4, multiprocessors=2):
+        check(kernels(case, with_key_stages(case, key_stages)), case)
+
+
+def test_what_the_gpu_executes_of_a_walk(ptx):
+    with tk_jax.interpret_options(multiprocessors=2):
+        check(public(PLACES[1]), PLACES[1])
+
+
+@pytest.mark.parametrize("case", PAIRED, ids=str)
+def test_slices_in_pairs(case):
+    _ffi.interpreter()
+    check(kernels(case, in_pairs(case)), case)
 
 
 @pytest.mark.parametrize("case", [LINEAR(65, 128, 128, (2, 4), packed=True)], ids=str)
@@ -135,6 +187,21 @@ def test_a_token_that_is_not_a_number_reaches_no_chunk_before_it():
         y, state = run(**spoiled)
         np.testing.assert_array_equal(y[:, :64], expected[:, :64])
         assert jnp.isnan(y[:, 70:]).all() and jnp.isnan(state).all()
+
+
+def test_a_rate_of_minus_infinity_forgets_everything():
+    """And nothing that is not a token has a part in it."""
+    case = SSD(70, 16, 64, (1, 2))
+    arrays = rounded(arrays_of(case), case.dtype, EXACT)
+    arrays["dt"] = arrays["dt"] + 1
+    arrays["A"] = jnp.array([-jnp.inf, -1.0])
+    (y, state), gradients = values_and_gradients(public(case), arrays)
+    x, dt, B, C = (np.float32(arrays[name]) for name in ("x", "dt", "B", "C"))
+    added = dt[..., None, None] * x[..., None] * B[..., None, :]
+    np.testing.assert_allclose(state[:, 0], added[:, -1, 0], rtol=1e-2, atol=1e-2)
+    read = np.einsum("bthvk,btgk->bthv", added[:, :, :1], C)
+    np.testing.assert_allclose(np.float32(y[:, :, :1]), read, rtol=5e-2, atol=5e-2)
+    assert all(jnp.isfinite(gradients[name]).all() for name in ("x", "B", "C"))
 
 
 @pytest.mark.parametrize("case", [CASES[2], CASES[8]], ids=str)

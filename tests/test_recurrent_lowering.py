@@ -46,7 +46,7 @@ B = struct(*TOKENS, 1, 128)
 
 def test_forward_calls_two_kernels_and_copies_nothing():
     text = lowered_for_cuda(ssd, X, DT, B, B)
-    assert targets(text) == ["chunk_sums", "outputs"]
+    assert targets(text) == ["step_gates", "outputs"]
     for copy in ("transpose ", "stablehlo.pad", "stablehlo.slice", "concatenate"):
         assert copy not in text
     # Without an initial state and a final one, none is there.
@@ -59,10 +59,41 @@ def test_backward_calls_each_kernel_once_but_for_the_states():
 
     text = lowered_for_cuda(gradients, X, DT, B, B)
     found = targets(text)
-    assert found == ["chunk_sums", "states", "states", "gradients", "gate_gradients"]
+    # The gradients of what heads have are not asked for: nothing adds them up.
+    assert found == ["step_gates", "states", "states", "gradients", "step_gradients"]
     # What is as large as an operand goes to and from the kernels as it is.
     for shape in ("4x300x40x64", "4x300x1x128"):
         assert not re.search(rf"stablehlo.(transpose|pad|slice).*{shape}xbf16", text)
+
+
+def test_steps_are_the_kernels_alone():
+    """What XLA does to dt, dt_bias, A and D is nothing, but for their types."""
+    per_head = struct(40, dtype=jnp.float32)
+
+    def run(x, dt, A, B, D, bias):
+        settings = {"D": D, "dt_bias": bias, "dt_softplus": True}
+        return tk_jax.ssd(x, dt, A, B, B, implementation="tk", **settings)
+
+    def gradients(*arrays):
+        loss = lambda *arrays: total(run(*arrays))  # noqa: E731
+        return jax.grad(loss, range(1, 6))(*arrays)
+
+    for dtype in (jnp.float32, BF16):
+        arrays = (X, struct(*TOKENS, 40, dtype=dtype), per_head, B, per_head, per_head)
+        assert targets(lowered_for_cuda(run, *arrays)) == ["step_gates", "outputs"]
+        found = targets(lowered_for_cuda(gradients, *arrays))
+        assert found[-2:] == ["step_gradients", "head_sums"]
+        for function in (run, gradients):
+            text = lowered_for_cuda(function, *arrays)
+            # The loss's cotangents; the gradients of the keys and the queries, summed.
+            done = set(re.findall(r"= stablehlo.(\w+)", text))
+            assert done <= {
+                "constant",
+                "broadcast_in_dim",
+                "convert",
+                "reshape",
+                "add",
+            } | {"custom_call"}, done
 
 
 def test_gradient_of_a_decay_is_only_computed_where_there_is_one():
@@ -81,7 +112,7 @@ def test_few_heads_are_cut_into_segments():
     b = struct(1, 4096, 1, 128)
     run = functools.partial(ssd, return_final_state=True)
     text = lowered_for_cuda(run, x, dt, b, b)
-    assert targets(text) == ["chunk_sums", "segment_sums", "outputs"]
+    assert targets(text) == ["step_gates", "segment_sums", "outputs"]
     assert "tensor<1x2x16x64x128xf32>" in text
 
     def gradients(*arrays):
@@ -112,7 +143,9 @@ def test_few_heads_are_cut_into_segments():
 def test_configs(sizes, chunks_of_segment, consumers):
     chosen = config.scan_config(*sizes)
     assert chosen.chunks_of_segment == chunks_of_segment
-    assert chosen.states.consumers == chosen.outputs.consumers == consumers
+    assert chosen.states.consumers == consumers
+    # A third one makes the scores of two.
+    assert chosen.outputs.consumers == (1 if consumers == 1 else 3)
 
 
 @pytest.mark.parametrize(("tile", "stages"), [(64, 2), (128, 2), (192, 1), (256, 1)])
@@ -153,7 +186,7 @@ def test_without_an_implementation_each_platform_has_its_own():
     def run(*arrays):
         return tk_jax.ssd(arrays[0], arrays[1], -jnp.ones(40), *arrays[2:])
 
-    assert targets(lowered_for_cuda(run, X, DT, B, B)) == ["chunk_sums", "outputs"]
+    assert targets(lowered_for_cuda(run, X, DT, B, B)) == ["step_gates", "outputs"]
     traced = jax.jit(run).trace(X, DT, B, B)
     assert targets(traced.lower(lowering_platforms=("cpu",)).as_text()) == []
     assert tk_jax.explain(tk_jax.ssd, X, DT, DT.update(shape=(40,)), B, B).cuda == "tk"

@@ -34,9 +34,12 @@ def test_this_runtime_accepts_every_handler():
         "tk_linear_attention_chunk_sums_v1",
         "tk_linear_attention_gate_gradients_v1",
         "tk_linear_attention_gradients_v1",
+        "tk_linear_attention_head_sums_v1",
         "tk_linear_attention_outputs_v1",
         "tk_linear_attention_segment_sums_v1",
         "tk_linear_attention_states_v1",
+        "tk_linear_attention_step_gates_v1",
+        "tk_linear_attention_step_gradients_v1",
         "tk_matmul_v1",
         "tk_state_step_v1",
     ]

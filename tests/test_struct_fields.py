@@ -26,6 +26,7 @@ SETTINGS = {
     "AttentionForwardConfig": attention.AttentionForwardConfig,
     "AttentionBackwardConfig": attention.AttentionBackwardConfig,
     "ChunkSumsOptions": linear_attention.ChunkSumsOptions,
+    "StepOptions": linear_attention.StepOptions,
     "StatesOptions": linear_attention.StatesOptions,
     "OutputsOptions": linear_attention.OutputsOptions,
     "GradientsOptions": linear_attention.GradientsOptions,
@@ -132,24 +133,40 @@ def call_matmul():
     return matmul_vjp.kernel_matmul(a, a, matmul.MatmulOptions())
 
 
-def scan_arrays():
+def scan_arguments(has_steps):
     q = jnp.zeros((2, 100, 2, 64), jnp.bfloat16)
     v = jnp.zeros((2, 100, 4, 64), jnp.bfloat16)
-    dt = jnp.zeros((2, 100, 4), jnp.float32)
-    return scan.Arrays(q, q, v, log_decay=dt, weights=dt)
+    dt, rates = jnp.zeros((2, 100, 4), jnp.float32), jnp.zeros(4)
+    if not has_steps:
+        settings = scan.Settings("linear_attention", 0.125, False)
+        return settings, scan.Arrays(q, q, v, log_decay=dt)
+    steps = linear_attention.StepOptions(
+        softplus=True, least=0.0, most=float("inf"), least_log_decay=-128.0
+    )
+    settings = scan.Settings("ssd", 0.125, False, steps)
+    return settings, scan.Arrays(q, q, v, raw_steps=dt, rates=rates)
 
 
-def call_linear_attention():
-    return scan.scan(scan.Settings("ssd", 0.125, True), scan_arrays())
+def call_linear_attention(has_steps=False):
+    return scan.scan(*scan_arguments(has_steps))
 
 
-def call_gradients_of_linear_attention():
+def call_ssd():
+    return call_linear_attention(has_steps=True)
+
+
+def call_gradients_of_linear_attention(has_steps=False):
+    settings, arrays = scan_arguments(has_steps)
+
     def gradients(arrays):
-        run = functools.partial(scan.scan, scan.Settings("ssd", 0.125, False))
-        (out, _), pull_back = jax.vjp(run, arrays)
+        (out, _), pull_back = jax.vjp(functools.partial(scan.scan, settings), arrays)
         return pull_back((out, None))
 
-    return gradients(scan_arrays())
+    return gradients(arrays)
+
+
+def call_gradients_of_ssd():
+    return call_gradients_of_linear_attention(has_steps=True)
 
 
 def call_based_attention(dim=16, normalize=True):
@@ -210,6 +227,8 @@ def call_kernel_without_maps_and_scalars():
         call_matmul,
         call_linear_attention,
         call_gradients_of_linear_attention,
+        call_ssd,
+        call_gradients_of_ssd,
         call_based_attention,
         call_based_attention_of_more_features,
         call_gradients_of_based_attention,

@@ -35,6 +35,9 @@ GLOBAL = {
     name: kernel("copy", "global_copies", name, threads=128)
     for name in (FLOAT, BF16, FP16)
 }
+GLOBAL_VECTORS = {
+    name: kernel("copy", "global_vectors", name) for name in (FLOAT, BF16, FP16)
+}
 SCALARS = kernel("copy", "scalar_loads", "int")
 FRAGMENTS = {
     cols: kernel("copy", "fragments", cols, threads=128, shared=True)
@@ -135,6 +138,25 @@ def test_global_copies(rng, name, shape, at):
     assert_same(values, np.repeat(column[:, None], 16, 1))
     expected = np.full((rows, 2), 7, f32)
     expected[row : row + 64, 0] = inside
+    assert_same(numbers, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "first"),
+    [(FLOAT, 16, 0), (BF16, 40, 16), (FP16, 21, 16), (FLOAT, 3, 0), (BF16, 5, 32)],
+)
+def test_global_vectors(rng, name, size, first):
+    """Of one warp, with any stride."""
+    pairs = normals(rng, (size, 2), NAMES[name])
+    values, numbers = GLOBAL_VECTORS[name](
+        [((16, 16), np.float32), ((size, 2), NAMES[name])], pairs, scalars=[first, 2.5]
+    )
+    inside = pairs[first : first + 16, 1].astype(np.float32)
+    column = np.full(16, 2.5, np.float32)
+    column[: len(inside)] = inside
+    assert_same(values, np.repeat(column[:, None], 16, 1))
+    expected = np.full((size, 2), 7, np.float32)
+    expected[first : first + 16, 0] = inside
     assert_same(numbers, expected)
 
 

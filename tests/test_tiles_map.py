@@ -33,6 +33,10 @@ def small_tanh(x):
     return np.where(np.isinf(x), np.nan, np.tanh(np.float32(0.09) * x))
 
 
+def softplus(x):
+    return np.logaddexp(x, 0.0)
+
+
 # Each function of float64, and the relative error that the hardware's own is allowed
 # beside what the destination's type rounds away. exp scales its argument first, whose
 # rounding grows with it; tanh is the coarse one of the special-function unit.
@@ -58,6 +62,8 @@ UNARY_OPS = {
     "accurate_tanh of half": (lambda x: np.tanh(0.5 * x), 4e-7),
     # Small, but for the square with an infinity in it.
     "accurate_tanh of little": (lambda x: np.tanh(np.float32(0.09) * x), 5e-7),
+    "softplus": (softplus, 2e-6),
+    "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), 2e-6),
     "map_either": (
         lambda x: x + np.where(np.arange(32)[:, None] < 16, -1.0, 1.0),
         1e-7,

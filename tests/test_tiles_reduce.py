@@ -21,6 +21,9 @@ TYPES = (FLOAT, BF16, FP16)
 ROWS = {name: kernel("reduce", "row_reductions", name) for name in TYPES}
 COLS = {name: kernel("reduce", "col_reductions", name) for name in TYPES}
 SUMS = {name: kernel("reduce", "running_sums", name) for name in TYPES}
+STORED = {
+    name: kernel("reduce", "stored_row_sums", name, threads=128) for name in TYPES
+}
 REVERSED = {name: kernel("reduce", "reversed", name) for name in TYPES}
 TRANSPOSED = {
     (name, size): kernel("reduce", "transposed", name, size)
@@ -90,6 +93,18 @@ def test_any_row(rng, lesser):
         y[lesser, 5] = 2
     (result,) = ROWS[FLOAT]([((12, 32, 16), np.float32)], x, y, scalars=[START])
     assert_same(result[11], np.full((32, 16), lesser is not None))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_stored_row_sums(rng, name):
+    x, y = (integers(rng, (64, 48), NAMES[name]) for _ in range(2))
+    of_x, of_y = (z.astype(np.float32).sum(1) for z in (x, y))
+    one, first, second = STORED[name](
+        [((64,), np.float32), ((64,), np.float32), ((64, 3), np.float32)], x, y
+    )
+    assert_same(one, of_x + 2)
+    assert_same(first, of_x + 2)
+    assert_same(second[:, 0], of_y + 4)
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -43,9 +43,12 @@ _TARGETS = (
     "tk_linear_attention_chunk_sums_v1",
     "tk_linear_attention_gate_gradients_v1",
     "tk_linear_attention_gradients_v1",
+    "tk_linear_attention_head_sums_v1",
     "tk_linear_attention_outputs_v1",
     "tk_linear_attention_segment_sums_v1",
     "tk_linear_attention_states_v1",
+    "tk_linear_attention_step_gates_v1",
+    "tk_linear_attention_step_gradients_v1",
     "tk_matmul_v1",
     "tk_state_step_v1",
 )
@@ -103,7 +106,12 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
 
 
 def call(
-    target: str, out_types, *arrays: jax.Array, in_place=None, **settings
+    target: str,
+    out_types,
+    *arrays: jax.Array,
+    in_place=None,
+    vmap_method: str | None = None,
+    **settings,
 ) -> tuple:
     """Calls a target; returns one array for each of ``out_types``.
 
@@ -114,6 +122,8 @@ def call(
       *arrays: The operands.
       in_place: ``{operand: result}``, by their numbers, of those that are one array:
         XLA copies the operand beforehand wherever somebody still needs it.
+      vmap_method: What ``jax.vmap`` makes of the call, in ``jax.ffi``'s words; by
+        default it is refused.
       **settings: Attributes. A frozen dataclass becomes one dict attribute, decoded by
         the C++ struct of the same fields; an array stays an array.
     """
@@ -123,7 +133,9 @@ def call(
         for name, value in settings.items()
     }
     aliases = {} if in_place is None else {"input_output_aliases": in_place}
-    function = jax.ffi.ffi_call(target, tuple(out_types), **aliases)
+    function = jax.ffi.ffi_call(
+        target, tuple(out_types), vmap_method=vmap_method, **aliases
+    )
     return tuple(function(*arrays, **attributes))
 
 

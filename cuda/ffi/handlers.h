@@ -29,9 +29,12 @@ extern const Target kHedgehogSumsTarget;
 extern const Target kLinearAttentionChunkSumsTarget;
 extern const Target kLinearAttentionGateGradientsTarget;
 extern const Target kLinearAttentionGradientsTarget;
+extern const Target kLinearAttentionHeadSumsTarget;
 extern const Target kLinearAttentionOutputsTarget;
 extern const Target kLinearAttentionSegmentSumsTarget;
 extern const Target kLinearAttentionStatesTarget;
+extern const Target kLinearAttentionStepGatesTarget;
+extern const Target kLinearAttentionStepGradientsTarget;
 extern const Target kMatmulTarget;
 extern const Target kStateStepTarget;
 extern const Target kKernelTarget;
@@ -55,9 +58,12 @@ inline constexpr const Target* kTargets[] = {
     &kLinearAttentionChunkSumsTarget,
     &kLinearAttentionGateGradientsTarget,
     &kLinearAttentionGradientsTarget,
+    &kLinearAttentionHeadSumsTarget,
     &kLinearAttentionOutputsTarget,
     &kLinearAttentionSegmentSumsTarget,
     &kLinearAttentionStatesTarget,
+    &kLinearAttentionStepGatesTarget,
+    &kLinearAttentionStepGradientsTarget,
     &kMatmulTarget,
     &kStateStepTarget,
 };

@@ -1,5 +1,5 @@
 // The target tk_linear_attention_gradients_v1: the gradients of a chunk from the states around it.
-#include <limits>
+#include <algorithm>
 
 #include "ffi/ffi_util.h"
 #include "ffi/handlers.h"
@@ -24,7 +24,6 @@ struct Buffers {
 struct Call {
   LinearAttentionSizes sizes;
   LinearAttentionGradientsKernel kernel;
-  std::int64_t parts;  // of the columns of dq and dk
 };
 
 Status check_arrays(const Buffers& b, const LinearAttentionSizes& s) {
@@ -60,27 +59,8 @@ Result<Call> read_call(const Buffers& b, const GradientsConfig& config) {
                        " dimensions; the kernels take up to " +
                        std::to_string(linear_attention::kMaxKeyDim));
   }
-  const std::int64_t parts = linear_attention::gradients_parts(tile);
-  if (Status status = check_grid("groups, times parts of their keys", s.num_groups * parts);
-      !status.ok()) {
-    return status.error();
-  }
   const unsigned skip = is_given(b.skip) ? linear_attention::kSkip : 0u;
-  return Call{s, {s.dtype, tile, features_of(b.gates) | skip, config}, parts};
-}
-
-// How many blocks share the `parts` of a chunk, of which each takes one after another: those by
-// which the multiprocessors are done with all soonest, if a block's start costs a quarter of a
-// part.
-std::int64_t choose_walkers(std::int64_t chunks, std::int64_t parts, std::int64_t multiprocessors) {
-  const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
-  std::int64_t best = 1, least = std::numeric_limits<std::int64_t>::max();
-  for (std::int64_t walkers = 1; walkers <= parts; ++walkers) {
-    const std::int64_t time =
-        ceil_div(chunks * walkers, multiprocessors) * (4 * ceil_div(parts, walkers) + 1);
-    if (time < least) best = walkers, least = time;
-  }
-  return best;
+  return Call{s, {s.dtype, tile, features_of(b.gates) | skip, config}};
 }
 
 Status initialize(int device_ordinal, const Buffers& buffers, const GradientsConfig& config) {
@@ -142,10 +122,11 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   set_sizes(&params, s);
   params.group_heads = static_cast<int>(s.num_heads / s.num_groups);
   params.scale = options.scale;
-  const std::int64_t walkers =
-      choose_walkers(s.chunks() * s.batch, s.num_groups * call->parts, (*device)->multiprocessors);
-  params.walkers = static_cast<int>(walkers);
-  return runtime::launch(**kernel, stream, {s.chunks(), walkers, s.batch}, &params);
+  const std::int64_t places =
+      s.batch * s.num_groups * s.chunks() * linear_attention::gradients_parts(call->kernel.key_dim);
+  params.places = static_cast<int>(places);
+  const auto blocks = std::min<std::int64_t>(places, (*device)->multiprocessors);
+  return runtime::launch(**kernel, stream, {blocks, 1, 1}, &params);
 }
 
 using Ret = xffi::Result<AnyBuffer>;

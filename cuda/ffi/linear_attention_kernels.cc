@@ -78,41 +78,50 @@ Result<KernelSpec> LinearAttentionWalkKernel::spec() const {
   const unsigned offered = linear_attention::kCounts |
                            (is_reverse ? 0u : linear_attention::kWeights) |
                            (is_outputs ? linear_attention::kSkip : 0u);
-  if (Status status = first_error({check_common(dtype, key_dim, features, offered),
-                                   check_setting("consumers", config.consumers, 1, 2),
-                                   check_setting("stages", config.stages, 1, 8)});
+  if (Status status =
+          first_error({check_common(dtype, key_dim, features, offered),
+                       check_setting("consumers", config.consumers, 1, is_outputs ? 3 : 2),
+                       check_setting("stages", config.stages, 1, 8)});
       !status.ok()) {
     return status.error();
   }
   const std::string type = is_outputs ? "Outputs" : is_sums ? "SegmentSums" : "States";
-  KernelSpec spec = named(is_outputs ? "outputs"
-                          : is_sums  ? "segment_sums"
-                                     : "states",
+  const bool is_paired = config.consumers == 3;
+  KernelSpec spec = named(is_paired    ? "paired_outputs"
+                          : is_outputs ? "outputs"
+                          : is_sums    ? "segment_sums"
+                                       : "states",
                           type + "Params");
   if (is_reverse) spec.symbol += "_reverse";
   spec.symbol += "_" + suffix(dtype, key_dim, features);
   spec.function += std::string("<tk::linear_attention::") +
-                   (is_outputs ? "OutputsTraits<" : "StatesTraits<") + type_name(dtype) + ", " +
-                   std::to_string(key_dim) + ", ";
+                   (is_paired    ? "PairedOutputsTraits<"
+                    : is_outputs ? "OutputsTraits<"
+                                 : "StatesTraits<") +
+                   type_name(dtype) + ", " + std::to_string(key_dim) + ", ";
   if (!is_outputs) spec.function += std::string(bool_name(is_reverse)) + ", ";
-  spec.function += std::to_string(features) + ", " + std::to_string(config.consumers) + ", " +
-                   std::to_string(config.stages) + ">>";
+  spec.function += std::to_string(features) + ", ";
+  if (!is_paired) spec.function += std::to_string(config.consumers) + ", ";
+  spec.function += std::to_string(config.stages) + ">>";
   spec.threads = linear_attention::walk_threads(config);
-  spec.shared_bytes = is_outputs ? linear_attention::outputs_shared_bytes(key_dim, config)
-                      : is_sums  ? linear_attention::segment_sums_shared_bytes(key_dim, config)
-                                 : linear_attention::states_shared_bytes(key_dim, config);
+  spec.shared_bytes = is_paired
+                          ? linear_attention::paired_outputs_shared_bytes(key_dim, config.stages)
+                      : is_outputs ? linear_attention::outputs_shared_bytes(key_dim, config)
+                      : is_sums    ? linear_attention::segment_sums_shared_bytes(key_dim, config)
+                                   : linear_attention::states_shared_bytes(key_dim, config);
   spec.min_blocks = linear_attention::walk_blocks(key_dim, config.consumers);
   return checked(std::move(spec));
 }
 
 KernelKey LinearAttentionGradientsKernel::key() const {
-  return {{static_cast<int>(dtype), key_dim, features, config.stages}};
+  return {{static_cast<int>(dtype), key_dim, features, config.stages, config.key_stages}};
 }
 
 Result<KernelSpec> LinearAttentionGradientsKernel::spec() const {
   if (Status status =
           first_error({check_common(dtype, key_dim, features, linear_attention::kAllFeatures),
-                       check_setting("stages", config.stages, 1, 8)});
+                       check_setting("stages", config.stages, 1, 8),
+                       check_setting("key_stages", config.key_stages, 1, 2)});
       !status.ok()) {
     return status.error();
   }
@@ -120,21 +129,46 @@ Result<KernelSpec> LinearAttentionGradientsKernel::spec() const {
   spec.symbol += "_" + suffix(dtype, key_dim, features);
   spec.function += std::string("<tk::linear_attention::GradientsTraits<") + type_name(dtype) +
                    ", " + std::to_string(key_dim) + ", " + std::to_string(features) + ", " +
-                   std::to_string(config.stages) + ">>";
+                   std::to_string(config.stages) + ", " + std::to_string(config.key_stages) + ">>";
   spec.threads = linear_attention::kGradientsThreads;
-  spec.shared_bytes = linear_attention::gradients_shared_bytes(key_dim, config.stages);
+  spec.shared_bytes =
+      linear_attention::gradients_shared_bytes(key_dim, config.stages, config.key_stages);
   return checked(std::move(spec));
 }
 
-Result<KernelSpec> chunk_sums_spec() {
-  KernelSpec spec = named("chunk_sums", "ChunkSumsParams");
-  spec.threads = linear_attention::kChunkSumsThreads;
-  return checked(std::move(spec));
+KernelKey LinearAttentionGateKernel::key() const {
+  return {{static_cast<int>(name), static_cast<int>(raw_dtype)}};
 }
 
-Result<KernelSpec> gate_gradients_spec() {
-  KernelSpec spec = named("gate_gradients", "GateGradientsParams");
-  spec.threads = linear_attention::kChunkSumsThreads;
+Result<KernelSpec> LinearAttentionGateKernel::spec() const {
+  KernelSpec spec;
+  switch (name) {
+    case Name::kChunkSums:
+      spec = named("chunk_sums", "ChunkSumsParams");
+      break;
+    case Name::kGateGradients:
+      spec = named("gate_gradients", "GateGradientsParams");
+      break;
+    case Name::kStepGates:
+      spec = named("step_gates", "StepGatesParams");
+      break;
+    case Name::kStepGradients:
+      spec = named("step_gradients", "StepGradientsParams");
+      spec.shared_bytes = linear_attention::kStepSharedBytes;
+      break;
+    case Name::kHeadSums:
+      spec = named("head_sums", "HeadSumsParams");
+      spec.shared_bytes = linear_attention::kStepSharedBytes;
+      break;
+  }
+  if (name == Name::kStepGates || name == Name::kStepGradients) {
+    if (raw_dtype == runtime::DataType::kInt32) {
+      return unsupported("steps of int32; the kernels take float32, bfloat16 and float16");
+    }
+    spec.symbol += std::string("_") + type_suffix(raw_dtype);
+    spec.function += std::string("<") + type_name(raw_dtype) + ">";
+  }
+  spec.threads = linear_attention::kGateThreads;
   return checked(std::move(spec));
 }
 

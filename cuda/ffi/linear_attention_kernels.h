@@ -13,6 +13,11 @@ struct ChunkSumsOptions {
   long seqlen;  // of x, which may have one token for all
   float scale, least;
 };
+struct StepOptions {
+  bool softplus;
+  float least, most;      // steps
+  float least_log_decay;  // what is below counts as this
+};
 struct StatesOptions {
   float scale;
   bool reverse;
@@ -33,7 +38,7 @@ struct GradientsOptions {
   float scale;
 };
 struct GradientsConfig {
-  long stages;
+  long stages, key_stages;
 };
 
 // The bit of a feature's name, as it stands in symbols; 0 where there is none of that name.
@@ -63,14 +68,25 @@ struct LinearAttentionGradientsKernel {
   Result<KernelSpec> spec() const;
 };
 
-// Those of gates, which have one specialisation each.
-Result<KernelSpec> chunk_sums_spec();
-Result<KernelSpec> gate_gradients_spec();
+// Those of gates and of steps, of which the latter have a specialisation for each type of raw
+// steps.
+struct LinearAttentionGateKernel {
+  enum class Name { kChunkSums, kGateGradients, kStepGates, kStepGradients, kHeadSums };
+
+  Name name;
+  runtime::DataType raw_dtype = runtime::DataType::kFloat32;
+
+  KernelKey key() const;
+  Result<KernelSpec> spec() const;
+};
 
 }  // namespace tk::ffi
 
 TK_REGISTER_SETTINGS(tk::ffi::ChunkSumsOptions, StructMember<std::int64_t>("seqlen"),
                      StructMember<float>("scale"), StructMember<float>("least"));
+TK_REGISTER_SETTINGS(tk::ffi::StepOptions, StructMember<bool>("softplus"),
+                     StructMember<float>("least"), StructMember<float>("most"),
+                     StructMember<float>("least_log_decay"));
 TK_REGISTER_SETTINGS(tk::ffi::StatesOptions, StructMember<float>("scale"),
                      StructMember<bool>("reverse"), StructMember<std::int64_t>("chunks_of_segment"),
                      StructMember<std::int64_t>("stored_every"));
@@ -80,6 +96,7 @@ TK_REGISTER_SETTINGS(tk::ffi::SegmentSumsOptions, StructMember<float>("scale"),
 TK_REGISTER_SETTINGS(tk::ffi::OutputsOptions, StructMember<float>("scale"),
                      StructMember<std::int64_t>("chunks_of_segment"));
 TK_REGISTER_SETTINGS(tk::ffi::GradientsOptions, StructMember<float>("scale"));
-TK_REGISTER_SETTINGS(tk::ffi::GradientsConfig, StructMember<std::int64_t>("stages"));
+TK_REGISTER_SETTINGS(tk::ffi::GradientsConfig, StructMember<std::int64_t>("stages"),
+                     StructMember<std::int64_t>("key_stages"));
 TK_REGISTER_SETTINGS(tk::linear_attention::WalkConfig, StructMember<std::int64_t>("consumers"),
                      StructMember<std::int64_t>("stages"));

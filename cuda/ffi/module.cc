@@ -4,6 +4,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <tuple>
+
 #include "ffi/attention_kernels.h"
 #include "ffi/based_attention_kernels.h"
 #include "ffi/handlers.h"
@@ -53,6 +55,7 @@ nb::dict struct_fields() {
   fields["MatmulOptions"] = nb::cast(SettingsFields<matmul::Options>::names());
   fields["MatmulConfig"] = nb::cast(SettingsFields<matmul::Config>::names());
   fields["ChunkSumsOptions"] = nb::cast(SettingsFields<ChunkSumsOptions>::names());
+  fields["StepOptions"] = nb::cast(SettingsFields<StepOptions>::names());
   fields["StatesOptions"] = nb::cast(SettingsFields<StatesOptions>::names());
   fields["OutputsOptions"] = nb::cast(SettingsFields<OutputsOptions>::names());
   fields["GradientsOptions"] = nb::cast(SettingsFields<GradientsOptions>::names());
@@ -173,12 +176,25 @@ nb::list linear_attention_specs(const std::string& kernel, const std::string& dt
                                 const std::vector<std::string>& features, const nb::dict& config) {
   using Walk = LinearAttentionWalkKernel::Walk;
   const long tile = linear_attention::tile_dim(key_dim);
+  nb::list specs;
+  using Gate = LinearAttentionGateKernel::Name;
+  for (const auto& [name, gate, takes_steps] :
+       {std::tuple{"chunk_sums", Gate::kChunkSums, false},
+        std::tuple{"gate_gradients", Gate::kGateGradients, false},
+        std::tuple{"head_sums", Gate::kHeadSums, false},
+        std::tuple{"step_gates", Gate::kStepGates, true},
+        std::tuple{"step_gradients", Gate::kStepGradients, true}}) {
+    if (kernel != name) continue;
+    specs.append(to_dict(LinearAttentionGateKernel{gate}.spec()));
+    // Raw steps may be float32 or of the inputs' dtype.
+    if (takes_steps) specs.append(to_dict(LinearAttentionGateKernel{gate, to_dtype(dtype)}.spec()));
+    return specs;
+  }
   const auto spec = [&]() -> Result<KernelSpec> {
-    if (kernel == "chunk_sums") return chunk_sums_spec();
-    if (kernel == "gate_gradients") return gate_gradients_spec();
     const unsigned bits = to_features(features, linear_attention_feature_of);
     if (kernel == "gradients") {
-      return LinearAttentionGradientsKernel{to_dtype(dtype), tile, bits, {field(config, "stages")}}
+      return LinearAttentionGradientsKernel{
+          to_dtype(dtype), tile, bits, {field(config, "stages"), field(config, "key_stages")}}
           .spec();
     }
     const auto walk = [&] {
@@ -193,7 +209,6 @@ nb::list linear_attention_specs(const std::string& kernel, const std::string& dt
         walk, to_dtype(dtype), tile, bits, {field(config, "consumers"), field(config, "stages")}}
         .spec();
   }();
-  nb::list specs;
   specs.append(to_dict(spec));
   return specs;
 }

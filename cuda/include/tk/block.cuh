@@ -5,6 +5,7 @@
 //   Shared                        its shared memory, tiles first
 //   kConsumers                    consumer warpgroups
 //   kProducerRegisters, kConsumerRegisters   budgets of a thread, by role
+//   kHelperRegisters              optional; those of the last consumer warpgroup, if it needs fewer
 //   kClusterSize                  optional; blocks of a cluster
 //   kResidentBlocks               optional; blocks that share a multiprocessor
 //   init(params, shared)          one thread: barriers
@@ -12,6 +13,7 @@
 //   kStorers                      optional; storing warps: 1 by default, at most 3
 //   store(params, shared, storer) optional; one thread of each storing warp of it: shared -> global
 //   compute(params, shared, consumer)   each consumer warpgroup: load, compute and finish its tiles
+//   help(params, shared)          the last one, where it is a helper: what it does instead
 // Roles meet only through the barriers in Shared.
 #pragma once
 
@@ -43,6 +45,21 @@ constexpr int resident_blocks() {
     return 1;
   }
 }
+// Of the last consumer warpgroup, if it has a budget of its own; else 0.
+template <typename Kernel>
+constexpr int helper_registers() {
+  if constexpr (requires { Kernel::kHelperRegisters; }) {
+    return Kernel::kHelperRegisters;
+  } else {
+    return 0;
+  }
+}
+template <typename Kernel>
+constexpr int all_registers() {
+  constexpr int kHelper = helper_registers<Kernel>();
+  constexpr int kLast = kHelper > 0 ? kHelper : Kernel::kConsumerRegisters;
+  return Kernel::kProducerRegisters + (Kernel::kConsumers - 1) * Kernel::kConsumerRegisters + kLast;
+}
 template <typename Kernel>
 constexpr int storers() {
   if constexpr (requires { Kernel::kStorers; }) {
@@ -57,12 +74,13 @@ template <typename Kernel, typename Params>
 __device__ __forceinline__ void run(const Params& params) {
   using Shared = typename Kernel::Shared;
   constexpr int kThreads = 128 * (1 + Kernel::kConsumers);
-  static_assert(
-      128 * (Kernel::kProducerRegisters + Kernel::kConsumers * Kernel::kConsumerRegisters) <=
-          kThreads *
-              detail_roles::launch_registers(kThreads * detail_roles::resident_blocks<Kernel>()),
-      "the roles' registers exceed what the block starts with: increase would wait for "
-      "ever");
+  constexpr int kLaunch =
+      detail_roles::launch_registers(kThreads * detail_roles::resident_blocks<Kernel>());
+  static_assert(128 * detail_roles::all_registers<Kernel>() <= kThreads * kLaunch,
+                "the roles' registers exceed what the block starts with: increase would wait for "
+                "ever");
+  constexpr int kHelper = detail_roles::helper_registers<Kernel>();
+  static_assert(kHelper <= kLaunch, "a helper gives registers away");
   Shared& shared = shared_memory<Shared>();
   const int warp = warp::uniform_index();
   const int warpgroup = warp / 4;
@@ -84,6 +102,11 @@ __device__ __forceinline__ void run(const Params& params) {
       static_assert(kStorers >= 1 && kStorers <= 3,
                     "the producer warpgroup has three warps to store");
       if (warp >= 1 && warp <= kStorers && warp::elect()) Kernel::store(params, shared, warp - 1);
+    }
+  } else if (kHelper > 0 && warpgroup == Kernel::kConsumers) {
+    if constexpr (kHelper > 0) {
+      become_helper<kHelper>(warpgroup - 1);
+      Kernel::help(params, shared);
     }
   } else {
     become_consumer<Kernel::kConsumerRegisters>(warpgroup - 1);

@@ -53,6 +53,10 @@ struct Pipeline {
     warp::sync(at);
     if (warp::leader()) empty_[state.stage].arrive(at);
   }
+  // The same, of a thread that is all that uses the stage, or waits for those who do.
+  __device__ __forceinline__ void release_by_thread(const State& state, Location at = {}) {
+    empty_[state.stage].arrive(at);
+  }
   // The same, told to another block of the cluster, whose copies also land here.
   __device__ __forceinline__ void release(const State& state, int block, Location at = {}) {
     warp::sync(at);

@@ -12,3 +12,4 @@
 #include "tk/pipeline.cuh"
 #include "tk/reductions.cuh"
 #include "tk/shared_tile.cuh"
+#include "tk/softplus.cuh"

@@ -237,12 +237,17 @@ constexpr bool causal_longest_first(long head_dim, unsigned features) {
   return head_dim == 128 && (features & (kSoftCap | kBias)) != (kSoftCap | kBias);
 }
 // Of how many key/value heads key blocks are then walked side by side: the more, the more evenly
-// they fill the multiprocessors, as long as what they read and add to stays in L2.
+// they fill the multiprocessors, as long as what they read and add to stays in L2. That is so where
+// several key blocks of a head run at once, near each other's queries: with more than 16 heads the
+// next ones come when a short sequence is over, and read it again.
 constexpr long kBytesTogether = 64l << 20;
+constexpr long kHeadsTogether = 16;
 constexpr long causal_rows_together(long padded_q, long heads_of_group, long head_dim) {
   // q and dout, and dq in fp32.
   const long bytes = padded_q * heads_of_group * head_dim * (2 + 2 + 4);
-  return bytes < kBytesTogether ? kBytesTogether / bytes : 1;
+  const long most = heads_of_group < kHeadsTogether ? kHeadsTogether / heads_of_group : 1;
+  const long fitting = bytes < kBytesTogether ? kBytesTogether / bytes : 1;
+  return fitting < most ? fitting : most;
 }
 // How many steps' dq can be on their way out, each with a storing warp of its own where the order
 // is fixed. A second one fits at D = 128 alone.

@@ -1,5 +1,5 @@
-// Running sums of a number of each token within its chunk, and tokens brought together: what the
-// other kernels read as vectors of 64.
+// Running sums of a number of each token within its chunk: what the other kernels read as vectors
+// of 64.
 //
 // Grid: a block of four warps for sixteen heads and four chunks; a warp has one chunk. Limit:
 // reading x, of which every head's numbers lie apart.
@@ -19,13 +19,7 @@ __device__ __forceinline__ void chunk_sums(const ChunkSumsParams& params) {
   const int padded = static_cast<int>(padded_tokens(params.seqlen));
   const int64 results = static_cast<int64>(batch) * params.num_heads * padded + first;
   const int heads = params.num_heads, tokens = params.seqlen - first;
-  // Both are read at once: there are few warps to hide what that takes.
-  RegTile<float, kHeadsOfBlock, kChunk> tile, moved;
-  if (params.y != nullptr) {
-    const int64 row = static_cast<int64>(batch) * params.seqlen + first;
-    warp::load(moved, GlobalView<const float>{params.y + row * heads, heads, tokens, 1, heads},
-               head, 0);
-  }
+  RegTile<float, kHeadsOfBlock, kChunk> tile;
   warp::load(tile,
              GlobalView<const float>{
                  params.x + batch * params.x_batch_stride + first * params.x_token_stride, heads,
@@ -36,10 +30,6 @@ __device__ __forceinline__ void chunk_sums(const ChunkSumsParams& params) {
   warp::map(tile, tile, [=](float x) { return (x < least ? least : x) * scale; });
   warp::cumsum_cols(tile, tile);
   warp::store_pairs(GlobalView<float>{params.sums + results, heads, kChunk, padded}, tile, head, 0);
-  if (params.y != nullptr) {
-    warp::store_pairs(GlobalView<float>{params.moved + results, heads, kChunk, padded}, moved, head,
-                      0);
-  }
 }
 
 }  // namespace tk::linear_attention

@@ -15,25 +15,19 @@
 
 namespace tk::linear_attention {
 
-__device__ __forceinline__ void gate_gradients(const GateGradientsParams& params) {
-  const int chunk = kChunksOfBlock * grid::block_x() + warp::index();
-  const int first = chunk * kChunk;
-  const int head = kHeadsOfBlock * grid::block_y(), batch = grid::block_z();
-  if (first >= params.seqlen) return;
-
-  const int heads = params.num_heads, tokens = min(params.seqlen - first, kChunk);
-  const int padded = static_cast<int>(padded_tokens(params.seqlen));
-  const int64 start = static_cast<int64>(batch) * heads * padded + first;
-  using Tile = RegTile<float, kHeadsOfBlock, kChunk>;
+// dg of the chunk at `start` of [B, H, padded], of the heads from `head` on.
+template <typename Tile>
+__device__ __forceinline__ void load_gate_gradients(Tile& sum, const GateParts& parts, int64 start,
+                                                    int head, int heads, int padded) {
   const auto load = [&](Tile& tile, const float* array) {
     warp::load_pairs(tile, GlobalView<const float>{array + start, heads, kChunk, padded}, head, 0);
   };
   // All are read at once: there are few warps to hide what that takes.
-  Tile sum, other, to_state, through;
-  load(sum, params.as_query);
-  load(other, params.as_key);
-  load(to_state, params.to_state);
-  load(through, params.through);
+  Tile other, to_state, through;
+  load(sum, parts.as_query);
+  load(other, parts.as_key);
+  load(to_state, parts.to_state);
+  load(through, parts.through);
   warp::sub(sum, sum, other);
   warp::reverse_cols(sum, sum);
   warp::cumsum_cols(sum, sum);
@@ -43,10 +37,22 @@ __device__ __forceinline__ void gate_gradients(const GateGradientsParams& params
   warp::sub(other, other, to_state);
   warp::add(sum, sum, other);
 
-  PerRow<kHeadsOfBlock> of_state;
+  PerRow<Tile::kRows> of_state;
   warp::row_sum(of_state, through);
   warp::add_rows(sum, sum, of_state);
+}
 
+__device__ __forceinline__ void gate_gradients(const GateGradientsParams& params) {
+  const int chunk = kChunksOfBlock * grid::block_x() + warp::index();
+  const int first = chunk * kChunk;
+  const int head = kHeadsOfBlock * grid::block_y(), batch = grid::block_z();
+  if (first >= params.seqlen) return;
+
+  const int heads = params.num_heads, tokens = min(params.seqlen - first, kChunk);
+  const int padded = static_cast<int>(padded_tokens(params.seqlen));
+  const int64 start = static_cast<int64>(batch) * heads * padded + first;
+  RegTile<float, kHeadsOfBlock, kChunk> sum;
+  load_gate_gradients(sum, params.parts, start, head, heads, padded);
   float* dgates = params.dgates + (static_cast<int64>(batch) * params.seqlen + first) * heads;
   warp::store(GlobalView<float>{dgates, heads, tokens, 1, heads}, sum, head, 0);
 }

@@ -33,11 +33,11 @@ struct ChunkGates {
   // One thread: the gates of a chunk of a head, row = batch * num_heads + head.
   __device__ __forceinline__ void load(const Gates& gates, Barrier& full, int row, int batch,
                                        int chunk, int chunks) {
-    const int64 first = (static_cast<int64>(row) * chunks + chunk) * kChunk;
+    const int first = (row * chunks + chunk) * kChunk;  // below 2^31, as B * H * T is
     tma::load(sums, gates.sums + first, full);
     if constexpr ((kFeatures & kWeights) != 0) tma::load(weights, gates.weights + first, full);
     if constexpr ((kFeatures & kCounts) != 0) {
-      tma::load(counts, gates.counts + (static_cast<int64>(batch) * chunks + chunk) * kChunk, full);
+      tma::load(counts, gates.counts + (batch * chunks + chunk) * kChunk, full);
     }
   }
 

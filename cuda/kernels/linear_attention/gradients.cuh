@@ -15,192 +15,57 @@
 //   to_state = rowsum(diag(w after) v * (k dS^T)),  through = total rowsum(S * dS)
 // (Dao and Gu 2024, section 6, differentiated; sums over heads before products with k and q as in
 // Mamba-2's own backward pass.)
-// Grid: chunks, walkers, batch: those share the groups (times parts, which cut dq's and dk's
-// columns). Nothing is added in global memory. Roles: a producer warp loads q and k, and a ring of
-// v, dout, S, dS and gates: a step for every slice of every head, the first ones of a group while
-// the last one's dq and dk are finished. Consumer 0 has the chunk's tokens as queries: dq, m; and
-// makes the state that is not in memory, for both. Consumer 1 has them as keys: dk, dv. Budget at K
-// = 128, 2 stages: 206 KB of shared memory; a thread has 64 registers of dq or dk, 32 of scores, 32
-// of m, 64 of two products. Limit: memory, the states of each chunk most of all, and close behind
-// it the bandwidth of shared memory.
+// Grid: a block for each multiprocessor; each walks every so many of all places: chunks of groups,
+// times parts, which cut dq's and dk's columns. Nothing is added in global memory. Roles: a
+// producer warp loads a ring of keys, which are a place's, and one of v, dout, S, dS and gates: a
+// step for every slice of every head. Consumer 0 has the chunk's tokens as queries: dq, m; and
+// makes the state that is not in memory, for both. Consumer 1 has them as keys: dk, dv. dq leaves
+// through the tile of k, dk through that of q; storing warps see to that, and only then are a
+// place's keys free for others. Budget at K = 128, 2 stages of both: 220 KB of shared memory; a
+// thread has 64 registers of dq or dk, 32 of scores, 32 of m, 64 of two products. Limit: memory,
+// the states of each chunk most of all, and close behind it the bandwidth of shared memory.
 #pragma once
 
-#include "kernels/linear_attention/gates.cuh"
+#include "kernels/linear_attention/gradients_copies.cuh"
 #include "tk/tk.cuh"
 
 namespace tk::linear_attention {
 
-template <typename T_, int kKeyDim_, unsigned kFeatures_, int kStages_>
-struct GradientsTraits {
-  using T = T_;
-  static constexpr int kKeyDim = kKeyDim_;
-  static constexpr unsigned kFeatures = kFeatures_;
-  static constexpr int kStages = kStages_;
-};
-
 template <typename Traits>
-struct Gradients {
+struct Gradients : GradientsCopies<Traits> {
+  using Copies = GradientsCopies<Traits>;
   using T = typename Traits::T;
   static constexpr int kKeyDim = Traits::kKeyDim;
   static constexpr unsigned kFeatures = Traits::kFeatures;
-  static constexpr int kConsumers = 2;
-  static constexpr int kProducerRegisters = kKeyDim > 128 ? 40 : 24;
-  static constexpr int kConsumerRegisters = kKeyDim > 128 ? 232 : 240;
-  static constexpr int kColumns = gradients_columns(kKeyDim), kParts = gradients_parts(kKeyDim);
+  static constexpr int kColumns = Copies::kColumns;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
 
-  using KeyTile = SharedTile<T, kChunk, kKeyDim>;
-  using ValueTile = SharedTile<T, kChunk, kSlice>;
-  using StateTile = SharedTile<T, kSlice, kKeyDim>;
-  using ColumnsTile = SharedTile<T, kChunk, kColumns>;
-  using Gates = ChunkGates<kFeatures>;
-  using Keys = Pipeline<1>;
-  using Ring = Pipeline<Traits::kStages>;
+  using typename Copies::DvRing;
+  using typename Copies::Keys;
+  using typename Copies::KeyTile;
+  using typename Copies::KeyTiles;
+  using typename Copies::Place;
+  using typename Copies::Ring;
+  using typename Copies::Shared;
+  using typename Copies::Step;
   using Square = RegTile<float, 16, 64>;
   using Operand = RegTile<T, 16, 64>;
   using Sum = RegTile<float, 16, kColumns>;
-
-  struct Step {
-    ValueTile v_smem, dout_smem;
-    StateTile state_smem, dstate_smem;
-    ValueTile
-        other_smem;  // of the pair's other chunk: v where it is before, dout where it is after
-    Gates gates, other_gates;
-    SharedVec<float, kSlice> skip;  // with kSkip
-  };
-  struct Shared {
-    KeyTile q_smem, k_smem;
-    KeyTile other_smem;  // of the pair's other chunk: k where it is before, q where it is after
-    Step steps[Traits::kStages];
-    ValueTile dv_smem;
-    ColumnsTile dq_smem, dk_smem;
-    Keys keys;
-    Barrier stepped[Traits::kStages];  // both states of a stage are this chunk's
-    Barrier m_full;
-    Ring ring;
-  };
-  static_assert(sizeof(Shared) + 1024 <= gradients_shared_bytes(kKeyDim, Traits::kStages),
-                "linear_attention.h's gradients_shared_bytes covers the kernel's shared memory");
-  static constexpr int kStepBytes =
-      3 * ValueTile::kBytes + 2 * StateTile::kBytes + 2 * Gates::kBytes +
-      ((kFeatures & kSkip) != 0 ? SharedVec<float, kSlice>::kBytes : 0);
-
-  // What a block does for a part of a group, and its steps: slices of heads, one head after
-  // another.
-  struct Place {
-    int chunk, group, part, batch;
-    int first_head, heads, slices;
-    bool is_second, has_other;  // of its pair
-    int other;
-
-    __device__ __forceinline__ Place(const GradientsParams& params, int group_part) {
-      chunk = grid::block_x();
-      group = group_part / kParts;
-      part = group_part % kParts;
-      batch = grid::block_z();
-      heads = params.group_heads;
-      first_head = group * heads;
-      slices = ceil_div(params.value_dim, kSlice);
-      is_second = chunk % kPair == 1;
-      other = is_second ? chunk - 1 : chunk + 1;
-      has_other = other < params.chunks;
-    }
-    __device__ __forceinline__ int row(const GradientsParams& params, int head) const {
-      return batch * params.num_heads + head;
-    }
-    // Which of all heads' chunks, [B, H, chunks], a head's is.
-    __device__ __forceinline__ int64 index(const GradientsParams& params, int head) const {
-      return static_cast<int64>(row(params, head)) * params.chunks + chunk;
-    }
-    // Of parts, the first does what all would do alike.
-    __device__ __forceinline__ bool leads() const { return kParts == 1 || part == 0; }
-  };
-
-  __device__ __forceinline__ static void init(const GradientsParams&, Shared& shared) {
-    shared.keys.init(4 * kConsumers);
-#pragma unroll
-    for (int i = 0; i < Traits::kStages; ++i) shared.stepped[i].init(1);
-    shared.m_full.init(1);
-    shared.ring.init(4 * kConsumers);
-  }
-
-  // Calls f with each place of the block, and where it stands among keys.
-  template <typename F>
-  __device__ __forceinline__ static void walk(const GradientsParams& params, F&& f) {
-    typename Keys::State keys;
-    for (int part = grid::block_y(); part < params.num_groups * kParts; part += params.walkers) {
-      f(Place(params, part), keys);
-      keys.advance();
-    }
-  }
-
-  __device__ __forceinline__ static void load(const GradientsParams& params, Shared& shared) {
-    typename Ring::State state;
-    walk(params, [&](const Place& place, const typename Keys::State& keys) {
-      // Steps first, as many as there is room for while the last place's keys are still needed.
-      int ahead = min(Traits::kStages, place.heads * place.slices);
-      for (int head = place.first_head; head < place.first_head + place.heads; ++head) {
-        for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
-          load_step(params, shared, place, state, head, slice);
-          if (--ahead == 0) load_keys(params, shared, place, keys);
-        }
-      }
-    });
-  }
-
-  // Of a chunk that has no other, tokens beyond the last one take its place, which are zeros.
-  __device__ __forceinline__ static void load_keys(const GradientsParams& params, Shared& shared,
-                                                   const Place& place,
-                                                   const typename Keys::State& keys) {
-    shared.keys.acquire(keys, 3 * KeyTile::kBytes);
-    Barrier& full = shared.keys.full(keys);
-    const int token = place.chunk * kChunk;
-    tma::load(shared.q_smem, params.q, full, tma::Keep::kNormal, 0, token, place.group,
-              place.batch);
-    tma::load(shared.k_smem, params.k, full, tma::Keep::kNormal, 0, token, place.group,
-              place.batch);
-    tma::load(shared.other_smem, place.is_second ? params.k : params.q, full, tma::Keep::kNormal, 0,
-              place.other * kChunk, place.group, place.batch);
-  }
-
-  __device__ __forceinline__ static void load_step(const GradientsParams& params, Shared& shared,
-                                                   const Place& place,
-                                                   const typename Ring::State& state, int head,
-                                                   int slice) {
-    shared.ring.acquire(state, kStepBytes);
-    Barrier& full = shared.ring.full(state);
-    Step& step = shared.steps[state.stage];
-    const int row = place.row(params, head), column = slice * kSlice;
-    const int token = place.chunk * kChunk;
-    tma::load(step.v_smem, params.v, full, tma::Keep::kNormal, column, token, head, place.batch);
-    tma::load(step.dout_smem, params.dout, full, tma::Keep::kNormal, column, token, head,
-              place.batch);
-    const int pairs = ceil_div(params.chunks, kPair);
-    const int state_row = ((row * pairs + place.chunk / kPair) * place.slices + slice) * kSlice;
-    tma::load(step.state_smem, params.states, full, tma::Keep::kNormal, 0, state_row);
-    tma::load(step.dstate_smem, params.dstates, full, tma::Keep::kNormal, 0, state_row);
-    step.gates.load(params.gates, full, row, place.batch, place.chunk, params.chunks);
-    tma::load(step.other_smem, place.is_second ? params.v : params.dout, full, tma::Keep::kNormal,
-              column, place.other * kChunk, head, place.batch);
-    step.other_gates.load(params.gates, full, row, place.batch,
-                          place.has_other ? place.other : place.chunk, params.chunks);
-    if constexpr ((kFeatures & kSkip) != 0) {
-      tma::load(step.skip, params.skip + (head * place.slices + slice) * kSlice, full);
-    }
-  }
 
   __device__ __forceinline__ static void compute(const GradientsParams& params, Shared& shared,
                                                  int consumer) {
     typename Ring::State state;
     if (consumer == 0) {
-      walk(params, [&](const Place& place, const typename Keys::State& keys) {
+      Copies::walk(params, [&](const Place& place, const typename Keys::State& keys) {
         sum_dq(params, shared, place, keys, state);
       });
     } else {
-      walk(params, [&](const Place& place, const typename Keys::State& keys) {
-        sum_dk(params, shared, place, keys, state);
+      typename DvRing::State dv_state;
+      Copies::walk(params, [&](const Place& place, const typename Keys::State& keys) {
+        sum_dk(params, shared, place, keys, state, dv_state);
       });
     }
-    if (warpgroup::leader()) tma::wait_read<0>();
   }
 
   // Tokens as queries: rows are those that look, columns those that are seen.
@@ -208,12 +73,13 @@ struct Gradients {
                                                 const Place& place,
                                                 const typename Keys::State& keys,
                                                 typename Ring::State& state) {
+    const KeyTiles& tiles = shared.key_tiles[keys.stage];
     Sum dq;
     Square m, scores;
     warp::zero(dq);
     warp::zero(m);
     shared.keys.wait(keys);
-    multiply_keys(scores, shared.q_smem, shared.k_smem, params.scale);
+    multiply_keys(scores, tiles.q_smem, tiles.k_smem, params.scale);
     int head = place.first_head;
     do {
       PerRow<16> as_query, through;
@@ -221,9 +87,11 @@ struct Gradients {
       warp::zero(through);
       for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
         const Step& step = shared.steps[state.stage];
-        const auto q_smem = warpgroup::afresh(shared.q_smem);
+        const auto q_smem = warpgroup::afresh(tiles.q_smem);
         shared.ring.wait(state);
-        step_state(params, shared, step, place, through);
+        PerRow<16> before;
+        step.gates.before(before);
+        step_state(params, tiles, step, place, through);
         if (warpgroup::leader()) shared.stepped[state.stage].arrive();
 
         Square from_state, dp;
@@ -231,8 +99,6 @@ struct Gradients {
         warpgroup::mma_commit();
         warpgroup::mm_ABt(dp, step.dout_smem, step.v_smem);
         warpgroup::mma_commit();
-        PerRow<16> before;
-        step.gates.before(before);
         warp::mul(before, before, params.scale);
         Operand dout;
         warpgroup::load(dout, step.dout_smem);
@@ -247,65 +113,67 @@ struct Gradients {
         shared.ring.release(state);
       }
       if (place.leads()) {
-        const int64 index = place.index(params, head);
-        store_sums(params.as_query, index, as_query);
-        store_sums(params.through, index, through);
+        const int index = place.index(params, head);
+        warpgroup::store_row_sums(chunk_of(params.as_query, index), as_query,
+                                  chunk_of(params.through, index), through);
       }
     } while (++head < place.first_head + place.heads);
 
     Operand scaled;
     warp::mul(scaled, m, params.scale);
-    warpgroup::store(m_tile(shared), scaled);
+    warpgroup::store(tiles.m_smem(), scaled);
     publish_shared();
     warpgroup::sync();
-    if (warpgroup::leader()) shared.m_full.arrive();
-    warpgroup::mma_AB(dq, scaled, shared.k_smem.template cols<kColumns>(place.part));
+    if (warpgroup::leader()) shared.m_full[keys.stage].arrive();
+    warpgroup::mma_AB(dq, scaled, tiles.k_smem.template cols<kColumns>(place.part));
     warpgroup::mma_commit();
     warpgroup::mma_wait<0>(dq, scaled);
-    shared.keys.release(keys);
-    store_columns(params.dq, shared.dq_smem, dq, place);
+    shared.k_read[keys.stage].wait(keys.phase);
+    hand_over(shared.dq_full[keys.stage], tiles.dq_smem(), dq);
   }
 
   // Tokens as keys: rows are those that are seen, columns those that look.
   __device__ __forceinline__ static void sum_dk(const GradientsParams& params, Shared& shared,
                                                 const Place& place,
                                                 const typename Keys::State& keys,
-                                                typename Ring::State& state) {
+                                                typename Ring::State& state,
+                                                typename DvRing::State& dv_state) {
+    const KeyTiles& tiles = shared.key_tiles[keys.stage];
     Sum dk;
     Square scores;
     warp::zero(dk);
     shared.keys.wait(keys);
-    multiply_keys(scores, shared.k_smem, shared.q_smem, params.scale);
+    multiply_keys(scores, tiles.k_smem, tiles.q_smem, params.scale);
     int head = place.first_head;
     do {
-      PerRow<16> given, kept, to_state, weights;  // sums over slices
+      PerRow<16> given, kept, to_state;  // sums over slices
       warp::zero(given);
       warp::zero(kept);
       warp::zero(to_state);
       for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
         const Step& step = shared.steps[state.stage];
-        const auto k_smem = warpgroup::afresh(shared.k_smem);
+        const auto k_smem = warpgroup::afresh(tiles.k_smem);
         shared.ring.wait(state);
         Operand v;
         warpgroup::load(v, step.v_smem);
         Square dp, from_state;
         warpgroup::mm_ABt(dp, v, step.dout_smem);
         warpgroup::mma_commit();
+        PerRow<16> after, weights;
+        step.gates.after(after);
+        step.gates.load_weights(weights);
         if (!place.is_second) shared.stepped[state.stage].wait(state.phase);
         warpgroup::mm_ABt(from_state, k_smem, step.dstate_smem);
         warpgroup::mma_commit();
         warpgroup::mma_wait<1>(dp, v);
         Operand p;
         step.gates.fold_transposed(p, given, kept, dp, scores);
-        PerRow<16> after;
-        step.gates.after(after);
         warpgroup::mma_wait<0>(from_state);
         fold_dot(to_state, v, from_state, after);
         Square& du = dp;  // whose registers are free
         warp::mul_rows(du, from_state, after);
         warpgroup::mma_AB(du, p, step.dout_smem);
         warpgroup::mma_commit();
-        step.gates.load_weights(weights);
         warp::mul(after, after, weights);
         warp::mul_rows(v, v, after);
         warpgroup::mma_AB(dk, v, step.dstate_smem.template cols<kColumns>(place.part));
@@ -317,23 +185,27 @@ struct Gradients {
           warpgroup::mma_commit();
         }
         warp::mul_rows(du, du, weights);
-        if (place.leads()) store_dv(params, shared, step, du, place, head, slice);
+        if (place.leads()) {
+          hand_over_dv(shared, dv_state, step, du);
+          if (slice + 1 == place.slices) {
+            store_key_sums(params, place.index(params, head), given, kept, to_state, weights);
+          }
+        }
         warpgroup::mma_wait<0>(dk, v, products);
         if constexpr ((kFeatures & kSkip) != 0) {
           if (place.leads()) store_dskip(params, products, place, head, slice);
         }
         shared.ring.release(state);
       }
-      if (place.leads())
-        store_key_sums(params, place.index(params, head), given, kept, to_state, weights);
     } while (++head < place.first_head + place.heads);
 
-    shared.m_full.wait(keys.phase);
-    warpgroup::mma_AtB(dk, m_tile(shared), shared.q_smem.template cols<kColumns>(place.part));
+    warp::sync();
+    if (warp::leader()) shared.k_read[keys.stage].arrive();
+    shared.m_full[keys.stage].wait(keys.phase);
+    warpgroup::mma_AtB(dk, tiles.m_smem(), tiles.q_smem.template cols<kColumns>(place.part));
     warpgroup::mma_commit();
     warpgroup::mma_wait<0>(dk);
-    shared.keys.release(keys);
-    store_columns(params.dk, shared.dk_smem, dk, place);
+    hand_over(shared.dk_full[keys.stage], tiles.dk_smem(), dk);
   }
 
   // scale a b^T, which all heads have in common.
@@ -344,15 +216,20 @@ struct Gradients {
     warpgroup::mma_wait<0>(scores);
     warp::mul(scores, scores, scale);
   }
-  // m on its way from one consumer to the other, when nobody needs the other chunk's keys any more.
-  __device__ __forceinline__ static auto m_tile(const Shared& shared) {
-    return shared.other_smem.template cols<64>(0);
+  // A sum of columns to who stores it, in the place of what this warpgroup was the last to read.
+  template <typename Columns>
+  __device__ __forceinline__ static void hand_over(Barrier& full, const Columns& smem,
+                                                   const Sum& sum) {
+    warpgroup::sync();
+    warpgroup::store(warpgroup::afresh(smem), sum);
+    warp::sync();
+    if (warp::leader()) full.arrive();
   }
 
   // The pair has its S at its start and its dS at its end: the second chunk's S and the first's dS
   // take the place of those, some columns at a time. And through += total rowsum(S * dS).
   __device__ __forceinline__ static void step_state(const GradientsParams& params,
-                                                    const Shared& shared, const Step& step,
+                                                    const KeyTiles& tiles, const Step& step,
                                                     const Place& place, PerRow<16>& through) {
     Operand values;  // a row for each column of v or dout
     warpgroup::load_transposed(values, step.other_smem);
@@ -364,7 +241,7 @@ struct Gradients {
     const float left = place.has_other ? step.other_gates.total() : 1.0f;
     const auto state_smem = warpgroup::afresh(place.is_second ? step.state_smem : step.dstate_smem);
     const auto fixed_smem = warpgroup::afresh(place.is_second ? step.dstate_smem : step.state_smem);
-    const auto keys_smem = warpgroup::afresh(shared.other_smem);
+    const auto keys_smem = warpgroup::afresh(tiles.other_smem);
     PerRow<16> dot, total;
     warp::zero(dot);
     warp::fill(total, step.gates.total());
@@ -387,47 +264,39 @@ struct Gradients {
     warpgroup::sync();
   }
 
-  // A chunk's 64 numbers, of which lanes hold parts, to [B, H, padded].
-  __device__ __forceinline__ static void store_sums(float* array, int64 index, PerRow<16>& sums) {
-    warp::finish_row_sum(sums);
-    warpgroup::store(GlobalVec<float>{array + index * kChunk, kChunk}, sums, 0);
+  // A chunk's 64 numbers of [B, H, padded].
+  __device__ __forceinline__ static GlobalVec<float> chunk_of(float* array, int index) {
+    return {array + index * kChunk, kChunk};
   }
 
   // What tokens have as keys, of sums that were not weighted yet.
-  __device__ __forceinline__ static void store_key_sums(const GradientsParams& params, int64 index,
+  __device__ __forceinline__ static void store_key_sums(const GradientsParams& params, int index,
                                                         PerRow<16>& given, PerRow<16>& kept,
                                                         PerRow<16>& to_state,
                                                         const PerRow<16>& weights) {
     if constexpr ((kFeatures & kWeights) != 0) {
       warp::add(kept, kept, given);
       warp::add(kept, kept, to_state);
-      store_sums(params.dweights, index, kept);
+      warpgroup::store_row_sums(chunk_of(params.dweights, index), kept);
     }
     warp::mul(given, given, weights);
     warp::mul(to_state, to_state, weights);
-    store_sums(params.as_key, index, given);
-    store_sums(params.to_state, index, to_state);
+    warpgroup::store_row_sums(chunk_of(params.as_key, index), given,
+                              chunk_of(params.to_state, index), to_state);
   }
 
   // w du becomes dv, which leaves.
-  __device__ __forceinline__ static void store_dv(const GradientsParams& params, Shared& shared,
-                                                  const Step& step, Square& du, const Place& place,
-                                                  int head, int slice) {
+  __device__ __forceinline__ static void hand_over_dv(Shared& shared, typename DvRing::State& state,
+                                                      const Step& step, Square& du) {
     if constexpr ((kFeatures & kSkip) != 0) {
       Operand dout;
       warpgroup::load(dout, step.dout_smem);
       warp::zip_cols(du, du, dout, step.skip, [](float x, float y, float d) { return x + y * d; });
     }
-    if (warpgroup::leader()) tma::wait_read<0>();  // the last slice has left
-    warpgroup::sync();
+    shared.dv_ring.acquire(state);
     warpgroup::store(warpgroup::afresh(shared.dv_smem), du);
-    publish_shared();
-    warpgroup::sync();
-    if (warpgroup::leader()) {
-      tma::store(params.dv, shared.dv_smem, slice * kSlice, place.chunk * kChunk, head,
-                 place.batch);
-      tma::commit();
-    }
+    shared.dv_ring.hand_over(state);
+    state.advance();
   }
   // This chunk's part of the gradient of skip, from all products of a column of dout and one of v.
   __device__ __forceinline__ static void store_dskip(const GradientsParams& params,
@@ -435,7 +304,7 @@ struct Gradients {
                                                      int head, int slice) {
     PerRow<16> sums;
     warpgroup::diagonal(sums, products);
-    const int64 first = (place.index(params, head) * place.slices + slice) * kSlice;
+    const int first = (place.index(params, head) * place.slices + slice) * kSlice;
     warpgroup::store(GlobalVec<float>{params.dskip + first, kSlice}, sums, 0);
   }
 
@@ -448,20 +317,6 @@ struct Gradients {
     warp::fold_row_dot(dot, a, b);
     warp::mul(dot, dot, factors);
     warp::add(sums, sums, dot);
-  }
-
-  __device__ __forceinline__ static void store_columns(const TensorMap& map,
-                                                       const ColumnsTile& smem, const Sum& sum,
-                                                       const Place& place) {
-    if (warpgroup::leader()) tma::wait_read<0>();  // the last ones have left
-    warpgroup::sync();
-    warpgroup::store(smem, sum);
-    publish_shared();
-    warpgroup::sync();
-    if (warpgroup::leader()) {
-      tma::store(map, smem, place.part * kColumns, place.chunk * kChunk, place.group, place.batch);
-      tma::commit();
-    }
   }
 };
 

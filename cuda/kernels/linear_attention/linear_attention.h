@@ -17,6 +17,13 @@
 //   gradients        dq, dk, dv and what dg and dw are made of, chunk by chunk
 //   gate_gradients   dg
 //
+// For steps of state-space models, w = dt and g = A dt, three stand for chunk_sums and
+// gate_gradients:
+//
+//   step_gates       w and the running sums of g, from raw steps
+//   step_gradients   the gradient of raw steps, and what those of A, dt's bias and skip are made of
+//   head_sums        those
+//
 // Shapes: q, k [B, T, G, K]; v, out [B, T, H, V], G dividing H; gates float [B, H, padded] where
 // padded is T rounded up to whole chunks. Values are taken in slices of 64 columns. A segment is a
 // run of chunks: sequences are cut into segments that run side by side where there are few heads.
@@ -57,20 +64,42 @@ struct Gates {
 //   tk::linear_attention::chunk_sums
 // Grid: ceil(chunks / 4), ceil(H / 16), B blocks of 128 threads.
 // sums[b, h, t] = scale * (x[b, s, h] + ... + x[b, t, h]), s being the start of the chunk, where an
-// x below `least` counts as that, and as 0 beyond T; moved[b, h, t] = y[b, t, h], and 0 beyond T.
+// x below `least` counts as that, and as 0 beyond T.
 struct ChunkSumsParams {
   const float* x;
-  const float* y;  // or null
-  float* sums;     // [B, H, padded]
-  float* moved;    // [B, H, padded] where there is y
+  float* sums;  // [B, H, padded]
   int batch, seqlen, num_heads;
   // Of x, in elements: 0 along axes that it does not have.
   long x_batch_stride, x_token_stride, x_head_stride;
   float scale, least;
 };
-constexpr int kChunkSumsThreads = 128;
+constexpr int kGateThreads = 128;
 constexpr int kChunksOfBlock = 4;
 constexpr int kHeadsOfBlock = 16;
+
+// -- step_gates -----------------------------------------------------------------------------------
+// What steps are made of: steps.cuh says how.
+struct Steps {
+  const void* raw;                   // [B, T, H]
+  const float* rates;                // [H] or [B, H]
+  const float* biases;               // the same, or null
+  long rates_stride, biases_stride;  // from one of the batch to the next; 0 if all share them
+  bool softplus;
+  float least, most;
+  float least_log_decay;
+};
+
+// Kernel: "kernels/linear_attention/step_gates.cuh"
+//   tk::linear_attention::step_gates<T>
+// Grid and threads: as chunk_sums.
+struct StepGatesParams {
+  Steps steps;
+  const float* skip;    // [H], or null
+  float* sums;          // [B, H, padded]: as chunk_sums', of rates times steps, in base 2
+  float* weights;       // [B, H, padded]: steps, 0 beyond T
+  float* skip_columns;  // [H, columns] where there is skip
+  int batch, seqlen, num_heads, columns;
+};
 
 // -- states ---------------------------------------------------------------------------------------
 // Kernel: "kernels/linear_attention/states.cuh"
@@ -159,6 +188,13 @@ constexpr int segment_sums_shared_bytes(long key_dim, const WalkConfig& c) {
                           c.consumers * c.stages * kGateBytes) +
          kSharedSlack;
 }
+// Two slices, whose scores a third consumer makes.
+constexpr int paired_outputs_shared_bytes(long key_dim, long stages) {
+  return static_cast<int>(2 * kChunk * stages * (2 * key_dim + 2 * kSlice) +
+                          2 * (2 * 2 * kChunk * (kSlice + kChunk) + 4 * 4 * kChunk +
+                               stages * kGateBytes + 4 * kSlice)) +
+         kSharedSlack;
+}
 constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
   return static_cast<int>(
              2 * kChunk * (c.stages * (2 * key_dim + c.consumers * kSlice)) +
@@ -170,9 +206,9 @@ constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
 // -- gradients ------------------------------------------------------------------------------------
 // Kernel: "kernels/linear_attention/gradients.cuh"
 //   tk::linear_attention::gradients<tk::linear_attention::GradientsTraits<T, kKeyDim, kFeatures,
-//                                                                         kStages>>
-// Grid: chunks, walkers, B. A block walks every walkers-th of G * gradients_parts parts of groups
-// (parts cut the columns of dq and dk), the heads of each group, and of each the slices of its
+//                                                                         kStages, kKeyStages>>
+// Grid: as many blocks as shall walk. Each walks every so many of all places: B * G * chunks, times
+// parts, which cut the columns of dq and dk; of each the heads of the group, and the slices of their
 // values.
 struct GradientsParams {
   TensorMap q, k;             // (K, T, G, B), box (64, 64, 1, 1)
@@ -191,33 +227,67 @@ struct GradientsParams {
   float* dskip;     // [B, H, chunks, 64 * slices], or null: to be summed over B and chunks
   int seqlen, num_heads, num_groups, key_dim, value_dim, chunks;
   int group_heads;  // num_heads / num_groups
-  int walkers;      // blocks that share a chunk
+  int places;
   float scale;
 };
 constexpr int kGradientsThreads = 3 * 128;
 // Columns of dq and dk that one block has room for, and how many blocks cut a tile of K columns.
 constexpr long gradients_columns(long key_dim) { return key_dim <= 128 ? key_dim : 64; }
 constexpr long gradients_parts(long key_dim) { return key_dim / gradients_columns(key_dim); }
-constexpr int gradients_shared_bytes(long key_dim, long stages) {
+constexpr int gradients_shared_bytes(long key_dim, long stages, long key_stages) {
   // q, k and the pair's other keys; of a stage v, dout and the pair's other values, both states and
-  // gates, aligned; dv, dq and dk on their way out.
-  return static_cast<int>(2 * kChunk * 3 * key_dim +
+  // gates, aligned; dv on its way out.
+  return static_cast<int>(2 * kChunk * 3 * key_dim * key_stages +
                           stages * (2 * kChunk * 3 * kSlice + 2 * kSlice * 2 * key_dim + 2048) +
-                          2 * kChunk * (kSlice + 2 * gradients_columns(key_dim))) +
+                          2 * kChunk * kSlice) +
          kSharedSlack;
 }
 
 // -- gate_gradients -------------------------------------------------------------------------------
-// Kernel: "kernels/linear_attention/gate_gradients.cuh"
-//   tk::linear_attention::gate_gradients
-// Grid and threads: as chunk_sums.
-struct GateGradientsParams {
+// Of which dg is made, [B, H, padded]: gate_gradients.cuh says how.
+struct GateParts {
   const float* as_query;
   const float* as_key;
   const float* to_state;
   const float* through;
+};
+
+// Kernel: "kernels/linear_attention/gate_gradients.cuh"
+//   tk::linear_attention::gate_gradients
+// Grid and threads: as chunk_sums.
+struct GateGradientsParams {
+  GateParts parts;
   float* dgates;  // [B, T, H]
   int batch, seqlen, num_heads;
+};
+
+// -- step_gradients -------------------------------------------------------------------------------
+// Kernel: "kernels/linear_attention/step_gradients.cuh"
+//   tk::linear_attention::step_gradients<T>
+// Grid and threads: as chunk_sums.
+struct StepGradientsParams {
+  Steps steps;
+  GateParts parts;
+  const float* dweights;  // [B, H, padded]
+  const float* dskip;     // [B, H, chunks, columns], of which sums are wanted; or null
+  void* draw;             // [B, T, H], as raw
+  // [B, blocks along x, kHeadParts, H]: sums over a block's tokens of the gradients of the rates,
+  // of the biases, and of skip where there is dskip.
+  float* head_parts;
+  int batch, seqlen, num_heads, columns;
+};
+constexpr int kHeadParts = 3;
+constexpr int kHeadSumsBytes = kHeadParts * 4 * kHeadsOfBlock * 4;
+constexpr int kStepSharedBytes = kHeadSumsBytes + kSharedSlack;
+
+// -- head_sums ------------------------------------------------------------------------------------
+// Kernel: "kernels/linear_attention/head_sums.cuh"
+//   tk::linear_attention::head_sums
+// Grid: ceil(H / 16), kHeadParts, batch; threads as chunk_sums.
+struct HeadSumsParams {
+  const float* head_parts;  // [batch, rows, kHeadParts, H]
+  float* sums[kHeadParts];  // [batch, H] each, over rows; or null
+  int rows, num_heads;
 };
 
 }  // namespace tk::linear_attention

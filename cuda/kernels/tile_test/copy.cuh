@@ -195,6 +195,20 @@ __device__ __forceinline__ void global_copies(const KernelParams& params) {
   warpgroup::store(GlobalVec<T>{data<T>(params, 7), size, 2}, values, row);
 }
 
+// A value for each of a warp's 16 rows. Buffers: a vector of pairs; their second numbers from
+// scalar 0 on (scalar 1 outside), one a row; 7s with those as the pairs' first numbers.
+template <typename T>
+__device__ __forceinline__ void global_vectors(const KernelParams& params) {
+  const int first = scalar(params, 0);
+  const int size = static_cast<int>(params.buffers[0].shape[0]);
+  fill_array<T>(params, 2, 7.0f);
+  warp::sync();
+  PerRow<16> values;
+  warp::load(values, GlobalVec<const T>{data<T>(params, 0) + 1, size, 2}, first, params.scalars[1]);
+  warp::store(matrix<float>(params, 1), spread<16>(values), 0, 0);
+  warp::store(GlobalVec<T>{data<T>(params, 2), size, 2}, values, first);
+}
+
 // Buffers: integers; of the last of them and of the first low and high halves and, for the last,
 // numbers of its highest and lowest bit and of how many it has: one number a column.
 template <typename T>

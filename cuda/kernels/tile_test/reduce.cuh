@@ -81,6 +81,21 @@ __device__ __forceinline__ void running_sums(const KernelParams& params) {
   warp::cumsum_rows(x, x), out.put(x);
 }
 
+// Rows of x and y (64 x 48), whose sums lanes start with a half and with one: x's; and both, of
+// which y's go to every third element.
+template <typename T>
+__device__ __forceinline__ void stored_row_sums(const KernelParams& params) {
+  RegTile<T, 16, 48> x, y;
+  PerRow<16> rows, others;
+  warpgroup::load(x, matrix<T>(params, 0), 0, 0);
+  warpgroup::load(y, matrix<T>(params, 1), 0, 0);
+  warp::fill(rows, 0.5f), warp::fold_row_sum(rows, x);
+  warp::fill(others, 1.0f), warp::fold_row_sum(others, y);
+  warpgroup::store_row_sums(GlobalVec<float>{data<float>(params, 2), 64}, rows);
+  warpgroup::store_row_sums(GlobalVec<float>{data<float>(params, 3), 64}, rows,
+                            GlobalVec<float>{data<float>(params, 4), 64, 3}, others);
+}
+
 // x's columns in the reverse order; and in place, twice.
 template <typename T>
 __device__ __forceinline__ void reversed(const KernelParams& params) {

@@ -116,7 +116,7 @@ def _counts(starts):
     if starts is None:
         return None
     ones = starts.astype(jnp.float32)[..., None]
-    return chunk_sums(ones, None, ones, scale=1.0, least=0.0)[0][:, 0]
+    return chunk_sums(ones, ones, scale=1.0, least=0.0)[:, 0]
 
 
 # -- Forward --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The calls of linear attention's six kernels, one function each.
+"""The calls of linear attention's kernels, one function each.
 
 Shapes and what is computed stand in ``cuda/kernels/linear_attention``. Gates are
 float32 and [B, H, padded], where T is padded to whole chunks; states are [.., V, K].
@@ -24,25 +24,91 @@ class Gates(NamedTuple):
     counts: jax.Array | None = None  # [B, padded]: of documents started in each chunk
 
 
-def chunk_sums(x, y, like, *, scale: float, least: float):
-    """Sums of x within chunks, and y: both [B, T, H] -> [B, H, padded].
+def chunk_sums(x, like, *, scale: float, least: float):
+    """Sums of x within chunks, [B, T, H] -> [B, H, padded].
 
-    ``like`` [B, T, H, ..] says how many there are: x may have axes of size 1, and y may
-    be None, as is then the second result.
+    ``like`` [B, T, H, ..] says how many there are: x may have axes of size 1.
     """
     batch, seqlen, num_heads = like.shape[:3]
     shape = (batch, num_heads, config.padded_tokens(seqlen))
-    sums, moved = _ffi.call(
+    (sums,) = _ffi.call(
         "tk_linear_attention_chunk_sums_v1",
-        (
-            _ffi.result_type(like, shape),
-            _ffi.result_type(like, None if y is None else shape),
-        ),
+        (_ffi.result_type(like, shape),),
         x,
-        _ffi.optional(y),
         options=config.ChunkSumsOptions(seqlen=seqlen, scale=scale, least=least),
     )
-    return sums, None if y is None else moved
+    return sums
+
+
+class Steps(NamedTuple):
+    """Steps of state-space models, as callers have them."""
+
+    raw: jax.Array  # [B, T, H], in any of config.STEP_DTYPES
+    rates: jax.Array  # [1, H] or [B, H]
+    biases: jax.Array | None  # the same
+
+
+def step_gates(steps: Steps, skip, columns: int, options: config.StepOptions):
+    """Gates with weights; and ``skip`` [H] as [H, columns], or None."""
+    batch, seqlen, num_heads = steps.raw.shape
+    shape = (batch, num_heads, config.padded_tokens(seqlen))
+    like = steps.raw
+    sums, weights, skip_columns = _ffi.call(
+        "tk_linear_attention_step_gates_v1",
+        (
+            _ffi.result_type(like, shape),
+            _ffi.result_type(like, shape),
+            _ffi.result_type(like, None if skip is None else (num_heads, columns)),
+        ),
+        *map(_ffi.optional, steps),
+        _ffi.optional(skip),
+        options=options,
+    )
+    return Gates(sums, weights), None if skip is None else skip_columns
+
+
+def step_gradients(
+    steps: Steps, gate_parts, dweights, dskip, options: config.StepOptions
+):
+    """The gradient of raw steps, and ``head_parts`` for ``head_sums``.
+
+    ``dskip`` [B, H, chunks, columns] may be None.
+    """
+    batch, seqlen, num_heads = steps.raw.shape
+    blocks = -(-seqlen // (config.CHUNK * config.CHUNKS_OF_BLOCK))
+    return _ffi.call(
+        "tk_linear_attention_step_gradients_v1",
+        (
+            _ffi.result_type(steps.raw, steps.raw.shape, steps.raw.dtype),
+            _ffi.result_type(steps.raw, (batch, blocks, config.HEAD_PARTS, num_heads)),
+        ),
+        *map(_ffi.optional, steps),
+        *gate_parts,
+        dweights,
+        _ffi.optional(dskip),
+        options=options,
+    )
+
+
+def head_sums(head_parts, *, biases: bool, skip: bool):
+    """The gradients of rates, biases and skip, [H] each: None where not asked for.
+
+    ``head_parts`` [B, blocks, parts, H] are those of ``step_gradients``.
+    """
+    batch, blocks, parts, num_heads = head_parts.shape
+    wanted = (True, biases, skip)
+    sums = _ffi.call(
+        "tk_linear_attention_head_sums_v1",
+        tuple(
+            _ffi.result_type(head_parts, (num_heads,) if is_wanted else None)
+            for is_wanted in wanted
+        ),
+        head_parts.reshape(batch * blocks, parts, num_heads),
+        vmap_method="broadcast_all",
+    )
+    return tuple(
+        x if is_wanted else None for x, is_wanted in zip(sums, wanted, strict=True)
+    )
 
 
 def segment_sums(
@@ -131,7 +197,10 @@ def outputs(
     scale: float,
     ends: bool,
 ):
-    """out, and states after segments if ``ends``; ``start`` as that of states."""
+    """out, and states after segments if ``ends``; ``start`` as that of states.
+
+    ``skip`` [H, columns] has whole slices.
+    """
     ended = _segment_states(k, v, tiles) if ends else None
     out, end = _ffi.call(
         "tk_linear_attention_outputs_v1",
@@ -140,7 +209,7 @@ def outputs(
         k,
         v,
         *map(_ffi.optional, gates),
-        _ffi.optional(_padded_columns(skip)),
+        _ffi.optional(skip),
         _ffi.optional(start),
         options=config.OutputsOptions(
             scale=scale, chunks_of_segment=tiles.chunks_of_segment
@@ -158,7 +227,7 @@ class Gradients(NamedTuple):
     dv: jax.Array
     gate_parts: tuple  # four of [B, H, padded], for gate_gradients
     dweights: jax.Array | None  # [B, H, padded]
-    dskip: jax.Array | None  # [B, H, V]: not summed over the batch
+    dskip: jax.Array | None  # [B, H, chunks, columns]: of chunks
 
 
 def gradients(
@@ -175,10 +244,9 @@ def gradients(
     scale: float,
 ) -> Gradients:
     """The gradients of chunks, from the states of pairs and those's gradients."""
-    padded = _padded_columns(skip)
     rows = gates.sums.shape
     chunks = rows[-1] // config.CHUNK
-    skipped = None if skip is None else (*rows[:2], chunks, padded.shape[-1])
+    skipped = None if skip is None else (*rows[:2], chunks, skip.shape[-1])
     dq, dk, dv, *gate_parts, dweights, dskip = _ffi.call(
         "tk_linear_attention_gradients_v1",
         (
@@ -194,12 +262,10 @@ def gradients(
         pair_states,
         pair_dstates,
         *map(_ffi.optional, gates),
-        _ffi.optional(padded),
+        _ffi.optional(skip),
         options=config.GradientsOptions(scale=scale),
         config=tiles.gradients,
     )
-    if skip is not None:
-        dskip = jnp.sum(dskip, axis=2)[..., : skip.shape[-1]]
     return Gradients(
         dq,
         dk,
@@ -226,8 +292,8 @@ def _segment_states(keys, values, tiles) -> tuple[int, ...]:
     return (batch, num_heads, segments, value_dim, keys.shape[-1])
 
 
-def _padded_columns(skip):
-    """[H, V] -> [H, V padded to whole slices]"""
+def padded_columns(skip):
+    """[H, V] -> [H, V padded to whole slices], as outputs and gradients take it."""
     if skip is None:
         return None
     missing = -skip.shape[-1] % config.SLICE

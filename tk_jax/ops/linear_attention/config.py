@@ -14,12 +14,15 @@ from collections.abc import Iterable
 import jax.numpy as jnp
 
 KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
+STEP_DTYPES = (jnp.float32, *KERNEL_DTYPES)  # of raw steps
 # As in linear_attention.h: tokens of a chunk, columns of values of a slice, the largest
 # dimension of keys.
 CHUNK = 64
 PAIR = 2  # chunks that share a stored state
 SLICE = 64
 MAX_KEY_DIM = 256
+CHUNKS_OF_BLOCK = 4  # of kernels of gates
+HEAD_PARTS = 3
 # Rows, which the copy engine reads, are padded to multiples of this ...
 DIM_STEP = 8
 # ... and in tiles to multiples of this.
@@ -54,6 +57,16 @@ class ChunkSumsOptions:
     seqlen: int  # of x, which may have one token for all
     scale: float
     least: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """How raw steps become steps, and those the logarithms of decays."""
+
+    softplus: bool
+    least: float  # steps
+    most: float
+    least_log_decay: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +108,9 @@ class GradientsOptions:
 class WalkConfig:
     """How the kernels that walk through a sequence do it."""
 
-    consumers: int  # slices of values of a block, which share their keys
+    # Slices of values of a block, which share their keys; of outputs, 3 is two slices
+    # and a warpgroup that makes their scores.
+    consumers: int
     stages: int  # depth of the ring of chunks
 
 
@@ -104,6 +119,7 @@ class GradientsConfig:
     """How the kernel of gradients computes them."""
 
     stages: int  # depth of the ring of slices
+    key_stages: int  # depth of that of groups' keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +150,17 @@ _SHARED_BYTES = 227 * 1024
 _SHARED_SLACK = 2048
 
 
-# Dimensions of keys, and heads to a group, whose kernels are compiled ahead and gated,
-# of all that there are: with one consumer and, where there are two slices, with two.
+# Dimensions of keys, and slices of a block, of kernels compiled ahead and gated ...
 KERNEL_KEY_DIMS = ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))
-# And the features they are compiled with: those of linear_attention, and of ssd.
+# ... of sizes (batch, seqlen, groups, heads) that ask for so many slices ...
+SIZES_OF_CONSUMERS = {1: (1, 1, 1, 1), 2: (8, 4096, 1, 32)}
+# ... and the features they are compiled with: those of linear_attention, and of ssd.
 KERNEL_FEATURES = ((), ("weights",), ("weights", "skip"))
+
+
+# Kernels that do not depend on dimensions: of gates, and of steps.
+GATE_KERNELS = ("chunk_sums", "gate_gradients")
+STEP_KERNELS = ("step_gates", "step_gradients", "head_sums")
 
 
 def kernels(config: ScanConfig, features: Iterable[str]):
@@ -161,8 +183,8 @@ def kernels(config: ScanConfig, features: Iterable[str]):
     }
     for name, offered in taken.items():
         yield name, [x for x in features if x in offered], configs[name]
-    yield "chunk_sums", [], None
-    yield "gate_gradients", [], None
+    for name in GATE_KERNELS + (STEP_KERNELS if "weights" in features else ()):
+        yield name, [], None
 
 
 def scan_config(
@@ -207,27 +229,32 @@ def scan_config(
     ]
     on_each, segments = min(options, key=lambda option: predicted_us(*option))
     consumers = shared if on_each == 2 else 1
-    # One consumer alone has little else to hide what loads take.
-    outputs_stages = 3 if narrow and on_each == 1 else 2
-    gradients_stages = 2 if gradients_shared_bytes(tile, 2) <= _SHARED_BYTES else 1
+    # A third consumer makes the scores of two; one alone has little else to hide what
+    # loads take.
+    outputs = WalkConfig(consumers=3, stages=3)
+    if consumers == 1:
+        outputs = WalkConfig(consumers=1, stages=3 if narrow and on_each == 1 else 2)
     return ScanConfig(
         chunks_of_segment=-(-chunks // segments),
         states=WalkConfig(consumers=consumers, stages=3),
-        outputs=WalkConfig(consumers=consumers, stages=outputs_stages),
-        gradients=GradientsConfig(stages=gradients_stages),
+        outputs=outputs,
+        gradients=_gradients_config(tile),
     )
 
 
-def gradients_columns(tile: int) -> int:
-    """Columns of dq and dk of a block, as gradients_columns in linear_attention.h."""
-    return tile if tile <= 128 else 64
+def _gradients_config(tile: int) -> GradientsConfig:
+    """Two stages of both rings where they fit."""
+    for stages, key_stages in ((2, 2), (2, 1)):
+        if gradients_shared_bytes(tile, stages, key_stages) <= _SHARED_BYTES:
+            return GradientsConfig(stages, key_stages)
+    return GradientsConfig(1, 1)
 
 
-def gradients_shared_bytes(tile: int, stages: int) -> int:
+def gradients_shared_bytes(tile: int, stages: int, key_stages: int) -> int:
     """As gradients_shared_bytes in linear_attention.h."""
     stage = 2 * CHUNK * 3 * SLICE + 2 * SLICE * 2 * tile + 2048
-    out = 2 * CHUNK * (SLICE + 2 * gradients_columns(tile))
-    return 2 * CHUNK * 3 * tile + stages * stage + out + _SHARED_SLACK
+    keys = 2 * CHUNK * 3 * tile
+    return key_stages * keys + stages * stage + 2 * CHUNK * SLICE + _SHARED_SLACK
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -251,21 +278,17 @@ def unsupported(q, v, *, normalize: bool = False) -> str | None:
         return f"keys of {q.shape[-1]} dimensions (it takes up to {MAX_KEY_DIM})"
     if normalize and q.dtype == jnp.float16:
         return "normalize in float16 (of which the sums may exceed the range)"
-    return exceeded_limit(q.shape, (*v.shape[:-1], v.shape[-1] + normalize))
+    return exceeded_limit((*v.shape[:-1], v.shape[-1] + normalize))
 
 
-def exceeded_limit(q_shape, v_shape) -> str | None:
+def exceeded_limit(v_shape) -> str | None:
     """Which size is beyond the kernels, in words."""
     *leading, seqlen, heads, value_dim = v_shape
-    groups, key_dim = q_shape[-2:]
     batch = math.prod(leading)
-    tile = round_up(key_dim, TILE_STEP)
-    parts = tile // gradients_columns(tile)
     columns = heads * round_up(value_dim, SLICE)
     rows = batch * columns // SLICE * padded_tokens(seqlen)
     for name, size, limit in (
         ("a batch", batch, MAX_GRID),
-        ("a number of groups, times parts of their keys,", groups * parts, MAX_GRID),
         ("a number of heads", heads, 16 * MAX_GRID),
         ("a number of heads times dimensions of values", columns, MAX_ROWS),
         ("a B * H * T times slices of 64 values", rows, MAX_ROWS),

@@ -2,8 +2,13 @@
 
 For each head, with a state S of V x K numbers::
 
-    S[t]   = exp(log_decay[t]) S[t - 1] + weights[t] v[t] k[t]^T
+    S[t]   = exp(log_decay[t]) S[t - 1] + w[t] v[t] k[t]^T
     out[t] = scale S[t] q[t] + skip * v[t]
+
+where w is 1. Of state-space models, instead::
+
+    w[t]         = clip(softplus(raw_steps[t] + biases), least, most)
+    log_decay[t] = rates w[t]
 
 The backward pass keeps nothing but the arguments: it computes the states at the starts
 of chunks again, then their gradients from the end to the start, and from both all other
@@ -30,14 +35,20 @@ _LOG2_E = math.log2(math.e)
 
 
 class Arrays(NamedTuple):
-    """The arrays of a scan; the last five may be None. K and V are multiples of 8."""
+    """The arrays of a scan; of q, k and v, K and V are multiples of 8.
+
+    All others may be None. Raw steps come with rates and without decays; skip comes
+    with raw steps.
+    """
 
     q: jax.Array  # [B, T, G, K]
     k: jax.Array  # [B, T, G, K]
     v: jax.Array  # [B, T, H, V]
     log_decay: jax.Array | None = None  # float32 [B, T, H] or [H]
-    weights: jax.Array | None = None  # float32 [B, T, H]
-    skip: jax.Array | None = None  # float32 [H, V]
+    raw_steps: jax.Array | None = None  # [B, T, H], in one of config.STEP_DTYPES
+    rates: jax.Array | None = None  # float32 [H]
+    biases: jax.Array | None = None  # float32 [H]
+    skip: jax.Array | None = None  # float32 [H, V], or [H, 1] for all columns
     state: jax.Array | None = None  # float32 [B, H, V, K]: before the first token
     starts: jax.Array | None = None  # bool [B, T]: a document starts, with no state
 
@@ -49,6 +60,7 @@ class Settings:
     op: str  # for errors
     scale: float
     return_state: bool
+    steps: config.StepOptions | None = None  # with raw steps
     tiles: config.ScanConfig | None = None  # for tuning
 
 
@@ -68,15 +80,24 @@ def _scan_fwd(settings, arrays):
 def _scan_bwd(settings, arrays, cotangents):
     dout, dfinal = cotangents
     run = _mapped(functools.partial(_run_backward, settings), _GRADIENT_HEADS)
-    gradients = run(_with_token_axes(arrays), (dout, dfinal))
+    gradients = run(_with_shared_axes(arrays), (dout, dfinal))
     dgates, dskip = gradients.log_decay, gradients.skip
     if arrays.log_decay is not None:
         dgates = jnp.where(arrays.log_decay < config.LEAST_LOG_DECAY, 0, dgates)
         if arrays.log_decay.ndim == 1:
             dgates = jnp.sum(dgates, axis=(0, 1))
-    if dskip is not None:
+    gradients = gradients._replace(log_decay=dgates)
+    if arrays.raw_steps is None:
+        return (gradients,)
+    is_summed = arrays.skip is not None and dskip is None
+    drates, dbiases, summed = calls.head_sums(
+        gradients.rates, biases=arrays.biases is not None, skip=is_summed
+    )
+    if is_summed:
+        dskip = summed[:, None]
+    elif dskip is not None:
         dskip = jnp.sum(dskip, axis=0)
-    return (gradients._replace(log_decay=dgates, skip=dskip),)
+    return (gradients._replace(rates=drates, biases=dbiases, skip=dskip),)
 
 
 scan.defvjp(_scan_fwd, _scan_bwd)
@@ -84,22 +105,41 @@ scan.defvjp(_scan_fwd, _scan_bwd)
 
 def _forward(settings, arrays):
     run = _mapped(functools.partial(_run_forward, settings), (2, 1))
-    return run(_with_token_axes(arrays), ())
+    return run(_with_shared_axes(arrays), ())
 
 
-def _with_token_axes(arrays):
-    """[H] -> [1, 1, H]: a decay that all tokens share keeps its size."""
-    log_decay = arrays.log_decay
-    if log_decay is None or log_decay.ndim == 3:
-        return arrays
-    return arrays._replace(log_decay=log_decay[None, None])
+def _with_shared_axes(arrays):
+    """What tokens or elements of the batch share gets axes of size 1 for them.
+
+    A decay [H] becomes [1, 1, H]; rates and biases [H] become [1, H].
+    """
+    log_decay, rates, biases = arrays.log_decay, arrays.rates, arrays.biases
+    if log_decay is not None and log_decay.ndim == 1:
+        log_decay = log_decay[None, None]
+    return arrays._replace(
+        log_decay=log_decay,
+        rates=None if rates is None else rates[None],
+        biases=None if biases is None else biases[None],
+    )
 
 
 # -- Under vmap -----------------------------------------------------------------------
 
-# Where heads are, in the arguments and in their gradients before those are summed.
-_HEADS = Arrays(q=2, k=2, v=2, log_decay=2, weights=2, skip=0, state=1, starts=None)
-_GRADIENT_HEADS = _HEADS._replace(skip=1)
+# Where heads are, in the arguments and in their gradients before those are summed: one
+# array has those of rates, of biases and, where all columns share it, of skip then.
+_HEADS = Arrays(
+    q=2,
+    k=2,
+    v=2,
+    log_decay=2,
+    raw_steps=2,
+    rates=1,
+    biases=1,
+    skip=0,
+    state=1,
+    starts=None,
+)
+_GRADIENT_HEADS = _HEADS._replace(rates=3, biases=None, skip=1)
 _COTANGENT_HEADS = (2, 1)
 
 
@@ -138,13 +178,14 @@ def _mapped(run, result_heads):
 def _over_batches(run, size, batched, arrays, cotangents):
     """The mapped axis becomes a part of the batch's."""
     batch = arrays.q.shape[0 + batched.q]
+    shared = ("log_decay", "rates", "biases")
 
     def fold(x):
         return x.reshape(size * batch, *x.shape[2:])
 
     def whole(name, x):
         is_batched = getattr(batched, name)
-        if name == "skip" or (name == "log_decay" and x.shape[0 + is_batched] == 1):
+        if name == "skip" or (name in shared and x.shape[0 + is_batched] == 1):
             if not is_batched:
                 return x  # for all elements of the batch
             x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
@@ -186,11 +227,11 @@ def _over_heads(run, size, arrays, cotangents, result_heads):
 
 def _run_forward(settings, arrays, _):
     tiles = _checked_tiles(settings, arrays)
-    gates = _gates(arrays)
+    gates, skip = _gates(settings, arrays)
     out, ends = calls.outputs(
         *arrays[:3],
         gates,
-        arrays.skip,
+        skip,
         _segment_starts(arrays, gates, tiles),
         tiles,
         scale=settings.scale,
@@ -212,30 +253,36 @@ def _checked_tiles(settings, arrays) -> config.ScanConfig:
     )
 
 
-def _gates(arrays) -> calls.Gates:
-    v, log_decay, weights, starts = (
-        arrays.v,
-        arrays.log_decay,
-        arrays.weights,
-        arrays.starts,
-    )
-    batch, seqlen, num_heads = v.shape[:3]
-    padded = config.padded_tokens(seqlen)
-    if log_decay is None and weights is None:
-        sums = jnp.zeros((batch, num_heads, padded), jnp.float32)
-    else:
-        if log_decay is None:
-            log_decay = jnp.zeros((1, 1, 1), jnp.float32)
-        least = config.LEAST_LOG_DECAY
-        sums, weights = calls.chunk_sums(
-            log_decay, weights, v, scale=_LOG2_E, least=least
+def _gates(settings, arrays) -> tuple[calls.Gates, jax.Array | None]:
+    """Gates, and skip as whole slices of columns."""
+    v = arrays.v
+    skip = arrays.skip
+    if arrays.raw_steps is not None:
+        is_shared = skip is not None and skip.shape[1] == 1
+        gates, columns = calls.step_gates(
+            _steps(arrays),
+            skip[:, 0] if is_shared else None,
+            config.round_up(v.shape[3], config.SLICE),
+            settings.steps,
         )
-    counts = None
-    if starts is not None:
-        ones = starts.astype(jnp.float32)[..., None]
-        counts, _ = calls.chunk_sums(ones, None, ones, scale=1.0, least=0.0)
-        counts = counts[:, 0]
-    return calls.Gates(sums, weights, counts)
+        skip = columns if is_shared else calls.padded_columns(skip)
+    elif arrays.log_decay is not None:
+        least = config.LEAST_LOG_DECAY
+        sums = calls.chunk_sums(arrays.log_decay, v, scale=_LOG2_E, least=least)
+        gates = calls.Gates(sums)
+    else:
+        batch, seqlen, num_heads = v.shape[:3]
+        shape = (batch, num_heads, config.padded_tokens(seqlen))
+        gates = calls.Gates(jnp.zeros(shape, jnp.float32))
+    if arrays.starts is not None:
+        ones = arrays.starts.astype(jnp.float32)[..., None]
+        counts = calls.chunk_sums(ones, ones, scale=1.0, least=0.0)
+        gates = gates._replace(counts=counts[:, 0])
+    return gates, skip
+
+
+def _steps(arrays) -> calls.Steps:
+    return calls.Steps(arrays.raw_steps, arrays.rates, arrays.biases)
 
 
 def _segment_starts(arrays, gates, tiles):
@@ -289,10 +336,14 @@ def _chained(first, kept, added):
 
 
 def _run_backward(settings, arrays, cotangents) -> Arrays:
-    """Gradients; of log_decay as [B, T, H], of skip as [B, H, V]."""
+    """Gradients; of log_decay as [B, T, H], of skip as [B, H, V].
+
+    In place of those of rates, and of biases and a skip that all columns share, is what
+    ``calls.head_sums`` takes.
+    """
     dout, dfinal = cotangents
     tiles = _checked_tiles(settings, arrays)
-    gates = _gates(arrays)
+    gates, skip = _gates(settings, arrays)
     pair_states, _ = calls.states(
         arrays.k,
         arrays.v,
@@ -311,19 +362,28 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
         pair_states,
         pair_dstates,
         gates,
-        arrays.skip,
+        skip,
         tiles,
         scale=settings.scale,
     )
-    dgates = None
+    gradients = Arrays(found.dq, found.dk, found.dv, state=dstate)
     if arrays.log_decay is not None:
         dgates = calls.gate_gradients(found.gate_parts, arrays.v)
-    dweights = found.dweights
-    if dweights is not None:
-        dweights = jnp.swapaxes(dweights, 1, 2)[:, : arrays.v.shape[1]]
-    return Arrays(
-        found.dq, found.dk, found.dv, dgates, dweights, found.dskip, dstate, None
+        return gradients._replace(log_decay=dgates)
+    if arrays.raw_steps is None:
+        return gradients
+    is_shared = skip is not None and arrays.skip.shape[1] == 1
+    draw, head_parts = calls.step_gradients(
+        _steps(arrays),
+        found.gate_parts,
+        found.dweights,
+        found.dskip if is_shared else None,
+        settings.steps,
     )
+    dskip = None
+    if skip is not None and not is_shared:
+        dskip = jnp.sum(found.dskip, axis=2)[..., : arrays.skip.shape[1]]
+    return gradients._replace(raw_steps=draw, rates=head_parts, skip=dskip)
 
 
 def _state_gradients(settings, arrays, gates, dout, dfinal, tiles):

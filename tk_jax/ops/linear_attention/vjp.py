@@ -115,7 +115,9 @@ def kernel_linear_attention(
         state=None if state is None else pad_state(jnp.swapaxes(fold(state), -1, -2)),
         starts=document_starts(segment_ids, (*batch, seqlen)),
     )
-    settings = scan.Settings("linear_attention", options.scale, return_state, tiles)
+    settings = scan.Settings(
+        "linear_attention", options.scale, return_state, tiles=tiles
+    )
     out, state = scan.scan(settings, arrays)
     out = unfold(out)
     if state is not None:

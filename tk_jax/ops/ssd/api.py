@@ -56,8 +56,8 @@ def ssd(
     ``mamba_chunk_scan_combined``. The clipping is always there, so that without
     ``dt_limit`` a negative dt is 0; at a limit its gradient passes, beyond it is zero.
 
-    Runs TK kernels on Hopper GPUs for bfloat16 and float16 with N up to 256 (steps and
-    the gate z are XLA's there too), and XLA operations elsewhere, both in chunks.
+    Runs TK kernels on Hopper GPUs for bfloat16 and float16 with N up to 256 (the gate z
+    is XLA's there too), and XLA operations elsewhere, both in chunks.
     Steps, decays, states and sums are float32 (float64 for float64 inputs). Memory is
     linear in T, and between the passes nothing is kept but the arguments: the backward
     pass computes the states at the starts of chunks again, and with z the output.

@@ -1,8 +1,8 @@
 """The state-space dual by the kernels of linear attention.
 
 C are the queries, B the keys, x the values: their weights are the steps, the logarithms
-of their decays the steps times A. Steps and the gate z are XLA's, and JAX
-differentiates them.
+of their decays the steps times A: kernels make them of dt. The gate z is XLA's, and JAX
+differentiates it.
 """
 
 from __future__ import annotations
@@ -33,22 +33,33 @@ def kernel_ssd(
     x, state = inputs.x, inputs.state
     *batch, seqlen, num_heads, head_dim = x.shape
     fold = functools.partial(_chunks.fold, num_batch_axes=len(batch))
-    dt = fold(xla.step_sizes(options, inputs.dt, inputs.dt_bias, jnp.float32))
+    dt = inputs.dt
+    if dt.dtype not in config.STEP_DTYPES:
+        dt = dt.astype(jnp.float32)
     skip = inputs.D
     if skip is not None:
         skip = skip.astype(jnp.float32).reshape(num_heads, -1)
-        skip = pad_columns(jnp.broadcast_to(skip, (num_heads, head_dim)))
+        if skip.shape[1] > 1:
+            skip = pad_columns(skip)
+    bias = inputs.dt_bias
     arrays = scan.Arrays(
         q=pad_columns(fold(inputs.C)),
         k=pad_columns(fold(inputs.B)),
         v=pad_columns(fold(x)),
-        log_decay=dt * inputs.A.astype(jnp.float32),
-        weights=dt,
+        raw_steps=fold(dt),
+        rates=inputs.A.astype(jnp.float32),
+        biases=None if bias is None else bias.astype(jnp.float32),
         skip=skip,
         state=None if state is None else pad_state(fold(state)),
         starts=document_starts(inputs.segment_ids, (*batch, seqlen)),
     )
-    settings = scan.Settings("ssd", 1.0, return_state, tiles)
+    steps = config.StepOptions(
+        softplus=options.dt_softplus,
+        least=options.dt_min,
+        most=options.dt_max,
+        least_log_decay=config.LEAST_LOG_DECAY,
+    )
+    settings = scan.Settings("ssd", 1.0, return_state, steps, tiles)
     y, state = scan.scan(settings, arrays)
     y = _chunks.unfold(y, batch)[..., :head_dim]
     if inputs.z is not None:

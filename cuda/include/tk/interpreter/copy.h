@@ -222,6 +222,27 @@ void store(SharedVec<float, kN>& dst, const PerCol<kN>& src, Location at = {}) {
   for (int i = 0; i < kN; ++i) dst.data[i] = src.data[i][0];
 }
 
+template <typename T, int kN>
+void store(const GlobalVec<T>& dst, const PerRow<kN>& src, int first, Location at = {}) {
+  interpreter::act_as_warp();
+  detail::leaving(src, at);
+  const auto store = [&] {
+    for (int i = 0; i < min(kN, dst.size - first); ++i) {
+      *dst.at(first + i) = interpreter::from_float<T>(src.data[i][0]);
+    }
+  };
+  interpreter::write_global(detail::spans_of(dst, first, kN), store, at);
+}
+template <int kN, typename T>
+void load(PerRow<kN>& dst, const GlobalVec<T>& src, int first, float missing, Location at = {}) {
+  interpreter::read_global(detail::spans_of(src, first, kN), at);
+  detail::writing(dst, at);
+  for (int i = 0; i < kN; ++i) {
+    const float x = first + i < src.size ? interpreter::to_float(*src.at(first + i)) : missing;
+    for (float& part : dst.data[i]) part = x;
+  }
+}
+
 }  // namespace warp
 
 namespace warpgroup {
@@ -280,25 +301,11 @@ void zip_global(Tile& tile, const GlobalView<const T>& src, int first_row, int f
 
 template <typename T, int kN>
 void store(const GlobalVec<T>& dst, const PerRow<kN>& src, int first, Location at = {}) {
-  interpreter::act_as_warp();
-  detail::leaving(src, at);
-  first += kN * detail::warp_of_group();
-  const auto store = [&] {
-    for (int i = 0; i < min(kN, dst.size - first); ++i) {
-      *dst.at(first + i) = interpreter::from_float<T>(src.data[i][0]);
-    }
-  };
-  interpreter::write_global(detail::spans_of(dst, first, kN), store, at);
+  warp::store(dst, src, first + kN * detail::warp_of_group(), at);
 }
 template <int kN, typename T>
 void load(PerRow<kN>& dst, const GlobalVec<T>& src, int first, float missing, Location at = {}) {
-  first += kN * detail::warp_of_group();
-  interpreter::read_global(detail::spans_of(src, first, kN), at);
-  detail::writing(dst, at);
-  for (int i = 0; i < kN; ++i) {
-    const float x = first + i < src.size ? interpreter::to_float(*src.at(first + i)) : missing;
-    for (float& part : dst.data[i]) part = x;
-  }
+  warp::load(dst, src, first + kN * detail::warp_of_group(), missing, at);
 }
 
 template <int kN, int kAll>

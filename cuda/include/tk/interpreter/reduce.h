@@ -4,6 +4,7 @@
 // the hardware.
 #pragma once
 
+#include "tk/interpreter/copy.h"
 #include "tk/interpreter/map.h"
 
 namespace tk::warp {
@@ -150,3 +151,19 @@ void transpose(RegTile<T, kN, kN>& dst, const RegTile<T, kN, kN>& src, Location 
 }
 
 }  // namespace tk::warp
+
+namespace tk::warpgroup {
+
+inline void store_row_sums(const GlobalVec<float>& dst, const PerRow<16>& src, Location at = {}) {
+  PerRow<16> whole = src;
+  warp::finish_rows(whole, [](float x, float y) { return x + y; }, at);
+  store(dst, whole, 0, at);
+}
+inline void store_row_sums(const GlobalVec<float>& dst, const PerRow<16>& src,
+                           const GlobalVec<float>& other_dst, const PerRow<16>& other,
+                           Location at = {}) {
+  store_row_sums(dst, src, at);
+  store_row_sums(other_dst, other, at);
+}
+
+}  // namespace tk::warpgroup

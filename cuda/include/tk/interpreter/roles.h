@@ -19,5 +19,9 @@ template <int kRegisters>
 void become_consumer(int consumer) {
   interpreter::enter_role("consumer " + std::to_string(consumer), kRegisters);
 }
+template <int kRegisters>
+void become_helper(int consumer) {
+  become_consumer<kRegisters>(consumer);
+}
 
 }  // namespace tk::block

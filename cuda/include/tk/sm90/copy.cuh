@@ -164,6 +164,17 @@ __device__ __forceinline__ void store_global(const GlobalView<T>& dst, const Src
   });
 }
 
+// An element of a vector, if there is one.
+template <typename T>
+__device__ __forceinline__ float read(const GlobalVec<T>& src, int index, float missing) {
+  return index < src.size ? ptx::to_float(*src.at(index)) : missing;
+}
+template <typename T>
+__device__ __forceinline__ float write(const GlobalVec<T>& dst, int index, float x) {
+  if (index < dst.size) *dst.at(index) = ptx::from_float<T>(x);
+  return x;
+}
+
 // Where an operation reads an array element by element, the interpreter is told of all of them.
 template <typename T>
 __device__ __forceinline__ void before_reads(const GlobalVec<T>&, int, int, Location) {}
@@ -329,6 +340,22 @@ __device__ __forceinline__ void store(SharedVec<float, kN>& dst, const PerCol<kN
   }
 }
 
+// A value per row to an array, from element `first` on; elements beyond its size are not written.
+template <typename T, int kN>
+__device__ __forceinline__ void store(const GlobalVec<T>& dst, const PerRow<kN>& src, int first,
+                                      Location = {}) {
+  PerRow<kN> copy = src;
+  if ((ptx::lane_index() & 3) == 0) {
+    for_each(copy, [&](int row, float x) { return detail::write(dst, first + row, x); });
+  }
+}
+// Elements beyond the array's size read as `missing`.
+template <int kN, typename T>
+__device__ __forceinline__ void load(PerRow<kN>& dst, const GlobalVec<T>& src, int first,
+                                     float missing, Location = {}) {
+  for_each(dst, [&](int row, float) { return detail::read(src, first + row, missing); });
+}
+
 }  // namespace warp
 
 namespace warpgroup {
@@ -402,25 +429,19 @@ __device__ __forceinline__ void zip_global(Tile& tile, const GlobalView<const T>
   }
 }
 
-// A value per row to an array, from element `first` on; elements beyond its size are not written.
+// The same, of a warpgroup's rows.
 template <typename T, int kN>
 __device__ __forceinline__ void store(const GlobalVec<T>& dst, const PerRow<kN>& src, int first,
                                       Location = {}) {
   PerRow<kN> copy = src;
   if ((ptx::lane_index() & 3) == 0) {
-    for_each(copy, [&](int row, float x) {
-      if (first + row < dst.size) *dst.at(first + row) = ptx::from_float<T>(x);
-      return x;
-    });
+    for_each(copy, [&](int row, float x) { return detail::write(dst, first + row, x); });
   }
 }
-// Elements beyond the array's size read as `missing`.
 template <int kN, typename T>
 __device__ __forceinline__ void load(PerRow<kN>& dst, const GlobalVec<T>& src, int first,
                                      float missing, Location = {}) {
-  for_each(dst, [&](int row, float) {
-    return first + row < src.size ? ptx::to_float(*src.at(first + row)) : missing;
-  });
+  for_each(dst, [&](int row, float) { return detail::read(src, first + row, missing); });
 }
 
 // A value per row from shared memory.

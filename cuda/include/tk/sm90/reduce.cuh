@@ -5,6 +5,7 @@
 // keeps the lane's part and finish_rows exchanges once at the end.
 #pragma once
 
+#include "tk/global_view.cuh"
 #include "tk/sm90/map.cuh"
 
 namespace tk::warp {
@@ -179,3 +180,45 @@ __device__ __forceinline__ void transpose(RegTile<T, kN, kN>& dst, const RegTile
 }
 
 }  // namespace tk::warp
+
+namespace tk::warpgroup {
+namespace detail_reduce {
+
+// Of the two rows that a lane has parts of, an even one keeps the first and an odd one the second:
+// the sum of its own part and its neighbour's.
+__device__ __forceinline__ float sum_with_neighbour(const PerRow<16>& rows, int thread) {
+  const bool second = (thread & 1) != 0;
+  const float kept = second ? rows.data[0][1] : rows.data[0][0];
+  const float given = second ? rows.data[0][0] : rows.data[0][1];
+  return kept + ptx::shuffle_xor(given, 1);
+}
+// That row, of the warpgroup's.
+__device__ __forceinline__ int row_kept(int thread) {
+  return 16 * (thread >> 5 & 3) + ((thread & 31) >> 2) + 8 * (thread & 1);
+}
+
+}  // namespace detail_reduce
+
+// Rows of which lanes hold parts of sums (fold_row_sum and the like), finished and stored: dst has
+// an element for each of the warpgroup's 64 rows.
+__device__ __forceinline__ void store_row_sums(const GlobalVec<float>& dst, const PerRow<16>& src,
+                                               Location = {}) {
+  const int thread = ptx::fresh_thread_index();
+  const float sum = detail_reduce::sum_with_neighbour(src, thread);
+  const float whole = sum + ptx::shuffle_xor(sum, 2);
+  if ((thread & 2) == 0) *dst.at(detail_reduce::row_kept(thread)) = whole;
+}
+// The same of two, with three exchanges instead of eight.
+__device__ __forceinline__ void store_row_sums(const GlobalVec<float>& dst, const PerRow<16>& src,
+                                               const GlobalVec<float>& other_dst,
+                                               const PerRow<16>& other, Location = {}) {
+  const int thread = ptx::fresh_thread_index();
+  const bool is_other = (thread & 2) != 0;
+  const float sum = detail_reduce::sum_with_neighbour(src, thread);
+  const float other_sum = detail_reduce::sum_with_neighbour(other, thread);
+  const float whole =
+      (is_other ? other_sum : sum) + ptx::shuffle_xor(is_other ? sum : other_sum, 2);
+  *(is_other ? other_dst : dst).at(detail_reduce::row_kept(thread)) = whole;
+}
+
+}  // namespace tk::warpgroup

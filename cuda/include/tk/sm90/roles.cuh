@@ -24,5 +24,10 @@ template <int kRegisters>
 __device__ __forceinline__ void become_consumer(int) {
   ptx::increase_registers<kRegisters>();
 }
+// A consumer that needs fewer registers than it starts with.
+template <int kRegisters>
+__device__ __forceinline__ void become_helper(int) {
+  ptx::decrease_registers<kRegisters>();
+}
 
 }  // namespace tk::block

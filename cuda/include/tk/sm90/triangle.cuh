@@ -186,7 +186,8 @@ __device__ __forceinline__ void fold_upper(Dst& dst, PerRow<16>& sums, PerRow<16
 // dst(r) = src(r, r).
 __device__ __forceinline__ void diagonal(PerRow<16>& dst, const RegTile<float, 16, 64>& src,
                                          Location = {}) {
-  const int warp = ptx::warp_index() & 3, lane = ptx::lane_index(), row = lane >> 2;
+  const int thread = ptx::fresh_thread_index();
+  const int warp = thread >> 5 & 3, lane = thread & 31, row = lane >> 2;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float pair[2] = {};

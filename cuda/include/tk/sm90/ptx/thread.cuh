@@ -6,6 +6,14 @@
 namespace tk::ptx {
 
 __device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
+// The same as a value of which the compiler knows nothing: what follows from it is made where it is
+// used, not kept in registers from before a loop.
+__device__ __forceinline__ int fresh_thread_index() {
+  int index = thread_index();
+  asm volatile("" : "+r"(index));
+  return index;
+}
+
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) & 31; }
 
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) >> 5; }

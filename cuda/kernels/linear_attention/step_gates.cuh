@@ -1,0 +1,56 @@
+// The gates of a state-space model from its steps as the caller has them: running sums of the
+// logarithms of decays within chunks, steps with tokens last, and a number of each head as columns.
+//
+//   g = rate step        sums[t] = log2(e) (g[first of the chunk] + ... + g[t])
+// where a g below `least_log_decay` counts as that (steps.cuh says what a step is).
+// Grid: a block of four warps for sixteen heads and four chunks; a warp has one chunk. Limit:
+// memory; reading raw steps, of which every head's numbers lie apart, and writing both results.
+#pragma once
+
+#include "kernels/linear_attention/steps.cuh"
+
+namespace tk::linear_attention {
+
+// skip becomes columns [H, columns]: what the blocks of the first chunks do beside.
+__device__ __forceinline__ void spread_skip(const StepGatesParams& params, const StepPlace& place) {
+  HeadRows skip;
+  load_heads(skip, params.skip, 0, place);
+  GateTile tile;
+  warp::zero(tile);
+  warp::add_rows(tile, tile, skip);
+  for (int col = kChunk * warp::index(); col < params.columns; col += 4 * kChunk) {
+    warp::store_pairs(
+        GlobalView<float>{params.skip_columns, place.heads, params.columns, params.columns}, tile,
+        place.head, col);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void step_gates(const StepGatesParams& params) {
+  const Steps& steps = params.steps;
+  const StepPlace place = StepPlace::of(params.seqlen, params.num_heads);
+  if (params.skip != nullptr && grid::block_x() == 0 && place.batch == 0) {
+    spread_skip(params, place);
+  }
+  if (!place.is_there()) return;
+  GateTile tile;
+  warp::load(tile, place.by_token(static_cast<const T*>(steps.raw), params.seqlen), place.head, 0);
+  HeadRows rates, biases;
+  load_heads(rates, steps.rates, steps.rates_stride, place);
+  load_heads(biases, steps.biases, steps.biases_stride, place);
+  warp::map_rows(tile, tile, biases, [&](float raw, float bias) {
+    return limited_step(steps, unlimited_step(steps, raw + bias));
+  });
+  place.keep_tokens(tile);
+  warp::store_pairs(place.by_head(params.weights), tile, place.head, 0);
+  const float least = steps.least_log_decay;
+  warp::map_rows(tile, tile, rates, [=](float step, float rate) {
+    const float x = step * rate;
+    return (x < least ? least : x) * kLog2E;  // what is not a number stays so
+  });
+  place.keep_tokens(tile);  // a rate may be infinite
+  warp::cumsum_cols(tile, tile);
+  warp::store_pairs(place.by_head(params.sums), tile, place.head, 0);
+}
+
+}  // namespace tk::linear_attention
