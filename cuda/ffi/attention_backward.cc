@@ -216,8 +216,7 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   if (attention::causal_longest_first(head_dim, call.kernels.features)) {
     const std::int64_t together =
         attention::causal_rows_together(s.padded_q(), s.num_heads / s.num_kv_heads, head_dim);
-    params.rows_together = static_cast<int>(std::min<std::int64_t>(
-        params.tile_rows, std::max<std::int64_t>(1, together >> (config.schedule / 10))));
+    params.rows_together = static_cast<int>(std::min<std::int64_t>(params.tile_rows, together));
   }
   return runtime::launch(kernel, stream, {backward_blocks(call, resident)}, &params);
 }

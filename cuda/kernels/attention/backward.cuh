@@ -28,7 +28,7 @@
 namespace tk::attention {
 
 template <typename T_, int kHeadDim_, Mask kMask_, unsigned kFeatures_, bool kDeterministic_,
-          int kBlockQ_, int kBlockKv_, int kStages_, int kSchedule_ = 0>
+          int kBlockQ_, int kBlockKv_, int kStages_>
 struct BackwardTraits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -38,17 +38,11 @@ struct BackwardTraits {
   static constexpr int kBlockQ = kBlockQ_;
   static constexpr int kBlockKv = kBlockKv_;
   static constexpr int kStages = kStages_;
-  static constexpr int kSchedule = kSchedule_;
   static constexpr int kConsumers = kBlockKv / 64;
   static constexpr int kDqCols = kHeadDim / 64;  // dq of a step is this many 64 x 64 parts wide
   static_assert(kBlockQ % 64 == 0 && kBlockKv % 64 == 0 && kHeadDim % 64 == 0,
                 "tiles are cut into 64 x 64 parts");
   static_assert(kBlockQ / 64 * kDqCols == kConsumers, "each consumer computes one part of dq");
-};
-
-template <bool kValue_>
-struct Constant {
-  static constexpr bool kValue = kValue_;
 };
 
 template <typename Traits>
@@ -59,22 +53,12 @@ struct Backward {
   static constexpr unsigned kFeatures = Traits::kFeatures;
   static constexpr int kConsumers = Traits::kConsumers;
   using Map = ScoreMap<T, kFeatures>;
-  using QTurns = Turns<Traits::kMask, kFeatures, kHeadDim, kBlockQ, kBlockKv>;
   // Whether registers are left for ds while dk's product reads it beside the next step's scores. A
   // band, lengths and maps take too many in the producer, of which the consumers have the rest, and
   // a cap or a bias too many in the consumers.
   static constexpr bool kOverlapSteps = kBlockQ == 64 && Traits::kMask != Mask::kBand &&
                                         (kFeatures & kHidingFeatures) == 0 && !Map::kCaps &&
                                         !Map::kAdds;
-  static constexpr int kSchedule = Traits::kSchedule;
-  static constexpr bool kAhead = kOverlapSteps && kSchedule >= 2;
-  static constexpr bool kDeltaEarly = kSchedule >= 7;
-  static constexpr bool kLseEarly = kSchedule >= 8 && QTurns::kAscending;
-  // Whether the last query block of a tile may be hidden from its second consumer: half of a
-  // diagonal's blocks. It then leaves out all but its part of dq.
-  static constexpr bool kHalfLast =
-      kAhead && kSchedule >= 6 && kConsumers == 2 && QTurns::kAscending;
-  static constexpr bool kDqBehind = kOverlapSteps && kSchedule != 0;
   // Whether dp's product waits until there are registers: a bias beside a cap, segments or a mask,
   // or of fp32.
   static constexpr bool kLateDp =
@@ -90,11 +74,6 @@ struct Backward {
   using DsTile = SharedTile<T, kBlockKv, kBlockQ>;
   using QVec = SharedVec<float, kBlockQ>;
   using Ring = Pipeline<Traits::kStages>;
-  // One buffer for ds leaves room for a third stage of q, which is read a step longer than dout.
-  static constexpr bool kThirdQ = kOverlapSteps && Traits::kSchedule >= 5;
-  static constexpr int kDsBuffers = kThirdQ ? 1 : 2;
-  static constexpr int kQStages = Traits::kStages + kThirdQ;
-  using QRing = Pipeline<kQStages>;
   using KvRing = Pipeline<1>;
   static constexpr int kDqStages = backward_dq_stages(kHeadDim);
   static constexpr int kStorers = Traits::kDeterministic ? kDqStages : 1;
@@ -103,18 +82,18 @@ struct Backward {
   using Weights = RegTile<T, 16, kBlockQ>;
   using DkvTile = RegTile<float, 16, kHeadDim>;
   using DqPart = RegTile<float, 16, 64>;
+  using QTurns = Turns<Traits::kMask, kFeatures, kHeadDim, kBlockQ, kBlockKv>;
 
   struct Shared {
     KvTile k_smem, v_smem;  // at a tile's end, dk and dv on their way out
-    QTile q_smem[kQStages];
+    QTile q_smem[Traits::kStages];
     QTile dout_smem[Traits::kStages];
-    DsTile ds_smem[kDsBuffers];
+    DsTile ds_smem[2];
     Fragments<64> dq_smem[kDqStages][kConsumers];
-    QVec lse_smem[kQStages];
+    QVec lse_smem[Traits::kStages];
     QVec delta_smem[Traits::kStages];
     KvRing k_ring, v_ring;
-    QRing q_ring;
-    Ring dout_ring;
+    Ring q_ring, dout_ring;
     DqRing dq_ring;
   };
   static_assert(sizeof(Shared) + 1024 <=
@@ -122,9 +101,8 @@ struct Backward {
                 "attention.h's backward_shared_bytes covers the kernel's shared memory");
 
   enum Rendezvous : int {
-    kDsWritten = kFirstKernelBarrier,     // all consumers have written their rows of ds
-    kDsRead = kFirstKernelBarrier + 2,    // and + 3: a consumer's rows of ds have been read
-    kKeysRead = kFirstKernelBarrier + 1,  // all consumers have read k for the last time
+    kDsWritten = kFirstKernelBarrier,  // all consumers have written their rows of ds
+    kKeysRead,                         // all consumers have read k for the last time
   };
 
   struct Tile {
@@ -212,15 +190,14 @@ struct Backward {
     tma::prefetch(params.dout);
     typename KvRing::State kv_state;
     typename Ring::State state;
-    typename QRing::State q_state;
     for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
       const Tile tile = walk.tile();
       const int first_key = tile.n * kBlockKv;
       shared.k_ring.acquire(kv_state, KvTile::kBytes);
       tma::load(shared.k_smem, params.k, shared.k_ring.full(kv_state), tma::Keep::kBriefly, 0,
                 first_key, tile.kv_head, tile.batch);
-      // What the first product reads comes first, where the walk leaves registers to tell.
-      bool v_is_missing = QTurns::kAscending;
+      // After the first q, which the first product reads, where the walk leaves registers to tell.
+      bool v_is_missing = true;
       const auto load_v = [&] {
         v_is_missing = false;
         shared.v_ring.acquire(kv_state, KvTile::kBytes);
@@ -231,12 +208,11 @@ struct Backward {
       for_each_step(walk, tile, [&](int head, int m) {
         const int first_query = m * kBlockQ;
         const int row = (tile.batch * params.num_heads + head) * params.padded_q + first_query;
-        shared.q_ring.acquire(q_state, QTile::kBytes + QVec::kBytes);
-        Barrier& q_full = shared.q_ring.full(q_state);
-        tma::load(shared.q_smem[q_state.stage], params.q, q_full, tma::Keep::kLong, 0, first_query,
+        shared.q_ring.acquire(state, QTile::kBytes + QVec::kBytes);
+        Barrier& q_full = shared.q_ring.full(state);
+        tma::load(shared.q_smem[state.stage], params.q, q_full, tma::Keep::kLong, 0, first_query,
                   head, tile.batch);
-        tma::load(shared.lse_smem[q_state.stage], params.lse_log2 + row, q_full);
-        q_state.advance();
+        tma::load(shared.lse_smem[state.stage], params.lse_log2 + row, q_full);
         if (QTurns::kAscending && v_is_missing) load_v();
         shared.dout_ring.acquire(state, QTile::kBytes + QVec::kBytes);
         Barrier& dout_full = shared.dout_ring.full(state);
@@ -301,8 +277,7 @@ struct Backward {
   __device__ __forceinline__ static void compute(const BackwardParams& params, Shared& shared,
                                                  int consumer) {
     typename KvRing::State kv_state;
-    typename Ring::State state;
-    typename QRing::State q_state, q_read;  // the step at hand; the first that still reads its q
+    typename Ring::State state, q_read;  // the step at hand; the first that still reads its q
     typename DqRing::State dq_state;
     const Map score_map(params.scale, params.extras);
     const auto k_rows = shared.k_smem.template rows<64>(consumer);
@@ -310,7 +285,7 @@ struct Backward {
     const auto k_cols = shared.k_smem.template cols<64>(consumer % Traits::kDqCols);
     int ds_buffer = 0;
     const auto release_q = [&] {
-      if (q_read != q_state) {
+      if (q_read != state) {
         shared.q_ring.release(q_read);
         q_read.advance();
       }
@@ -330,346 +305,98 @@ struct Backward {
       warp::zero(dk_acc);
       warp::zero(dv_acc);
       shared.k_ring.wait(kv_state);
-      if constexpr (!kAhead) shared.v_ring.wait(kv_state);
+      shared.v_ring.wait(kv_state);
 
-      // Through v's memory, which only the consumer itself reads.
-      const auto store_dv = [&] {
-        warpgroup::store(v_rows, dv_acc);
-        publish_shared();
-        warpgroup::sync();
-        if (warpgroup::leader()) {
-          tma::store(params.dv, v_rows, 0, first_key, tile.kv_head, tile.batch);
-          tma::commit();
-        }
-      };
       QuerySteps<QTurns> steps(walk.turns, params, tile.n, tile.kv_head, tile.batch);
-      if constexpr (kAhead) {
-        // Scores of the next step are issued before ds of this one is made, and read after them.
-        Weights weights;
-        PerCol<kBlockQ> delta, lse;
-        int first_query = steps.q_block() * kBlockQ;
-        const auto issue_s = [&](Scores& s_acc, const typename QRing::State& at) {
-          shared.q_ring.wait(at);
-          warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[at.stage]);
-          warpgroup::mma_commit();
-        };
-        const auto exponentiate = [&](Scores& s_acc, const typename QRing::State& at) {
-          bool masked = ragged;
-          if constexpr (Traits::kMask != Mask::kNone) {
-            masked = masked || first_query + bounds.last_offset < first_key + 63;
-          }
-          if (masked) {
-            mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, first_key, bounds);
-          }
-          if constexpr (kLseEarly) {
-            score_map.weigh_apart(weights, s_acc, bias, lse);
-          } else {
-            score_map.weigh_apart(weights, s_acc, bias, shared.lse_smem[at.stage]);
-          }
-        };
-        const auto issue_dv = [&](const typename Ring::State& at) {
-          shared.dout_ring.wait(at);
-          warpgroup::mma_AB(dv_acc, weights, shared.dout_smem[at.stage]);
-          warpgroup::mma_commit();
-          if constexpr (kDeltaEarly) warp::load(delta, shared.delta_smem[at.stage]);
-        };
-        // dp starts from -delta, which takes its place before the product is waited for.
-        const auto issue_dp = [&](Scores& dp_acc) {
-          if constexpr (kDeltaEarly) {
-            warp::zero(dp_acc);
-            warp::map_cols(dp_acc, dp_acc, delta, [](float, float d) { return -d; });
-            warpgroup::mma_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
-          } else if constexpr (kSchedule >= 3) {
-            warp::zero(dp_acc);
-            warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
-                           [](float, float delta) { return -delta; });
-            warpgroup::mma_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
-          } else {
-            warpgroup::mm_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
-          }
-          warpgroup::mma_commit();
-        };
-        const auto differentiate = [&](Scores& dp_acc) {
-          if constexpr (kSchedule < 3) {
-            warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
-                           [](float dp, float delta) { return dp - delta; });
-          }
-          shared.dout_ring.release(state);
-          warp::mul(dp_acc, dp_acc, weights);
-          warp::convert(weights, dp_acc);
-          if constexpr (kThirdQ)
-            named_sync(static_cast<Rendezvous>(kDsRead + consumer), 128 * kConsumers);
-          warpgroup::store(shared.ds_smem[ds_buffer].template rows<64>(consumer), weights);
-          warpgroup::mma_AB(dk_acc, weights, shared.q_smem[q_state.stage]);
-          warpgroup::mma_commit();
-        };
-        // Whether the last step is hidden from this consumer, which then leaves it out.
-        bool leaves = false;
-        if constexpr (kHalfLast) {
-          const int last_query = steps.last_q_block() * kBlockQ + kBlockQ - 1;
-          leaves = consumer == 1 && !steps.is_last() && last_query + bounds.last_offset < first_key;
-        }
-        const auto issue_dq = [&](DqPart& dq_acc, auto&& while_waiting) {
-          publish_shared();
-          while_waiting();
-          named_sync(kDsWritten, 128 * kConsumers);
-          warpgroup::mm_AtB(dq_acc,
-                            shared.ds_smem[ds_buffer].template cols<64>(consumer / Traits::kDqCols),
-                            k_cols);
-          warpgroup::mma_commit();
-          if constexpr (!kThirdQ) ds_buffer ^= 1;
-        };
-        const auto take_dq = [&](DqPart& dq_acc) {
-          shared.dq_ring.acquire(dq_state);
-          warpgroup::store(shared.dq_smem[dq_state.stage][consumer], dq_acc);
-          shared.dq_ring.hand_over(dq_state);
-          dq_state.advance();
-        };
-        // Others may write ds again as far as this consumer is concerned.
-        const auto allow_ds = [&] {
-          if constexpr (kThirdQ && kConsumers == 2) {
-            named_arrive(static_cast<Rendezvous>(kDsRead + 1 - consumer), 128 * kConsumers);
-          }
-        };
-        if (steps.valid()) {
-          allow_ds();
-          {
-            Scores s_acc;
-            issue_s(s_acc, q_state);
-            if constexpr (kLseEarly) warp::load(lse, shared.lse_smem[q_state.stage]);
-            warpgroup::mma_wait<0>(s_acc);
-            exponentiate(s_acc, q_state);
-            warp::convert(weights, s_acc);
-            issue_dv(state);
-          }
-          shared.v_ring.wait(kv_state);
-          for (steps.next(); steps.valid(); steps.next()) {
-            if constexpr (kHalfLast) {
-              if (leaves && steps.is_last()) break;
-            }
-            typename QRing::State next = q_state;
-            next.advance();
-            typename Ring::State next_dout = state;
-            next_dout.advance();
-            first_query = steps.q_block() * kBlockQ;
-            Scores s_acc, dp_acc;
-            DqPart dq_acc;
-            issue_dp(dp_acc);
-            issue_s(s_acc, next);
-            warpgroup::mma_wait<1>(dp_acc, dv_acc, weights);
-            differentiate(dp_acc);
-            issue_dq(dq_acc, [&] {
-              if constexpr (kLseEarly) warp::load(lse, shared.lse_smem[next.stage]);
-            });
-            if constexpr (kSchedule >= 4) {
-              warpgroup::mma_wait<2>(s_acc);
-              exponentiate(s_acc, next);
-              warp::pin(s_acc);
-              warpgroup::mma_wait<1>(dk_acc, weights);
-              shared.q_ring.release(q_state);
-            } else {
-              warpgroup::mma_wait<1>(s_acc, dk_acc, weights);
-              shared.q_ring.release(q_state);
-              exponentiate(s_acc, next);
-            }
-            warp::convert(weights, s_acc);
-            issue_dv(next_dout);
-            warpgroup::mma_wait<1>(dq_acc);
-            allow_ds();
-            take_dq(dq_acc);
-            state.advance();
-            q_state.advance();
-          }
-          {
-            Scores dp_acc;
-            DqPart dq_acc;
-            issue_dp(dp_acc);
-            warpgroup::mma_wait<0>(dp_acc, dv_acc, weights);
-            differentiate(dp_acc);
-            issue_dq(dq_acc, [] {});
-            store_dv();
-            warpgroup::mma_wait<0>(dk_acc, dq_acc, weights);
-            shared.q_ring.release(q_state);
-            take_dq(dq_acc);
-            state.advance();
-            q_state.advance();
-          }
-          if constexpr (kHalfLast) {
-            if (leaves) {
-              allow_ds();
-              shared.q_ring.wait(q_state);
-              shared.q_ring.release(q_state);
-              shared.dout_ring.wait(state);
-              shared.dout_ring.release(state);
-              named_sync(static_cast<Rendezvous>(kDsRead + consumer), 128 * kConsumers);
-              warp::fill(weights, 0.0f);
-              warpgroup::store(shared.ds_smem[ds_buffer].template rows<64>(consumer), weights);
-              DqPart dq_acc;
-              issue_dq(dq_acc, [] {});
-              warpgroup::mma_wait<0>(dq_acc);
-              take_dq(dq_acc);
-              state.advance();
-              q_state.advance();
-            }
-          }
-        } else {
-          shared.v_ring.wait(kv_state);
-          store_dv();
-        }
-        q_read = q_state;
-      } else if constexpr (kDqBehind) {
-        // ds of the step before is written: dq's product joins those in flight.
-        const auto issue_dq = [&](DqPart& dq_acc) {
-          publish_shared();
-          named_sync(kDsWritten, 128 * kConsumers);
-          warpgroup::mm_AtB(dq_acc,
-                            shared.ds_smem[ds_buffer].template cols<64>(consumer / Traits::kDqCols),
-                            k_cols);
-          warpgroup::mma_commit();
-          ds_buffer ^= 1;
-        };
-        const auto take_dq = [&](DqPart& dq_acc) {
-          shared.dq_ring.acquire(dq_state);
-          warpgroup::store(shared.dq_smem[dq_state.stage][consumer], dq_acc);
-          shared.dq_ring.hand_over(dq_state);
-          dq_state.advance();
-        };
-        bool first = true;
-        for (; steps.valid(); steps.next()) {
-          const int first_query = steps.q_block() * kBlockQ;
-          Scores s_acc, dp_acc;
-          DqPart dq_acc;
-          Weights p;
-          shared.q_ring.wait(q_state);
-          warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[q_state.stage]);
-          warpgroup::mma_commit();
-          issue_dq(dq_acc);
-          warpgroup::mma_wait<1>(s_acc, ds);
-          release_q();
-          score_map.begin(s_acc, bias);
-          bool masked = ragged;
-          if constexpr (Traits::kMask != Mask::kNone) {
-            masked = masked || first_query + bounds.last_offset < first_key + 63;
-          }
-          if (masked) {
-            mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, first_key, bounds);
-          }
-          score_map.weigh(p, s_acc, bias, shared.lse_smem[q_state.stage]);
+      for (; steps.valid(); steps.next()) {
+        const int first_query = steps.q_block() * kBlockQ;
+
+        shared.q_ring.wait(state);
+        warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[state.stage]);
+        warpgroup::mma_commit();
+        const auto issue_dp = [&] {
           shared.dout_ring.wait(state);
-          const auto& dout_smem = shared.dout_smem[state.stage];
-          const auto issue_dp = [&] {
-            warpgroup::mm_ABt(dp_acc, v_rows, dout_smem);
-            warpgroup::mma_commit();
-          };
-          warpgroup::mma_AB(dv_acc, p, dout_smem);
+          warpgroup::mm_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
           warpgroup::mma_commit();
-          warpgroup::mma_wait<1>(dq_acc);
-          if (!first) take_dq(dq_acc);
-          issue_dp();
-          warpgroup::mma_wait<0>(dp_acc, dv_acc, p);
-          warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
-                         [](float dp, float delta) { return dp - delta; });
-          warp::mul(dp_acc, dp_acc, s_acc);
-          warp::convert(ds, dp_acc);
-          warpgroup::store(shared.ds_smem[ds_buffer].template rows<64>(consumer), ds);
-          warpgroup::mma_AB(dk_acc, ds, shared.q_smem[q_state.stage]);
-          warpgroup::mma_commit();
-          shared.dout_ring.release(state);
-          state.advance();
-          q_state.advance();
-          first = false;
-        }
-        if (!first) {
-          DqPart dq_acc;
-          issue_dq(dq_acc);
-          warpgroup::mma_wait<0>(dq_acc, dk_acc, ds);
-          take_dq(dq_acc);
+        };
+        if constexpr (!kLateDp) issue_dp();
+
+        if constexpr (kOverlapSteps) {
+          warpgroup::mma_wait<2>(ds);
           release_q();
         }
-      } else
-        for (; steps.valid(); steps.next()) {
-          const int first_query = steps.q_block() * kBlockQ;
-
-          shared.q_ring.wait(q_state);
-          warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[q_state.stage]);
-          warpgroup::mma_commit();
-          const auto issue_dp = [&] {
-            shared.dout_ring.wait(state);
-            warpgroup::mm_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
-            warpgroup::mma_commit();
-          };
-          if constexpr (!kLateDp) issue_dp();
-
-          if constexpr (kOverlapSteps) {
-            warpgroup::mma_wait<2>(ds);
-            release_q();
-          }
-          const auto load_bias = [&] {
-            Map::load_transposed_bias(bias, params, tile.batch, steps.head, first_query, first_key);
-          };
-          if constexpr (!Map::kCaps) load_bias();
-          warpgroup::mma_wait<kLateDp ? 0 : 1>(s_acc);
-          score_map.begin(s_acc, bias);
-          bool masked = ragged;
-          if constexpr (Traits::kMask != Mask::kNone) {
-            masked = masked || first_query + bounds.last_offset < first_key + 63;
-          }
-          if constexpr (Traits::kMask == Mask::kBand) {
-            masked = masked || first_query + kBlockQ - 1 + bounds.first_offset > first_key;
-          }
-          if constexpr ((kFeatures & kLengths) != 0) {
-            masked = masked || first_query + kBlockQ > bounds.seqlen_q;
-          }
-          if (masked) {
-            mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, first_key, bounds);
-          }
-          if constexpr (QTurns::kMapped) {
-            if (!steps.blocks.is_whole()) {
-              mask_transposed_by_arrays<kFeatures>(s_acc, params, tile.batch, steps.head,
-                                                   first_query, first_key);
-            }
-          }
-          if constexpr (Map::kCaps) load_bias();  // beside tanh there are no registers for it
-          score_map.weigh(p, s_acc, bias, shared.lse_smem[q_state.stage]);
-          if constexpr (kLateDp) issue_dp();
-
-          warpgroup::mma_wait<0>(dp_acc);
-          warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
-                         [](float dp, float delta) { return dp - delta; });
-          warp::mul(dp_acc, dp_acc, s_acc);
-          warp::convert(ds, dp_acc);
-          auto& ds_smem = shared.ds_smem[ds_buffer];
-          ds_buffer ^= 1;
-          warpgroup::store(ds_smem.template rows<64>(consumer), ds);
-          publish_shared();
-
-          warpgroup::mma_AB(dv_acc, p, shared.dout_smem[state.stage]);
-          warpgroup::mma_commit();
-          named_sync(kDsWritten, 128 * kConsumers);
-          warpgroup::mm_AtB(dq_acc, ds_smem.template cols<64>(consumer / Traits::kDqCols), k_cols);
-          warpgroup::mma_commit();
-          warpgroup::mma_AB(dk_acc, ds, shared.q_smem[q_state.stage]);
-          warpgroup::mma_commit();
-
-          warpgroup::mma_wait<2>(dv_acc, p);
-          shared.dout_ring.release(state);
-          warpgroup::mma_wait<1>(dq_acc);
-          shared.dq_ring.acquire(dq_state);
-          warpgroup::store(shared.dq_smem[dq_state.stage][consumer], dq_acc);
-          shared.dq_ring.hand_over(dq_state);
-          dq_state.advance();
-          state.advance();
-          q_state.advance();
-          if constexpr (!kOverlapSteps) {
-            warpgroup::mma_wait<0>(dk_acc, ds);
-            release_q();
+        const auto load_bias = [&] {
+          Map::load_transposed_bias(bias, params, tile.batch, steps.head, first_query, first_key);
+        };
+        if constexpr (!Map::kCaps) load_bias();
+        warpgroup::mma_wait<kLateDp ? 0 : 1>(s_acc);
+        score_map.begin(s_acc, bias);
+        bool masked = ragged;
+        if constexpr (Traits::kMask != Mask::kNone) {
+          masked = masked || first_query + bounds.last_offset < first_key + 63;
+        }
+        if constexpr (Traits::kMask == Mask::kBand) {
+          masked = masked || first_query + kBlockQ - 1 + bounds.first_offset > first_key;
+        }
+        if constexpr ((kFeatures & kLengths) != 0) {
+          masked = masked || first_query + kBlockQ > bounds.seqlen_q;
+        }
+        if (masked) {
+          mask_transposed_scores<Traits::kMask, kFeatures>(s_acc, first_query, first_key, bounds);
+        }
+        if constexpr (QTurns::kMapped) {
+          if (!steps.blocks.is_whole()) {
+            mask_transposed_by_arrays<kFeatures>(s_acc, params, tile.batch, steps.head, first_query,
+                                                 first_key);
           }
         }
+        if constexpr (Map::kCaps) load_bias();  // beside tanh there are no registers for it
+        score_map.weigh(p, s_acc, bias, shared.lse_smem[state.stage]);
+        if constexpr (kLateDp) issue_dp();
+
+        warpgroup::mma_wait<0>(dp_acc);
+        warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
+                       [](float dp, float delta) { return dp - delta; });
+        warp::mul(dp_acc, dp_acc, s_acc);
+        warp::convert(ds, dp_acc);
+        auto& ds_smem = shared.ds_smem[ds_buffer];
+        ds_buffer ^= 1;
+        warpgroup::store(ds_smem.template rows<64>(consumer), ds);
+        publish_shared();
+
+        warpgroup::mma_AB(dv_acc, p, shared.dout_smem[state.stage]);
+        warpgroup::mma_commit();
+        named_sync(kDsWritten, 128 * kConsumers);
+        warpgroup::mm_AtB(dq_acc, ds_smem.template cols<64>(consumer / Traits::kDqCols), k_cols);
+        warpgroup::mma_commit();
+        warpgroup::mma_AB(dk_acc, ds, shared.q_smem[state.stage]);
+        warpgroup::mma_commit();
+
+        warpgroup::mma_wait<2>(dv_acc, p);
+        shared.dout_ring.release(state);
+        warpgroup::mma_wait<1>(dq_acc);
+        shared.dq_ring.acquire(dq_state);
+        warpgroup::store(shared.dq_smem[dq_state.stage][consumer], dq_acc);
+        shared.dq_ring.hand_over(dq_state);
+        dq_state.advance();
+        state.advance();
+        if constexpr (!kOverlapSteps) {
+          warpgroup::mma_wait<0>(dk_acc, ds);
+          release_q();
+        }
+      }
       warpgroup::mma_wait<0>(dk_acc, ds);
       release_q();
 
       warp::mul(dk_acc, dk_acc, params.scale);
-      if constexpr (!kAhead) store_dv();
+      // Through v's memory, of which each consumer reads its own rows alone.
+      warpgroup::store(v_rows, dv_acc);
+      publish_shared();
+      warpgroup::sync();
+      if (warpgroup::leader()) {
+        tma::store(params.dv, v_rows, 0, first_key, tile.kv_head, tile.batch);
+        tma::commit();
+      }
       named_sync(kKeysRead, 128 * kConsumers);
       warpgroup::store(k_rows, dk_acc);
       publish_shared();

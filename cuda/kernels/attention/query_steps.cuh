@@ -24,10 +24,6 @@ struct StepsDown {
         end_head(head + params.heads_of_group) {}
   __device__ __forceinline__ bool valid() const { return block >= first_block; }
   __device__ __forceinline__ int q_block() const { return block; }
-  __device__ __forceinline__ int last_q_block() const { return first_block; }
-  __device__ __forceinline__ bool is_last() const {
-    return block == first_block && head + 1 == end_head;
-  }
   __device__ __forceinline__ void next() {
     if (++head == end_head) {
       head -= params.heads_of_group;

@@ -125,9 +125,9 @@ struct ScoreMap {
 
   // For kernels of wide heads. The scores become p itself; where there is a cap, what ds is a
   // multiple of goes to `slopes`, rounded.
-  template <typename Slopes, typename Tile, typename Bias, typename Lse>
+  template <typename Slopes, typename Tile, typename Bias, int kN>
   __device__ __forceinline__ void weigh_apart(Slopes& slopes, Tile& scores, const Bias& bias,
-                                              const Lse& lse) const {
+                                              const SharedVec<float, kN>& lse) const {
     if constexpr (kCaps && kAdds) {
       const float factor = cap * kLog2E;
       warp::zip_cols_twice(slopes, scores, scores, bias, lse,

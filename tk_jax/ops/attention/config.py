@@ -136,7 +136,6 @@ class AttentionBackwardConfig:
     # Of the wide kernels, where dq has a kernel of its own.
     dq_block_kv: int = 0  # keys of one step
     dq_stages: int = 0  # depth of its key/value ring
-    schedule: int = 0
 
 
 # Tiles have head dims that are multiples of this (kHeadDimStep in attention.h) up to
@@ -200,7 +199,7 @@ _FORWARD_FEATURES = {
 # By narrow_head_dim.
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
-    128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2, schedule=8),
+    128: AttentionBackwardConfig(block_q=64, block_kv=128, stages=2),
 }
 # A cap or a bias takes more registers than two consumers at 128 queries have: one at
 # 64, and two such blocks on a multiprocessor.

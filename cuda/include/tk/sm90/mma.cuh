@@ -144,16 +144,5 @@ __device__ __forceinline__ void pin(const RegTile<float, kRows, kCols>& tile) {
   }
   ptx::branch_on(signs & 0x80000000u);
 }
-template <typename T, int kRows, int kCols>
-__device__ __forceinline__ void pin(const RegTile<T, kRows, kCols>& tile) {
-  static_assert(kIsHalf<T>, "values of 16 bits are held in pairs");
-  uint32 signs = 0;
-#pragma unroll
-  for (int s = 0; s < tile.kRowSquares; ++s) {
-#pragma unroll
-    for (int i = 0; i < tile.kRegisters; ++i) signs |= tile.data[s][i];
-  }
-  ptx::branch_on(signs & 0x80008000u);
-}
 
 }  // namespace tk::warp
