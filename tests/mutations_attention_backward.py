@@ -51,17 +51,23 @@ MUTATIONS = [
     _backward("dout never released", "shared.dout_ring.release(state);"),
     _backward("no wait for q and lse", "shared.q_ring.wait(state);"),
     _backward("no wait for dout and delta", "shared.dout_ring.wait(state);"),
-    _backward("no wait for k and v", "shared.kv_ring.wait(kv_state);"),
-    _backward("k and v never released", "shared.kv_ring.release(kv_state);"),
+    _backward("no wait for k", "shared.k_ring.wait(kv_state);"),
+    _backward("no wait for v", "shared.v_ring.wait(kv_state);"),
+    _backward("k never released", "shared.k_ring.release(kv_state);"),
+    _backward("v never released", "shared.v_ring.release(kv_state);"),
     _backward(
         "dk overwrites k while others read it",
         "named_sync(kKeysRead, 128 * kConsumers);",
     ),
+    _backward("dk is not published", "publish_shared();", after="kKeysRead, 128"),
+    _backward("dv is not published", "publish_shared();", after="(v_rows, dv_acc)"),
     _backward(
-        "dk and dv are not published", "publish_shared();", after="kKeysRead, 128"
+        "dv copied before all warps have written it",
+        "warpgroup::sync();",
+        after="(v_rows, dv_acc)",
     ),
     _backward(
-        "dk and dv copied before all warps have written them",
+        "dk copied before all warps have written it",
         "warpgroup::sync();",
         after="kKeysRead, 128",
     ),

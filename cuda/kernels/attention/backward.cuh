@@ -92,7 +92,7 @@ struct Backward {
     Fragments<64> dq_smem[kDqStages][kConsumers];
     QVec lse_smem[Traits::kStages];
     QVec delta_smem[Traits::kStages];
-    KvRing kv_ring;
+    KvRing k_ring, v_ring;
     Ring q_ring, dout_ring;
     DqRing dq_ring;
   };
@@ -176,7 +176,8 @@ struct Backward {
   }
 
   __device__ __forceinline__ static void init(const BackwardParams&, Shared& shared) {
-    shared.kv_ring.init(4 * kConsumers);
+    shared.k_ring.init(4 * kConsumers);
+    shared.v_ring.init(4 * kConsumers);
     shared.q_ring.init(4 * kConsumers);
     shared.dout_ring.init(4 * kConsumers);
     shared.dq_ring.init(4 * kConsumers);
@@ -191,14 +192,19 @@ struct Backward {
     typename Ring::State state;
     for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
       const Tile tile = walk.tile();
-      shared.kv_ring.acquire(kv_state, 2 * KvTile::kBytes);
-      Barrier& kv_full = shared.kv_ring.full(kv_state);
       const int first_key = tile.n * kBlockKv;
-      tma::load(shared.k_smem, params.k, kv_full, tma::Keep::kBriefly, 0, first_key, tile.kv_head,
-                tile.batch);
-      tma::load(shared.v_smem, params.v, kv_full, tma::Keep::kBriefly, 0, first_key, tile.kv_head,
-                tile.batch);
-      kv_state.advance();
+      shared.k_ring.acquire(kv_state, KvTile::kBytes);
+      tma::load(shared.k_smem, params.k, shared.k_ring.full(kv_state), tma::Keep::kBriefly, 0,
+                first_key, tile.kv_head, tile.batch);
+      // After the first q, which the first product reads, where the walk leaves registers to tell.
+      bool v_is_missing = true;
+      const auto load_v = [&] {
+        v_is_missing = false;
+        shared.v_ring.acquire(kv_state, KvTile::kBytes);
+        tma::load(shared.v_smem, params.v, shared.v_ring.full(kv_state), tma::Keep::kBriefly, 0,
+                  first_key, tile.kv_head, tile.batch);
+      };
+      if constexpr (!QTurns::kAscending) load_v();
       for_each_step(walk, tile, [&](int head, int m) {
         const int first_query = m * kBlockQ;
         const int row = (tile.batch * params.num_heads + head) * params.padded_q + first_query;
@@ -207,6 +213,7 @@ struct Backward {
         tma::load(shared.q_smem[state.stage], params.q, q_full, tma::Keep::kLong, 0, first_query,
                   head, tile.batch);
         tma::load(shared.lse_smem[state.stage], params.lse_log2 + row, q_full);
+        if (QTurns::kAscending && v_is_missing) load_v();
         shared.dout_ring.acquire(state, QTile::kBytes + QVec::kBytes);
         Barrier& dout_full = shared.dout_ring.full(state);
         tma::load(shared.dout_smem[state.stage], params.dout, dout_full, tma::Keep::kLong, 0,
@@ -214,6 +221,8 @@ struct Backward {
         tma::load(shared.delta_smem[state.stage], params.delta + row, dout_full);
         state.advance();
       });
+      if (QTurns::kAscending && v_is_missing) load_v();
+      kv_state.advance();
     }
   }
 
@@ -295,7 +304,8 @@ struct Backward {
       Select<kLateDp, RegTile<float, 16, kBlockQ>, typename Map::template BiasTile<kBlockQ>> bias;
       warp::zero(dk_acc);
       warp::zero(dv_acc);
-      shared.kv_ring.wait(kv_state);
+      shared.k_ring.wait(kv_state);
+      shared.v_ring.wait(kv_state);
 
       QuerySteps<QTurns> steps(walk.turns, params, tile.n, tile.kv_head, tile.batch);
       for (; steps.valid(); steps.next()) {
@@ -379,19 +389,26 @@ struct Backward {
       release_q();
 
       warp::mul(dk_acc, dk_acc, params.scale);
+      // Through v's memory, of which each consumer reads its own rows alone.
       warpgroup::store(v_rows, dv_acc);
+      publish_shared();
+      warpgroup::sync();
+      if (warpgroup::leader()) {
+        tma::store(params.dv, v_rows, 0, first_key, tile.kv_head, tile.batch);
+        tma::commit();
+      }
       named_sync(kKeysRead, 128 * kConsumers);
       warpgroup::store(k_rows, dk_acc);
       publish_shared();
       warpgroup::sync();
       if (warpgroup::leader()) {
-        tma::store(params.dv, v_rows, 0, first_key, tile.kv_head, tile.batch);
         tma::store(params.dk, k_rows, 0, first_key, tile.kv_head, tile.batch);
         tma::commit();
         tma::wait_read<0>();
       }
       warpgroup::sync();
-      shared.kv_ring.release(kv_state);
+      shared.k_ring.release(kv_state);
+      shared.v_ring.release(kv_state);
       kv_state.advance();
     }
   }

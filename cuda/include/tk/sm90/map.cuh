@@ -128,7 +128,16 @@ __device__ __forceinline__ void fill(Tile& dst, float value, Location = {}) {
 // Rounds, widens or copies, as the types ask.
 template <typename Dst, typename Src>
 __device__ __forceinline__ void convert(Dst& dst, const Src& src, Location = {}) {
-  map(dst, src, [](float x) { return x; });
+  if constexpr (kSame<typename Dst::T, typename Src::T>) {
+    static_assert(detail::kSameShape<Dst, Src>, "convert needs tiles of one shape");
+#pragma unroll
+    for (int s = 0; s < Src::kRowSquares; ++s) {
+#pragma unroll
+      for (int i = 0; i < Src::kRegisters; ++i) dst.data[s][i] = src.data[s][i];
+    }
+  } else {
+    map(dst, src, [](float x) { return x; });
+  }
 }
 
 // Vectors: the same verbs, value by value.
