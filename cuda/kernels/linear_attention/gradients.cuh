@@ -186,7 +186,7 @@ struct Gradients : GradientsCopies<Traits> {
         warp::mul_rows(du, du, weights);
         if (place.leads()) hand_over_dv(shared, dv_state, step, du);
         if (place.is_second) shared.stepped[state.stage].wait(state.phase);
-        Square& states = dp;
+        Square& states = dp;  // S dS^T, of which the diagonal is rowsum(S * dS)
         warpgroup::mm_ABt(states, warpgroup::afresh(step.state_smem),
                           warpgroup::afresh(step.dstate_smem));
         warpgroup::mma_commit();
