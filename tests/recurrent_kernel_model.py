@@ -119,7 +119,7 @@ def _step_gradients(arrays, out_types, options, _):
     if dskip is None:
         dskip = jnp.zeros((batch, heads, 1, 1))
     sums = jnp.stack([drates, dbiases, dskip.sum((2, 3))], axis=1)
-    # Of the blocks, all in the first one.
+    # Of the chunks, all in the first one.
     head_parts = jnp.zeros(out_types[1].shape).at[:, 0].set(sums)
     return draw, head_parts
 

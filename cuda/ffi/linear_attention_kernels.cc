@@ -154,11 +154,9 @@ Result<KernelSpec> LinearAttentionGateKernel::spec() const {
       break;
     case Name::kStepGradients:
       spec = named("step_gradients", "StepGradientsParams");
-      spec.shared_bytes = linear_attention::kStepSharedBytes;
       break;
     case Name::kHeadSums:
       spec = named("head_sums", "HeadSumsParams");
-      spec.shared_bytes = linear_attention::kStepSharedBytes;
       break;
   }
   if (name == Name::kStepGates || name == Name::kStepGradients) {
@@ -169,6 +167,8 @@ Result<KernelSpec> LinearAttentionGateKernel::spec() const {
     spec.function += std::string("<") + type_name(raw_dtype) + ">";
   }
   spec.threads = linear_attention::kGateThreads;
+  spec.shared_bytes = linear_attention::kGateSharedBytes;
+  if (name != Name::kHeadSums) spec.min_blocks = linear_attention::kGateBlocks;
   return checked(std::move(spec));
 }
 

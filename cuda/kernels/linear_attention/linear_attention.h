@@ -62,7 +62,7 @@ struct Gates {
 // -- chunk_sums -----------------------------------------------------------------------------------
 // Kernel: "kernels/linear_attention/chunk_sums.cuh"
 //   tk::linear_attention::chunk_sums
-// Grid: ceil(chunks / 4), ceil(H / 16), B blocks of 128 threads.
+// Grid: chunks, ceil(H / 16), B blocks of 128 threads.
 // sums[b, h, t] = scale * (x[b, s, h] + ... + x[b, t, h]), s being the start of the chunk, where an
 // x below `least` counts as that, and as 0 beyond T.
 struct ChunkSumsParams {
@@ -74,8 +74,11 @@ struct ChunkSumsParams {
   float scale, least;
 };
 constexpr int kGateThreads = 128;
-constexpr int kChunksOfBlock = 4;
 constexpr int kHeadsOfBlock = 16;
+// Of all kernels of gates: up to six numbers of each head that four warps found.
+constexpr int kGateSharedBytes = 6 * 4 * kHeadsOfBlock * 4 + kSharedSlack;
+// Blocks on a multiprocessor, and with them warps to hide what memory takes.
+constexpr int kGateBlocks = 8;
 
 // -- step_gates -----------------------------------------------------------------------------------
 // What steps are made of: steps.cuh says how.
@@ -208,8 +211,8 @@ constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
 //   tk::linear_attention::gradients<tk::linear_attention::GradientsTraits<T, kKeyDim, kFeatures,
 //                                                                         kStages, kKeyStages>>
 // Grid: as many blocks as shall walk. Each walks every so many of all places: B * G * chunks, times
-// parts, which cut the columns of dq and dk; of each the heads of the group, and the slices of their
-// values.
+// parts, which cut the columns of dq and dk; of each the heads of the group, and the slices of
+// their values.
 struct GradientsParams {
   TensorMap q, k;             // (K, T, G, B), box (64, 64, 1, 1)
   TensorMap v, dout;          // (V, T, H, B), the same
@@ -271,14 +274,12 @@ struct StepGradientsParams {
   const float* dweights;  // [B, H, padded]
   const float* dskip;     // [B, H, chunks, columns], of which sums are wanted; or null
   void* draw;             // [B, T, H], as raw
-  // [B, blocks along x, kHeadParts, H]: sums over a block's tokens of the gradients of the rates,
-  // of the biases, and of skip where there is dskip.
+  // [B, chunks, kHeadParts, H]: sums over a chunk's tokens of the gradients of the rates, of the
+  // biases, and of skip where there is dskip.
   float* head_parts;
   int batch, seqlen, num_heads, columns;
 };
 constexpr int kHeadParts = 3;
-constexpr int kHeadSumsBytes = kHeadParts * 4 * kHeadsOfBlock * 4;
-constexpr int kStepSharedBytes = kHeadSumsBytes + kSharedSlack;
 
 // -- head_sums ------------------------------------------------------------------------------------
 // Kernel: "kernels/linear_attention/head_sums.cuh"

@@ -75,12 +75,12 @@ def step_gradients(
     ``dskip`` [B, H, chunks, columns] may be None.
     """
     batch, seqlen, num_heads = steps.raw.shape
-    blocks = -(-seqlen // (config.CHUNK * config.CHUNKS_OF_BLOCK))
+    chunks = -(-seqlen // config.CHUNK)
     return _ffi.call(
         "tk_linear_attention_step_gradients_v1",
         (
             _ffi.result_type(steps.raw, steps.raw.shape, steps.raw.dtype),
-            _ffi.result_type(steps.raw, (batch, blocks, config.HEAD_PARTS, num_heads)),
+            _ffi.result_type(steps.raw, (batch, chunks, config.HEAD_PARTS, num_heads)),
         ),
         *map(_ffi.optional, steps),
         *gate_parts,
@@ -93,9 +93,9 @@ def step_gradients(
 def head_sums(head_parts, *, biases: bool, skip: bool):
     """The gradients of rates, biases and skip, [H] each: None where not asked for.
 
-    ``head_parts`` [B, blocks, parts, H] are those of ``step_gradients``.
+    ``head_parts`` [B, chunks, parts, H] are those of ``step_gradients``.
     """
-    batch, blocks, parts, num_heads = head_parts.shape
+    batch, chunks, parts, num_heads = head_parts.shape
     wanted = (True, biases, skip)
     sums = _ffi.call(
         "tk_linear_attention_head_sums_v1",
@@ -103,7 +103,7 @@ def head_sums(head_parts, *, biases: bool, skip: bool):
             _ffi.result_type(head_parts, (num_heads,) if is_wanted else None)
             for is_wanted in wanted
         ),
-        head_parts.reshape(batch * blocks, parts, num_heads),
+        head_parts.reshape(batch * chunks, parts, num_heads),
         vmap_method="broadcast_all",
     )
     return tuple(

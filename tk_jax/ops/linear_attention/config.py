@@ -21,7 +21,6 @@ CHUNK = 64
 PAIR = 2  # chunks that share a stored state
 SLICE = 64
 MAX_KEY_DIM = 256
-CHUNKS_OF_BLOCK = 4  # of kernels of gates
 HEAD_PARTS = 3
 # Rows, which the copy engine reads, are padded to multiples of this ...
 DIM_STEP = 8
