@@ -122,8 +122,10 @@ struct StatesParams {
   TensorMap stored;
   int stored_every;
   Gates gates;
-  const float* from;  // [B, H, segments, V, K] at the starts (reverse: ends), or null for zeros
-  float* to;          // the same at the ends (reverse: starts), or null
+  // [B, H, segments, V, K] at the starts, or null for zeros; reverse: at the ends, the last segment
+  // first, as the gradient goes.
+  const float* from;
+  float* to;  // the same at the ends (reverse: starts), or null
   int seqlen, num_heads, num_groups, key_dim, value_dim;
   int chunks, chunks_of_segment;
   float scale;  // of the keys (reverse)
@@ -139,7 +141,7 @@ struct StatesParams {
 struct SegmentSumsParams {
   TensorMap keys, values;  // as StatesParams'
   Gates gates;
-  float* to;     // [B, H, segments - left_out, V, K]
+  float* to;     // [B, H, segments - left_out, V, K]; reverse: the last segment first
   int left_out;  // 0 or 1
   int seqlen, num_heads, num_groups, key_dim, value_dim;
   int chunks, chunks_of_segment;

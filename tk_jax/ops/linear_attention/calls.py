@@ -123,8 +123,8 @@ def segment_sums(
 ):
     """What segments add to the state: [B, H, segments - 1, V, K], without the last.
 
-    With ``reverse``, what they add to its gradient, without the first; with ``of_all``
-    none is left out.
+    With ``reverse``, what they add to its gradient, the last segment first and without
+    the first; with ``of_all`` none is left out.
     """
     *leading, segments, value_dim, key_dim = _segment_states(keys, values, tiles)
     segments = segments if of_all else segments - 1
@@ -159,8 +159,9 @@ def states(
 ):
     """States before runs of ``stored_every`` chunks, and after segments if ``ends``.
 
-    With ``reverse``, gradients of states after runs and before segments.
-    ``start`` is what segments begin with, [B, H, segments, V, K] or None for zeros.
+    With ``reverse``, gradients of states after runs and before segments, of which the
+    last comes first. ``start`` is what segments begin with, [B, H, segments, V, K] or
+    None for zeros.
     """
     batch, seqlen, num_heads, value_dim = values.shape
     columns = config.round_up(value_dim, config.SLICE)
