@@ -237,7 +237,7 @@ def test_launches():
         (f"{name}chunk_sums", [2, 1, 2]),
         # Two slices for each of four heads, by two consumers; two segments.
         (f"{name}states_reverse_d128_counts_bf16", [4, 2, 2]),
-        (f"{name}outputs_d128_weights_skip_bf16", [4, 2, 2]),
+        (f"{name}paired_outputs_d128_weights_skip_bf16", [4, 2, 2]),
         (f"{name}gradients_d128_weights_bf16", [8, 1, 1]),
         (f"{name}gate_gradients", [2, 1, 2]),
         (f"{name}outputs_d256_bf16", [3, 1, 1]),
@@ -425,6 +425,11 @@ def test_empty_batch_launches_nothing():
             states(consumers=4),
             _INVALID,
             "config.consumers is 4; expected 1 to 2",
+        ),
+        (
+            outputs(Arrays((2, 100, 2, 4, 200, 96)), consumers=2),
+            _INVALID,
+            "config.consumers is 2; expected 1 to 1",
         ),
         (states(stages=8), _INVALID, "bytes of shared memory"),
         (

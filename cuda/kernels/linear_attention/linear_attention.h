@@ -151,7 +151,9 @@ struct SegmentSumsParams {
 // -- outputs --------------------------------------------------------------------------------------
 // Kernel: "kernels/linear_attention/outputs.cuh"
 //   tk::linear_attention::outputs<tk::linear_attention::OutputsTraits<T, kKeyDim, kFeatures,
-//                                                                     kConsumers, kStages>>
+//                                                                     kStages>>
+// and of two slices to a block, up to 128 dimensions of keys, the same of "paired_outputs.cuh":
+//   tk::linear_attention::paired_outputs<tk::linear_attention::PairedOutputsTraits<..>>
 // Grid: H * slices / consumers, segments, B.
 struct OutputsParams {
   TensorMap q, k;    // (K, T, G, B), box (64, 64, 1, 1)
@@ -166,7 +168,8 @@ struct OutputsParams {
 };
 
 // They walk with one consumer warpgroup for each of `consumers` slices that share keys: there must
-// be a multiple of that many slices in a group. One consumer leaves room for two blocks.
+// be a multiple of that many slices in a group. One consumer leaves room for two blocks. The scores
+// of two slices' outputs are made by a warpgroup more.
 struct WalkConfig {
   long consumers;  // 1 or 2
   long stages;     // of the ring of chunks
@@ -174,15 +177,15 @@ struct WalkConfig {
 constexpr int walk_threads(const WalkConfig& config) {
   return static_cast<int>(128 * (1 + config.consumers));
 }
+constexpr int kPairedOutputsThreads = 4 * 128;
+constexpr long kPairedKeyDim = 128;  // the largest that paired outputs have registers for
 // Blocks that share a multiprocessor.
 constexpr int walk_blocks(long key_dim, long consumers) {
   return consumers == 1 && key_dim <= 128 ? 2 : 1;
 }
 constexpr int kGateBytes = 3 * kChunk * 4;  // of a chunk and a consumer
-// Tiles of a consumer's weights and of out on its way: two of each spare a barrier, where they fit.
-constexpr long outputs_tiles(long key_dim, long consumers) {
-  return key_dim <= 64 || consumers == 2 ? 2 : 1;
-}
+// Tiles of weights and of out on its way: two of each spare a barrier, where they fit.
+constexpr long outputs_tiles(long key_dim) { return key_dim <= 64 ? 2 : 1; }
 constexpr int states_shared_bytes(long key_dim, const WalkConfig& c) {
   return static_cast<int>(2 * kChunk * (c.stages * (key_dim + c.consumers * kSlice)) +
                           c.consumers * (2 * kSlice * key_dim + c.stages * kGateBytes)) +
@@ -200,11 +203,10 @@ constexpr int paired_outputs_shared_bytes(long key_dim, long stages) {
                                stages * kGateBytes + 4 * kSlice)) +
          kSharedSlack;
 }
-constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
-  return static_cast<int>(
-             2 * kChunk * (c.stages * (2 * key_dim + c.consumers * kSlice)) +
-             c.consumers * (outputs_tiles(key_dim, c.consumers) * 2 * kChunk * (kSlice + kChunk) +
-                            c.stages * kGateBytes + 4 * kSlice)) +
+constexpr int outputs_shared_bytes(long key_dim, long stages) {
+  return static_cast<int>(2 * kChunk * stages * (2 * key_dim + kSlice) +
+                          outputs_tiles(key_dim) * 2 * kChunk * (kSlice + kChunk) +
+                          stages * kGateBytes + 4 * kSlice) +
          kSharedSlack;
 }
 
