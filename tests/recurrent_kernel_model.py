@@ -119,7 +119,7 @@ def _step_gradients(arrays, out_types, options, _):
     if dskip is None:
         dskip = jnp.zeros((batch, heads, 1, 1))
     sums = jnp.stack([drates, dbiases, dskip.sum((2, 3))], axis=1)
-    # Of the blocks, all in the first one.
+    # Of the chunks, all in the first one.
     head_parts = jnp.zeros(out_types[1].shape).at[:, 0].set(sums)
     return draw, head_parts
 
@@ -135,7 +135,7 @@ def _segment_sums(arrays, out_types, options, config):
     _, ends = _all_states((*arrays, None), options)
     if options.of_all:
         return [ends]
-    return [ends[:, :, 1:] if options.reverse else ends[:, :, :-1]]
+    return [ends[:, :, :-1]]
 
 
 def _states(arrays, out_types, options, config):
@@ -153,7 +153,10 @@ def _states(arrays, out_types, options, config):
 
 
 def _all_states(arrays, options):
-    """Before, or in reverse after, each chunk; and at the ends of segments."""
+    """Before, or in reverse after, each chunk; and at the ends of segments.
+
+    States of segments come in the order of the walk: in reverse, the last one first.
+    """
     keys, values, sums, weights, counts, start = arrays
     batch, _, heads, dim_v = values.shape
     before, after, total, _, weights = _gates(sums, weights, counts)
@@ -167,6 +170,8 @@ def _all_states(arrays, options):
     segments = [
         range(i, min(i + of_segment, chunks)) for i in range(0, chunks, of_segment)
     ]
+    if options.reverse:
+        segments.reverse()
     for number, segment in enumerate(segments):
         state = jnp.zeros_like(state) if start is None else start[:, :, number]
         for chunk in reversed(segment) if options.reverse else segment:

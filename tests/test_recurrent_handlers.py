@@ -25,7 +25,7 @@ class Arrays:
         self.counts = floats(B, 64 * chunks)
         self.tokens = floats(B, T, H)
         self.heads = floats(1, H)
-        self.head_parts = floats(B, -(-chunks // 4), 3, H)
+        self.head_parts = floats(B, chunks, 3, H)
         self.skip = floats(H, columns)
         self.dskip = floats(B, H, chunks, columns)
         self.ends = floats(B, H, segments, V, K)
@@ -234,18 +234,18 @@ def test_launches():
     launches = [(x["symbol"], x["grid"]) for each in ran for x in each.of("launch")]
     name = "tk_linear_attention_"
     assert launches == [
-        (f"{name}chunk_sums", [1, 1, 2]),
+        (f"{name}chunk_sums", [2, 1, 2]),
         # Two slices for each of four heads, by two consumers; two segments.
         (f"{name}states_reverse_d128_counts_bf16", [4, 2, 2]),
-        (f"{name}outputs_d128_weights_skip_bf16", [4, 2, 2]),
+        (f"{name}paired_outputs_d128_weights_skip_bf16", [4, 2, 2]),
         (f"{name}gradients_d128_weights_bf16", [8, 1, 1]),
-        (f"{name}gate_gradients", [1, 1, 2]),
+        (f"{name}gate_gradients", [2, 1, 2]),
         (f"{name}outputs_d256_bf16", [3, 1, 1]),
         # Of a chunk, four blocks have a part of the columns of dq and dk each.
         (f"{name}gradients_d256_bf16", [12, 1, 1]),
         (f"{name}segment_sums_d128_weights_bf16", [4, 1, 2]),
-        (f"{name}step_gates_fp16", [1, 1, 2]),
-        (f"{name}step_gradients_fp32", [1, 1, 2]),
+        (f"{name}step_gates_fp16", [2, 1, 2]),
+        (f"{name}step_gradients_fp32", [2, 1, 2]),
         (f"{name}head_sums", [3, 3, 7]),
     ]
     keys, values, stored = ran[1].of("map")
@@ -336,9 +336,9 @@ def test_empty_batch_launches_nothing():
             "dweights has shape (2, 4, 64); expected (2, 4, 128)",
         ),
         (
-            step_gradients(head_parts=floats(2, 1, 2, 4)),
+            step_gradients(head_parts=floats(2, 2, 2, 4)),
             _INVALID,
-            "head_parts has shape (2, 1, 2, 4); expected (2, 1, 3, 4)",
+            "head_parts has shape (2, 2, 2, 4); expected (2, 2, 3, 4)",
         ),
         (
             step_gradients(dskip=floats(2, 4, 1, 128)),
@@ -425,6 +425,11 @@ def test_empty_batch_launches_nothing():
             states(consumers=4),
             _INVALID,
             "config.consumers is 4; expected 1 to 2",
+        ),
+        (
+            outputs(Arrays((2, 100, 2, 4, 200, 96)), consumers=2),
+            _INVALID,
+            "config.consumers is 2; expected 1 to 1",
         ),
         (states(stages=8), _INVALID, "bytes of shared memory"),
         (

@@ -76,7 +76,7 @@ def in_pairs(case: Case) -> config.ScanConfig:
     return config.ScanConfig(
         chunks_of_segment=-(-case.seqlen // config.CHUNK),
         states=config.WalkConfig(consumers=2, stages=2),
-        outputs=config.WalkConfig(consumers=3, stages=2),
+        outputs=config.WalkConfig(consumers=2, stages=2),
         gradients=config.GradientsConfig(stages=1, key_stages=1),
     )
 

@@ -12,7 +12,6 @@ struct GateSizes {
 
   std::int64_t chunks() const { return ceil_div(seqlen, linear_attention::kChunk); }
   std::int64_t padded() const { return chunks() * linear_attention::kChunk; }
-  std::int64_t blocks() const { return ceil_div(chunks(), linear_attention::kChunksOfBlock); }
 };
 
 inline Status check_gate_sizes(const GateSizes& s) {
@@ -30,7 +29,7 @@ inline Status check_gate_sizes(const GateSizes& s) {
        check_grid("batch elements", s.batch)});
 }
 
-// Blocks of four chunks of sixteen heads.
+// Blocks of a chunk of sixteen heads.
 template <typename Params>
 Status launch_gates(runtime::KernelTable<KernelKey>& kernels,
                     const LinearAttentionGateKernel& kernel, int device_ordinal,
@@ -45,7 +44,7 @@ Status launch_gates(runtime::KernelTable<KernelKey>& kernels,
   params->num_heads = static_cast<int>(s.num_heads);
   return runtime::launch(
       **loaded, stream,
-      {s.blocks(), ceil_div(s.num_heads, linear_attention::kHeadsOfBlock), s.batch}, params);
+      {s.chunks(), ceil_div(s.num_heads, linear_attention::kHeadsOfBlock), s.batch}, params);
 }
 
 // The parts that gradients of gates are made of.

@@ -78,15 +78,16 @@ Result<KernelSpec> LinearAttentionWalkKernel::spec() const {
   const unsigned offered = linear_attention::kCounts |
                            (is_reverse ? 0u : linear_attention::kWeights) |
                            (is_outputs ? linear_attention::kSkip : 0u);
-  if (Status status =
-          first_error({check_common(dtype, key_dim, features, offered),
-                       check_setting("consumers", config.consumers, 1, is_outputs ? 3 : 2),
-                       check_setting("stages", config.stages, 1, 8)});
+  if (Status status = first_error(
+          {check_common(dtype, key_dim, features, offered),
+           check_setting("consumers", config.consumers, 1,
+                         is_outputs && key_dim > linear_attention::kPairedKeyDim ? 1 : 2),
+           check_setting("stages", config.stages, 1, 8)});
       !status.ok()) {
     return status.error();
   }
   const std::string type = is_outputs ? "Outputs" : is_sums ? "SegmentSums" : "States";
-  const bool is_paired = config.consumers == 3;
+  const bool is_paired = is_outputs && config.consumers == 2;
   KernelSpec spec = named(is_paired    ? "paired_outputs"
                           : is_outputs ? "outputs"
                           : is_sums    ? "segment_sums"
@@ -101,12 +102,13 @@ Result<KernelSpec> LinearAttentionWalkKernel::spec() const {
                    type_name(dtype) + ", " + std::to_string(key_dim) + ", ";
   if (!is_outputs) spec.function += std::string(bool_name(is_reverse)) + ", ";
   spec.function += std::to_string(features) + ", ";
-  if (!is_paired) spec.function += std::to_string(config.consumers) + ", ";
+  if (!is_outputs) spec.function += std::to_string(config.consumers) + ", ";
   spec.function += std::to_string(config.stages) + ">>";
-  spec.threads = linear_attention::walk_threads(config);
+  spec.threads =
+      is_paired ? linear_attention::kPairedOutputsThreads : linear_attention::walk_threads(config);
   spec.shared_bytes = is_paired
                           ? linear_attention::paired_outputs_shared_bytes(key_dim, config.stages)
-                      : is_outputs ? linear_attention::outputs_shared_bytes(key_dim, config)
+                      : is_outputs ? linear_attention::outputs_shared_bytes(key_dim, config.stages)
                       : is_sums    ? linear_attention::segment_sums_shared_bytes(key_dim, config)
                                    : linear_attention::states_shared_bytes(key_dim, config);
   spec.min_blocks = linear_attention::walk_blocks(key_dim, config.consumers);
@@ -154,11 +156,9 @@ Result<KernelSpec> LinearAttentionGateKernel::spec() const {
       break;
     case Name::kStepGradients:
       spec = named("step_gradients", "StepGradientsParams");
-      spec.shared_bytes = linear_attention::kStepSharedBytes;
       break;
     case Name::kHeadSums:
       spec = named("head_sums", "HeadSumsParams");
-      spec.shared_bytes = linear_attention::kStepSharedBytes;
       break;
   }
   if (name == Name::kStepGates || name == Name::kStepGradients) {
@@ -169,6 +169,8 @@ Result<KernelSpec> LinearAttentionGateKernel::spec() const {
     spec.function += std::string("<") + type_name(raw_dtype) + ">";
   }
   spec.threads = linear_attention::kGateThreads;
+  spec.shared_bytes = linear_attention::kGateSharedBytes;
+  if (name != Name::kHeadSums) spec.min_blocks = linear_attention::kGateBlocks;
   return checked(std::move(spec));
 }
 

@@ -153,7 +153,7 @@ Result<Call> read_gradients(const GradientsBuffers& b) {
                        check_floats("dweights", b.dweights, {s->batch, s->num_heads, s->padded()}),
                        check_like("draw", b.draw, b.steps.raw, {s->batch, s->seqlen, s->num_heads}),
                        check_floats("head_parts", b.head_parts,
-                                    {s->batch, s->blocks(), kHeadParts, s->num_heads}),
+                                    {s->batch, s->chunks(), kHeadParts, s->num_heads}),
                        check_dtype("dskip", b.dskip, xffi::DataType::F32)});
       !status.ok()) {
     return status.error();

@@ -18,11 +18,6 @@ using Walk = LinearAttentionWalkKernel::Walk;
 
 runtime::KernelTable<KernelKey> kernels;
 
-// Of a block: a third consumer makes the scores of two.
-std::int64_t slices_of(Walk walk, const WalkConfig& config) {
-  return walk == Walk::kOutputs && config.consumers == 3 ? 2 : config.consumers;
-}
-
 struct WalkCall {
   LinearAttentionSizes sizes;
   LinearAttentionWalkKernel kernel;
@@ -38,7 +33,7 @@ Result<WalkCall> read_walk(const LinearAttentionSizes& s, Walk walk, unsigned fe
   }
   const std::int64_t segments = ceil_div(s.chunks(), chunks_of_segment);
   const std::int64_t slices = s.num_heads / s.num_groups * s.slices();
-  if (config.consumers < 1 || slices % slices_of(walk, config) != 0) {
+  if (config.consumers < 1 || slices % config.consumers != 0) {
     return invalid("config.consumers is " + std::to_string(config.consumers) +
                    "; expected a divisor of the " + std::to_string(slices) +
                    " slices of values of a group");
@@ -78,8 +73,7 @@ void set_walk(Params* params, const WalkCall& call, const GateBuffers& gates, co
 
 runtime::Grid grid_of(const WalkCall& call, std::int64_t segments) {
   const LinearAttentionSizes& s = call.sizes;
-  return {s.num_heads * s.slices() / slices_of(call.kernel.walk, call.kernel.config), segments,
-          s.batch};
+  return {s.num_heads * s.slices() / call.kernel.config.consumers, segments, s.batch};
 }
 
 // -- Sums of segments -----------------------------------------------------------------------------

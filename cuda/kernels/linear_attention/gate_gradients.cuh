@@ -10,51 +10,62 @@
 // difference of sums that run over the whole sequence. Grid: as chunk_sums.cuh. Limit: memory.
 #pragma once
 
-#include "kernels/linear_attention/linear_attention.h"
-#include "tk/tk.cuh"
+#include "kernels/linear_attention/gate_tile.cuh"
 
 namespace tk::linear_attention {
 
-// dg of the chunk at `start` of [B, H, padded], of the heads from `head` on.
-template <typename Tile>
-__device__ __forceinline__ void load_gate_gradients(Tile& sum, const GateParts& parts, int64 start,
-                                                    int head, int heads, int padded) {
-  const auto load = [&](Tile& tile, const float* array) {
-    warp::load_pairs(tile, GlobalView<const float>{array + start, heads, kChunk, padded}, head, 0);
+// What warps tell each other, of their tokens: the sums of as_query - as_key, of to_state and of
+// through.
+using GateGradientSums = WarpSums<3>;
+
+// dg of the warp's tokens. For all threads of a block.
+__device__ __forceinline__ void load_gate_gradients(GateTile& sum, const GateParts& parts,
+                                                    const GatePlace& place,
+                                                    GateGradientSums& sums) {
+  const auto load = [&](GateTile& tile, const float* array) {
+    warp::load_pairs(tile, place.by_head(array), place.head, 0);
   };
-  // All are read at once: there are few warps to hide what that takes.
-  Tile other, to_state, through;
+  GateTile other, to_state, through;
   load(sum, parts.as_query);
   load(other, parts.as_key);
   load(to_state, parts.to_state);
   load(through, parts.through);
+  HeadRows rows;
   warp::sub(sum, sum, other);
+  warp::row_sum(rows, sum);
+  sums.put(0, rows);
+  warp::row_sum(rows, to_state);
+  sums.put(1, rows);
+  warp::row_sum(rows, through);
+  sums.put(2, rows);
+
   warp::reverse_cols(sum, sum);
   warp::cumsum_cols(sum, sum);
   warp::reverse_cols(sum, sum);
-
   warp::cumsum_cols(other, to_state);
   warp::sub(other, other, to_state);
   warp::add(sum, sum, other);
 
-  PerRow<Tile::kRows> of_state;
-  warp::row_sum(of_state, through);
-  warp::add_rows(sum, sum, of_state);
+  block::sync();
+  warp::zero(rows);
+  sums.add(rows, 0, warp::index() + 1, kGateWarps);
+  sums.add(rows, 1, 0, warp::index());
+  sums.add(rows, 2, 0, kGateWarps);
+  warp::add_rows(sum, sum, rows);
 }
 
-__device__ __forceinline__ void gate_gradients(const GateGradientsParams& params) {
-  const int chunk = kChunksOfBlock * grid::block_x() + warp::index();
-  const int first = chunk * kChunk;
-  const int head = kHeadsOfBlock * grid::block_y(), batch = grid::block_z();
-  if (first >= params.seqlen) return;
+struct GateGradientsShared {
+  GateGradientSums sums;
+};
+static_assert(sizeof(GateGradientsShared) + 1024 <= kGateSharedBytes,
+              "linear_attention.h's kGateSharedBytes covers the kernel's shared memory");
 
-  const int heads = params.num_heads, tokens = min(params.seqlen - first, kChunk);
-  const int padded = static_cast<int>(padded_tokens(params.seqlen));
-  const int64 start = static_cast<int64>(batch) * heads * padded + first;
-  RegTile<float, kHeadsOfBlock, kChunk> sum;
-  load_gate_gradients(sum, params.parts, start, head, heads, padded);
-  float* dgates = params.dgates + (static_cast<int64>(batch) * params.seqlen + first) * heads;
-  warp::store(GlobalView<float>{dgates, heads, tokens, 1, heads}, sum, head, 0);
+__device__ __forceinline__ void gate_gradients(const GateGradientsParams& params) {
+  auto& shared = block::shared_memory<GateGradientsShared>();
+  const GatePlace place = GatePlace::of(params.seqlen, params.num_heads);
+  GateTile sum;
+  load_gate_gradients(sum, params.parts, place, shared.sums);
+  warp::store(place.by_token(params.dgates, params.seqlen), sum, place.head, 0);
 }
 
 }  // namespace tk::linear_attention

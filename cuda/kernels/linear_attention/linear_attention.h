@@ -62,7 +62,7 @@ struct Gates {
 // -- chunk_sums -----------------------------------------------------------------------------------
 // Kernel: "kernels/linear_attention/chunk_sums.cuh"
 //   tk::linear_attention::chunk_sums
-// Grid: ceil(chunks / 4), ceil(H / 16), B blocks of 128 threads.
+// Grid: chunks, ceil(H / 16), B blocks of 128 threads.
 // sums[b, h, t] = scale * (x[b, s, h] + ... + x[b, t, h]), s being the start of the chunk, where an
 // x below `least` counts as that, and as 0 beyond T.
 struct ChunkSumsParams {
@@ -74,8 +74,11 @@ struct ChunkSumsParams {
   float scale, least;
 };
 constexpr int kGateThreads = 128;
-constexpr int kChunksOfBlock = 4;
 constexpr int kHeadsOfBlock = 16;
+// Of all kernels of gates: up to six numbers of each head that four warps found.
+constexpr int kGateSharedBytes = 6 * 4 * kHeadsOfBlock * 4 + kSharedSlack;
+// Blocks on a multiprocessor, and with them warps to hide what memory takes.
+constexpr int kGateBlocks = 8;
 
 // -- step_gates -----------------------------------------------------------------------------------
 // What steps are made of: steps.cuh says how.
@@ -119,8 +122,10 @@ struct StatesParams {
   TensorMap stored;
   int stored_every;
   Gates gates;
-  const float* from;  // [B, H, segments, V, K] at the starts (reverse: ends), or null for zeros
-  float* to;          // the same at the ends (reverse: starts), or null
+  // [B, H, segments, V, K] at the starts, or null for zeros; reverse: at the ends, the last segment
+  // first, as the gradient goes.
+  const float* from;
+  float* to;  // the same at the ends (reverse: starts), or null
   int seqlen, num_heads, num_groups, key_dim, value_dim;
   int chunks, chunks_of_segment;
   float scale;  // of the keys (reverse)
@@ -136,7 +141,7 @@ struct StatesParams {
 struct SegmentSumsParams {
   TensorMap keys, values;  // as StatesParams'
   Gates gates;
-  float* to;     // [B, H, segments - left_out, V, K]
+  float* to;     // [B, H, segments - left_out, V, K]; reverse: the last segment first
   int left_out;  // 0 or 1
   int seqlen, num_heads, num_groups, key_dim, value_dim;
   int chunks, chunks_of_segment;
@@ -146,7 +151,9 @@ struct SegmentSumsParams {
 // -- outputs --------------------------------------------------------------------------------------
 // Kernel: "kernels/linear_attention/outputs.cuh"
 //   tk::linear_attention::outputs<tk::linear_attention::OutputsTraits<T, kKeyDim, kFeatures,
-//                                                                     kConsumers, kStages>>
+//                                                                     kStages>>
+// and of two slices to a block, up to 128 dimensions of keys, the same of "paired_outputs.cuh":
+//   tk::linear_attention::paired_outputs<tk::linear_attention::PairedOutputsTraits<..>>
 // Grid: H * slices / consumers, segments, B.
 struct OutputsParams {
   TensorMap q, k;    // (K, T, G, B), box (64, 64, 1, 1)
@@ -161,7 +168,8 @@ struct OutputsParams {
 };
 
 // They walk with one consumer warpgroup for each of `consumers` slices that share keys: there must
-// be a multiple of that many slices in a group. One consumer leaves room for two blocks.
+// be a multiple of that many slices in a group. One consumer leaves room for two blocks. The scores
+// of two slices' outputs are made by a warpgroup more.
 struct WalkConfig {
   long consumers;  // 1 or 2
   long stages;     // of the ring of chunks
@@ -169,15 +177,15 @@ struct WalkConfig {
 constexpr int walk_threads(const WalkConfig& config) {
   return static_cast<int>(128 * (1 + config.consumers));
 }
+constexpr int kPairedOutputsThreads = 4 * 128;
+constexpr long kPairedKeyDim = 128;  // the largest that paired outputs have registers for
 // Blocks that share a multiprocessor.
 constexpr int walk_blocks(long key_dim, long consumers) {
   return consumers == 1 && key_dim <= 128 ? 2 : 1;
 }
 constexpr int kGateBytes = 3 * kChunk * 4;  // of a chunk and a consumer
-// Tiles of a consumer's weights and of out on its way: two of each spare a barrier, where they fit.
-constexpr long outputs_tiles(long key_dim, long consumers) {
-  return key_dim <= 64 || consumers == 2 ? 2 : 1;
-}
+// Tiles of weights and of out on its way: two of each spare a barrier, where they fit.
+constexpr long outputs_tiles(long key_dim) { return key_dim <= 64 ? 2 : 1; }
 constexpr int states_shared_bytes(long key_dim, const WalkConfig& c) {
   return static_cast<int>(2 * kChunk * (c.stages * (key_dim + c.consumers * kSlice)) +
                           c.consumers * (2 * kSlice * key_dim + c.stages * kGateBytes)) +
@@ -195,11 +203,10 @@ constexpr int paired_outputs_shared_bytes(long key_dim, long stages) {
                                stages * kGateBytes + 4 * kSlice)) +
          kSharedSlack;
 }
-constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
-  return static_cast<int>(
-             2 * kChunk * (c.stages * (2 * key_dim + c.consumers * kSlice)) +
-             c.consumers * (outputs_tiles(key_dim, c.consumers) * 2 * kChunk * (kSlice + kChunk) +
-                            c.stages * kGateBytes + 4 * kSlice)) +
+constexpr int outputs_shared_bytes(long key_dim, long stages) {
+  return static_cast<int>(2 * kChunk * stages * (2 * key_dim + kSlice) +
+                          outputs_tiles(key_dim) * 2 * kChunk * (kSlice + kChunk) +
+                          stages * kGateBytes + 4 * kSlice) +
          kSharedSlack;
 }
 
@@ -208,8 +215,8 @@ constexpr int outputs_shared_bytes(long key_dim, const WalkConfig& c) {
 //   tk::linear_attention::gradients<tk::linear_attention::GradientsTraits<T, kKeyDim, kFeatures,
 //                                                                         kStages, kKeyStages>>
 // Grid: as many blocks as shall walk. Each walks every so many of all places: B * G * chunks, times
-// parts, which cut the columns of dq and dk; of each the heads of the group, and the slices of their
-// values.
+// parts, which cut the columns of dq and dk; of each the heads of the group, and the slices of
+// their values.
 struct GradientsParams {
   TensorMap q, k;             // (K, T, G, B), box (64, 64, 1, 1)
   TensorMap v, dout;          // (V, T, H, B), the same
@@ -271,14 +278,12 @@ struct StepGradientsParams {
   const float* dweights;  // [B, H, padded]
   const float* dskip;     // [B, H, chunks, columns], of which sums are wanted; or null
   void* draw;             // [B, T, H], as raw
-  // [B, blocks along x, kHeadParts, H]: sums over a block's tokens of the gradients of the rates,
-  // of the biases, and of skip where there is dskip.
+  // [B, chunks, kHeadParts, H]: sums over a chunk's tokens of the gradients of the rates, of the
+  // biases, and of skip where there is dskip.
   float* head_parts;
   int batch, seqlen, num_heads, columns;
 };
 constexpr int kHeadParts = 3;
-constexpr int kHeadSumsBytes = kHeadParts * 4 * kHeadsOfBlock * 4;
-constexpr int kStepSharedBytes = kHeadSumsBytes + kSharedSlack;
 
 // -- head_sums ------------------------------------------------------------------------------------
 // Kernel: "kernels/linear_attention/head_sums.cuh"

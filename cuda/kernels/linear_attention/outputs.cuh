@@ -4,16 +4,15 @@
 //   out^T = scale (v^T (q k^T * D)^T + S q^T diag(before)) + skip * v^T
 //   S     = total S + (diag(after) v)^T k
 // (Yang et al. 2023, section 3; Dao and Gu 2024, section 6.)
-// Grid: kConsumers slices of 64 values, segments, batch. A block walks its segment's chunks.
-// Roles: a producer warp loads a ring of q, k and each consumer's v and gates; a consumer warpgroup
-// keeps S (64 x K, fp32) of its slice in registers, where S q^T takes it from: out is computed
-// transposed, so that only the weights q k^T * D pass through shared memory. Out leaves with the
-// barrier that shares the next chunk's weights.
-// Consumers share q and k: slices of one head, or heads of one group. While one waits for its
-// products, the other computes.
-// Budget at K = 128, 2 consumers, 2 stages: 160 KB of shared memory; 64 registers of S, 32 of its
-// rounded copy, 32 each of scores and out a thread. Limit: memory; reading q, k, v and writing out,
-// and beside it shared memory's bandwidth.
+// Grid: slices of 64 values, segments, batch. A block walks its segment's chunks; two share a
+// multiprocessor where K allows. Two slices to a block are paired_outputs.cuh's.
+// Roles: a producer warp loads a ring of q, k, v and gates; the consumer warpgroup keeps S (64 x K,
+// fp32) of its slice in registers, where S q^T takes it from: out is computed transposed, so that
+// only the weights q k^T * D pass through shared memory. Out leaves with the barrier that shares
+// the next chunk's weights.
+// Budget at K = 128, 2 stages: 100 KB of shared memory; 64 registers of S, 32 of its rounded copy,
+// 32 each of scores and out a thread. Limit: memory; reading q, k, v and writing out, and beside it
+// shared memory's bandwidth.
 #pragma once
 
 #include "kernels/linear_attention/gates.cuh"
@@ -22,14 +21,12 @@
 
 namespace tk::linear_attention {
 
-template <typename T_, int kKeyDim_, unsigned kFeatures_, int kConsumers_, int kStages_>
+template <typename T_, int kKeyDim_, unsigned kFeatures_, int kStages_>
 struct OutputsTraits {
   using T = T_;
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr unsigned kFeatures = kFeatures_;
-  static constexpr int kConsumers = kConsumers_;
   static constexpr int kStages = kStages_;
-  static_assert(kConsumers == 1 || kConsumers == 2, "one or two slices share their keys");
 };
 
 template <typename Traits>
@@ -37,10 +34,10 @@ struct Outputs {
   using T = typename Traits::T;
   static constexpr int kKeyDim = Traits::kKeyDim;
   static constexpr unsigned kFeatures = Traits::kFeatures;
-  static constexpr int kConsumers = Traits::kConsumers;
+  static constexpr int kConsumers = 1;
   static constexpr int kResidentBlocks = walk_blocks(kKeyDim, kConsumers);
-  static constexpr int kTiles = static_cast<int>(outputs_tiles(kKeyDim, kConsumers));
-  static constexpr int kProducerRegisters = kConsumers == 1 && kResidentBlocks == 1 ? 56 : 24;
+  static constexpr int kTiles = static_cast<int>(outputs_tiles(kKeyDim));
+  static constexpr int kProducerRegisters = kResidentBlocks == 1 ? 56 : 24;
   static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 232 : 240;
 
   // S is kept in parts of so many columns. Where it is one, there are registers for a rounded copy
@@ -62,22 +59,21 @@ struct Outputs {
 
   struct Shared {
     KeyTile q_smem[Traits::kStages], k_smem[Traits::kStages];
-    ValueTile v_smem[kConsumers][Traits::kStages];
-    WeightTile weights_smem[kConsumers][kTiles];
-    ValueTile out_smem[kConsumers][kTiles];
-    ChunkGates<kFeatures> gates[kConsumers][Traits::kStages];
-    SliceVec skip[kConsumers];
+    ValueTile v_smem[Traits::kStages];
+    WeightTile weights_smem[kTiles];
+    ValueTile out_smem[kTiles];
+    ChunkGates<kFeatures> gates[Traits::kStages];
+    SliceVec skip;
     Barrier skip_full;
     Ring ring;
   };
-  static_assert(sizeof(Shared) + 1024 <=
-                    outputs_shared_bytes(kKeyDim, {kConsumers, Traits::kStages}),
+  static_assert(sizeof(Shared) + 1024 <= outputs_shared_bytes(kKeyDim, Traits::kStages),
                 "linear_attention.h's outputs_shared_bytes covers the kernel's shared memory");
   static constexpr int kStageBytes =
-      2 * KeyTile::kBytes + kConsumers * (ValueTile::kBytes + ChunkGates<kFeatures>::kBytes);
+      2 * KeyTile::kBytes + ValueTile::kBytes + ChunkGates<kFeatures>::kBytes;
 
   __device__ __forceinline__ static void init(const OutputsParams&, Shared& shared) {
-    shared.ring.init(4 * kConsumers);
+    shared.ring.init(4);
     shared.skip_full.init(1);
   }
 
@@ -86,44 +82,35 @@ struct Outputs {
     tma::prefetch(params.k);
     tma::prefetch(params.v);
     if constexpr ((kFeatures & kSkip) != 0) load_skip(params, shared);
+    const Place place = Place::of(params, 1, 0);
+    const int group = place.group(params);
     const Segment segment = Segment::of(params);
     typename Ring::State state;
     for (int chunk = segment.first; chunk < segment.end; ++chunk, state.advance()) {
       shared.ring.acquire(state, kStageBytes);
       Barrier& full = shared.ring.full(state);
       const int token = chunk * kChunk;
-#pragma unroll
-      for (int i = 0; i < kConsumers; ++i) {
-        const Place place = Place::of(params, kConsumers, i);
-        if (i == 0) {
-          const int group = place.group(params);
-          tma::load(shared.q_smem[state.stage], params.q, full, tma::Keep::kNormal, 0, token, group,
-                    place.batch);
-          tma::load(shared.k_smem[state.stage], params.k, full, tma::Keep::kNormal, 0, token, group,
-                    place.batch);
-        }
-        tma::load(shared.v_smem[i][state.stage], params.v, full, tma::Keep::kBriefly,
-                  place.slice * kSlice, token, place.head, place.batch);
-        shared.gates[i][state.stage].load(params.gates, full, place.row(params), place.batch, chunk,
-                                          params.chunks);
-      }
+      tma::load(shared.q_smem[state.stage], params.q, full, tma::Keep::kNormal, 0, token, group,
+                place.batch);
+      tma::load(shared.k_smem[state.stage], params.k, full, tma::Keep::kNormal, 0, token, group,
+                place.batch);
+      tma::load(shared.v_smem[state.stage], params.v, full, tma::Keep::kBriefly,
+                place.slice * kSlice, token, place.head, place.batch);
+      shared.gates[state.stage].load(params.gates, full, place.row(params), place.batch, chunk,
+                                     params.chunks);
     }
   }
 
   __device__ __forceinline__ static void load_skip(const OutputsParams& params, Shared& shared) {
-    shared.skip_full.expect(kConsumers * SliceVec::kBytes);
+    const Place place = Place::of(params, 1, 0);
     const int slices = ceil_div(params.value_dim, kSlice);
-#pragma unroll
-    for (int i = 0; i < kConsumers; ++i) {
-      const Place place = Place::of(params, kConsumers, i);
-      tma::load(shared.skip[i], params.skip + (place.head * slices + place.slice) * kSlice,
-                shared.skip_full);
-    }
+    shared.skip_full.expect(SliceVec::kBytes);
+    tma::load(shared.skip, params.skip + (place.head * slices + place.slice) * kSlice,
+              shared.skip_full);
   }
 
-  __device__ __forceinline__ static void compute(const OutputsParams& params, Shared& shared,
-                                                 int consumer) {
-    const Place place = Place::of(params, kConsumers, consumer);
+  __device__ __forceinline__ static void compute(const OutputsParams& params, Shared& shared, int) {
+    const Place place = Place::of(params, 1, 0);
     const Segment segment = Segment::of(params);
     constexpr bool kHasSkip = (kFeatures & kSkip) != 0;
     State state[kParts];
@@ -139,9 +126,9 @@ struct Outputs {
     for (int chunk = segment.first; chunk < segment.end; ++chunk, stage.advance()) {
       const KeyTile& q_smem = shared.q_smem[stage.stage];
       const KeyTile& k_smem = shared.k_smem[stage.stage];
-      const ValueTile& v_smem = shared.v_smem[consumer][stage.stage];
-      const WeightTile& weights_smem = shared.weights_smem[consumer][chunk % kTiles];
-      const ChunkGates<kFeatures>& gates = shared.gates[consumer][stage.stage];
+      const ValueTile& v_smem = shared.v_smem[stage.stage];
+      const WeightTile& weights_smem = shared.weights_smem[chunk % kTiles];
+      const ChunkGates<kFeatures>& gates = shared.gates[stage.stage];
       Scores scores;
       Output out;
       shared.ring.wait(stage);
@@ -162,7 +149,7 @@ struct Outputs {
         gates.apply(weights, scores, gates);
       }
       warpgroup::store(weights_smem, weights);
-      publish(params, shared, place, consumer, segment, chunk);
+      publish(params, shared, place, segment, chunk);
       if constexpr (kParts == 1) {
         warpgroup::mma_wait<0>(out, rounded);
         gates.scale_cols_before(out, cols);
@@ -183,12 +170,12 @@ struct Outputs {
       const auto finish_out = [&] {
         // To ask takes registers that large states leave none of.
         if (kParts > 1 || params.scale != 1) warp::mul(out, out, params.scale);
-        if constexpr (kHasSkip) add_skip(out, v, shared.skip[consumer]);
+        if constexpr (kHasSkip) add_skip(out, v, shared.skip);
         if constexpr (kTiles == 1) {  // all have read the weights, and the out before has left
           if (warpgroup::leader()) tma::wait_read<0>();
           warpgroup::sync();
         }
-        warpgroup::store_transposed(shared.out_smem[consumer][chunk % kTiles], out);
+        warpgroup::store_transposed(shared.out_smem[chunk % kTiles], out);
       };
       if constexpr (kParts > 1) {
         warpgroup::mma_wait<0>(out, v);
@@ -213,7 +200,7 @@ struct Outputs {
       shared.ring.release(stage);
       if constexpr (kParts == 1) warp::convert(rounded, state[0]);
     }
-    publish(params, shared, place, consumer, segment, segment.end);
+    publish(params, shared, place, segment, segment.end);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       store_state(state[i], params, place, segment, i * kPart);
@@ -225,13 +212,13 @@ struct Outputs {
   // chunk before `chunk`. Of two tiles, those of the next chunk are free then: their out has left,
   // and their weights have been read.
   __device__ __forceinline__ static void publish(const OutputsParams& params, Shared& shared,
-                                                 const Place& place, int consumer,
-                                                 const Segment& segment, int chunk) {
+                                                 const Place& place, const Segment& segment,
+                                                 int chunk) {
     publish_shared();
     if (warpgroup::leader()) tma::wait_read<0>();
     warpgroup::sync();
     if (chunk == segment.first || !warpgroup::leader()) return;
-    tma::store(params.out, shared.out_smem[consumer][(chunk - 1) % kTiles], place.slice * kSlice,
+    tma::store(params.out, shared.out_smem[(chunk - 1) % kTiles], place.slice * kSlice,
                (chunk - 1) * kChunk, place.head, place.batch);
     tma::commit();
   }

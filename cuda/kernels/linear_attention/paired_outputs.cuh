@@ -26,7 +26,7 @@ struct PairedOutputsTraits {
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr unsigned kFeatures = kFeatures_;
   static constexpr int kStages = kStages_;
-  static_assert(kKeyDim <= 128, "a state fits in a consumer's registers");
+  static_assert(kKeyDim <= kPairedKeyDim, "a state fits in a consumer's registers");
 };
 
 template <typename Traits>

@@ -69,7 +69,9 @@ struct SegmentSums : StatesWalk<Traits> {
       warpgroup::mma_wait<0>(sum, values);
       shared.ring.release(stage);
     }
-    store_state(sum, params, place, Segment{grid::block_y(), segment.count - params.left_out});
+    const int count = segment.count - params.left_out;
+    const int order = Traits::kReverse ? count - 1 - grid::block_y() : grid::block_y();
+    store_state(sum, params, place, Segment{order, count});
   }
 };
 

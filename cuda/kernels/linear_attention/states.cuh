@@ -60,8 +60,11 @@ struct States : StatesWalk<Traits> {
     const Place place = Place::of(params, Traits::kConsumers, consumer);
     const Segment segment = segment_of(params);
     const int slices = ceil_div(params.value_dim, kSlice);
+    // Reverse, states of segments come in the order in which the gradient goes through them.
+    const int order = Traits::kReverse ? segment.count - 1 - segment.index : segment.index;
+    const Segment ordered{order, segment.count};
     State state;
-    load_state(state, params, place, segment);
+    load_state(state, params, place, ordered);
 
     typename Walk::Ring::State stage;
     for (int step = 0; step < segment.end - segment.first; ++step, stage.advance()) {
@@ -83,7 +86,7 @@ struct States : StatesWalk<Traits> {
       }
       shared.ring.release(stage);
     }
-    store_state(state, params, place, segment);
+    store_state(state, params, place, ordered);
     if (warpgroup::leader()) tma::wait_read<0>();
   }
 

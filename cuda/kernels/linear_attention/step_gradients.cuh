@@ -4,7 +4,7 @@
 // what a step is):
 //   dstep = dw + rate dg        draw = dstep step'(pre)
 //   drate = sum of dg step      dbias = sum of draw        dskip = sum of its columns
-// where dg is zero of a logarithm that counted as `least_log_decay`. Sums are those of a block's
+// where dg is zero of a logarithm that counted as `least_log_decay`. Sums are those of a chunk's
 // tokens: head_sums.cuh adds them up, both in one order. Grid: as chunk_sums.cuh. Limit: memory.
 #pragma once
 
@@ -14,22 +14,23 @@
 namespace tk::linear_attention {
 
 struct StepGradientsShared {
-  HeadSums<kHeadParts> sums;
+  GateGradientSums gates;
+  WarpSums<kHeadParts> heads;
 };
-static_assert(sizeof(StepGradientsShared) + 1024 <= kStepSharedBytes,
-              "linear_attention.h's kStepSharedBytes covers the kernel's shared memory");
+static_assert(sizeof(StepGradientsShared) + 1024 <= kGateSharedBytes,
+              "linear_attention.h's kGateSharedBytes covers the kernel's shared memory");
 
-// Writes draw; drates and dbiases become sums over the warp's tokens.
+// Writes draw; drates and dbiases become sums over the warp's tokens. For all
+// threads of a block.
 template <typename T>
 __device__ __forceinline__ void pull_back_steps(const StepGradientsParams& params,
-                                                const StepPlace& place, HeadRows& drates,
-                                                HeadRows& dbiases) {
+                                                const GatePlace& place, GateGradientSums& sums,
+                                                HeadRows& drates, HeadRows& dbiases) {
   const Steps& steps = params.steps;
   GateTile dg, pre, dstep;
   warp::load(pre, place.by_token(static_cast<const T*>(steps.raw), params.seqlen), place.head, 0);
   warp::load_pairs(dstep, place.by_head(params.dweights), place.head, 0);
-  const int64 start = static_cast<int64>(place.batch) * place.heads * place.padded + place.first;
-  load_gate_gradients(dg, params.parts, start, place.head, place.heads, place.padded);
+  load_gate_gradients(dg, params.parts, place, sums);
   HeadRows rates, biases;
   load_heads(rates, steps.rates, steps.rates_stride, place);
   load_heads(biases, steps.biases, steps.biases_stride, place);
@@ -53,14 +54,14 @@ __device__ __forceinline__ void pull_back_steps(const StepGradientsParams& param
   warp::row_sum(dbiases, dstep);
 }
 
-// The warp's chunk's sums of dskip.
-__device__ __forceinline__ void sum_skip(const StepGradientsParams& params, const StepPlace& place,
+// Sums of the chunk's dskip, of which every warp has a quarter of the columns.
+__device__ __forceinline__ void sum_skip(const StepGradientsParams& params, const GatePlace& place,
                                          HeadRows& dskip) {
   const int64 chunks = place.padded / kChunk;
   const float* first =
       params.dskip +
       (static_cast<int64>(place.batch) * place.heads * chunks + place.chunk) * params.columns;
-  for (int col = 0; col < params.columns; col += kChunk) {
+  for (int col = kWarpTokens * warp::index(); col < params.columns; col += kChunk) {
     GateTile tile;
     warp::load_pairs(
         tile, GlobalView<const float>{first, place.heads, params.columns, chunks * params.columns},
@@ -74,23 +75,24 @@ __device__ __forceinline__ void sum_skip(const StepGradientsParams& params, cons
 template <typename T>
 __device__ __forceinline__ void step_gradients(const StepGradientsParams& params) {
   auto& shared = block::shared_memory<StepGradientsShared>();
-  const StepPlace place = StepPlace::of(params.seqlen, params.num_heads);
+  const GatePlace place = GatePlace::of(params.seqlen, params.num_heads);
   HeadRows sums[kHeadParts];
 #pragma unroll
   for (HeadRows& sum : sums) warp::zero(sum);
-  if (place.is_there()) {
-    pull_back_steps<T>(params, place, sums[0], sums[1]);
-    if (params.dskip != nullptr) sum_skip(params, place, sums[2]);
-  }
-  shared.sums.add_up(sums);
-  if (warp::index() != 0) return;
-  const int blocks = ceil_div(place.padded, kChunksOfBlock * kChunk);
-  float* parts = params.head_parts + (static_cast<int64>(place.batch) * blocks + grid::block_x()) *
-                                         kHeadParts * place.heads;
+  if (params.dskip != nullptr) sum_skip(params, place, sums[2]);
+  pull_back_steps<T>(params, place, shared.gates, sums[0], sums[1]);
 #pragma unroll
-  for (int i = 0; i < kHeadParts; ++i) {
-    warp::store(GlobalVec<float>{parts + i * place.heads, place.heads}, sums[i], place.head);
-  }
+  for (int i = 0; i < kHeadParts; ++i) shared.heads.put(i, sums[i]);
+  block::sync();
+  if (warp::index() >= kHeadParts) return;
+
+  const int part = warp::index();
+  HeadRows sum;
+  warp::zero(sum);
+  shared.heads.add(sum, part, 0, kGateWarps);
+  const int64 row = static_cast<int64>(place.batch) * (place.padded / kChunk) + place.chunk;
+  float* const result = params.head_parts + (row * kHeadParts + part) * place.heads;
+  warp::store(GlobalVec<float>{result, place.heads}, sum, place.head);
 }
 
 }  // namespace tk::linear_attention

@@ -75,12 +75,12 @@ def step_gradients(
     ``dskip`` [B, H, chunks, columns] may be None.
     """
     batch, seqlen, num_heads = steps.raw.shape
-    blocks = -(-seqlen // (config.CHUNK * config.CHUNKS_OF_BLOCK))
+    chunks = -(-seqlen // config.CHUNK)
     return _ffi.call(
         "tk_linear_attention_step_gradients_v1",
         (
             _ffi.result_type(steps.raw, steps.raw.shape, steps.raw.dtype),
-            _ffi.result_type(steps.raw, (batch, blocks, config.HEAD_PARTS, num_heads)),
+            _ffi.result_type(steps.raw, (batch, chunks, config.HEAD_PARTS, num_heads)),
         ),
         *map(_ffi.optional, steps),
         *gate_parts,
@@ -93,9 +93,9 @@ def step_gradients(
 def head_sums(head_parts, *, biases: bool, skip: bool):
     """The gradients of rates, biases and skip, [H] each: None where not asked for.
 
-    ``head_parts`` [B, blocks, parts, H] are those of ``step_gradients``.
+    ``head_parts`` [B, chunks, parts, H] are those of ``step_gradients``.
     """
-    batch, blocks, parts, num_heads = head_parts.shape
+    batch, chunks, parts, num_heads = head_parts.shape
     wanted = (True, biases, skip)
     sums = _ffi.call(
         "tk_linear_attention_head_sums_v1",
@@ -103,7 +103,7 @@ def head_sums(head_parts, *, biases: bool, skip: bool):
             _ffi.result_type(head_parts, (num_heads,) if is_wanted else None)
             for is_wanted in wanted
         ),
-        head_parts.reshape(batch * blocks, parts, num_heads),
+        head_parts.reshape(batch * chunks, parts, num_heads),
         vmap_method="broadcast_all",
     )
     return tuple(
@@ -123,8 +123,8 @@ def segment_sums(
 ):
     """What segments add to the state: [B, H, segments - 1, V, K], without the last.
 
-    With ``reverse``, what they add to its gradient, without the first; with ``of_all``
-    none is left out.
+    With ``reverse``, what they add to its gradient, the last segment first and without
+    the first; with ``of_all`` none is left out.
     """
     *leading, segments, value_dim, key_dim = _segment_states(keys, values, tiles)
     segments = segments if of_all else segments - 1
@@ -159,8 +159,9 @@ def states(
 ):
     """States before runs of ``stored_every`` chunks, and after segments if ``ends``.
 
-    With ``reverse``, gradients of states after runs and before segments.
-    ``start`` is what segments begin with, [B, H, segments, V, K] or None for zeros.
+    With ``reverse``, gradients of states after runs and before segments, of which the
+    last comes first. ``start`` is what segments begin with, [B, H, segments, V, K] or
+    None for zeros.
     """
     batch, seqlen, num_heads, value_dim = values.shape
     columns = config.round_up(value_dim, config.SLICE)

@@ -21,7 +21,6 @@ CHUNK = 64
 PAIR = 2  # chunks that share a stored state
 SLICE = 64
 MAX_KEY_DIM = 256
-CHUNKS_OF_BLOCK = 4  # of kernels of gates
 HEAD_PARTS = 3
 # Rows, which the copy engine reads, are padded to multiples of this ...
 DIM_STEP = 8
@@ -108,8 +107,8 @@ class GradientsOptions:
 class WalkConfig:
     """How the kernels that walk through a sequence do it."""
 
-    # Slices of values of a block, which share their keys; of outputs, 3 is two slices
-    # and a warpgroup that makes their scores.
+    # Slices of values of a block, which share their keys: 1 or 2. Two slices' outputs
+    # have a warpgroup more, which makes their scores, and keys of up to 128 dimensions.
     consumers: int
     stages: int  # depth of the ring of chunks
 
@@ -138,10 +137,13 @@ _MULTIPROCESSORS = 132
 # than what is won.
 _LEAST_CHUNKS_OF_SEGMENT = 4
 # Measured on an H100 (docs/kernels/linear_attention.md), in us: a chunk's step of one
-# consumer on a multiprocessor, of two on one; what a second pass costs beside its work;
-# and the bytes that passes move in a microsecond.
+# consumer on a multiprocessor, of two blocks of one on one, and of two of a block, of
+# which a warpgroup more makes the scores; and the bytes that passes move in a
+# microsecond. What a second pass costs beside its work is 14 us, and here 3 more: the
+# backward pass has two, and wins less by them.
 _STEP_US = {1: 1.5, 2: 2.35}
-_SECOND_PASS_US = 14.0
+_PAIR_STEP_US = 2.07
+_SECOND_PASS_US = 17.0
 _BYTES_PER_US = 2.6e6
 # Up to this dimension of keys' tiles, two blocks of one consumer, or one of two, fit.
 _NARROW_KEYS = 128
@@ -209,7 +211,8 @@ def scan_config(
         room = _MULTIPROCESSORS * on_each
         waves = -(-batch * slices * segments // room)
         steps = waves * -(-chunks // segments)
-        step = _STEP_US[on_each] * (1 if narrow else 2)
+        step = _PAIR_STEP_US if on_each == shared == 2 else _STEP_US[on_each]
+        step *= 1 if narrow else 2
         moved = 2 * (key_bytes + value_bytes)
         us = max(steps * step, moved / _BYTES_PER_US)
         if segments == 1:
@@ -229,15 +232,12 @@ def scan_config(
     ]
     on_each, segments = min(options, key=lambda option: predicted_us(*option))
     consumers = shared if on_each == 2 else 1
-    # A third consumer makes the scores of two; one alone has little else to hide what
-    # loads take.
-    outputs = WalkConfig(consumers=3, stages=3)
-    if consumers == 1:
-        outputs = WalkConfig(consumers=1, stages=3 if narrow and on_each == 1 else 2)
+    # What fits; one consumer alone has little else to hide what loads take.
+    stages = 3 if consumers == 2 or (narrow and on_each == 1) else 2
     return ScanConfig(
         chunks_of_segment=-(-chunks // segments),
         states=WalkConfig(consumers=consumers, stages=3),
-        outputs=outputs,
+        outputs=WalkConfig(consumers=consumers, stages=stages),
         gradients=_gradients_config(tile),
     )
 

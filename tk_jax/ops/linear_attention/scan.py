@@ -387,7 +387,10 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
 
 
 def _state_gradients(settings, arrays, gates, dout, dfinal, tiles):
-    """Gradients of the states after pairs of chunks, and of the initial state."""
+    """Gradients of the states after pairs of chunks, and of the initial state.
+
+    Kernels have those of segments as they are chained, the last one first.
+    """
     keys_and_values = (arrays.q, dout, gates._replace(weights=None))
     how = {"tiles": tiles, "scale": settings.scale, "reverse": True}
     kept = _kept(gates, tiles)
@@ -395,9 +398,9 @@ def _state_gradients(settings, arrays, gates, dout, dfinal, tiles):
         ends = None if dfinal is None else dfinal[:, :, None]
     else:
         added = calls.segment_sums(*keys_and_values, **how)
-        ends = jnp.flip(_chained(dfinal, jnp.flip(kept, 2), jnp.flip(added, 2)), axis=2)
+        ends = _chained(dfinal, jnp.flip(kept, 2), added)
     wanted = arrays.state is not None
     dstates, dstarts = calls.states(
         *keys_and_values, start=ends, stored_every=config.PAIR, ends=wanted, **how
     )
-    return dstates, dstarts[:, :, 0] if wanted else None
+    return dstates, dstarts[:, :, -1] if wanted else None
