@@ -92,7 +92,7 @@ MUTATIONS = [
     ),
     _backward(
         "bytes of lse are not expected",
-        "acquire(state, QTile::kBytes + kRowsOfQ * QVec::kBytes)",
+        "acquire(state, QTile::kBytes + QVec::kBytes)",
         "acquire(state, QTile::kBytes)",
     ),
     _backward("delta of the wrong rows", "params.delta + row", "params.delta"),

@@ -116,8 +116,7 @@ KernelKey AttentionBackwardKernels::main_key() const {
   const std::int64_t rows = wide() ? head_dim : narrow_head_dim();
   const std::int64_t rows_v = wide() ? head_dim_v : narrow_head_dim();
   return {{2, static_cast<int>(dtype), rows, rows_v, static_cast<int>(mask), features,
-           !wide() && deterministic, config.block_q, config.block_kv, config.stages,
-           config.schedule}};
+           !wide() && deterministic, config.block_q, config.block_kv, config.stages}};
 }
 
 KernelKey AttentionBackwardKernels::last_key() const {
@@ -157,7 +156,7 @@ Result<KernelSpec> AttentionBackwardKernels::main_spec() const {
                   type_name(dtype) + ", " + std::to_string(tile) + ", " + mask_name(mask) + ", " +
                   std::to_string(features) + ", " + bool_name(deterministic) + ", " +
                   std::to_string(config.block_q) + ", " + std::to_string(config.block_kv) + ", " +
-                  std::to_string(config.stages) + ", " + std::to_string(config.schedule) + ">>";
+                  std::to_string(config.stages) + ">>";
   spec.params_type = "tk::attention::BackwardParams";
   spec.threads = attention::backward_threads(config.block_kv);
   spec.min_blocks = attention::backward_resident_blocks(tile, config.block_kv);

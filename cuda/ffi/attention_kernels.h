@@ -69,5 +69,4 @@ TK_REGISTER_SETTINGS(tk::attention::ForwardConfig, StructMember<std::int64_t>("b
 TK_REGISTER_SETTINGS(tk::attention::BackwardConfig, StructMember<std::int64_t>("block_q"),
                      StructMember<std::int64_t>("block_kv"), StructMember<std::int64_t>("stages"),
                      StructMember<std::int64_t>("dq_block_kv"),
-                     StructMember<std::int64_t>("dq_stages"),
-                     StructMember<std::int64_t>("schedule"));
+                     StructMember<std::int64_t>("dq_stages"));

@@ -154,7 +154,7 @@ nb::list attention_backward_specs(const std::string& dtype, long head_dim, long 
       to_features(features),
       deterministic,
       {field(config, "block_q"), field(config, "block_kv"), field(config, "stages"),
-       field(config, "dq_block_kv"), field(config, "dq_stages"), field(config, "schedule")}};
+       field(config, "dq_block_kv"), field(config, "dq_stages")}};
   nb::list specs;
   specs.append(to_dict(kernels.prepare_spec()));
   specs.append(to_dict(kernels.main_spec()));

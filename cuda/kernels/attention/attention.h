@@ -95,8 +95,6 @@ struct BackwardConfig {
   // Of the wide kernels, where dq has a kernel of its own; elsewhere 0.
   long dq_block_kv = 0;  // keys of one step, a multiple of 16
   long dq_stages = 0;    // depth of its key/value ring
-  // For a comparison, bits: 1 lse and 4 delta a step ahead (not both), 2 v's wait and dv's store.
-  long schedule = 0;
 };
 
 constexpr int kWarpgroupThreads = 128;

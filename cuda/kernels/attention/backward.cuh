@@ -28,7 +28,7 @@
 namespace tk::attention {
 
 template <typename T_, int kHeadDim_, Mask kMask_, unsigned kFeatures_, bool kDeterministic_,
-          int kBlockQ_, int kBlockKv_, int kStages_, int kSchedule_ = 0>
+          int kBlockQ_, int kBlockKv_, int kStages_>
 struct BackwardTraits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -38,7 +38,6 @@ struct BackwardTraits {
   static constexpr int kBlockQ = kBlockQ_;
   static constexpr int kBlockKv = kBlockKv_;
   static constexpr int kStages = kStages_;
-  static constexpr int kSchedule = kSchedule_;  // to be compared
   static constexpr int kConsumers = kBlockKv / 64;
   static constexpr int kDqCols = kHeadDim / 64;  // dq of a step is this many 64 x 64 parts wide
   static_assert(kBlockQ % 64 == 0 && kBlockKv % 64 == 0 && kHeadDim % 64 == 0,
@@ -60,13 +59,6 @@ struct Backward {
   static constexpr bool kOverlapSteps = kBlockQ == 64 && Traits::kMask != Mask::kBand &&
                                         (kFeatures & kHidingFeatures) == 0 && !Map::kCaps &&
                                         !Map::kAdds;
-  // Whether a step's lse and delta are loaded in the step before, where shared memory has time.
-  static constexpr bool kRowsAhead = kOverlapSteps && (Traits::kSchedule & 5) != 0;
-  static constexpr bool kLseAhead = kRowsAhead && (Traits::kSchedule & 1) != 0;
-  static constexpr bool kDeltaAhead = kRowsAhead && (Traits::kSchedule & 4) != 0;
-  // Whether v is waited for by dp, and dv leaves beside the last product of dk.
-  static constexpr bool kEdges = (Traits::kSchedule & 2) != 0;
-  static constexpr int kRowsOfQ = kRowsAhead ? 0 : 1;  // of lse and delta, those that come with q
   // Whether dp's product waits until there are registers: a bias beside a cap, segments or a mask,
   // or of fp32.
   static constexpr bool kLateDp =
@@ -216,22 +208,17 @@ struct Backward {
       for_each_step(walk, tile, [&](int head, int m) {
         const int first_query = m * kBlockQ;
         const int row = (tile.batch * params.num_heads + head) * params.padded_q + first_query;
-        shared.q_ring.acquire(state, QTile::kBytes + kRowsOfQ * QVec::kBytes);
+        shared.q_ring.acquire(state, QTile::kBytes + QVec::kBytes);
         Barrier& q_full = shared.q_ring.full(state);
         tma::load(shared.q_smem[state.stage], params.q, q_full, tma::Keep::kLong, 0, first_query,
                   head, tile.batch);
-        if constexpr (!kRowsAhead) {
-          tma::load(shared.lse_smem[state.stage], params.lse_log2 + row, q_full);
-        }
+        tma::load(shared.lse_smem[state.stage], params.lse_log2 + row, q_full);
         if (QTurns::kAscending && v_is_missing) load_v();
-        shared.dout_ring.acquire(state, QTile::kBytes + (2 - kRowsOfQ) * QVec::kBytes);
+        shared.dout_ring.acquire(state, QTile::kBytes + QVec::kBytes);
         Barrier& dout_full = shared.dout_ring.full(state);
         tma::load(shared.dout_smem[state.stage], params.dout, dout_full, tma::Keep::kLong, 0,
                   first_query, head, tile.batch);
         tma::load(shared.delta_smem[state.stage], params.delta + row, dout_full);
-        if constexpr (kRowsAhead) {
-          tma::load(shared.lse_smem[state.stage], params.lse_log2 + row, dout_full);
-        }
         state.advance();
       });
       if (QTurns::kAscending && v_is_missing) load_v();
@@ -318,49 +305,23 @@ struct Backward {
       warp::zero(dk_acc);
       warp::zero(dv_acc);
       shared.k_ring.wait(kv_state);
-      if constexpr (!kEdges) {
-        shared.v_ring.wait(kv_state);
-      }
+      shared.v_ring.wait(kv_state);
 
       QuerySteps<QTurns> steps(walk.turns, params, tile.n, tile.kv_head, tile.batch);
-      PerCol<kBlockQ> lse, delta;
-      if constexpr (kRowsAhead) {
-        if (steps.valid()) {
-          shared.dout_ring.wait(state);
-          if constexpr (kLseAhead) warp::load(lse, shared.lse_smem[state.stage]);
-          if constexpr (kDeltaAhead) warp::load(delta, shared.delta_smem[state.stage]);
-        }
-      }
-      while (steps.valid()) {
+      for (; steps.valid(); steps.next()) {
         const int first_query = steps.q_block() * kBlockQ;
 
         shared.q_ring.wait(state);
         warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[state.stage]);
         warpgroup::mma_commit();
         const auto issue_dp = [&] {
-          if constexpr (kEdges) shared.v_ring.wait(kv_state);
-          if constexpr (kRowsAhead) {
-            warp::zero(dp_acc);
-            const auto minus = [](float, float d) { return -d; };
-            if constexpr (kDeltaAhead) {
-              warp::map_cols(dp_acc, dp_acc, delta, minus);
-            } else {
-              warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage], minus);
-            }
-            warpgroup::mma_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
-          } else {
-            shared.dout_ring.wait(state);
-            warpgroup::mm_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
-          }
+          shared.dout_ring.wait(state);
+          warpgroup::mm_ABt(dp_acc, v_rows, shared.dout_smem[state.stage]);
           warpgroup::mma_commit();
         };
-        if constexpr (kRowsAhead) {
-          warpgroup::mma_wait<1>(ds);
-          release_q();
-        }
         if constexpr (!kLateDp) issue_dp();
 
-        if constexpr (kOverlapSteps && !kRowsAhead) {
+        if constexpr (kOverlapSteps) {
           warpgroup::mma_wait<2>(ds);
           release_q();
         }
@@ -390,33 +351,18 @@ struct Backward {
           }
         }
         if constexpr (Map::kCaps) load_bias();  // beside tanh there are no registers for it
-        if constexpr (kLseAhead) {
-          score_map.weigh(p, s_acc, bias, lse);
-        } else {
-          score_map.weigh(p, s_acc, bias, shared.lse_smem[state.stage]);
-        }
+        score_map.weigh(p, s_acc, bias, shared.lse_smem[state.stage]);
         if constexpr (kLateDp) issue_dp();
 
         warpgroup::mma_wait<0>(dp_acc);
-        if constexpr (!kRowsAhead) {
-          warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
-                         [](float dp, float delta) { return dp - delta; });
-        }
+        warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
+                       [](float dp, float delta) { return dp - delta; });
         warp::mul(dp_acc, dp_acc, s_acc);
         warp::convert(ds, dp_acc);
         auto& ds_smem = shared.ds_smem[ds_buffer];
         ds_buffer ^= 1;
         warpgroup::store(ds_smem.template rows<64>(consumer), ds);
         publish_shared();
-        if constexpr (kRowsAhead) {
-          steps.next();
-          if (steps.valid()) {
-            typename Ring::State next = state;
-            next.advance();
-            shared.dout_ring.wait(next);
-            if constexpr (kLseAhead) warp::load(lse, shared.lse_smem[next.stage]);
-          }
-        }
 
         warpgroup::mma_AB(dv_acc, p, shared.dout_smem[state.stage]);
         warpgroup::mma_commit();
@@ -429,13 +375,6 @@ struct Backward {
         warpgroup::mma_wait<2>(dv_acc, p);
         shared.dout_ring.release(state);
         warpgroup::mma_wait<1>(dq_acc);
-        if constexpr (kDeltaAhead) {
-          if (steps.valid()) {
-            typename Ring::State next = state;
-            next.advance();
-            warp::load(delta, shared.delta_smem[next.stage]);
-          }
-        }
         shared.dq_ring.acquire(dq_state);
         warpgroup::store(shared.dq_smem[dq_state.stage][consumer], dq_acc);
         shared.dq_ring.hand_over(dq_state);
@@ -445,27 +384,19 @@ struct Backward {
           warpgroup::mma_wait<0>(dk_acc, ds);
           release_q();
         }
-        if constexpr (!kRowsAhead) steps.next();
-      }
-      // Through v's memory, of which each consumer reads its own rows alone.
-      const auto store_dv = [&] {
-        warpgroup::store(v_rows, dv_acc);
-        publish_shared();
-        warpgroup::sync();
-        if (warpgroup::leader()) {
-          tma::store(params.dv, v_rows, 0, first_key, tile.kv_head, tile.batch);
-          tma::commit();
-        }
-      };
-      if constexpr (kEdges) {
-        shared.v_ring.wait(kv_state);
-        store_dv();
       }
       warpgroup::mma_wait<0>(dk_acc, ds);
       release_q();
 
       warp::mul(dk_acc, dk_acc, params.scale);
-      if constexpr (!kEdges) store_dv();
+      // Through v's memory, of which each consumer reads its own rows alone.
+      warpgroup::store(v_rows, dv_acc);
+      publish_shared();
+      warpgroup::sync();
+      if (warpgroup::leader()) {
+        tma::store(params.dv, v_rows, 0, first_key, tile.kv_head, tile.batch);
+        tma::commit();
+      }
       named_sync(kKeysRead, 128 * kConsumers);
       warpgroup::store(k_rows, dk_acc);
       publish_shared();

@@ -97,9 +97,9 @@ struct ScoreMap {
   }
   // And to what ds is a multiple of: p, times the cap's slope. p itself goes to `weights`, rounded.
   // A column is a query, with its lse in base 2.
-  template <typename Weights, typename Tile, typename Bias, typename Lse>
+  template <typename Weights, typename Tile, typename Bias, int kN>
   __device__ __forceinline__ void weigh(Weights& weights, Tile& scores, const Bias& bias,
-                                        const Lse& lse) const {
+                                        const SharedVec<float, kN>& lse) const {
     const float factor = (kCaps ? cap : unit) * kLog2E;
     if constexpr (kCaps) {
       const auto weigh_one = [=](float t, float b, float l, float& p, float& p_slope) {

@@ -136,9 +136,6 @@ class AttentionBackwardConfig:
     # Of the wide kernels, where dq has a kernel of its own.
     dq_block_kv: int = 0  # keys of one step
     dq_stages: int = 0  # depth of its key/value ring
-    # For a comparison, bits: 1 lse and 4 delta a step ahead (not both), 2 v's wait and
-    # dv's store.
-    schedule: int = 0
 
 
 # Tiles have head dims that are multiples of this (kHeadDimStep in attention.h) up to
