@@ -361,7 +361,14 @@ struct Backward {
         warp::convert(ds, dp_acc);
         auto& ds_smem = shared.ds_smem[ds_buffer];
         ds_buffer ^= 1;
-        warpgroup::store(ds_smem.template rows<64>(consumer), ds);
+        if constexpr (kLateDp) {
+          // The same values through float, which the compiler fits into the registers there are.
+          Weights same;
+          warp::map(same, ds, [](float x) { return x; });
+          warpgroup::store(ds_smem.template rows<64>(consumer), same);
+        } else {
+          warpgroup::store(ds_smem.template rows<64>(consumer), ds);
+        }
         publish_shared();
 
         warpgroup::mma_AB(dv_acc, p, shared.dout_smem[state.stage]);

@@ -40,6 +40,12 @@ struct Gradients : GradientsCopies<Traits> {
   static constexpr int kColumns = Copies::kColumns;
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
+  // Which sum's addresses are made when it is stored, so that no register of consumer 1 is spilled:
+  // found by trying.
+  static constexpr bool kHasSkip = (kFeatures & kSkip) != 0,
+                        kHasCounts = (kFeatures & kCounts) != 0;
+  static constexpr bool kDvAfresh = kHasCounts && kHasSkip;
+  static constexpr bool kDkAfresh = kHasCounts != kHasSkip && (kHasCounts || kSame<T, fp16>);
 
   using typename Copies::DvRing;
   using typename Copies::Keys;
@@ -82,15 +88,16 @@ struct Gradients : GradientsCopies<Traits> {
     multiply_keys(scores, tiles.q_smem, tiles.k_smem, params.scale);
     int head = place.first_head;
     do {
-      PerRow<16> as_query;
+      PerRow<16> as_query, through;
       warp::zero(as_query);
+      warp::zero(through);
       for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
         const Step& step = shared.steps[state.stage];
         const auto q_smem = warpgroup::afresh(tiles.q_smem);
         shared.ring.wait(state);
         PerRow<16> before;
         step.gates.before(before);
-        step_state(params, tiles, step, place);
+        step_state(params, tiles, step, place, through);
         if (warpgroup::leader()) shared.stepped[state.stage].arrive();
 
         Square from_state, dp;
@@ -113,7 +120,8 @@ struct Gradients : GradientsCopies<Traits> {
       }
       if (place.leads()) {
         const int index = place.index(params, head);
-        warpgroup::store_row_sums(chunk_of(params.as_query, index), as_query);
+        warpgroup::store_row_sums(chunk_of(params.as_query, index), as_query,
+                                  chunk_of(params.through, index), through);
       }
     } while (++head < place.first_head + place.heads);
 
@@ -127,7 +135,7 @@ struct Gradients : GradientsCopies<Traits> {
     warpgroup::mma_commit();
     warpgroup::mma_wait<0>(dq, scaled);
     shared.k_read[keys.stage].wait(keys.phase);
-    hand_over(shared.dq_full[keys.stage], tiles.dq_smem(), dq);
+    hand_over<false>(shared.dq_full[keys.stage], tiles.dq_smem(), dq);
   }
 
   // Tokens as keys: rows are those that are seen, columns those that look.
@@ -144,11 +152,10 @@ struct Gradients : GradientsCopies<Traits> {
     multiply_keys(scores, tiles.k_smem, tiles.q_smem, params.scale);
     int head = place.first_head;
     do {
-      PerRow<16> given, kept, to_state, through;  // sums over slices
+      PerRow<16> given, kept, to_state;  // sums over slices
       warp::zero(given);
       warp::zero(kept);
       warp::zero(to_state);
-      warp::zero(through);
       for (int slice = 0; slice < place.slices; ++slice, state.advance()) {
         const Step& step = shared.steps[state.stage];
         const auto k_smem = warpgroup::afresh(tiles.k_smem);
@@ -179,31 +186,20 @@ struct Gradients : GradientsCopies<Traits> {
         warpgroup::mma_commit();
         warpgroup::mma_wait<1>(du, p);
         Square& products = from_state;
-        if constexpr ((kFeatures & kSkip) != 0) {
+        if constexpr (kHasSkip) {
           warpgroup::mm_AtB(products, step.dout_smem, step.v_smem);
           warpgroup::mma_commit();
         }
         warp::mul_rows(du, du, weights);
-        if (place.leads()) hand_over_dv(shared, dv_state, step, du);
-        if (place.is_second) shared.stepped[state.stage].wait(state.phase);
-        Square& states = dp;  // S dS^T, of which the diagonal is rowsum(S * dS)
-        warpgroup::mm_ABt(states, warpgroup::afresh(step.state_smem),
-                          warpgroup::afresh(step.dstate_smem));
-        warpgroup::mma_commit();
-        const bool ends = place.leads() && slice + 1 == place.slices;
-        if (ends) {
-          store_key_sums(params, place.index(params, head), given, kept, to_state, weights);
+        if (place.leads()) {
+          hand_over_dv(shared, dv_state, step, du);
+          if (slice + 1 == place.slices) {
+            store_key_sums(params, place.index(params, head), given, kept, to_state, weights);
+          }
         }
-        warpgroup::mma_wait<0>(dk, v, products, states);
-        if constexpr ((kFeatures & kSkip) != 0) {
+        warpgroup::mma_wait<0>(dk, v, products);
+        if constexpr (kHasSkip) {
           if (place.leads()) store_dskip(params, products, place, head, slice);
-        }
-        PerRow<16> dot;
-        warpgroup::diagonal(dot, states);
-        warp::add(through, through, dot);
-        if (ends) {
-          warp::mul(through, through, step.gates.total());
-          warpgroup::store(chunk_of(params.through, place.index(params, head)), through, 0);
         }
         shared.ring.release(state);
       }
@@ -215,7 +211,7 @@ struct Gradients : GradientsCopies<Traits> {
     warpgroup::mma_AtB(dk, tiles.m_smem(), tiles.q_smem.template cols<kColumns>(place.part));
     warpgroup::mma_commit();
     warpgroup::mma_wait<0>(dk);
-    hand_over(shared.dk_full[keys.stage], tiles.dk_smem(), dk);
+    hand_over<kDkAfresh>(shared.dk_full[keys.stage], tiles.dk_smem(), dk);
   }
 
   // scale a b^T, which all heads have in common.
@@ -227,42 +223,58 @@ struct Gradients : GradientsCopies<Traits> {
     warp::mul(scores, scores, scale);
   }
   // A sum of columns to who stores it, in the place of what this warpgroup was the last to read.
-  template <typename Columns>
+  template <bool kAfresh, typename Columns>
   __device__ __forceinline__ static void hand_over(Barrier& full, const Columns& smem,
                                                    const Sum& sum) {
     warpgroup::sync();
-    warpgroup::store(warpgroup::afresh(smem), sum);
+    store_sum<kAfresh>(smem, sum);
     warp::sync();
     if (warp::leader()) full.arrive();
   }
 
+  template <bool kAfresh, typename Smem, typename Tile>
+  __device__ __forceinline__ static void store_sum(const Smem& smem, const Tile& tile) {
+    if constexpr (kAfresh) {
+      warpgroup::store_afresh(warpgroup::afresh(smem), tile);
+    } else {
+      warpgroup::store(warpgroup::afresh(smem), tile);
+    }
+  }
+
   // The pair has its S at its start and its dS at its end: the second chunk's S and the first's dS
-  // take the place of those, some columns at a time.
+  // take the place of those, some columns at a time. And through += total rowsum(S * dS).
   __device__ __forceinline__ static void step_state(const GradientsParams& params,
                                                     const KeyTiles& tiles, const Step& step,
-                                                    const Place& place) {
+                                                    const Place& place, PerRow<16>& through) {
     Operand values;  // a row for each column of v or dout
     warpgroup::load_transposed(values, step.other_smem);
-    const auto state_smem = warpgroup::afresh(place.is_second ? step.state_smem : step.dstate_smem);
-    Operand next;
-    warpgroup::load(next, state_smem.template cols<64>(0));
-    const float left = place.has_other ? step.other_gates.total() : 1.0f;
     if (place.is_second) {
       step.other_gates.scale_cols_after(values);
     } else {
       step.other_gates.scale_cols_before(values, params.scale);
     }
+    const float left = place.has_other ? step.other_gates.total() : 1.0f;
+    const auto state_smem = warpgroup::afresh(place.is_second ? step.state_smem : step.dstate_smem);
+    const auto fixed_smem = warpgroup::afresh(place.is_second ? step.dstate_smem : step.state_smem);
     const auto keys_smem = warpgroup::afresh(tiles.other_smem);
-#pragma unroll  // one piece at a time, as registers are few, and the next one read beside it
+    PerRow<16> dot, total;
+    warp::zero(dot);
+    warp::fill(total, step.gates.total());
+#pragma unroll 1  // one piece at a time: both are many registers
     for (int i = 0; i < kKeyDim / 64; ++i) {
       Square piece;
-      warp::mul(piece, next, left);
+      warpgroup::load(piece, state_smem.template cols<64>(i));
+      warp::mul(piece, piece, left);
       warpgroup::mma_AB(piece, values, keys_smem.template cols<64>(i));
       warpgroup::mma_commit();
-      if (i + 1 < kKeyDim / 64) warpgroup::load(next, state_smem.template cols<64>(i + 1));
+      Operand fixed;
+      warpgroup::load(fixed, fixed_smem.template cols<64>(i));
       warpgroup::mma_wait<0>(piece, values);
+      warp::fold_row_dot(dot, piece, fixed);
       warpgroup::store(state_smem.template cols<64>(i), piece);
     }
+    warp::mul(dot, dot, total);
+    warp::add(through, through, dot);
     publish_shared();
     warpgroup::sync();
   }
@@ -291,13 +303,13 @@ struct Gradients : GradientsCopies<Traits> {
   // w du becomes dv, which leaves.
   __device__ __forceinline__ static void hand_over_dv(Shared& shared, typename DvRing::State& state,
                                                       const Step& step, Square& du) {
-    if constexpr ((kFeatures & kSkip) != 0) {
+    if constexpr (kHasSkip) {
       Operand dout;
       warpgroup::load(dout, step.dout_smem);
       warp::zip_cols(du, du, dout, step.skip, [](float x, float y, float d) { return x + y * d; });
     }
     shared.dv_ring.acquire(state);
-    warpgroup::store(warpgroup::afresh(shared.dv_smem), du);
+    store_sum<kDvAfresh>(shared.dv_smem, du);
     shared.dv_ring.hand_over(state);
     state.advance();
   }

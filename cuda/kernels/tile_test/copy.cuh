@@ -68,7 +68,11 @@ __device__ __forceinline__ void shared_copies(const KernelParams& params) {
   if constexpr (kIsHalf<T>) {
     RegTile<float, kWarpRows, kCols> wide;
     load<kWarps>(wide, shared.in);
-    store<kWarps>(shared.other, wide);
+    if constexpr (kWarps == 1) {
+      warp::store(shared.other, wide);
+    } else {
+      warpgroup::store_afresh(shared.other, wide);
+    }
     store_transposed<kWarps>(shared.transposed, wide);
   } else {
     RegTile<bf16, kWarpRows, kCols> narrow;

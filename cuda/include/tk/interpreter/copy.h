@@ -259,6 +259,10 @@ void store(const Shared& dst, const RegTile<T, kRows, kCols>& src, Location at =
                 "a warpgroup stores four times the rows of a warp's tile");
   detail::store_shared<false>(detail::as_view(dst), src, kRows * detail::warp_of_group(), at);
 }
+template <typename Shared, typename T, int kRows, int kCols>
+void store_afresh(const Shared& dst, const RegTile<T, kRows, kCols>& src, Location at = {}) {
+  store(dst, src, at);
+}
 template <typename T, int kRows, int kCols, typename Shared>
 void load_transposed(RegTile<T, kRows, kCols>& dst, const Shared& src, Location at = {}) {
   static_assert(Shared::kRows == kCols && Shared::kCols == 4 * kRows,

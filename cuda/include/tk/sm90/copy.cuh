@@ -13,8 +13,8 @@ namespace detail {
 // The address that this lane gives to ldmatrix or stmatrix for a 16 x 16 square: lanes 0-7 rows
 // 0-7, 8-15 rows 8-15, 16-31 the same rows eight columns on.
 template <typename View>
-__device__ __forceinline__ uint32 matrix_address(const View& view, int row, int col) {
-  const int lane = ptx::lane_index();
+__device__ __forceinline__ uint32 matrix_address(const View& view, int row, int col,
+                                                 int lane = ptx::lane_index()) {
   return view.address(row + (lane & 15), col + 8 * (lane >> 4));
 }
 // The same with the middle two 8 x 8 matrices exchanged, as transposition needs.
@@ -58,7 +58,8 @@ __device__ __forceinline__ void load_shared(Dst& dst, const View& src, int first
 }
 
 template <typename View, typename Src>
-__device__ __forceinline__ void store_shared(const View& dst, const Src& src, int first_row) {
+__device__ __forceinline__ void store_shared(const View& dst, const Src& src, int first_row,
+                                             int lane = ptx::lane_index()) {
   using T = typename View::T;
   if constexpr (kIsHalf<T>) {
     RegTile<T, Src::kRows, Src::kCols> rounded;
@@ -68,8 +69,8 @@ __device__ __forceinline__ void store_shared(const View& dst, const Src& src, in
 #pragma unroll
       for (int c = 0; c < Src::kCols / 16; ++c) {
         const uint32* r = &rounded.data[s][4 * c];
-        ptx::store_matrix_x4(matrix_address(dst, first_row + 16 * s, 16 * c), r[0], r[1], r[2],
-                             r[3]);
+        ptx::store_matrix_x4(matrix_address(dst, first_row + 16 * s, 16 * c, lane), r[0], r[1],
+                             r[2], r[3]);
       }
     }
   } else {
@@ -374,6 +375,15 @@ __device__ __forceinline__ void store(const Shared& dst, const RegTile<T, kRows,
   static_assert(Shared::kRows == 4 * kRows && Shared::kCols == kCols,
                 "a warpgroup stores four times the rows of a warp's tile");
   detail::store_shared(detail::as_view(dst), src, kRows * (ptx::warp_index() & 3));
+}
+// The same, its addresses made here and not kept in registers from before a loop.
+template <typename Shared, typename T, int kRows, int kCols>
+__device__ __forceinline__ void store_afresh(const Shared& dst, const RegTile<T, kRows, kCols>& src,
+                                             Location = {}) {
+  static_assert(Shared::kRows == 4 * kRows && Shared::kCols == kCols,
+                "a warpgroup stores four times the rows of a warp's tile");
+  const int thread = ptx::fresh_thread_index();
+  detail::store_shared(detail::as_view(dst), src, kRows * (thread >> 5 & 3), thread & 31);
 }
 template <typename T, int kRows, int kCols, typename Shared>
 __device__ __forceinline__ void load_transposed(RegTile<T, kRows, kCols>& dst, const Shared& src,
