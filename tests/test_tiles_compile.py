@@ -88,8 +88,9 @@ def test_library_stays_small():
 
 
 _NOT_OPERATIONS = ("name", "address", "at", "view", "width")
-# What block::run does for a kernel, which the rings' tests run.
+# What block::run does for a kernel, which the rings' tests run, and paired_outputs'.
 _NOT_OPERATIONS += ("become_producer", "become_consumer", "uniform_index", "elect")
+_NOT_OPERATIONS += ("become_helper",)
 
 # Where a scope opens, where it closes, and what is defined in it.
 _TOKEN = re.compile(

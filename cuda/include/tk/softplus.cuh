@@ -5,6 +5,7 @@
 #include "tk/backend.cuh"
 
 namespace tk::math {
+namespace detail_softplus {
 
 // log(1 + x) for x in [0, 1], as 2 atanh(x / (2 + x)) by a polynomial fitted for the least largest
 // relative error: 5e-9 before rounding.
@@ -16,9 +17,11 @@ __device__ __forceinline__ float small_log1p(float x) {
   return 2.0f * fma(s * z, p, s);
 }
 
+}  // namespace detail_softplus
+
 // Nothing overflows; NaN stays NaN.
 __device__ __forceinline__ float softplus(float x) {
-  const float rest = small_log1p(exp2(abs(x) * -kLog2E));
+  const float rest = detail_softplus::small_log1p(exp2(abs(x) * -kLog2E));
   return x > 0.0f ? x + rest : rest;
 }
 // Its derivative, 1 / (1 + exp(-x)).

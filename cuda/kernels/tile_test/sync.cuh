@@ -204,8 +204,13 @@ struct RingKernel {
     for (auto rounds = walk(params); rounds.valid(); rounds.next()) {
       shared.in_ring.wait(in_state);
       warpgroup::load(x, shared.x_smem[in_state.stage].template rows<64>(consumer));
-      shared.in_ring.release(in_state);
-      if constexpr (kClusterSize > 1) shared.in_ring.release(in_state, rank() ^ 1);
+      if constexpr (kClusterSize > 1) {
+        shared.in_ring.release(in_state);
+        shared.in_ring.release(in_state, rank() ^ 1);
+      } else {
+        warp::sync();
+        if (warp::leader()) shared.in_ring.release_by_thread(in_state);
+      }
       in_state.advance();
       warp::mul(x, x, static_cast<float>(rounds.index() + 1));
       shared.out_ring.acquire(out_state);
