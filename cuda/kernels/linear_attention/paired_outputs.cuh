@@ -231,16 +231,6 @@ struct PairedOutputs {
                place.head, place.batch);
     tma::commit();
   }
-
-  __device__ __forceinline__ static void add_skip(Output& out, const Values& v,
-                                                  const SliceVec& skip_smem) {
-    PerRow<16> skip;
-    warpgroup::load(skip, skip_smem);
-    Output skipped;
-    warp::convert(skipped, v);
-    warp::mul_rows(skipped, skipped, skip);
-    warp::add(out, out, skipped);
-  }
 };
 
 template <typename Traits>

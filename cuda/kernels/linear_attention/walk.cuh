@@ -143,4 +143,16 @@ struct StatesWalk {
   }
 };
 
+// out += skip * v, of a warpgroup's 64 columns of v, which are its rows.
+template <typename Output, typename Values>
+__device__ __forceinline__ void add_skip(Output& out, const Values& v,
+                                         const SharedVec<float, kSlice>& skip_smem) {
+  PerRow<16> skip;
+  warpgroup::load(skip, skip_smem);
+  Output skipped;
+  warp::convert(skipped, v);
+  warp::mul_rows(skipped, skipped, skip);
+  warp::add(out, out, skipped);
+}
+
 }  // namespace tk::linear_attention
