@@ -443,15 +443,12 @@ __device__ __forceinline__ void zip_global(Tile& tile, const GlobalView<const T>
 template <typename T, int kN>
 __device__ __forceinline__ void store(const GlobalVec<T>& dst, const PerRow<kN>& src, int first,
                                       Location = {}) {
-  PerRow<kN> copy = src;
-  if ((ptx::lane_index() & 3) == 0) {
-    for_each(copy, [&](int row, float x) { return detail::write(dst, first + row, x); });
-  }
+  warp::store(dst, src, first + kN * (ptx::warp_index() & 3));
 }
 template <int kN, typename T>
 __device__ __forceinline__ void load(PerRow<kN>& dst, const GlobalVec<T>& src, int first,
                                      float missing, Location = {}) {
-  for_each(dst, [&](int row, float) { return detail::read(src, first + row, missing); });
+  warp::load(dst, src, first + kN * (ptx::warp_index() & 3), missing);
 }
 
 // A value per row from shared memory.
