@@ -81,6 +81,15 @@ def test_sums_that_end_early(case, consumers):
     check(kernels(case, tiles), case, forgetting(case))
 
 
+def test_what_the_gpu_executes(ptx):
+    check(kernels(ONE_HEAD, in_segments(2)), ONE_HEAD, forgetting(ONE_HEAD))
+
+
+@pytest.mark.parametrize("what", ["values", "dout"])
+def test_what_the_gpu_spreads(ptx, what):
+    assert_same_places(what, ONE_HEAD, 1)
+
+
 def sums_with_nan(log_decay: float, chunk: int, *, reverse: bool):
     """Of segments of two chunks, of whose tokens one of a chunk is not a number."""
     keys, values = jax.random.normal(jax.random.key(0), (2, 1, 256, 1, 64))
@@ -130,6 +139,10 @@ def test_what_is_no_number_reaches_the_segments_that_do_not_see_it(
 ):
     """The same places as in one segment, though nothing is left of what is there."""
     _ffi.interpreter()
+    assert_same_places(what, case, consumers)
+
+
+def assert_same_places(what, case, consumers):
     names = {"ssd": ("x", "B")}.get(case.op, ("v", "k"))
     arrays = {k: v for k, v in forgetting(case).items() if v is not None}
     if what != "dout":
