@@ -21,8 +21,16 @@ from tk_jax.ops.ssd.xla import step_sizes
 CHUNK, SLICE, PAIR, MARKED_ROWS = 64, 64, 2, 16
 
 
-def call(target, out_types, *arrays, options=None, config=None, vmap_method=None):
-    """In place of ``tk_jax._ffi.call``."""
+def call(
+    target,
+    out_types,
+    *arrays,
+    options=None,
+    config=None,
+    in_place=None,
+    vmap_method=None,
+):
+    """In place of ``tk_jax._ffi.call``; nothing is in place."""
     name = target.removeprefix("tk_linear_attention_").removesuffix("_v1")
     arrays = [None if x.size == 0 else x for x in arrays]
     results = MODELS[name](arrays, out_types, options, config)
