@@ -27,6 +27,7 @@ OP_SOURCES = [
     "ffi/linear_attention_gradients.cc",
     "ffi/linear_attention_kernels.cc",
     "ffi/linear_attention_problem.cc",
+    "ffi/linear_attention_segments.cc",
     "ffi/linear_attention_steps.cc",
     "ffi/linear_attention_walks.cc",
     "ffi/matmul.cc",

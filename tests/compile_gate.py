@@ -47,6 +47,8 @@ _HELPERS = {
     "tk_linear_attention_chunk_sums": _NOTHING,
     "tk_linear_attention_gate_gradients": _NOTHING,
     "tk_linear_attention_head_sums": _NOTHING,
+    "tk_linear_attention_segment_starts": _NOTHING,
+    "tk_linear_attention_spread_": _NOTHING,
     "tk_linear_attention_step_": _NOTHING,
     "tk_state_step_": _NOTHING,
     # One warpgroup, without roles.

@@ -31,7 +31,8 @@ CLEAN_SCHEDULES = 200
 DEMANDED = 0.95
 _BEGIN, _END = "<!-- mutations -->\n", "<!-- end of mutations -->\n"
 _COMMON = ("tests/interpreter/harness.h", "tk/tk.cuh")
-_LEVEL = "-O1"  # compiling takes longer than running
+_LEVEL = "-O1"  # compiling takes longer than running ...
+CLEAN_LEVEL = "-O3"  # ... except of what runs in many schedules
 _FLAGS = ("-std=c++20", "-DTK_INTERPRETER", "-Wno-unknown-pragmas", "-pthread")
 
 
@@ -81,17 +82,20 @@ def build_program(
     engine: Engine,
     folder: pathlib.Path,
     overlay: pathlib.Path | None = None,
+    level: str = _LEVEL,
 ) -> pathlib.Path:
     """A program of tests/interpreter; files in ``overlay`` hide those in cuda/."""
     target = folder / name
     source = ROOT / "tests" / "interpreter" / f"{name}.cc"
-    # The common headers are those of cuda/: none of them may be hidden.
-    common = [] if overlay and (overlay / "include").exists() else [engine.header]
+    # The common headers are those of cuda/: none of them may be hidden. They were
+    # compiled at one level.
+    hidden = overlay and (overlay / "include").exists()
+    common = [] if hidden or level != _LEVEL else [engine.header]
     subprocess.run(
         [
             engine.compiler,
             *_FLAGS,
-            _LEVEL,
+            level,
             *_includes(overlay),
             *(word for header in common for word in ("-include", header)),
             source,
@@ -183,7 +187,8 @@ def main() -> int:
         clean = {}
         if not options.only:
             programs = pool.map(
-                lambda name: build_program(name, engine, folder), PROGRAMS
+                lambda name: build_program(name, engine, folder, level=CLEAN_LEVEL),
+                PROGRAMS,
             )
             runs = pool.map(lambda program: run(program, CLEAN_SCHEDULES), programs)
             clean = dict(zip(PROGRAMS, runs, strict=True))

@@ -18,11 +18,19 @@ from tk_jax.ops.linear_attention.config import StatesOptions
 from tk_jax.ops.ssd.config import SsdOptions
 from tk_jax.ops.ssd.xla import step_sizes
 
-CHUNK, SLICE, PAIR = 64, 64, 2
+CHUNK, SLICE, PAIR, MARKED_ROWS = 64, 64, 2, 16
 
 
-def call(target, out_types, *arrays, options=None, config=None, vmap_method=None):
-    """In place of ``tk_jax._ffi.call``."""
+def call(
+    target,
+    out_types,
+    *arrays,
+    options=None,
+    config=None,
+    in_place=None,
+    vmap_method=None,
+):
+    """In place of ``tk_jax._ffi.call``; nothing is in place."""
     name = target.removeprefix("tk_linear_attention_").removesuffix("_v1")
     arrays = [None if x.size == 0 else x for x in arrays]
     results = MODELS[name](arrays, out_types, options, config)
@@ -133,9 +141,33 @@ def _head_sums(arrays, out_types, *_):
 
 def _segment_sums(arrays, out_types, options, config):
     _, ends = _all_states((*arrays, None), options)
-    if options.of_all:
-        return [ends]
-    return [ends[:, :, :-1]]
+    _, _, sums, weights, counts = arrays
+    totals = _gates(sums, weights, counts)[2]
+    kept = [jnp.prod(totals[:, :, x], -1) for x in _segments(totals.shape[2], options)]
+    kept = jnp.stack(kept, 2)
+    return (ends, kept) if options.of_all else (ends[:, :, :-1], kept[:, :, :-1])
+
+
+def _segment_starts(arrays, out_types, *_):
+    first, kept, added = arrays
+    starts = [jnp.zeros_like(added[:, :, 0]) if first is None else first]
+    for segment in range(added.shape[2]):
+        left = kept[:, :, segment, None, None] * starts[-1]
+        starts.append(left + added[:, :, segment])
+    return (jnp.stack(starts, 2),)
+
+
+def _spread(arrays, out_types, *_):
+    """Nothing is left to do: sums of segments have left nothing out."""
+    _, _, ends, results = arrays
+    return ends, results
+
+
+def _marks(ends):
+    """1 where not all of 16 rows of an end are finite."""
+    ends = jnp.pad(ends, [(0, 0)] * 3 + [(0, -ends.shape[3] % SLICE), (0, 0)])
+    groups = ends.reshape(*ends.shape[:3], -1, MARKED_ROWS * ends.shape[4])
+    return 1 - jnp.isfinite(groups).all(-1).astype(jnp.float32)
 
 
 def _states(arrays, out_types, options, config):
@@ -148,8 +180,15 @@ def _states(arrays, out_types, options, config):
     stored = jnp.pad(
         stored, [(0, 0)] * 3 + [(0, -stored.shape[3] % SLICE), (0, 0)]
     ).astype(out_types[0].dtype)
-    wanted = [stored, ends]
+    wanted = [stored, ends, _marks(ends)]
     return [x if kind.size else None for x, kind in zip(wanted, out_types, strict=True)]
+
+
+def _segments(chunks, options):
+    """The chunks of each segment, as walks go through them."""
+    every = options.chunks_of_segment
+    segments = [np.arange(x, min(x + every, chunks)) for x in range(0, chunks, every)]
+    return [x[::-1] for x in segments[::-1]] if options.reverse else segments
 
 
 def _all_states(arrays, options):
@@ -164,17 +203,12 @@ def _all_states(arrays, options):
     k, v = _tokens(keys, heads), _tokens(values, heads)
     left = (left * options.scale)[..., None] * v
     added = _product(keys.dtype, "bhcjv,bhcjk->bhcvk", left, k)
-    chunks, of_segment = added.shape[2], options.chunks_of_segment
+    chunks = added.shape[2]
     state = jnp.zeros((batch, heads, dim_v, keys.shape[-1]))
     stored, ends = [None] * chunks, []
-    segments = [
-        range(i, min(i + of_segment, chunks)) for i in range(0, chunks, of_segment)
-    ]
-    if options.reverse:
-        segments.reverse()
-    for number, segment in enumerate(segments):
+    for number, segment in enumerate(_segments(chunks, options)):
         state = jnp.zeros_like(state) if start is None else start[:, :, number]
-        for chunk in reversed(segment) if options.reverse else segment:
+        for chunk in segment:
             stored[chunk] = state
             state = total[:, :, chunk, None, None] * state + added[:, :, chunk]
         ends.append(state)
@@ -214,7 +248,8 @@ def _outputs(arrays, out_types, options, config):
     out = options.scale * (out + before[..., None] * old)
     if skip is not None:
         out = out + skip[:, None, None, :dim_v] * v32
-    return _as_tokens(out, v), ends if out_types[1].size else None
+    wanted = [_as_tokens(out, v), ends, _marks(ends)]
+    return [x if kind.size else None for x, kind in zip(wanted, out_types, strict=True)]
 
 
 def _gradients(arrays, out_types, options, config):
@@ -272,6 +307,8 @@ def _gate_gradients(arrays, out_types, *_):
 MODELS = {
     "chunk_sums": _chunk_sums,
     "segment_sums": _segment_sums,
+    "segment_starts": _segment_starts,
+    "spread": _spread,
     "states": _states,
     "outputs": _outputs,
     "gradients": _gradients,

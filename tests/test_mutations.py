@@ -38,7 +38,7 @@ def test_clang_builds_it(tmp_path):
 
 @pytest.mark.parametrize("name", mutate.PROGRAMS)
 def test_unbroken_kernels_are_not_reported(name, engine, tmp_path):
-    program = mutate.build_program(name, engine, tmp_path)
+    program = mutate.build_program(name, engine, tmp_path, level=mutate.CLEAN_LEVEL)
     schedules, report = mutate.run(program, mutate.CLEAN_SCHEDULES)
     assert (schedules, report) == (mutate.CLEAN_SCHEDULES, "")
 

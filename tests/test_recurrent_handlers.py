@@ -1,208 +1,27 @@
 """What the handlers of linear attention's kernels refuse, and what they launch."""
 
 import pytest
-from handler_process import Call, Gpu, both_stages, launched
+from handler_process import Gpu, both_stages, launched
+from recurrent_handler_calls import (
+    ARRAYS,
+    NONE,
+    SIZES,
+    Arrays,
+    chunk_sums,
+    floats,
+    gate_gradients,
+    gradients,
+    head_sums,
+    outputs,
+    segment_starts,
+    segment_sums,
+    spread,
+    states,
+    step_gates,
+    step_gradients,
+)
 
 _INVALID, _UNIMPLEMENTED = 3, 12
-_NONE = ("float32", [0])
-# B, T, G, H, K, V: two chunks, one slice and a half, heads that share two groups.
-_SIZES = (2, 100, 2, 4, 80, 96)
-
-
-def floats(*shape):
-    return ("float32", list(shape))
-
-
-class Arrays:
-    """Of a call of these sizes."""
-
-    def __init__(self, sizes=_SIZES, segments=2, dtype="bfloat16"):
-        B, T, G, H, K, V = sizes
-        chunks, columns = -(-T // 64), -(-V // 64) * 64
-        self.q = (dtype, [B, T, G, K])
-        self.v = (dtype, [B, T, H, V])
-        self.gates = floats(B, H, 64 * chunks)
-        self.counts = floats(B, 64 * chunks)
-        self.tokens = floats(B, T, H)
-        self.heads = floats(1, H)
-        self.head_parts = floats(B, chunks, 3, H)
-        self.skip = floats(H, columns)
-        self.dskip = floats(B, H, chunks, columns)
-        self.ends = floats(B, H, segments, V, K)
-        self.states = (dtype, [B, H, -(-chunks // 2), columns, K])  # of pairs
-
-
-ARRAYS = Arrays()
-
-
-def chunk_sums(x=ARRAYS.tokens, sums=ARRAYS.gates, *, seqlen=100):
-    options = {"seqlen": seqlen, "scale": 1.0, "least": -128.0}
-    target = "tk_linear_attention_chunk_sums_v1"
-    return Call(target, [x], [sums], {"options": options})
-
-
-_STEP_OPTIONS = {
-    "softplus": True,
-    "least": 0.0,
-    "most": float("inf"),
-    "least_log_decay": -128.0,
-}
-
-
-def step_gates(
-    raw=ARRAYS.tokens,
-    rates=ARRAYS.heads,
-    biases=_NONE,
-    skip=_NONE,
-    *,
-    sums=ARRAYS.gates,
-    weights=ARRAYS.gates,
-    columns=_NONE,
-):
-    return Call(
-        "tk_linear_attention_step_gates_v1",
-        [raw, rates, biases, skip],
-        [sums, weights, columns],
-        {"options": _STEP_OPTIONS},
-    )
-
-
-def step_gradients(
-    raw=ARRAYS.tokens,
-    rates=ARRAYS.heads,
-    biases=_NONE,
-    parts=ARRAYS.gates,
-    dweights=ARRAYS.gates,
-    dskip=_NONE,
-    *,
-    draw=None,
-    head_parts=ARRAYS.head_parts,
-):
-    return Call(
-        "tk_linear_attention_step_gradients_v1",
-        [raw, rates, biases, *[parts] * 4, dweights, dskip],
-        [draw or raw, head_parts],
-        {"options": _STEP_OPTIONS},
-    )
-
-
-def head_sums(parts, *results):
-    target = "tk_linear_attention_head_sums_v1"
-    return Call(target, [parts], list(results), {})
-
-
-def segment_sums(
-    arrays=ARRAYS,
-    *,
-    weights=_NONE,
-    to=None,
-    reverse=False,
-    of_all=False,
-    chunks_of_segment=1,
-    consumers=2,
-    stages=3,
-):
-    *leading, segments, dim_v, dim_k = arrays.ends[1]
-    return Call(
-        "tk_linear_attention_segment_sums_v1",
-        [arrays.q, arrays.v, arrays.gates, weights, _NONE],
-        [to or floats(*leading, max(segments - 1, 0), dim_v, dim_k)],
-        {
-            "options": {
-                "scale": 1.0,
-                "reverse": reverse,
-                "of_all": of_all,
-                "chunks_of_segment": chunks_of_segment,
-            },
-            "config": {"consumers": consumers, "stages": stages},
-        },
-    )
-
-
-def states(
-    arrays=ARRAYS,
-    *,
-    weights=_NONE,
-    counts=_NONE,
-    start=_NONE,
-    stored=None,
-    to=None,
-    reverse=False,
-    chunks_of_segment=1,
-    stored_every=2,
-    consumers=2,
-    stages=3,
-):
-    return Call(
-        "tk_linear_attention_states_v1",
-        [arrays.q, arrays.v, arrays.gates, weights, counts, start],
-        [stored or arrays.states, to or arrays.ends],
-        {
-            "options": {
-                "scale": 1.0,
-                "reverse": reverse,
-                "chunks_of_segment": chunks_of_segment,
-                "stored_every": stored_every,
-            },
-            "config": {"consumers": consumers, "stages": stages},
-        },
-    )
-
-
-def outputs(
-    arrays=ARRAYS,
-    *,
-    k=None,
-    sums=None,
-    weights=_NONE,
-    counts=_NONE,
-    skip=_NONE,
-    start=_NONE,
-    out=None,
-    to=_NONE,
-    chunks_of_segment=1,
-    consumers=2,
-    stages=2,
-):
-    gates = [sums or arrays.gates, weights, counts]
-    return Call(
-        "tk_linear_attention_outputs_v1",
-        [arrays.q, k or arrays.q, arrays.v, *gates, skip, start],
-        [out or arrays.v, to],
-        {
-            "options": {"scale": 1.0, "chunks_of_segment": chunks_of_segment},
-            "config": {"consumers": consumers, "stages": stages},
-        },
-    )
-
-
-def gradients(
-    arrays=ARRAYS,
-    *,
-    states=None,
-    weights=_NONE,
-    counts=_NONE,
-    skip=_NONE,
-    dweights=_NONE,
-    dskip=_NONE,
-    stages=1,
-    key_stages=1,
-):
-    a = arrays
-    kept = [states or a.states, a.states]
-    return Call(
-        "tk_linear_attention_gradients_v1",
-        [a.q, a.q, a.v, a.v, *kept, a.gates, weights, counts, skip],
-        [a.q, a.q, a.v, *[a.gates] * 4, dweights, dskip],
-        {
-            "options": {"scale": 1.0},
-            "config": {"stages": stages, "key_stages": key_stages},
-        },
-    )
-
-
-def gate_gradients(parts=ARRAYS.gates, dgates=ARRAYS.tokens):
-    return Call("tk_linear_attention_gate_gradients_v1", [parts] * 4, [dgates], {})
 
 
 def test_blocks_of_gradients_walk_several_places():
@@ -218,17 +37,20 @@ def test_launches():
     calls = [
         chunk_sums(floats(1, 1, 4)),
         states(counts=a.counts, reverse=True),
-        outputs(weights=a.gates, skip=a.skip, start=a.ends, to=a.ends),
+        outputs(weights=a.gates, skip=a.skip, start=a.ends),
         gradients(weights=a.gates, dweights=a.gates),
         gate_gradients(),
-        outputs(wide, consumers=1),
+        outputs(wide, to=NONE, marks=NONE, consumers=1),
         gradients(wide),
         segment_sums(weights=a.gates),
         step_gates(
             ("float16", a.tokens[1]), skip=floats(4), columns=a.skip, biases=a.heads
         ),
         step_gradients(rates=floats(2, 4), dskip=a.dskip),
-        head_sums(floats(7, 5, 3, 40), floats(7, 40), _NONE, floats(7, 40)),
+        head_sums(floats(7, 5, 3, 40), floats(7, 40), NONE, floats(7, 40)),
+        segment_starts(a.state),
+        spread(),
+        spread(stored_every=2, reverse=True),
     ]
     ran = [answer for _, answer in launched(Gpu(), *calls)]
     launches = [(x["symbol"], x["grid"]) for each in ran for x in each.of("launch")]
@@ -247,6 +69,10 @@ def test_launches():
         (f"{name}step_gates_fp16", [2, 1, 2]),
         (f"{name}step_gradients_fp32", [2, 1, 2]),
         (f"{name}head_sums", [3, 3, 7]),
+        # Of states of 7680 numbers, blocks have 1024.
+        (f"{name}segment_starts", [8, 8, 1]),
+        (f"{name}spread_out_bf16", [8, 1, 2]),
+        (f"{name}spread_states_bf16", [8, 1, 2]),
     ]
     keys, values, stored = ran[1].of("map")
     assert keys["dims"] == [80, 100, 2, 2]
@@ -260,7 +86,7 @@ def test_launches():
 
 
 def test_empty_batch_launches_nothing():
-    arrays = Arrays((0, *_SIZES[1:]))
+    arrays = Arrays((0, *SIZES[1:]))
     answers = Gpu().run(
         chunk_sums(arrays.tokens, sums=arrays.gates),
         step_gates(arrays.tokens, sums=arrays.gates, weights=arrays.gates),
@@ -270,8 +96,12 @@ def test_empty_batch_launches_nothing():
             dweights=arrays.gates,
             head_parts=arrays.head_parts,
         ),
-        head_sums(floats(0, 5, 3, 4), floats(0, 4), floats(0, 4), _NONE),
+        head_sums(floats(0, 5, 3, 4), floats(0, 4), floats(0, 4), NONE),
         segment_sums(arrays),
+        segment_starts(
+            arrays.state, kept=arrays.kept, added=arrays.added, starts=arrays.ends
+        ),
+        spread(arrays),
         states(arrays),
         outputs(arrays),
         gradients(arrays),
@@ -351,12 +181,12 @@ def test_empty_batch_launches_nothing():
             "dskip has 96 columns; expected a multiple of 64",
         ),
         (
-            head_sums(floats(5, 2, 4), floats(4), _NONE, _NONE),
+            head_sums(floats(5, 2, 4), floats(4), NONE, NONE),
             _INVALID,
             "head_parts has shape (5, 2, 4); expected (.., rows, 3, H)",
         ),
         (
-            head_sums(floats(5, 3, 4), floats(4), floats(5), _NONE),
+            head_sums(floats(5, 3, 4), floats(4), floats(5), NONE),
             _INVALID,
             "sums has shape (5); expected that of head_parts, (5, 3, 4), without",
         ),
@@ -400,7 +230,73 @@ def test_empty_batch_launches_nothing():
             _INVALID,
             "there is one segment; expected several",
         ),
-        (segment_sums(to=_NONE), _INVALID, "to is not given"),
+        (segment_sums(to=NONE), _INVALID, "to is not given"),
+        (
+            segment_sums(kept=floats(2, 4, 2)),
+            _INVALID,
+            "kept has shape (2, 4, 2); expected (2, 4, 1)",
+        ),
+        (
+            segment_starts(ARRAYS.ends),
+            _INVALID,
+            "first has shape (2, 4, 2, 96, 80); expected (2, 4, 96, 80)",
+        ),
+        (
+            segment_starts(kept=floats(2, 4, 2)),
+            _INVALID,
+            "kept has shape (2, 4, 2); expected (2, 4, 1)",
+        ),
+        (
+            segment_starts(added=ARRAYS.ends),
+            _INVALID,
+            "added has shape (2, 4, 2, 96, 80); expected (2, 4, 1, 96, 80)",
+        ),
+        (
+            segment_starts(starts=floats(2, 4, 1, 96, 80)),
+            _INVALID,
+            "starts has shape (2, 4, 1, 96, 80); expected several segments",
+        ),
+        (
+            segment_starts(starts=floats(2, 4, 2, 5, 8)),
+            _INVALID,
+            "expected several segments of states of a multiple of 64 numbers",
+        ),
+        (
+            spread(marks=floats(2, 4, 2, 4)),
+            _INVALID,
+            "marks has shape (2, 4, 2, 4); expected (2, 4, 2, 8)",
+        ),
+        (
+            spread(ends=floats(2, 4, 1, 96, 80)),
+            _INVALID,
+            "ends has shape (2, 4, 1, 96, 80); expected (2, 4, 2, 96, 80)",
+        ),
+        (
+            spread(results=ARRAYS.states),
+            _INVALID,
+            "results has shape (2, 4, 1, 128, 80); expected (2, 100, 4, 96)",
+        ),
+        (
+            spread(results=ARRAYS.v, stored_every=2),
+            _INVALID,
+            "results has shape (2, 100, 4, 96); expected (2, 4, 1, 128, 80)",
+        ),
+        (
+            spread(chunks_of_segment=2),
+            _INVALID,
+            "segments of 2 of 2 chunks, stored every 0; expected several segments",
+        ),
+        (
+            spread(Arrays(dtype="float32")),
+            _UNIMPLEMENTED,
+            "dtype fp32; the kernels take bfloat16 and float16",
+        ),
+        (states(marks=NONE), _INVALID, "several segments need to and marks"),
+        (
+            outputs(marks=floats(2, 4, 2, 6)),
+            _INVALID,
+            "marks has shape (2, 4, 2, 6); expected (2, 4, 2, 8)",
+        ),
         (
             segment_sums(to=ARRAYS.ends),
             _INVALID,
@@ -509,3 +405,14 @@ def test_refusals(call, code, message):
     assert answer.message.startswith(f"{call.target}: ")
     assert message in answer.message
     assert answer.of("launch") == []
+
+
+@pytest.mark.parametrize(
+    ("in_place", "message"),
+    [({1: 3}, "new_ends is not where"), ({0: 2}, "new_results is not where")],
+)
+def test_what_is_spread_into_is_in_place(in_place, message):
+    (answer,) = Gpu().run(spread(in_place=in_place))
+    assert answer.code == _INVALID
+    assert message in answer.message
+    assert answer.driver == []

@@ -38,20 +38,6 @@ pytestmark = pytest.mark.skipif(
 EXHAUSTIVE = pytest.mark.exhaustive
 
 
-# In pieces that are walked through side by side: of one chunk, and of two.
-SEGMENTED = LINEAR(330, 16, 64, (1, 1), decay="mild", packed=True)
-SEGMENTS = (1, 2)
-
-
-def in_segments(chunks: int) -> config.ScanConfig:
-    return config.ScanConfig(
-        chunks_of_segment=chunks,
-        states=config.WalkConfig(consumers=1, stages=2),
-        outputs=config.WalkConfig(consumers=1, stages=2),
-        gradients=config.GradientsConfig(stages=2, key_stages=2),
-    )
-
-
 # Places of gradients, which are chunks of groups, of one step and of two.
 PLACES = [LINEAR(260, 16, value_dim, (2, 2)) for value_dim in (64, 72)]
 
@@ -89,7 +75,6 @@ def compiled(request):
     more = MORE if request.config.getoption("--exhaustive") else []
     specs = [
         *itertools.chain.from_iterable(map(specs_of, CASES + more)),
-        *specs_of(SEGMENTED, in_segments(1)),
         *specs_of(PLACES[0], with_key_stages(PLACES[0], 1)),
         *itertools.chain.from_iterable(specs_of(x, in_pairs(x)) for x in PAIRED),
     ]
@@ -116,12 +101,6 @@ def test_values_and_gradients(case):
 )
 def test_what_the_gpu_executes(case, ptx):
     check(public(case), case, seeds=seeds_of(case, tokens=2**8))
-
-
-@pytest.mark.parametrize("chunks", SEGMENTS)
-def test_segments_side_by_side(chunks):
-    _ffi.interpreter()
-    check(kernels(SEGMENTED, in_segments(chunks)), SEGMENTED)
 
 
 @pytest.mark.parametrize("case", PLACES, ids=str)

@@ -112,14 +112,16 @@ def test_few_heads_are_cut_into_segments():
     b = struct(1, 4096, 1, 128)
     run = functools.partial(ssd, return_final_state=True)
     text = lowered_for_cuda(run, x, dt, b, b)
-    assert targets(text) == ["step_gates", "segment_sums", "outputs"]
+    joined = ["segment_sums", "segment_starts", "outputs", "spread"]
+    assert targets(text) == ["step_gates", *joined]
     assert "tensor<1x2x16x64x128xf32>" in text
 
     def gradients(*arrays):
         return jax.grad(lambda arrays: total(run(*arrays)))(arrays)
 
     found = targets(lowered_for_cuda(gradients, x, dt, b, b))
-    assert found.count("states") == found.count("segment_sums") == 2
+    for name in ("states", "segment_sums", "segment_starts", "spread"):
+        assert found.count(name) == 2
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ SETTINGS = {
     "StepOptions": linear_attention.StepOptions,
     "StatesOptions": linear_attention.StatesOptions,
     "OutputsOptions": linear_attention.OutputsOptions,
+    "SpreadOptions": linear_attention.SpreadOptions,
     "GradientsOptions": linear_attention.GradientsOptions,
     "GradientsConfig": linear_attention.GradientsConfig,
     "WalkConfig": linear_attention.WalkConfig,

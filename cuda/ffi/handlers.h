@@ -31,7 +31,9 @@ extern const Target kLinearAttentionGateGradientsTarget;
 extern const Target kLinearAttentionGradientsTarget;
 extern const Target kLinearAttentionHeadSumsTarget;
 extern const Target kLinearAttentionOutputsTarget;
+extern const Target kLinearAttentionSegmentStartsTarget;
 extern const Target kLinearAttentionSegmentSumsTarget;
+extern const Target kLinearAttentionSpreadTarget;
 extern const Target kLinearAttentionStatesTarget;
 extern const Target kLinearAttentionStepGatesTarget;
 extern const Target kLinearAttentionStepGradientsTarget;
@@ -60,7 +62,9 @@ inline constexpr const Target* kTargets[] = {
     &kLinearAttentionGradientsTarget,
     &kLinearAttentionHeadSumsTarget,
     &kLinearAttentionOutputsTarget,
+    &kLinearAttentionSegmentStartsTarget,
     &kLinearAttentionSegmentSumsTarget,
+    &kLinearAttentionSpreadTarget,
     &kLinearAttentionStatesTarget,
     &kLinearAttentionStepGatesTarget,
     &kLinearAttentionStepGradientsTarget,

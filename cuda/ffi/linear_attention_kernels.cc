@@ -8,12 +8,15 @@ namespace {
 // Of the bits of linear_attention::Feature, in order.
 constexpr const char* kFeatureNames[] = {"weights", "counts", "skip"};
 
+Status check_dtype(runtime::DataType dtype) {
+  if (dtype == runtime::DataType::kBFloat16 || dtype == runtime::DataType::kFloat16) return {};
+  return unsupported("dtype " + std::string(type_suffix(dtype)) +
+                     "; the kernels take bfloat16 and float16");
+}
+
 Status check_common(runtime::DataType dtype, std::int64_t key_dim, unsigned features,
                     unsigned offered) {
-  if (dtype != runtime::DataType::kBFloat16 && dtype != runtime::DataType::kFloat16) {
-    return unsupported("dtype " + std::string(type_suffix(dtype)) +
-                       "; the kernels take bfloat16 and float16");
-  }
+  if (Status status = check_dtype(dtype); !status.ok()) return status;
   if (key_dim <= 0 || key_dim > linear_attention::kMaxKeyDim ||
       linear_attention::tile_dim(key_dim) != key_dim) {
     return unsupported("tiles of key dim " + std::to_string(key_dim) +
@@ -135,6 +138,28 @@ Result<KernelSpec> LinearAttentionGradientsKernel::spec() const {
   spec.threads = linear_attention::kGradientsThreads;
   spec.shared_bytes =
       linear_attention::gradients_shared_bytes(key_dim, config.stages, config.key_stages);
+  return checked(std::move(spec));
+}
+
+KernelKey LinearAttentionSegmentKernel::key() const {
+  return {{static_cast<int>(name), static_cast<int>(dtype)}};
+}
+
+Result<KernelSpec> LinearAttentionSegmentKernel::spec() const {
+  if (name == Name::kStarts) {
+    KernelSpec spec = named("segment_starts", "SegmentStartsParams");
+    spec.threads = linear_attention::kStartsThreads;
+    spec.shared_bytes = linear_attention::kStartsSharedBytes;
+    return checked(std::move(spec));
+  }
+  if (Status status = check_dtype(dtype); !status.ok()) return status.error();
+  const bool is_of_states = name == Name::kSpreadStates;
+  KernelSpec spec = named("spread", "SpreadParams");
+  spec.symbol += std::string(is_of_states ? "_states_" : "_out_") + type_suffix(dtype);
+  spec.function += std::string("<tk::linear_attention::SpreadTraits<") + type_name(dtype) + ", " +
+                   bool_name(is_of_states) + ">>";
+  spec.threads = linear_attention::kSpreadThreads;
+  spec.shared_bytes = linear_attention::kSpreadSharedBytes;
   return checked(std::move(spec));
 }
 

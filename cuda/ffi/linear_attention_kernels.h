@@ -34,6 +34,11 @@ struct OutputsOptions {
   float scale;
   long chunks_of_segment;
 };
+struct SpreadOptions {
+  bool reverse;
+  long chunks_of_segment;
+  long stored_every;  // chunks to a stored state; 0 of outputs
+};
 struct GradientsOptions {
   float scale;
 };
@@ -68,6 +73,17 @@ struct LinearAttentionGradientsKernel {
   Result<KernelSpec> spec() const;
 };
 
+// Those that join segments; what is spread into is of a dtype.
+struct LinearAttentionSegmentKernel {
+  enum class Name { kStarts, kSpreadStates, kSpreadOut };
+
+  Name name;
+  runtime::DataType dtype = runtime::DataType::kFloat32;
+
+  KernelKey key() const;
+  Result<KernelSpec> spec() const;
+};
+
 // Those of gates and of steps, of which the latter have a specialisation for each type of raw
 // steps.
 struct LinearAttentionGateKernel {
@@ -95,6 +111,9 @@ TK_REGISTER_SETTINGS(tk::ffi::SegmentSumsOptions, StructMember<float>("scale"),
                      StructMember<std::int64_t>("chunks_of_segment"));
 TK_REGISTER_SETTINGS(tk::ffi::OutputsOptions, StructMember<float>("scale"),
                      StructMember<std::int64_t>("chunks_of_segment"));
+TK_REGISTER_SETTINGS(tk::ffi::SpreadOptions, StructMember<bool>("reverse"),
+                     StructMember<std::int64_t>("chunks_of_segment"),
+                     StructMember<std::int64_t>("stored_every"));
 TK_REGISTER_SETTINGS(tk::ffi::GradientsOptions, StructMember<float>("scale"));
 TK_REGISTER_SETTINGS(tk::ffi::GradientsConfig, StructMember<std::int64_t>("stages"),
                      StructMember<std::int64_t>("key_stages"));

@@ -47,16 +47,29 @@ Status check_segment_states(const char* name, const AnyBuffer& states,
   return check_optional_floats(name, states,
                                {s.batch, s.num_heads, segments, s.value_dim, s.key_dim});
 }
-// The same of kernels that have a state for each segment before and after it.
+Status check_marks(const AnyBuffer& marks, const LinearAttentionSizes& s, std::int64_t segments) {
+  return check_optional_floats(
+      "marks", marks,
+      {s.batch, s.num_heads, segments, s.padded_values() / linear_attention::kMarkedRows});
+}
+// What kernels have that start segments from a state and end them with one.
+struct EndBuffers {
+  AnyBuffer to, marks;
+};
+// The same of those.
 Result<WalkCall> read_walk(const LinearAttentionSizes& s, Walk walk, unsigned features,
                            std::int64_t chunks_of_segment, const WalkConfig& config,
-                           const AnyBuffer& from, const AnyBuffer& to) {
+                           const AnyBuffer& from, const EndBuffers& ends) {
   auto call = read_walk(s, walk, features, chunks_of_segment, config);
   if (!call.ok()) return call;
   if (Status status = first_error({check_segment_states("from", from, s, call->segments),
-                                   check_segment_states("to", to, s, call->segments)});
+                                   check_segment_states("to", ends.to, s, call->segments),
+                                   check_marks(ends.marks, s, call->segments)});
       !status.ok()) {
     return status.error();
+  }
+  if (call->segments > 1 && !s.empty() && !(is_given(ends.to) && is_given(ends.marks))) {
+    return invalid("several segments need to and marks");
   }
   return call;
 }
@@ -81,7 +94,7 @@ runtime::Grid grid_of(const WalkCall& call, std::int64_t segments) {
 struct SegmentSumsBuffers {
   AnyBuffer keys, values;
   GateBuffers gates;
-  AnyBuffer to;
+  AnyBuffer to, kept;
 };
 
 Result<WalkCall> read_segment_sums(const SegmentSumsBuffers& b, const SegmentSumsOptions& options,
@@ -96,7 +109,9 @@ Result<WalkCall> read_segment_sums(const SegmentSumsBuffers& b, const SegmentSum
   const std::int64_t wanted = call->segments - (options.of_all ? 0 : 1);
   if (wanted < 1 && !s.empty()) return invalid("there is one segment; expected several");
   if (!is_given(b.to) && !s.empty()) return invalid("to is not given");
-  if (Status status = check_segment_states("to", b.to, s, wanted); !status.ok()) {
+  if (Status status = first_error({check_segment_states("to", b.to, s, wanted),
+                                   check_floats("kept", b.kept, {s.batch, s.num_heads, wanted})});
+      !status.ok()) {
     return status.error();
   }
   return call;
@@ -126,7 +141,8 @@ Status execute_segment_sums(int device_ordinal, runtime::cuda::Stream stream,
                   {"sums", b.gates.sums, false},
                   {"weights", b.gates.weights, false},
                   {"counts", b.gates.counts, false},
-                  {"to", b.to, true}});
+                  {"to", b.to, true},
+                  {"kept", b.kept, true}});
 
   linear_attention::SegmentSumsParams params = {};
   if (Status status = first_error(
@@ -135,6 +151,7 @@ Status execute_segment_sums(int device_ordinal, runtime::cuda::Stream stream,
     return status;
   }
   params.left_out = options.of_all ? 0 : 1;
+  params.kept = floats(b.kept);
   set_walk(&params, *call, b.gates, b.to, options.chunks_of_segment, options.scale);
   return runtime::launch(**kernel, stream, grid_of(*call, call->segments - params.left_out),
                          &params);
@@ -146,7 +163,8 @@ struct StatesBuffers {
   AnyBuffer keys, values;
   GateBuffers gates;
   AnyBuffer from;
-  AnyBuffer stored, to;
+  AnyBuffer stored;
+  EndBuffers ends;
 };
 
 Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& options,
@@ -167,7 +185,7 @@ Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& option
     return status.error();
   }
   return read_walk(s, options.reverse ? Walk::kReverseStates : Walk::kStates, features_of(b.gates),
-                   options.chunks_of_segment, config, b.from, b.to);
+                   options.chunks_of_segment, config, b.from, b.ends);
 }
 
 Status initialize_states(int device, const StatesBuffers& buffers, const StatesOptions& options,
@@ -195,10 +213,12 @@ Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const St
                   {"counts", b.gates.counts, false},
                   {"from", b.from, false},
                   {"stored", b.stored, true},
-                  {"to", b.to, true}});
+                  {"to", b.ends.to, true},
+                  {"marks", b.ends.marks, true}});
 
   linear_attention::StatesParams params = {};
   params.stored_every = static_cast<int>(options.stored_every);
+  params.marks = optional_floats(b.ends.marks);
   params.from = optional_floats(b.from);
   if (Status status = first_error({encode_tokens(&params.keys, b.keys, s),
                                    encode_tokens(&params.values, b.values, s),
@@ -206,7 +226,7 @@ Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const St
       !status.ok()) {
     return status;
   }
-  set_walk(&params, *call, b.gates, b.to, options.chunks_of_segment, options.scale);
+  set_walk(&params, *call, b.gates, b.ends.to, options.chunks_of_segment, options.scale);
   return runtime::launch(**kernel, stream, grid_of(*call, call->segments), &params);
 }
 
@@ -216,7 +236,8 @@ struct OutputsBuffers {
   AnyBuffer q, k, v;
   GateBuffers gates;
   AnyBuffer skip, from;
-  AnyBuffer out, to;
+  AnyBuffer out;
+  EndBuffers ends;
 };
 
 Result<WalkCall> read_outputs(const OutputsBuffers& b, const OutputsOptions& options,
@@ -234,7 +255,7 @@ Result<WalkCall> read_outputs(const OutputsBuffers& b, const OutputsOptions& opt
   }
   const unsigned skip = is_given(b.skip) ? linear_attention::kSkip : 0u;
   return read_walk(s, Walk::kOutputs, features_of(b.gates) | skip, options.chunks_of_segment,
-                   config, b.from, b.to);
+                   config, b.from, b.ends);
 }
 
 Status initialize_outputs(int device, const OutputsBuffers& buffers, const OutputsOptions& options,
@@ -264,7 +285,8 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
                   {"skip", b.skip, false},
                   {"from", b.from, false},
                   {"out", b.out, true},
-                  {"to", b.to, true}});
+                  {"to", b.ends.to, true},
+                  {"marks", b.ends.marks, true}});
 
   linear_attention::OutputsParams params = {};
   if (Status status =
@@ -273,9 +295,10 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
       !status.ok()) {
     return status;
   }
+  params.marks = optional_floats(b.ends.marks);
   params.skip = optional_floats(b.skip);
   params.from = optional_floats(b.from);
-  set_walk(&params, *call, b.gates, b.to, options.chunks_of_segment, options.scale);
+  set_walk(&params, *call, b.gates, b.ends.to, options.chunks_of_segment, options.scale);
   return runtime::launch(**kernel, stream, grid_of(*call, call->segments), &params);
 }
 
@@ -285,60 +308,63 @@ using Ret = xffi::Result<AnyBuffer>;
 
 xffi::Error segment_sums_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer values,
                                     AnyBuffer sums, AnyBuffer weights, AnyBuffer counts, Ret to,
-                                    SegmentSumsOptions options, WalkConfig config) {
+                                    Ret kept, SegmentSumsOptions options, WalkConfig config) {
   return to_ffi(kSegmentSumsName,
-                initialize_segment_sums(device, {keys, values, {sums, weights, counts}, *to},
+                initialize_segment_sums(device, {keys, values, {sums, weights, counts}, *to, *kept},
                                         options, config));
 }
 
 xffi::Error segment_sums_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer keys,
                                  AnyBuffer values, AnyBuffer sums, AnyBuffer weights,
-                                 AnyBuffer counts, Ret to, SegmentSumsOptions options,
+                                 AnyBuffer counts, Ret to, Ret kept, SegmentSumsOptions options,
                                  WalkConfig config) {
   return to_ffi(kSegmentSumsName, explore([&] {
                   return execute_segment_sums(device, stream,
-                                              {keys, values, {sums, weights, counts}, *to}, options,
-                                              config);
+                                              {keys, values, {sums, weights, counts}, *to, *kept},
+                                              options, config);
                 }));
 }
 
 xffi::Error states_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer values, AnyBuffer sums,
                               AnyBuffer weights, AnyBuffer counts, AnyBuffer from, Ret stored,
-                              Ret to, StatesOptions options, WalkConfig config) {
-  return to_ffi(
-      kStatesName,
-      initialize_states(device, {keys, values, {sums, weights, counts}, from, *stored, *to},
-                        options, config));
+                              Ret to, Ret marks, StatesOptions options, WalkConfig config) {
+  return to_ffi(kStatesName,
+                initialize_states(
+                    device, {keys, values, {sums, weights, counts}, from, *stored, {*to, *marks}},
+                    options, config));
 }
 
 xffi::Error states_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer keys,
                            AnyBuffer values, AnyBuffer sums, AnyBuffer weights, AnyBuffer counts,
-                           AnyBuffer from, Ret stored, Ret to, StatesOptions options,
+                           AnyBuffer from, Ret stored, Ret to, Ret marks, StatesOptions options,
                            WalkConfig config) {
   return to_ffi(kStatesName, explore([&] {
-                  return execute_states(device, stream,
-                                        {keys, values, {sums, weights, counts}, from, *stored, *to},
-                                        options, config);
+                  return execute_states(
+                      device, stream,
+                      {keys, values, {sums, weights, counts}, from, *stored, {*to, *marks}},
+                      options, config);
                 }));
 }
 
 xffi::Error outputs_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
                                AnyBuffer sums, AnyBuffer weights, AnyBuffer counts, AnyBuffer skip,
-                               AnyBuffer from, Ret out, Ret to, OutputsOptions options,
+                               AnyBuffer from, Ret out, Ret to, Ret marks, OutputsOptions options,
                                WalkConfig config) {
-  return to_ffi(kOutputsName, initialize_outputs(
-                                  device, {q, k, v, {sums, weights, counts}, skip, from, *out, *to},
-                                  options, config));
+  return to_ffi(kOutputsName,
+                initialize_outputs(
+                    device, {q, k, v, {sums, weights, counts}, skip, from, *out, {*to, *marks}},
+                    options, config));
 }
 
 xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
                             AnyBuffer k, AnyBuffer v, AnyBuffer sums, AnyBuffer weights,
                             AnyBuffer counts, AnyBuffer skip, AnyBuffer from, Ret out, Ret to,
-                            OutputsOptions options, WalkConfig config) {
+                            Ret marks, OutputsOptions options, WalkConfig config) {
   return to_ffi(kOutputsName, explore([&] {
-                  return execute_outputs(device, stream,
-                                         {q, k, v, {sums, weights, counts}, skip, from, *out, *to},
-                                         options, config);
+                  return execute_outputs(
+                      device, stream,
+                      {q, k, v, {sums, weights, counts}, skip, from, *out, {*to, *marks}}, options,
+                      config);
                 }));
 }
 
@@ -351,6 +377,7 @@ auto bind_segment_sums(Binding binding) {
       .template Arg<AnyBuffer>()  // weights, or of size 0
       .template Arg<AnyBuffer>()  // counts, or of size 0
       .template Ret<AnyBuffer>()  // to
+      .template Ret<AnyBuffer>()  // kept
       .template Attr<SegmentSumsOptions>("options")
       .template Attr<WalkConfig>("config");
 }
@@ -366,6 +393,7 @@ auto bind_states(Binding binding) {
       .template Arg<AnyBuffer>()  // from, or of size 0 for zeros
       .template Ret<AnyBuffer>()  // stored
       .template Ret<AnyBuffer>()  // to, or of size 0
+      .template Ret<AnyBuffer>()  // marks, of size 0 for one segment
       .template Attr<StatesOptions>("options")
       .template Attr<WalkConfig>("config");
 }
@@ -383,6 +411,7 @@ auto bind_outputs(Binding binding) {
       .template Arg<AnyBuffer>()  // from, or of size 0 for zeros
       .template Ret<AnyBuffer>()  // out
       .template Ret<AnyBuffer>()  // to, or of size 0
+      .template Ret<AnyBuffer>()  // marks, of size 0 for one segment
       .template Attr<OutputsOptions>("options")
       .template Attr<WalkConfig>("config");
 }

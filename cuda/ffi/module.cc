@@ -58,6 +58,7 @@ nb::dict struct_fields() {
   fields["StepOptions"] = nb::cast(SettingsFields<StepOptions>::names());
   fields["StatesOptions"] = nb::cast(SettingsFields<StatesOptions>::names());
   fields["OutputsOptions"] = nb::cast(SettingsFields<OutputsOptions>::names());
+  fields["SpreadOptions"] = nb::cast(SettingsFields<SpreadOptions>::names());
   fields["GradientsOptions"] = nb::cast(SettingsFields<GradientsOptions>::names());
   fields["GradientsConfig"] = nb::cast(SettingsFields<GradientsConfig>::names());
   fields["WalkConfig"] = nb::cast(SettingsFields<linear_attention::WalkConfig>::names());
@@ -172,7 +173,8 @@ nb::list attention_bias_specs(const std::string& dtype, long head_dim, long head
   return specs;
 }
 
-// Of the kernels named by `kernel`: those of gates are the same for all settings.
+// Of the kernels named by `kernel`: those of gates are the same for all settings, those between
+// segments for all of a dtype.
 nb::list linear_attention_specs(const std::string& kernel, const std::string& dtype, long key_dim,
                                 const std::vector<std::string>& features, const nb::dict& config) {
   using Walk = LinearAttentionWalkKernel::Walk;
@@ -191,7 +193,13 @@ nb::list linear_attention_specs(const std::string& kernel, const std::string& dt
     if (takes_steps) specs.append(to_dict(LinearAttentionGateKernel{gate, to_dtype(dtype)}.spec()));
     return specs;
   }
+  using Segment = LinearAttentionSegmentKernel::Name;
   const auto spec = [&]() -> Result<KernelSpec> {
+    if (kernel == "segment_starts") return LinearAttentionSegmentKernel{Segment::kStarts}.spec();
+    for (const auto& [name, spread] : {std::pair{"spread_states", Segment::kSpreadStates},
+                                       std::pair{"spread_out", Segment::kSpreadOut}}) {
+      if (kernel == name) return LinearAttentionSegmentKernel{spread, to_dtype(dtype)}.spec();
+    }
     const unsigned bits = to_features(features, linear_attention_feature_of);
     if (kernel == "gradients") {
       return LinearAttentionGradientsKernel{

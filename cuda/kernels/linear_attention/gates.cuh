@@ -41,6 +41,16 @@ struct ChunkGates {
     }
   }
 
+  // The same number that total() is, from memory.
+  __device__ __forceinline__ static float load_total(const Gates& gates, int row, int batch,
+                                                     int chunk, int chunks) {
+    if constexpr ((kFeatures & kCounts) != 0) {
+      const int last = (batch * chunks + chunk) * kChunk + kChunk - 1;
+      if (load_scalar(gates.counts + last) > 0) return 0.0f;
+    }
+    return math::exp2(load_scalar(gates.sums + (row * chunks + chunk) * kChunk + kChunk - 1));
+  }
+
   __device__ __forceinline__ void load_columns(GateColumns<kFeatures>& cols) const {
     warp::load(cols.sums, sums);
     if constexpr ((kFeatures & kWeights) != 0) warp::load(cols.weights, weights);

@@ -11,9 +11,11 @@
 // what XLA can put between: each kernel is a target of its own, and arrays between them are XLA's.
 //
 //   chunk_sums       running sums of g within each chunk, in base 2, with tokens last
-//   segment_sums     what segments add to S, or backwards to dS
+//   segment_sums     what segments add to S, or backwards to dS, and what they leave of it
+//   segment_starts   from those, S or dS where each segment starts
 //   states           S at the starts of pairs of chunks, or dS at their ends
 //   outputs          out, and S at the ends of segments
+//   spread           numbers that are none, into the states or out of all later segments
 //   gradients        dq, dk, dv and what dg and dw are made of, chunk by chunk
 //   gate_gradients   dg
 //
@@ -125,11 +127,15 @@ struct StatesParams {
   // [B, H, segments, V, K] at the starts, or null for zeros; reverse: at the ends, the last segment
   // first, as the gradient goes.
   const float* from;
-  float* to;  // the same at the ends (reverse: starts), or null
+  float* to;     // the same at the ends (reverse: starts), or null
+  float* marks;  // [B, H, segments, 4 * slices], or null: Ends says what they are
   int seqlen, num_heads, num_groups, key_dim, value_dim;
   int chunks, chunks_of_segment;
   float scale;  // of the keys (reverse)
 };
+// Of several segments, `to` holds the end of the last one, and wherever 16 rows of another end are
+// not all finite, those rows; which marks say by 1, else by 0. Both are in the order of `from`.
+constexpr int kMarkedRows = 16;
 
 // -- segment_sums ---------------------------------------------------------------------------------
 // Kernel: "kernels/linear_attention/segment_sums.cuh"
@@ -142,11 +148,43 @@ struct SegmentSumsParams {
   TensorMap keys, values;  // as StatesParams'
   Gates gates;
   float* to;     // [B, H, segments - left_out, V, K]; reverse: the last segment first
+  float* kept;   // [B, H, segments - left_out]: of the state before, what is left after
   int left_out;  // 0 or 1
   int seqlen, num_heads, num_groups, key_dim, value_dim;
   int chunks, chunks_of_segment;
   float scale;  // of the keys (reverse)
 };
+
+// -- segment_starts -------------------------------------------------------------------------------
+// Kernel: "kernels/linear_attention/segment_starts.cuh"
+//   tk::linear_attention::segment_starts
+// Grid: B * H, ceil(size / kStartsElements) blocks of kStartsThreads threads.
+struct SegmentStartsParams {
+  const float* first;  // [B, H, size], or null for zeros
+  const float* kept;   // [B, H, segments - 1]
+  const float* added;  // [B, H, segments - 1, size]
+  float* starts;       // [B, H, segments, size]
+  int segments, size;  // size: V * K, of which kStartsColumns are a row
+};
+constexpr int kStartsThreads = 128;
+constexpr int kStartsColumns = 64;  // V and K are multiples of 8
+constexpr int kStartsElements = 16 * 64;
+constexpr int kStartsSharedBytes = kSharedSlack;
+
+// -- spread ---------------------------------------------------------------------------------------
+// Kernel: "kernels/linear_attention/spread.cuh"
+//   tk::linear_attention::spread<tk::linear_attention::SpreadTraits<T, kOfStates>>
+// Grid: H * slices, segments - 1, B blocks of kSpreadThreads threads.
+struct SpreadParams {
+  const float* marks;  // as StatesParams'
+  float* ends;         // as its `to`
+  void* results;       // out, [B, T, H, V]; or states as they are stored, of reverse or not
+  bool reverse;
+  int seqlen, num_heads, key_dim, value_dim;
+  int chunks, chunks_of_segment, stored_every;
+};
+constexpr int kSpreadThreads = 128;
+constexpr int kSpreadSharedBytes = 4 * kMarkedRows * 4 + kSharedSlack;
 
 // -- outputs --------------------------------------------------------------------------------------
 // Kernel: "kernels/linear_attention/outputs.cuh"
@@ -162,6 +200,7 @@ struct OutputsParams {
   const float* skip;  // [H, 64 * slices], 0 beyond V; or null
   const float* from;  // [B, H, segments, V, K], or null for zeros
   float* to;          // the same, or null
+  float* marks;       // both as StatesParams'
   int seqlen, num_heads, num_groups, key_dim, value_dim;
   int chunks, chunks_of_segment;
   float scale;

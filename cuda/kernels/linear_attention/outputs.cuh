@@ -201,10 +201,7 @@ struct Outputs {
       if constexpr (kParts == 1) warp::convert(rounded, state[0]);
     }
     publish(params, shared, place, segment, segment.end);
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      store_state(state[i], params, place, segment, i * kPart);
-    }
+    store_end(state, params, place, segment);
     if (warpgroup::leader()) tma::wait_read<0>();
   }
 

@@ -175,7 +175,8 @@ struct PairedOutputs {
                                                  int consumer) {
     const Place place = Place::of(params, kSlices, consumer);
     const Segment segment = Segment::of(params);
-    State state;
+    State states[1];
+    State& state = states[0];
     load_state(state, params, place, segment);
     RegTile<T, 16, kKeyDim> rounded;
     warp::convert(rounded, state);
@@ -215,7 +216,7 @@ struct PairedOutputs {
       warp::convert(rounded, state);
     }
     send(params, shared, place, consumer, segment.end - 1, turn.stage ^ 1);
-    store_state(state, params, place, segment);
+    store_end(states, params, place, segment);
     if (warpgroup::leader()) tma::wait_read<0>();
   }
 

@@ -6,8 +6,10 @@
 //
 // with the gates of a chunk (gates.cuh) and what is left of each chunk's sum, a number. Forward it
 // goes from the segment's last chunk to the first, reverse from the first to the last: against the
-// way of the kernel that comes after it, so that this one begins with what is still in L2. And a
-// state that only grows is never scaled.
+// way of the kernel that comes after it, so that this one begins with what is still in L2. A state
+// that only grows is never scaled. And where nothing is left in float32, of any slice of the block,
+// what is further away would add zeros: the walk ends. It would add what is no number too, which
+// spread.cuh sees to. What is left of the state before the segment is stored beside the sum.
 // Grid: kConsumers slices of 64 values, segments, or all but the last (reverse: the first), batch.
 // Roles: a producer warp loads a ring of keys and each consumer's values and gates; a consumer
 // warpgroup keeps the sum (64 x K, fp32) of its slice in registers.
@@ -41,8 +43,30 @@ struct SegmentSums : StatesWalk<Traits> {
     shared.ring.init(4 * Traits::kConsumers);
   }
 
+  // What is left of the sum of the next chunk, in this slice and in the other one of the block.
+  struct Left {
+    float here = 1, there = Traits::kConsumers == 2 ? 1 : 0;
+
+    // `total(consumer)` is what is left after a chunk.
+    template <typename F>
+    __device__ __forceinline__ void step(int consumer, F&& total) {
+      here *= total(consumer);
+      if constexpr (Traits::kConsumers == 2) there *= total(consumer ^ 1);
+    }
+    // NaN is not nothing.
+    __device__ __forceinline__ bool is_nothing() const { return here == 0 && there == 0; }
+  };
+
   __device__ __forceinline__ static void load(const SegmentSumsParams& params, Shared& shared) {
-    Walk::template load_chunks<SegmentSums>(params, shared);
+    Left left;
+    Walk::template load_chunks<SegmentSums>(params, shared, [&](int chunk) {
+      left.step(0, [&](int consumer) {
+        const Place place = Place::of(params, Traits::kConsumers, consumer);
+        return ChunkGates<Traits::kFeatures>::load_total(params.gates, place.row(params),
+                                                         place.batch, chunk, params.chunks);
+      });
+      return left.is_nothing();
+    });
   }
 
   __device__ __forceinline__ static void compute(const SegmentSumsParams& params, Shared& shared,
@@ -51,7 +75,7 @@ struct SegmentSums : StatesWalk<Traits> {
     const Segment segment = segment_of(params);
     typename Walk::State sum;
     warp::zero(sum);
-    float left = 1;  // of a chunk's own sum
+    Left left;
     typename Walk::Ring::State stage;
     for (int step = 0; step < segment.end - segment.first; ++step, stage.advance()) {
       const ChunkGates<Traits::kFeatures>& gates = shared.gates[consumer][stage.stage];
@@ -59,19 +83,25 @@ struct SegmentSums : StatesWalk<Traits> {
       shared.ring.wait(stage);
       warpgroup::load_transposed(values, shared.values_smem[consumer][stage.stage]);
       if constexpr (Traits::kReverse) {
-        gates.scale_cols_before(values, left * params.scale);
+        gates.scale_cols_before(values, left.here * params.scale);
       } else {
-        gates.scale_cols_after(values, left);
+        gates.scale_cols_after(values, left.here);
       }
-      left *= gates.total();
+      left.step(consumer, [&](int i) { return shared.gates[i][stage.stage].total(); });
       warpgroup::mma_AB(sum, values, shared.keys_smem[stage.stage]);
       warpgroup::mma_commit();
       warpgroup::mma_wait<0>(sum, values);
       shared.ring.release(stage);
+      if (left.is_nothing()) break;
     }
     const int count = segment.count - params.left_out;
     const int order = Traits::kReverse ? count - 1 - grid::block_y() : grid::block_y();
-    store_state(sum, params, place, Segment{order, count});
+    warpgroup::store(state_rows(params.to, params, place, Segment{order, count}), sum, 0, 0);
+    if (place.slice != 0) return;
+    PerRow<16> kept;
+    warp::fill(kept, left.here);
+    float* const to = params.kept + static_cast<int64>(place.row(params)) * count + order;
+    warpgroup::store(GlobalVec<float>{to, 1}, kept, 0);
   }
 };
 

@@ -41,18 +41,12 @@ struct States : StatesWalk<Traits> {
     return Traits::kReverse ? segment.end - 1 - step : segment.first + step;
   }
 
-  // Whether the walk comes to a run of chunks with this one. The last run may be shorter.
-  __device__ __forceinline__ static bool begins_run(const StatesParams& params, int chunk) {
-    if (!Traits::kReverse) return chunk % params.stored_every == 0;
-    return (chunk + 1) % params.stored_every == 0 || chunk == params.chunks - 1;
-  }
-
   __device__ __forceinline__ static void init(const StatesParams&, Shared& shared) {
     shared.ring.init(4 * Traits::kConsumers);
   }
 
   __device__ __forceinline__ static void load(const StatesParams& params, Shared& shared) {
-    Walk::template load_chunks<States>(params, shared);
+    Walk::template load_chunks<States>(params, shared, [](int) { return false; });
   }
 
   __device__ __forceinline__ static void compute(const StatesParams& params, Shared& shared,
@@ -63,13 +57,14 @@ struct States : StatesWalk<Traits> {
     // Reverse, states of segments come in the order in which the gradient goes through them.
     const int order = Traits::kReverse ? segment.count - 1 - segment.index : segment.index;
     const Segment ordered{order, segment.count};
-    State state;
+    State states[1];
+    State& state = states[0];
     load_state(state, params, place, ordered);
 
     typename Walk::Ring::State stage;
     for (int step = 0; step < segment.end - segment.first; ++step, stage.advance()) {
       const int chunk = chunk_at(segment, step);
-      if (begins_run(params, chunk)) {
+      if (begins_run(params, chunk, Traits::kReverse)) {
         const int runs = ceil_div(params.chunks, params.stored_every);
         const int matrix = place.row(params) * runs + chunk / params.stored_every;
         store_chunk_state(params, shared.state_smem[consumer], state,
@@ -86,7 +81,7 @@ struct States : StatesWalk<Traits> {
       }
       shared.ring.release(stage);
     }
-    store_state(state, params, place, ordered);
+    store_end(states, params, place, ordered);
     if (warpgroup::leader()) tma::wait_read<0>();
   }
 

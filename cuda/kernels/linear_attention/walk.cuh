@@ -45,6 +45,14 @@ struct Segment {
   }
 };
 
+// Whether a walk comes to a run of chunks, whose state is stored, with this one. The last run may
+// be shorter.
+template <typename Params>
+__device__ __forceinline__ bool begins_run(const Params& params, int chunk, bool reverse) {
+  if (!reverse) return chunk % params.stored_every == 0;
+  return (chunk + 1) % params.stored_every == 0 || chunk == params.chunks - 1;
+}
+
 // A slice's rows of the state of a segment, [B, H, segments, V, K], as far as they are there.
 template <typename T, typename Params>
 __device__ __forceinline__ GlobalView<T> state_rows(T* states, const Params& params,
@@ -53,6 +61,15 @@ __device__ __forceinline__ GlobalView<T> state_rows(T* states, const Params& par
   const int64 state = static_cast<int64>(place.row(params)) * segment.count + segment.index;
   return {states + (state * params.value_dim + first) * params.key_dim,
           min(params.value_dim - first, kSlice), params.key_dim, params.key_dim};
+}
+
+// Which mark is that of a warp's rows of a slice after a segment.
+template <typename Params>
+__device__ __forceinline__ int64 mark_of(const Params& params, const Place& place,
+                                         const Segment& segment) {
+  const int64 state = static_cast<int64>(place.row(params)) * segment.count + segment.index;
+  return (state * ceil_div(params.value_dim, kSlice) + place.slice) * (kSlice / kMarkedRows) +
+         (warp::index() & 3);
 }
 
 // Starts from what is there, or from zero. A state may be a part of the columns.
@@ -65,12 +82,35 @@ __device__ __forceinline__ void load_state(State& state, const Params& params, c
     warpgroup::load(state, state_rows(params.from, params, place, segment), 0, first_col);
   }
 }
-template <typename State, typename Params>
-__device__ __forceinline__ void store_state(const State& state, const Params& params,
-                                            const Place& place, const Segment& segment,
-                                            int first_col = 0) {
-  if (params.to != nullptr) {
-    warpgroup::store(state_rows(params.to, params, place, segment), state, 0, first_col);
+
+// What times zero is zero for finite numbers alone.
+struct TimesZero {
+  __device__ __forceinline__ float operator()(float x, float y) const {
+    return math::fma(x, 0.0f, y * 0.0f);
+  }
+};
+
+// The state after a segment, in parts of so many columns each: what is asked for of it, and its
+// mark (StatesParams).
+template <int kParts, typename State, typename Params>
+__device__ __forceinline__ void store_end(const State (&state)[kParts], const Params& params,
+                                          const Place& place, const Segment& segment) {
+  if (params.to == nullptr) return;
+  bool is_stored = true;
+  if (params.marks != nullptr) {
+    PerRow<16> rows;
+    warp::zero(rows);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) warp::fold_rows(rows, state[i], TimesZero());
+    const bool is_marked = warp::any_row(rows, rows, [](float x, float) { return !(x == 0.0f); });
+    warp::fill(rows, is_marked ? 1.0f : 0.0f);
+    warp::store(GlobalVec<float>{params.marks + mark_of(params, place, segment), 1}, rows, 0);
+    is_stored = is_marked || segment.index == segment.count - 1;
+  }
+  if (!is_stored) return;
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) {
+    warpgroup::store(state_rows(params.to, params, place, segment), state[i], 0, i * State::kCols);
   }
 }
 
@@ -92,7 +132,7 @@ struct StatesTraits {
 
 // What segment_sums.cuh and states.cuh share: a ring of keys and of each consumer's values and
 // gates, which a producer warp fills with the chunks that Kernel::chunk_at names, one for each step
-// through Kernel::segment_of.
+// through Kernel::segment_of, until is_last(chunk) says that one is the last.
 template <typename Traits>
 struct StatesWalk {
   using T = typename Traits::T;
@@ -117,8 +157,9 @@ struct StatesWalk {
   static constexpr int kStageBytes =
       KeyTile::kBytes + kConsumers * (ValueTile::kBytes + ChunkGates<kFeatures>::kBytes);
 
-  template <typename Kernel, typename Params>
-  __device__ __forceinline__ static void load_chunks(const Params& params, Stages& stages) {
+  template <typename Kernel, typename Params, typename F>
+  __device__ __forceinline__ static void load_chunks(const Params& params, Stages& stages,
+                                                     F&& is_last) {
     tma::prefetch(params.keys);
     tma::prefetch(params.values);
     const Segment segment = Kernel::segment_of(params);
@@ -139,6 +180,7 @@ struct StatesWalk {
         stages.gates[i][state.stage].load(params.gates, full, place.row(params), place.batch, chunk,
                                           params.chunks);
       }
+      if (is_last(chunk)) break;
     }
   }
 };

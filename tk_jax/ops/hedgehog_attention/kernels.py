@@ -349,7 +349,7 @@ def _map_gradient(tokens, dscores):
     batch, seqlen, heads, dim = tokens.shape
     tiles = linear_config.scan_config(batch, seqlen, heads, heads, config.MAP, dim)
     no_decay = jnp.zeros((batch, heads, config.padded_tokens(seqlen)), jnp.float32)
-    sums = linear_calls.segment_sums(
+    sums, _ = linear_calls.segment_sums(
         dscores, tokens, linear_calls.Gates(no_decay), tiles, of_all=True
     )
     return jnp.sum(sums, axis=2)

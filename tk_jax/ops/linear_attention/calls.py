@@ -121,16 +121,20 @@ def segment_sums(
     reverse: bool = False,
     of_all: bool = False,
 ):
-    """What segments add to the state: [B, H, segments - 1, V, K], without the last.
+    """What segments add to the state, and what they leave of it, but for the last.
 
-    With ``reverse``, what they add to its gradient, the last segment first and without
-    the first; with ``of_all`` none is left out.
+    [B, H, segments - 1, V, K] and [B, H, segments - 1]. With ``reverse``, of its
+    gradient, the last segment first and without the first; with ``of_all`` none is left
+    out.
     """
     *leading, segments, value_dim, key_dim = _segment_states(keys, values, tiles)
     segments = segments if of_all else segments - 1
-    (sums,) = _ffi.call(
+    return _ffi.call(
         "tk_linear_attention_segment_sums_v1",
-        (_ffi.result_type(keys, (*leading, segments, value_dim, key_dim)),),
+        (
+            _ffi.result_type(keys, (*leading, segments, value_dim, key_dim)),
+            _ffi.result_type(keys, (*leading, segments)),
+        ),
         keys,
         values,
         *map(_ffi.optional, gates),
@@ -142,7 +146,58 @@ def segment_sums(
         ),
         config=tiles.states,
     )
-    return sums
+
+
+def segment_starts(first, kept, added):
+    """Each segment's first state, [B, H, segments, V, K]: kept[s] x[s] + added[s].
+
+    ``first`` [B, H, V, K] may be None; the others are as ``segment_sums`` returns them.
+    """
+    batch, heads, steps, *state = added.shape
+    (starts,) = _ffi.call(
+        "tk_linear_attention_segment_starts_v1",
+        (_ffi.result_type(added, (batch, heads, steps + 1, *state)),),
+        _ffi.optional(first),
+        kept,
+        added,
+    )
+    return starts
+
+
+def _ends(keys, values, tiles, wanted: bool):
+    """The types of states after segments and of their marks; of size 0 without."""
+    ended = _segment_states(keys, values, tiles)
+    segments = ended[2]
+    columns = config.round_up(values.shape[-1], config.SLICE)
+    marks = (*ended[:3], columns // config.MARKED_ROWS)
+    return (
+        _ffi.result_type(keys, ended if wanted or segments > 1 else None),
+        _ffi.result_type(keys, marks if segments > 1 else None),
+    )
+
+
+def _spread(results, ends, marks, values, tiles, *, reverse=False, stored_every=0):
+    """results and the last of ends, NaN where an earlier one is no finite number."""
+    if not marks.size:
+        return results, ends[:, :, -1] if ends.size else None
+    ends, results = _ffi.call(
+        "tk_linear_attention_spread_v1",
+        (
+            _ffi.result_type(ends, ends.shape),
+            _ffi.result_type(results, results.shape, results.dtype),
+        ),
+        values,
+        marks,
+        ends,
+        results,
+        in_place={2: 0, 3: 1},
+        options=config.SpreadOptions(
+            reverse=reverse,
+            chunks_of_segment=tiles.chunks_of_segment,
+            stored_every=stored_every,
+        ),
+    )
+    return results, ends[:, :, -1]
 
 
 def states(
@@ -153,24 +208,26 @@ def states(
     tiles: config.ScanConfig,
     *,
     stored_every: int,
-    ends: bool,
+    final: bool,
     scale: float = 1.0,
     reverse: bool = False,
 ):
-    """States before runs of ``stored_every`` chunks, and after segments if ``ends``.
+    """States before runs of ``stored_every`` chunks, and the last one if ``final``.
 
-    With ``reverse``, gradients of states after runs and before segments, of which the
-    last comes first. ``start`` is what segments begin with, [B, H, segments, V, K] or
-    None for zeros.
+    With ``reverse``, gradients of states after runs, and that before the first token.
+    ``start`` is what segments begin with, [B, H, segments, V, K] or None for zeros; the
+    last comes first with ``reverse``.
     """
     batch, seqlen, num_heads, value_dim = values.shape
     columns = config.round_up(value_dim, config.SLICE)
     runs = -(-seqlen // (stored_every * config.CHUNK))
     stored = (batch, num_heads, runs, columns, keys.shape[-1])
-    ended = _segment_states(keys, values, tiles) if ends else None
-    states, end = _ffi.call(
+    states, *ends = _ffi.call(
         "tk_linear_attention_states_v1",
-        (_ffi.result_type(keys, stored, keys.dtype), _ffi.result_type(keys, ended)),
+        (
+            _ffi.result_type(keys, stored, keys.dtype),
+            *_ends(keys, values, tiles, final),
+        ),
         keys,
         values,
         *map(_ffi.optional, gates),
@@ -183,7 +240,9 @@ def states(
         ),
         config=tiles.states,
     )
-    return states, end if ends else None
+    return _spread(
+        states, *ends, values, tiles, reverse=reverse, stored_every=stored_every
+    )
 
 
 def outputs(
@@ -196,16 +255,15 @@ def outputs(
     tiles: config.ScanConfig,
     *,
     scale: float,
-    ends: bool,
+    final: bool,
 ):
-    """out, and states after segments if ``ends``; ``start`` as that of states.
+    """out, and the state after it if ``final``; ``start`` as that of states.
 
     ``skip`` [H, columns] has whole slices.
     """
-    ended = _segment_states(k, v, tiles) if ends else None
-    out, end = _ffi.call(
+    out, *ends = _ffi.call(
         "tk_linear_attention_outputs_v1",
-        (_ffi.result_type(q, v.shape, q.dtype), _ffi.result_type(q, ended)),
+        (_ffi.result_type(q, v.shape, q.dtype), *_ends(k, v, tiles, final)),
         q,
         k,
         v,
@@ -217,7 +275,7 @@ def outputs(
         ),
         config=tiles.outputs,
     )
-    return out, end if ends else None
+    return _spread(out, *ends, v, tiles)
 
 
 class Gradients(NamedTuple):

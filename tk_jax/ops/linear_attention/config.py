@@ -26,6 +26,7 @@ HEAD_PARTS = 3
 DIM_STEP = 8
 # ... and in tiles to multiples of this.
 TILE_STEP = 64
+MARKED_ROWS = 16  # of a state, that have one mark
 # A logarithm of a decay below this counts as this: it leaves nothing in float32.
 LEAST_LOG_DECAY = -128.0
 # Grids have up to this many blocks along two of their axes ...
@@ -97,6 +98,15 @@ class OutputsOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpreadOptions:
+    """Into what is spread that is no number: which walk's states, or outputs."""
+
+    reverse: bool
+    chunks_of_segment: int
+    stored_every: int  # chunks to a stored state; 0 of outputs
+
+
+@dataclasses.dataclass(frozen=True)
 class GradientsOptions:
     """Of what the gradients are."""
 
@@ -160,7 +170,8 @@ SIZES_OF_CONSUMERS = {1: (1, 1, 1, 1), 2: (8, 4096, 1, 32)}
 KERNEL_FEATURES = ((), ("weights",), ("weights", "skip"))
 
 
-# Kernels that do not depend on dimensions: of gates, and of steps.
+# Kernels that do not depend on dimensions: between segments, of gates, and of steps.
+SEGMENT_KERNELS = ("segment_starts", "spread_states", "spread_out")
 GATE_KERNELS = ("chunk_sums", "gate_gradients")
 STEP_KERNELS = ("step_gates", "step_gradients", "head_sums")
 
@@ -185,7 +196,8 @@ def kernels(config: ScanConfig, features: Iterable[str]):
     }
     for name, offered in taken.items():
         yield name, [x for x in features if x in offered], configs[name]
-    for name in GATE_KERNELS + (STEP_KERNELS if "weights" in features else ()):
+    others = SEGMENT_KERNELS + GATE_KERNELS
+    for name in others + (STEP_KERNELS if "weights" in features else ()):
         yield name, [], None
 
 

@@ -228,16 +228,16 @@ def _over_heads(run, size, arrays, cotangents, result_heads):
 def _run_forward(settings, arrays, _):
     tiles = _checked_tiles(settings, arrays)
     gates, skip = _gates(settings, arrays)
-    out, ends = calls.outputs(
+    out, final = calls.outputs(
         *arrays[:3],
         gates,
         skip,
-        _segment_starts(arrays, gates, tiles),
+        _segment_starts(arrays.state, arrays.k, arrays.v, gates, tiles),
         tiles,
         scale=settings.scale,
-        ends=settings.return_state,
+        final=settings.return_state,
     )
-    return out, None if ends is None else ends[:, :, -1]
+    return out, final if settings.return_state else None
 
 
 def _checked_tiles(settings, arrays) -> config.ScanConfig:
@@ -285,51 +285,12 @@ def _steps(arrays) -> calls.Steps:
     return calls.Steps(arrays.raw_steps, arrays.rates, arrays.biases)
 
 
-def _segment_starts(arrays, gates, tiles):
+def _segment_starts(first, keys, values, gates, tiles, **direction):
     """The states that segments start with, [B, H, segments, V, K]; None for zeros."""
-    kept = _kept(gates, tiles)
-    if kept is None:
-        return None if arrays.state is None else arrays.state[:, :, None]
-    added = calls.segment_sums(arrays.k, arrays.v, gates, tiles)
-    return _chained(arrays.state, kept, added)
-
-
-def _kept(gates, tiles):
-    """What each segment leaves of a state, [B, H, segments]; None if there is one."""
-    chunks = gates.sums.shape[-1] // config.CHUNK
-    segments = -(-chunks // tiles.chunks_of_segment)
-    if segments == 1:
-        return None
-
-    def totals(sums):
-        """[.., padded] -> [.., segments, chunks of a segment]"""
-        last = sums[..., config.CHUNK - 1 :: config.CHUNK]
-        missing = segments * tiles.chunks_of_segment - chunks
-        last = jnp.pad(last, [(0, 0)] * (last.ndim - 1) + [(0, missing)])
-        return last.reshape(*last.shape[:-1], segments, -1)
-
-    kept = jnp.exp2(jnp.sum(totals(gates.sums), axis=-1))
-    if gates.counts is None:
-        return kept
-    started = jnp.any(totals(gates.counts) > 0, axis=-1)
-    return jnp.where(started[:, None], 0, kept)
-
-
-def _chained(first, kept, added):
-    """x[0] = first, x[s + 1] = kept[s] x[s] + added[s], along the third axis.
-
-    ``kept`` has one more, of the last, which is not used.
-    """
-    first = jnp.zeros_like(added[:, :, :1]) if first is None else first[:, :, None]
-    values = jnp.concatenate([first, added], axis=2)
-    factors = jnp.concatenate([jnp.zeros_like(kept[:, :, :1]), kept[:, :, :-1]], axis=2)
-
-    def after(one, other):
-        (factor, value), (other_factor, other_value) = one, other
-        return factor * other_factor, other_factor * value + other_value
-
-    pairs = (factors[..., None, None], values)
-    return lax.associative_scan(after, pairs, axis=2)[1]
+    if tiles.chunks_of_segment * config.CHUNK >= gates.sums.shape[-1]:
+        return None if first is None else first[:, :, None]
+    added, kept = calls.segment_sums(keys, values, gates, tiles, **direction)
+    return calls.segment_starts(first, kept, added)
 
 
 # -- Backward -------------------------------------------------------------------------
@@ -348,10 +309,10 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
         arrays.k,
         arrays.v,
         gates,
-        _segment_starts(arrays, gates, tiles),
+        _segment_starts(arrays.state, arrays.k, arrays.v, gates, tiles),
         tiles,
         stored_every=config.PAIR,
-        ends=False,
+        final=False,
     )
     pair_dstates, dstate = _state_gradients(
         settings, arrays, gates, dout, dfinal, tiles
@@ -387,20 +348,15 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
 
 
 def _state_gradients(settings, arrays, gates, dout, dfinal, tiles):
-    """Gradients of the states after pairs of chunks, and of the initial state.
-
-    Kernels have those of segments as they are chained, the last one first.
-    """
-    keys_and_values = (arrays.q, dout, gates._replace(weights=None))
-    how = {"tiles": tiles, "scale": settings.scale, "reverse": True}
-    kept = _kept(gates, tiles)
-    if kept is None:
-        ends = None if dfinal is None else dfinal[:, :, None]
-    else:
-        added = calls.segment_sums(*keys_and_values, **how)
-        ends = _chained(dfinal, jnp.flip(kept, 2), added)
-    wanted = arrays.state is not None
-    dstates, dstarts = calls.states(
-        *keys_and_values, start=ends, stored_every=config.PAIR, ends=wanted, **how
+    """Gradients of the states after pairs of chunks, and of the initial state."""
+    walk = (arrays.q, dout, gates._replace(weights=None))
+    how = {"scale": settings.scale, "reverse": True}
+    dstates, dstate = calls.states(
+        *walk,
+        _segment_starts(dfinal, *walk, tiles, **how),
+        tiles,
+        stored_every=config.PAIR,
+        final=arrays.state is not None,
+        **how,
     )
-    return dstates, dstarts[:, :, -1] if wanted else None
+    return dstates, None if arrays.state is None else dstate

@@ -89,13 +89,17 @@ void writing(Value& value, Location at) {
   if constexpr (kIsTile<Value>) interpreter::check_registers(&value, "are overwritten", at);
   value.written = true;
 }
+// The GPU has one NaN where this processor has many.
+inline bool same_bits(float x, float y) {
+  return (x != x && y != y) || __builtin_bit_cast(uint32, x) == __builtin_bit_cast(uint32, y);
+}
 // Before one value of each row or column leaves the registers.
 template <typename Vector>
 void leaving(const Vector& vector, Location at) {
   reading(vector, at);
   for (const auto& parts : vector.data) {
     for (const float part : parts) {
-      if (__builtin_bit_cast(uint32, part) != __builtin_bit_cast(uint32, parts[0])) {
+      if (!same_bits(part, parts[0])) {
         interpreter::fail(interpreter::FaultKind::kUnfinishedVector,
                           "stores a vector whose lanes hold different parts of a reduction: "
                           "finish_rows or finish_cols is missing",
