@@ -51,7 +51,7 @@ _HELPERS = {
     "tk_linear_attention_spread_": _NOTHING,
     "tk_linear_attention_step_": _NOTHING,
     "tk_state_step_": _NOTHING,
-    # One warpgroup, without roles.
+    # Both warpgroups do the same.
     "tk_hedgehog_attention_step_": Requirements(register_split=False),
     "tk_attention_bwd_prepare_": Requirements(product=False, register_split=False),
     "tk_attention_bwd_finish_": Requirements(

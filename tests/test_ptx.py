@@ -176,6 +176,30 @@ def test_lanes_that_part_and_meet_again():
         ]
 
 
+def test_warps_that_reach_a_barrier_one_after_another_leave_it_together():
+    """What follows wants the whole warpgroup at once."""
+    got = run(
+        """
+        int sum = 0;
+        asm volatile(
+            "{ .reg .pred p; .reg .s32 turn; mov.s32 turn, 0;\\n"
+            "AGAIN: bar.sync 0;\\n"
+            "wgmma.fence.sync.aligned;\\n"
+            "add.s32 %0, %0, 1;\\n"
+            "add.s32 turn, turn, 1;\\n"
+            "setp.eq.s32 p, turn, 4; @p bra DONE;\\n"
+            "setp.lt.s32 p, %1, 64; @p bra AGAIN;\\n"
+            "add.s32 %0, %0, 10;\\n"
+            "bra AGAIN;\\n"
+            "DONE: }" : "+r"(sum) : "r"(i));
+        data<int>(p, 0)[i] = sum;
+        """,
+        ((128,), np.int32),
+        threads=128,
+    )
+    np.testing.assert_array_equal(got, [4] * 64 + [34] * 64)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -128,13 +128,15 @@ class Warpgroup:
         return budget <= 0
 
     def _wake(self) -> None:
-        for lanes in self.lanes:
+        for lanes in list(self.lanes):
             if lanes.waits_for:
                 barrier, generation = lanes.waits_for
                 if barrier.generation > generation:
                     lanes.waits_for = None
                     lanes.pc += 1
                     lanes.stuck = False
+                    # Who comes from a barrier may be at what wants all at once.
+                    self._merge(lanes)
 
     def _run_lanes(self, budget: int) -> int:
         lanes = self.current

@@ -271,11 +271,11 @@ struct StepParams {
   int num_heads, num_kv_heads, key_dim, value_dim;
   float scale;
 };
-constexpr int kStepThreads = 128;
-constexpr int kStepBlocks = 2;  // that share a multiprocessor
+constexpr int kStepThreads = 256;  // a warpgroup for each window
+constexpr int kStepBlocks = 2;     // that share a multiprocessor
 constexpr int step_shared_bytes(long key_dim, long value_dim) {
   return static_cast<int>(2 * (2 * kChunk * (key_dim + value_dim) + 2 * key_dim * kMap) +
-                          4 * (2 * key_dim + value_dim + kFeatures + 4 * value_dim) +
+                          4 * (3 * key_dim + value_dim + kFeatures + 8 * value_dim) +
                           2 * 2 * kChunk * 4) +
          kSharedSlack;
 }

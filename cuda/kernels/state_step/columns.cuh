@@ -41,7 +41,14 @@ struct Columns {
   static constexpr bool kTaylor = Traits::kTaylor;
   static constexpr int kWarps = kThreads / 32;
 
-  static constexpr int kAhead = 3;  // sixty-fours of rows of z: all of Based with sixteen values
+  // Sixty-fours of rows of z that are asked for at once: all of Based with sixteen values, and all
+  // of 128 keys, then with those and the query.
+  static constexpr bool kInRegisters = Traits::kNormalize && !kTaylor && kQueries == 1;
+  static constexpr int kAhead = kInRegisters ? 2 : 3;
+  struct Ahead {
+    PerRow<16> z[kAhead], keys[kAhead], queries[kAhead];
+  };
+  using Tile = RegTile<float, 16, kCols>;  // of the state
   struct Sums {
     SharedVec<float, 16> vec[kWarps][kQueries];
     SharedVec<float, 16> ahead[kAhead][kWarps];  // of z
@@ -75,6 +82,9 @@ struct Columns {
         state(place.state(params)),
         decay(kTaylor ? 1.0f : place.value(params.decays, 1.0f)) {}
 
+  __device__ __forceinline__ GlobalVec<const TKey> key() const {
+    return place.shared_row<TKey>(params, params.k, params.key_heads, params.key_dim);
+  }
   // A row of q: that of a group of heads, or one of the head's own.
   __device__ __forceinline__ GlobalVec<const TKey> query(int r) const {
     if constexpr (kQueries == 1) {
@@ -86,34 +96,41 @@ struct Columns {
   }
 
   __device__ __forceinline__ void run(Shared& shared) const {
+    const int64 matrix = state * params.key_dim * params.value_dim;
+    const GlobalView<float> view{params.state + matrix, params.key_dim, params.value_dim,
+                                 params.value_dim};
     const int first = place.part * params.columns_of_part;
     const int end = min(first + params.columns_of_part, params.value_dim);
+    // First of all what is large: whatever is computed from the rest waits for that.
+    Tile tile;
+    warpgroup::load_runs<kWhole>(tile, view, 0, first);
+    Ahead ahead;
+    if constexpr (kInRegisters) fetch(ahead);
 #pragma unroll 1
-    for (int col = first; col < end; col += kCols) {
-      // What the columns before have left in shared memory has been read.
-      if (col > first) block::sync();
-      walk(shared, col);
+    for (int col = first;;) {
+      PerCol<kCols> values;
+      warp::load_runs<kWhole>(
+          values, place.shared_row<TValue>(params, params.v, params.num_heads, params.value_dim),
+          col, 0.0f);
+      if (col == first) begin(shared, ahead);
+      walk(shared, tile, values, view, col, end);
       block::sync();
       for (int r = warp::index(); r < kQueries; r += kWarps) finish(shared, col, r);
+      col += kCols;
+      if (!Traits::kNormalize || col >= end) break;
+      // What these columns have left in shared memory has been read.
+      block::sync();
     }
   }
 
-  // Steps the columns on from `col` on, and leaves each warp's sums over its rows.
-  __device__ __forceinline__ void walk(Shared& shared, int col) const {
-    const int key_dim = params.key_dim, value_dim = params.value_dim;
-    const int64 matrix = state * key_dim * value_dim;
-    const GlobalView<float> view{params.state + matrix, key_dim, value_dim, value_dim};
-
-    // First of all what is large: whatever is computed from the rest waits for that.
-    RegTile<float, 16, kCols> tile;
-    warpgroup::load_runs<kWhole>(tile, view, 0, col);
-    PerCol<kCols> values, totals[kQueries];
-    warp::load_runs<kWhole>(
-        values, place.shared_row<TValue>(params, params.v, params.num_heads, value_dim), col, 0.0f);
+  // Steps the columns from `col` on, whose first rows have been asked for, and leaves each warp's
+  // sums over its rows. Then asks for the first rows of the next columns.
+  __device__ __forceinline__ void walk(Shared& shared, Tile& tile, const PerCol<kCols>& values,
+                                       const GlobalView<float>& view, int col, int end) const {
+    const int key_dim = params.key_dim;
+    PerCol<kCols> totals[kQueries];
 #pragma unroll
     for (int r = 0; r < kQueries; ++r) warp::zero(totals[r]);
-    // With the first columns of a block: without z there are no others.
-    if (!Traits::kNormalize || col == 0) begin(shared);
 #pragma unroll 1
     for (int row = 0;;) {
       PerRow<16> keys;
@@ -134,6 +151,9 @@ struct Columns {
       if (row >= key_dim) break;
       warpgroup::load_runs<kWhole>(tile, view, row, col);
     }
+    if (Traits::kNormalize && col + kCols < end) {
+      warpgroup::load_runs<kWhole>(tile, view, 0, col + kCols);
+    }
 #pragma unroll
     for (int r = 0; r < kQueries; ++r) {
       warp::finish_col_sum(totals[r]);
@@ -147,9 +167,7 @@ struct Columns {
     if constexpr (kTaylor) {
       load_features(keys, shared.features.keys, row);
     } else {
-      warpgroup::load(keys,
-                      place.shared_row<TKey>(params, params.k, params.key_heads, params.key_dim),
-                      row, 0.0f);
+      warpgroup::load(keys, key(), row, 0.0f);
     }
   }
   __device__ __forceinline__ void load_normalizer(PerRow<16>& z, int row) const {
@@ -167,18 +185,28 @@ struct Columns {
     }
   }
 
+  // What z's step needs, of its first rows: asked for together with those of the state.
+  __device__ __forceinline__ void fetch(Ahead& ahead) const {
+    if constexpr (Traits::kNormalize) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) load_normalizer(ahead.z[i], kRows * i);
+    }
+    if constexpr (kInRegisters) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        warpgroup::load(ahead.keys[i], key(), kRows * i, 0.0f);
+        warpgroup::load(ahead.queries[i], query(0), kRows * i, 0.0f);
+      }
+    }
+  }
   // All threads, while the first rows of the state are under way: features, and z, which needs
   // nothing else.
-  __device__ __forceinline__ void begin(Shared& shared) const {
-    PerRow<16> ahead[kAhead];
-    if constexpr (Traits::kNormalize) {
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) load_normalizer(ahead[i], kRows * i);
-    }
+  __device__ __forceinline__ void begin(Shared& shared, Ahead& ahead) const {
+    if constexpr (!kInRegisters) fetch(ahead);
     if constexpr (kTaylor) share_values(shared.features);
-    if constexpr (Traits::kNormalize) {
+    if constexpr (Traits::kNormalize && !kInRegisters) {
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) warp::store(shared.sums.ahead[i][warp::index()], ahead[i]);
+      for (int i = 0; i < kAhead; ++i) warp::store(shared.sums.ahead[i][warp::index()], ahead.z[i]);
       warp::sync();
     }
     if constexpr (kTaylor) {
@@ -187,39 +215,57 @@ struct Columns {
       if (warp::index() == 1) make_features(shared.features.queries, 0.5f);
       block::sync();
     }
-    if constexpr (Traits::kNormalize) step_normalizer(shared);
+    if constexpr (Traits::kNormalize) step_normalizer(shared, ahead);
   }
-  __device__ __forceinline__ void step_normalizer(Shared& shared) const {
-    const GlobalVec<float> normalizer{params.normalizer + state * params.key_dim, params.key_dim};
+  __device__ __forceinline__ void step_normalizer(Shared& shared, Ahead& ahead) const {
     PerRow<16> sums[kQueries];
 #pragma unroll
     for (int r = 0; r < kQueries; ++r) warp::zero(sums[r]);
+    int row = 0;
+    if constexpr (kInRegisters) {
+#pragma unroll
+      for (; row < kRows * kAhead; row += kRows) {
+        const int i = row / kRows;
+        step_rows(ahead.z[i], ahead.keys[i], row);
+        add_products(sums[0], ahead.queries[i], ahead.z[i]);
+      }
+    }
 #pragma unroll 1
-    for (int row = 0; row < params.key_dim; row += kRows) {
+    for (; row < params.key_dim; row += kRows) {
       PerRow<16> z, keys;
-      if (row < kRows * kAhead) {
+      if (!kInRegisters && row < kRows * kAhead) {
         warp::load(z, shared.sums.ahead[row / kRows][warp::index()]);
       } else {
         load_normalizer(z, row);
       }
       load_keys(keys, shared, row);
-      warp::zip(z, z, keys, [this](float x, float added) { return stepped(decay, x, added); });
-      warpgroup::for_each(
-          z, [=, this](int i, float x) { return row + i < params.key_dim ? x : 0.0f; });
+      step_rows(z, keys, row);
 #pragma unroll
       for (int r = 0; r < kQueries; ++r) {
-        PerRow<16> products;
-        load_queries(products, shared, r, row);
-        warp::zip(products, products, z, [](float q, float z) { return q * z; });
-        warp::zip(sums[r], sums[r], products, [](float x, float y) { return x + y; });
+        PerRow<16> queries;
+        load_queries(queries, shared, r, row);
+        add_products(sums[r], queries, z);
       }
-      warp::sync();  // every thread has read before one writes
-      warpgroup::store(normalizer, z, row);
     }
 #pragma unroll
     for (int r = 0; r < kQueries; ++r) {
       store_sum(shared.sums.vec[warp::index()][r], sums[r]);
     }
+  }
+  // z(row..) <- decay z + k, which is 0 where there are no rows.
+  __device__ __forceinline__ void step_rows(PerRow<16>& z, const PerRow<16>& keys, int row) const {
+    warp::zip(z, z, keys, [this](float x, float added) { return stepped(decay, x, added); });
+    warpgroup::for_each(z,
+                        [=, this](int i, float x) { return row + i < params.key_dim ? x : 0.0f; });
+    warp::sync();  // every thread has read before one writes
+    const GlobalVec<float> normalizer{params.normalizer + state * params.key_dim, params.key_dim};
+    warpgroup::store(normalizer, z, row);
+  }
+  __device__ __forceinline__ static void add_products(PerRow<16>& sum, const PerRow<16>& queries,
+                                                      const PerRow<16>& z) {
+    PerRow<16> products;
+    warp::zip(products, queries, z, [](float q, float z) { return q * z; });
+    warp::zip(sum, sum, products, [](float x, float y) { return x + y; });
   }
   __device__ __forceinline__ void share_values(Features& features) const {
     const int dim = params.taylor_dim, warp = warp::index();

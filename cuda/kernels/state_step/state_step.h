@@ -27,7 +27,7 @@ constexpr int kMaxTaylorRows =
 constexpr int resident_blocks(bool values_last, bool whole, bool normalize, long queries,
                               bool taylor) {
   if (!whole) return queries > 1 ? 2 : 3;
-  if (queries > 1) return 3;
+  if (queries > 1) return queries == 4 ? 4 : 3;
   return values_last && !(normalize && taylor) ? 4 : 5;
 }
 
