@@ -35,8 +35,8 @@ struct PairedOutputs {
   static constexpr int kConsumers = kSlices + 1;
   static constexpr int kStorers = kSlices;
   static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 176;
-  static constexpr int kHelperRegisters = 128;
+  static constexpr int kConsumerRegisters = 160;
+  static constexpr int kHelperRegisters = 168;
 
   using MapTile = SharedTile<T, kKeyDim, kMap>;
   using KeyTile = SharedTile<T, kChunk, kKeyDim>;
@@ -204,18 +204,26 @@ struct PairedOutputs {
       const int step = chunk - segment.first;
       const KeyTile& q_smem = shared.q_smem[q_stage.stage];
       Square last_near, near;
-      gather(shared, z, step);
-      shared.queries.empty.wait(turn.phase ^ 1);
-      PerRow<16> far;
-      warp::zero(far);
       warpgroup::mma_wait<0>(scores);
-      query_features(far, scores, shared, 0, alpha, step);
       shared.k_ring.wait(stage);
       warpgroup::mm_ABt(near, q_smem, shared.k_smem[stage.stage]);
       warpgroup::mma_commit();
-      query_features(far, scores, shared, 1, alpha, step);
+      gather(shared, z, step);
+      // Both signs at once: what one waits for, the other fills.
+      Square phi_plus, phi_minus;
+      PerRow<16> scale_plus, scale_minus, far;
+      exponentials(phi_plus, scale_plus, scores, 0);
+      exponentials(phi_minus, scale_minus, scores, 1);
+      warp::pin(scale_plus);
+      warp::pin(scale_minus);
       warpgroup::mm_ABt(last_near, q_smem, shared.k_smem[last.stage]);
       warpgroup::mma_commit();
+      warp::zero(far);
+      scale_queries(far, phi_plus, scale_plus, shared.z[step & 1][0], alpha);
+      scale_queries(far, phi_minus, scale_minus, shared.z[step & 1][1], alpha);
+      shared.queries.empty.wait(turn.phase ^ 1);
+      warpgroup::store(shared.phi_q_smem.template cols<kMap>(0), phi_plus);
+      warpgroup::store(shared.phi_q_smem.template cols<kMap>(1), phi_minus);
       shared.queries.give();
 
       warpgroup::mma_wait<0>(last_near, near);
@@ -294,26 +302,22 @@ struct PairedOutputs {
     }
     warpgroup::sync();
   }
-  // alpha phi(q) of a sign; its products with z join each lane's part of `far`.
-  __device__ __forceinline__ static void query_features(PerRow<16>& far, const Square& scores,
-                                                        Shared& shared, int sign, float alpha,
-                                                        int step) {
-    Square features;
-    PerRow<16> scale, dot;
-    exponentials(features, scale, scores, sign);
-    warp::pin(scale);  // one sign after the other: both are many registers
-    warp::map(scale, scale, [=](float x) { return x * alpha; });
+  // alpha phi(q) of a sign from exponentials and their scale; its products with z join each lane's
+  // part of `far`.
+  __device__ __forceinline__ static void scale_queries(PerRow<16>& far, Square& phi,
+                                                       PerRow<16>& scale, const MapVec& z_smem,
+                                                       float alpha) {
     PerCol<kMap> z;
-    warp::load(z, shared.z[step & 1][sign]);
+    PerRow<16> dot;
     Square rows;  // all alike
-    warp::zero(rows);
-    warp::add_cols(rows, rows, z);
+    warp::map(scale, scale, [=](float x) { return x * alpha; });
+    warp::load(z, z_smem);
+    warp::map_cols(rows, phi, z, [](float, float y) { return y; });
     warp::zero(dot);
-    warp::fold_row_dot(dot, features, rows);
+    warp::fold_row_dot(dot, phi, rows);
     warp::zip(dot, dot, scale, [](float x, float y) { return x * y; });
     warp::zip(far, far, dot, [](float x, float y) { return x + y; });
-    warp::mul_rows(features, features, scale);
-    warpgroup::store(shared.phi_q_smem.template cols<kMap>(sign), features);
+    warp::mul_rows(phi, phi, scale);
   }
 
   __device__ __forceinline__ static void compute(const OutputsParams& params, Shared& shared,
