@@ -49,19 +49,24 @@ struct PairedOutputs {
   using State = RegTile<float, 16, kFeatures>;
   using Operand = RegTile<T, 16, 64>;
 
-  // A tile that goes from one role to another, chunk by chunk.
+  // A tile that goes from one role to another, chunk by chunk. Who reads it publishes it: who wrote
+  // it would wait for its stores.
   struct Handover {
     Barrier full, empty;
     __device__ __forceinline__ void init(int warps, int readers) {
       full.init(warps);
       empty.init(readers);
     }
-    // Each warp: what it stored is there; what it read may be overwritten.
+    // Each warp: what it stored is there.
     __device__ __forceinline__ void give() {
-      publish_shared();
       warp::sync();
       if (warp::leader()) full.arrive();
     }
+    __device__ __forceinline__ void take(uint32 phase) const {
+      full.wait(phase);
+      publish_shared();
+    }
+    // Each warp: what it read may be overwritten.
     __device__ __forceinline__ void release() {
       warp::sync();
       if (warp::leader()) empty.arrive();
@@ -345,10 +350,10 @@ struct PairedOutputs {
       Square out;  // 64 columns of v in rows
       RegTile<T, 16, kFeatures> rounded;
       warp::convert(rounded, state);
-      shared.queries.full.wait(turn.phase);
+      shared.queries.take(turn.phase);
       warpgroup::mm_ABt(out, rounded, shared.phi_q_smem);
       warpgroup::mma_commit();
-      shared.keys.full.wait(keys_turn.phase);
+      shared.keys.take(keys_turn.phase);
       keys_turn.advance();
       warpgroup::mma_AtB(state, last_v_smem, shared.phi_k_smem);
       warpgroup::mma_commit();
@@ -358,7 +363,7 @@ struct PairedOutputs {
       // In the registers of S's copy.
       warpgroup::mm_AB(scores, shared.k_smem[stage.stage], shared.k_map_smem);
       warpgroup::mma_commit();
-      shared.weights.full.wait(turn.phase);
+      shared.weights.take(turn.phase);
       shared.v_ring.wait(stage);
       warpgroup::mma_AtBt(out, last_v_smem, shared.weights_smem.template cols<kChunk>(0));
       warpgroup::mma_AtBt(out, shared.v_smem[stage.stage][consumer],
