@@ -10,9 +10,10 @@
 // over; z is in its registers. A consumer warpgroup has 64 columns of values: S^T of those (64 x
 // 128, fp32) in registers. Each makes phi(k) of one sign while its products run. Out takes the
 // place of the values of c - 1, which nobody else reads, and leaves by a storing warp each.
-// Budget at D = 128: 213 KB of shared memory: 32 of maps, 32 of q, 48 of k, 48 of v, 48 of phi(q),
+// Budget at D = 128: 215 KB of shared memory: 32 of maps, 32 of q, 48 of k, 48 of v, 48 of phi(q),
 // phi(k) and P; a consumer has 64 registers of S, 32 of its rounded copy or of scores, 32 of out;
-// the helper 96 of scores. Limit: the helper's arithmetic, see docs/kernels/hedgehog_attention.md.
+// the helper up to 128 of scores and features. Limit: the helper's arithmetic, see
+// docs/kernels/hedgehog_attention.md.
 #pragma once
 
 #include "kernels/hedgehog_attention/walk.cuh"
