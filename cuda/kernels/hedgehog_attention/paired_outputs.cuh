@@ -232,7 +232,6 @@ struct PairedOutputs {
       warpgroup::store(shared.phi_q_smem.template cols<kMap>(1), phi_minus);
       shared.queries.give();
 
-      // Of the last chunk once more: no branch may be around a product.
       const typename QueryRing::State done = q_stage;
       const int token = chunk * kChunk;
       const bool is_last = ++chunk == segment.end;
@@ -240,6 +239,7 @@ struct PairedOutputs {
         q_stage.advance();
         shared.q_ring.wait(q_stage);
       }
+      // Of the last chunk once more: no branch may be around a product.
       warpgroup::mm_AB(scores, shared.q_smem[q_stage.stage], warpgroup::afresh(shared.q_map_smem));
       warpgroup::mma_commit();
       warpgroup::mma_wait<1>(last_near, near);
