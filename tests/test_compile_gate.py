@@ -272,6 +272,7 @@ def test_every_op_is_gated():
         "tk_hedgehog_attention_keys_d128_v128_documents_bf16",
         "tk_hedgehog_attention_outputs_d128_v128_documents_bf16",
         "tk_hedgehog_attention_outputs_d64_v64_fp16",
+        "tk_hedgehog_attention_paired_outputs_d128_v128_bf16",
         "tk_hedgehog_attention_queries_d128_v128_fp16",
         "tk_hedgehog_attention_step_d128_v128_bf16",
         "tk_hedgehog_attention_sums_d64_v64_bf16",

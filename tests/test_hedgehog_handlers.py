@@ -143,7 +143,7 @@ def test_launches():
     name = "tk_hedgehog_attention_"
     assert launches == [
         (f"{name}sums_d128_v128_bf16", [2, 1, 2]),
-        (f"{name}outputs_d128_v128_bf16", [4, 2, 2]),
+        (f"{name}paired_outputs_d128_v128_bf16", [4, 2, 2]),
         (f"{name}queries_d128_v128_bf16", [3, 4, 2]),
         (f"{name}keys_d128_v128_bf16", [3, 2, 2]),
         (f"{name}outputs_d64_v64_bf16", [3, 1, 1]),

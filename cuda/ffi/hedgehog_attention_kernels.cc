@@ -32,7 +32,8 @@ Result<KernelSpec> HedgehogKernel::spec() const {
   // Keys are features there, whatever they were made of.
   const std::int64_t key_dim = reverse ? hedgehog_attention::kFeatures : this->key_dim;
   const bool walks = kind == Kind::kSums || kind == Kind::kOutputs || states;
-  const bool has_flag = kind != Kind::kSums && kind != Kind::kStep;
+  const bool is_paired = kind == Kind::kOutputs && consumers == 2 && !documents;
+  const bool has_flag = kind != Kind::kSums && kind != Kind::kStep && !is_paired;
   if (documents && (kind == Kind::kSums || kind == Kind::kStep)) {
     return invalid("sums or steps of packed documents");
   }
@@ -48,6 +49,11 @@ Result<KernelSpec> HedgehogKernel::spec() const {
         return {"sums", "SumsTraits", "SumsParams", hedgehog_attention::walk_threads(consumers),
                 hedgehog_attention::sums_shared_bytes(key_dim, consumers)};
       case Kind::kOutputs:
+        if (is_paired) {
+          return {"paired_outputs", "PairedOutputsTraits", "OutputsParams",
+                  hedgehog_attention::kPairedOutputsThreads,
+                  hedgehog_attention::paired_outputs_shared_bytes(key_dim)};
+        }
         return {"outputs", "OutputsTraits", "OutputsParams",
                 hedgehog_attention::walk_threads(consumers),
                 hedgehog_attention::outputs_shared_bytes(key_dim, consumers, documents)};
@@ -74,7 +80,8 @@ Result<KernelSpec> HedgehogKernel::spec() const {
   spec.header = std::string("kernels/hedgehog_attention/") + entry.name + ".cuh";
   spec.function = std::string("tk::hedgehog_attention::") + entry.name +
                   "<tk::hedgehog_attention::" + entry.traits + "<" + type_name(dtype) + ", " +
-                  std::to_string(key_dim) + ", " + std::to_string(walks ? consumers : value_dim) +
+                  std::to_string(key_dim) +
+                  (is_paired ? "" : ", " + std::to_string(walks ? consumers : value_dim)) +
                   (has_flag ? std::string(", ") + bool_name(states ? reverse : documents) : "") +
                   ">>";
   spec.params_type = std::string("tk::hedgehog_attention::") + entry.params;

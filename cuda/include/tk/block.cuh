@@ -5,10 +5,9 @@
 //   Shared                        its shared memory, tiles first
 //   kConsumers                    consumer warpgroups
 //   kProducerRegisters, kConsumerRegisters   budgets of a thread, by role
-//   kHelperRegisters              optional; those of the last consumer warpgroup, if it needs fewer
-//   kClusterSize                  optional; blocks of a cluster
-//   kResidentBlocks               optional; blocks that share a multiprocessor
-//   init(params, shared)          one thread: barriers
+//   kHelperRegisters              optional; those of the last consumer warpgroup, if it helps
+//   others kClusterSize                  optional; blocks of a cluster kResidentBlocks optional;
+//   blocks that share a multiprocessor init(params, shared)          one thread: barriers
 //   load(params, shared)          one thread of the producer warpgroup: global -> shared
 //   kStorers                      optional; storing warps: 1 by default, at most 3
 //   store(params, shared, storer) optional; one thread of each storing warp of it: shared -> global
@@ -80,7 +79,6 @@ __device__ __forceinline__ void run(const Params& params) {
                 "the roles' registers exceed what the block starts with: increase would wait for "
                 "ever");
   constexpr int kHelper = detail_roles::helper_registers<Kernel>();
-  static_assert(kHelper <= kLaunch, "a helper gives registers away");
   Shared& shared = shared_memory<Shared>();
   const int warp = warp::uniform_index();
   const int warpgroup = warp / 4;
@@ -105,7 +103,11 @@ __device__ __forceinline__ void run(const Params& params) {
     }
   } else if (kHelper > 0 && warpgroup == Kernel::kConsumers) {
     if constexpr (kHelper > 0) {
-      become_helper<kHelper>(warpgroup - 1);
+      if constexpr (kHelper <= kLaunch) {
+        become_helper<kHelper>(warpgroup - 1);
+      } else {
+        become_consumer<kHelper>(warpgroup - 1);
+      }
       Kernel::help(params, shared);
     }
   } else {

@@ -95,6 +95,8 @@ struct SumsParams {
 // Kernel: "kernels/hedgehog_attention/outputs.cuh"
 //   tk::hedgehog_attention::outputs<tk::hedgehog_attention::OutputsTraits<T, kKeyDim, kConsumers,
 //                                                                         kDocuments>>
+// and of 128 columns of values, of sequences that are not packed, the same of "paired_outputs.cuh":
+//   tk::hedgehog_attention::paired_outputs<tk::hedgehog_attention::PairedOutputsTraits<T, kKeyDim>>
 // Grid: H, segments, B.
 struct OutputsParams {
   TensorMap q;             // [B, T, H, D]: dimensions (D, T, H, B), box (64, 64, 1, 1)
@@ -136,6 +138,13 @@ constexpr int outputs_shared_bytes(long key_dim, long consumers, bool documents)
                                kKeyStages * kChunk * (key_dim + consumers * kSlice) +
                                kChunk * kFeatures + consumers * kSlice * kFeatures)) +
          kNormalizerBytes + 4 * kChunk * 4 + (documents ? kWindowBytes : 0) + kSharedSlack;
+}
+constexpr int kPairedOutputsThreads = 128 * 4;  // two consumers have a slice each, a third helps
+constexpr int paired_outputs_shared_bytes(long key_dim) {
+  return static_cast<int>(2 * (2 * key_dim * kMap + kQueryStages * kChunk * key_dim +
+                               kKeyStages * kChunk * (key_dim + 2 * kSlice) +
+                               2 * kChunk * kFeatures + 2 * kChunk * kChunk)) +
+         (2 * 4 + 2) * kFeatures * 4 + kChunk * 4 + kSharedSlack;
 }
 
 // -- queries --------------------------------------------------------------------------------------

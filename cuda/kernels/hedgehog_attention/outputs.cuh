@@ -13,7 +13,8 @@
 // 32 of q, 96 of k and v, 16 of phi(k), 32 of copies of S; a thread has 64 registers of S, and 96
 // of scores from before the last out leaves. Limit: the chain of products and softmaxes within a
 // chunk, see docs/kernels/hedgehog_attention.md.
-// Packed documents: the same for tiles. S and z start anew where the next tile is no far one.
+// Packed documents: the same for tiles. S and z start anew where the next tile is no far one. What
+// is not packed and has 128 columns of values is paired_outputs.cuh's.
 #pragma once
 
 #include "kernels/hedgehog_attention/documents.cuh"

@@ -91,8 +91,8 @@ struct Sums {
     }
     shared.head_full.wait(0);
 
-    // Scores of the next chunk run beside what is left of S's product, and with two tiles of
-    // features consumers meet once a chunk: by then both have waited for the product before.
+    // Features are made while the last chunk's are multiplied by its values. They have two tiles:
+    // before consumers meet, each has waited for its product with the one that is written next.
     typename Ring::State stage, done;
     const int last = segment.end - 2;
     Square scores;
@@ -100,12 +100,8 @@ struct Sums {
     warpgroup::mma_wait<0>(state);  // which is zero before any product begins
     warpgroup::mm_AB(scores, shared.k_smem[stage.stage], shared.map_smem);
     warpgroup::mma_commit();
+    warpgroup::mma_wait<0>(scores);
     for (int chunk = segment.first - 1;; ++chunk) {
-      warpgroup::mma_wait<0>(scores, state);
-      if (chunk >= segment.first) {
-        shared.ring.release(done);
-        done.advance();
-      }
       const FeatureTile& phi_smem = shared.phi_smem[chunk & 1];
 #pragma unroll
       for (int i = 0; i < 2 / kConsumers; ++i) {
@@ -113,14 +109,25 @@ struct Sums {
                      chunk * kChunk, first);
       }
       publish_shared();
+      warpgroup::mma_wait<0>(state);
+      if (chunk >= segment.first) {
+        shared.ring.release(done);
+        done.advance();
+      }
       meet<kConsumers>(kFeaturesReady);
-      warpgroup::mma_AtB(state, shared.v_smem[stage.stage][consumer], phi_smem);
-      warpgroup::mma_commit();
-      if (chunk == last) break;
+      const auto& v_smem = shared.v_smem[stage.stage][consumer];
+      if (chunk == last) {
+        warpgroup::mma_AtB(state, v_smem, phi_smem);
+        warpgroup::mma_commit();
+        break;
+      }
       stage.advance();
       shared.ring.wait(stage);
       warpgroup::mm_AB(scores, shared.k_smem[stage.stage], shared.map_smem);
       warpgroup::mma_commit();
+      warpgroup::mma_AtB(state, v_smem, phi_smem);
+      warpgroup::mma_commit();
+      warpgroup::mma_wait<1>(scores);
     }
     warpgroup::mma_wait<0>(state);
     shared.ring.release(done);
