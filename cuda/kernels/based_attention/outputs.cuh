@@ -34,6 +34,10 @@ struct Outputs {
   // Weights take as long as features: beside the product with the state, but where there are too
   // few registers for that.
   static constexpr bool kWeighsFirst = kNormalize || Traits::kDocuments;
+  // Features of q two at a time, as pairs of bf16: exact where the scale is a power of two, as 16
+  // values' own is. What another scale multiplies, S's copy has. (With documents and normalization
+  // there are no registers for it.)
+  static constexpr bool kPairs = kSame<T, bf16> && !(kNormalize && Traits::kDocuments);
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 232;
 
@@ -91,10 +95,11 @@ struct Outputs {
     Sums sums;
     typename Ring::State stage;
     int buffer = 0;  // of the features of the chunk's keys
+    const PowerFactors factors = {params.factors_are_powers ? params.factors : kKeyFactors};
     load_state<Traits>(state, params, place, segment);
     if constexpr (kNormalize) sums.start(sums_of(params, place, segment));
     form_keys(shared, stage, buffer);
-    share_state(shared, state, sums);
+    share_state(shared, params, state, sums);
 
     for (int chunk = segment.first; chunk < segment.end; ++chunk) {
       const KeyTile& q_smem = shared.q_smem[stage.stage];
@@ -122,7 +127,11 @@ struct Outputs {
       }
       if constexpr (kWeighsFirst) weigh();
       typename Traits::Features queries;
-      warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, params.factors);
+      if constexpr (kPairs) {
+        warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, factors);
+      } else {
+        warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, params.factors);
+      }
       if constexpr (!kWeighsFirst) warpgroup::mma_wait<0>(scores);
       warpgroup::mm_ABt(out, queries, shared.state_smem);
       warpgroup::mma_commit();
@@ -161,7 +170,7 @@ struct Outputs {
         warpgroup::mma_wait<0>(state, values);
       }
       shared.ring.release(done);
-      share_state(shared, state, sums);
+      share_state(shared, params, state, sums);
       if (warpgroup::leader()) {
         tma::store(params.out, shared.out_smem, place.slice * kSlice, chunk * kChunk, place.head,
                    place.batch);
@@ -185,15 +194,20 @@ struct Outputs {
   __device__ __forceinline__ static void form_keys(Shared& shared,
                                                    const typename Ring::State& stage, int buffer) {
     shared.ring.wait(stage);
-    typename Traits::Features keys;
-    warpgroup::load_products<Traits::kDim>(keys, shared.k_smem[stage.stage], 0);
-    warpgroup::store(shared.keys_smem[buffer], keys);
+    warpgroup::store_products<Traits::kDim>(shared.keys_smem[buffer], shared.k_smem[stage.stage],
+                                            0);
   }
 
   // The rounded copies that products with q read; publishes the features of keys and out, too.
-  __device__ __forceinline__ static void share_state(Shared& shared, const State& state,
-                                                     const Sums& sums) {
-    warpgroup::store(shared.state_smem, state);
+  __device__ __forceinline__ static void share_state(Shared& shared, const OutputsParams& params,
+                                                     const State& state, const Sums& sums) {
+    if (kPairs && !params.factors_are_powers) {
+      RegTile<T, 16, Traits::kPieceColumns> scaled;
+      warpgroup::scale_products<Traits::kDim>(scaled, state, 0, params.factors);
+      warpgroup::store(shared.state_smem, scaled);
+    } else {
+      warpgroup::store(shared.state_smem, state);
+    }
     if constexpr (kNormalize) sums.share(shared.sums);
     publish_shared();
     warpgroup::sync();
