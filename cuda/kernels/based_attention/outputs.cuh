@@ -34,6 +34,9 @@ struct Outputs {
   // Weights take as long as features: beside the product with the state, but where there are too
   // few registers for that.
   static constexpr bool kWeighsFirst = kNormalize || Traits::kDocuments;
+  // Features of the next chunk's q beside the sum of the state, too: its product then starts as
+  // soon as the state is there.
+  static constexpr bool kQueriesAhead = !kWeighsFirst;
   // Features of q two at a time, as pairs of bf16: exact where the scale is a power of two, as 16
   // values' own is. What another scale multiplies, S's copy has. (With documents and normalization
   // there are no registers for it.)
@@ -99,6 +102,10 @@ struct Outputs {
     load_state<Traits>(state, params, place, segment);
     if constexpr (kNormalize) sums.start(sums_of(params, place, segment));
     form_keys(shared, stage, buffer);
+    typename Traits::Features queries;  // of the chunk
+    if constexpr (kQueriesAhead) {
+      form_queries(queries, shared.q_smem[stage.stage], params, factors);
+    }
     share_state(shared, params, state, sums);
 
     for (int chunk = segment.first; chunk < segment.end; ++chunk) {
@@ -126,15 +133,11 @@ struct Outputs {
         warpgroup::mma_wait<0>(scores);
       }
       if constexpr (kWeighsFirst) weigh();
-      typename Traits::Features queries;
-      if constexpr (kPairs) {
-        warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, factors);
-      } else {
-        warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, params.factors);
-      }
-      if constexpr (!kWeighsFirst) warpgroup::mma_wait<0>(scores);
+      if constexpr (!kQueriesAhead) form_queries(queries, q_smem, params, factors);
+      if constexpr (!kQueriesAhead && !kWeighsFirst) warpgroup::mma_wait<0>(scores);
       warpgroup::mm_ABt(out, queries, shared.state_smem);
       warpgroup::mma_commit();
+      if constexpr (kQueriesAhead) warpgroup::mma_wait<1>(scores);
       if constexpr (!kWeighsFirst) weigh();
       RegTile<T, 16, kChunk> values;  // a row for each column of v
       warpgroup::load_transposed(values, v_smem);
@@ -163,7 +166,12 @@ struct Outputs {
       const typename Ring::State done = stage;
       stage.advance();
       buffer ^= 1;
-      if (chunk + 1 < segment.end) form_keys(shared, stage, buffer);
+      if (chunk + 1 < segment.end) {
+        form_keys(shared, stage, buffer);
+        if constexpr (kQueriesAhead) {
+          form_queries(queries, shared.q_smem[stage.stage], params, factors);
+        }
+      }
       if constexpr (kNormalize) {
         warpgroup::mma_wait<0>(state, values, sums.second, keys_t);
       } else {
@@ -188,6 +196,17 @@ struct Outputs {
     if (params.sums == nullptr) return nullptr;
     return params.sums +
            (static_cast<int64>(place.row(params)) * segment.count + segment.order) * kSums;
+  }
+
+  __device__ __forceinline__ static void form_queries(typename Traits::Features& queries,
+                                                      const KeyTile& q_smem,
+                                                      const OutputsParams& params,
+                                                      const PowerFactors& factors) {
+    if constexpr (kPairs) {
+      warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, factors);
+    } else {
+      warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, params.factors);
+    }
   }
 
   // The features of a chunk's keys, as soon as they are there. Before share_state.
