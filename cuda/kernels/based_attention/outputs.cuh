@@ -164,6 +164,8 @@ struct Outputs {
         warpgroup::store(shared.out_smem, out);
       }
       const typename Ring::State done = stage;
+      // The state's product has its operands in registers and in keys_smem.
+      if constexpr (!kNormalize) shared.ring.release(done);
       stage.advance();
       buffer ^= 1;
       if (chunk + 1 < segment.end) {
@@ -177,7 +179,7 @@ struct Outputs {
       } else {
         warpgroup::mma_wait<0>(state, values);
       }
-      shared.ring.release(done);
+      if constexpr (kNormalize) shared.ring.release(done);
       share_state(shared, params, state, sums);
       if (warpgroup::leader()) {
         tma::store(params.out, shared.out_smem, place.slice * kSlice, chunk * kChunk, place.head,
