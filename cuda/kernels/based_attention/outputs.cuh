@@ -8,13 +8,14 @@
 // symmetric half of the products of degree two.)
 // Grid: slices of 64 values, segments, batch. A block walks its segment's chunks.
 // Roles: a producer warp loads a ring of q, k and v; a consumer warpgroup keeps S (64 x F, fp32) in
-// registers, and for phi(q) S^T a rounded copy in shared memory. It forms the features of q as an
-// operand in registers; those of the next chunk's k, in shared memory, while the state is summed.
-// What a chunk leaves there (features, state, out) is published at once, by one barrier.
+// registers, and for phi(q) S^T a rounded copy in shared memory. While the state is summed it forms
+// the next chunk's features: of q as an operand in registers (where there are enough), of k in
+// shared memory. What a chunk leaves there (features, state, out) is published at once, by one
+// barrier.
 // Budget for 16 values (F = 160), 3 stages: 105 KB of shared memory; 80 registers of S, 40 of
 // features, 32 of out and of scores a thread; two blocks share a multiprocessor, so that one
 // computes while the other waits. Limit: memory, reading q, k, v and writing out; then the
-// instructions that form features, and shared memory's bandwidth.
+// instructions that form features.
 #pragma once
 
 #include "kernels/based_attention/normalizer.cuh"
