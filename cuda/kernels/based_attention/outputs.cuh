@@ -60,6 +60,7 @@ struct Outputs {
     typename Sums::Shared sums;  // with kNormalize
     Documents<Traits::kDocuments> documents[Traits::kStages];
     Ring ring;
+    Barrier copies_read;  // state_smem and sums by all warps, out_smem by the last chunk's store
   };
   static_assert(sizeof(Shared) + 1024 <= outputs_shared_bytes(Traits::kDim, Traits::kStages),
                 "based_attention.h's outputs_shared_bytes covers the kernel's shared memory");
@@ -68,6 +69,7 @@ struct Outputs {
 
   __device__ __forceinline__ static void init(const OutputsParams&, Shared& shared) {
     shared.ring.init(4 * kConsumers);
+    shared.copies_read.init(4 * kConsumers);
   }
 
   __device__ __forceinline__ static void load(const OutputsParams& params, Shared& shared) {
@@ -98,6 +100,7 @@ struct Outputs {
     State state;
     Sums sums;
     typename Ring::State stage;
+    uint32 read_phase = 0;
     int buffer = 0;  // of the features of the chunk's keys
     const PowerFactors factors = {params.factors_are_powers ? params.factors : kKeyFactors};
     load_state<Traits>(state, params, place, segment);
@@ -145,6 +148,7 @@ struct Outputs {
       documents.keep_cols_after(values);
       documents.keep_state(state);
       warpgroup::mma_wait<0>(out, queries);
+      if constexpr (!kNormalize) leave_copies(shared);
       documents.keep_rows_before(out);
       warpgroup::mma_AB(out, weights, v_smem);
       warpgroup::mma_commit();
@@ -152,10 +156,11 @@ struct Outputs {
       warpgroup::mma_AB(state, values, shared.keys_smem[buffer]);
       if constexpr (kNormalize) sums.add(keys_t, k_smem, shared.sums, documents);
       warpgroup::mma_commit();
+      if constexpr (kNormalize) leave_copies(shared);
 
       warpgroup::mma_wait<1>(out, weights);
-      if (warpgroup::leader()) tma::wait_read<0>();  // the last chunk's out has left
-      warpgroup::sync();                             // and all have done with state_smem
+      shared.copies_read.wait(read_phase);
+      read_phase ^= 1;
       if constexpr (kNormalize) {
         Output quotients;
         warp::map(totals, totals, [](float x) { return x == 0 ? 0.0f : 1.0f / x; });
@@ -218,6 +223,13 @@ struct Outputs {
     shared.ring.wait(stage);
     warpgroup::store_products<Traits::kDim>(shared.keys_smem[buffer], shared.k_smem[stage.stage],
                                             0);
+  }
+
+  // A warp has read the copies; the leader waits for the store.
+  __device__ __forceinline__ static void leave_copies(Shared& shared) {
+    if (warpgroup::leader()) tma::wait_read<0>();
+    warp::sync();
+    if (warp::leader()) shared.copies_read.arrive();
   }
 
   // The rounded copies that products with q read; publishes the features of keys and out, too.
