@@ -41,6 +41,11 @@ class Case:
     state: bool = True
     packed: bool = False
     normalize: bool = False
+    scale: float | None = None
+
+    @property
+    def scale_of_scores(self) -> float:
+        return self.dim**-0.5 if self.scale is None else self.scale
 
     def __str__(self):
         fields = dataclasses.asdict(self).items()
@@ -55,6 +60,7 @@ CASES = [
     Case(65, 16, 128, (2, 4), packed=True),
     Case(200, 16, 72, (1, 2), "float16", batch=2, packed=True),
     Case(130, 16, 64, (1, 2), normalize=True, packed=True),
+    Case(130, 16, 64, (1, 1), scale=0.3),  # which is no power of two
 ]
 MORE = [
     Case(64, 24, 128, (1, 1)),
@@ -108,6 +114,7 @@ def arrays_of(case: Case) -> dict:
 def public(case: Case, implementation: str = "interpret"):
     return functools.partial(
         tk_jax.based_attention,
+        scale=case.scale,
         normalize=case.normalize,
         return_final_state=True,
         implementation=implementation,
@@ -116,7 +123,7 @@ def public(case: Case, implementation: str = "interpret"):
 
 def kernels(case: Case, tiles: config.ScanConfig):
     def based_attention(q, k, v, initial_state=None, segment_ids=None):
-        options = LinearAttentionOptions(q.shape[-1] ** -0.5, case.normalize)
+        options = LinearAttentionOptions(case.scale_of_scores, case.normalize)
         return kernel_based_attention(
             options, True, q, k, v, None, initial_state, segment_ids, tiles=tiles
         )
@@ -126,7 +133,10 @@ def kernels(case: Case, tiles: config.ScanConfig):
 
 def reference(case: Case):
     return functools.partial(
-        based_attention_reference, normalize=case.normalize, dtype=jnp.float64
+        based_attention_reference,
+        scale=case.scale,
+        normalize=case.normalize,
+        dtype=jnp.float64,
     )
 
 
@@ -143,7 +153,7 @@ def low_precision(case: Case):
         return jnp.concatenate([jnp.ones_like(x[..., :1]), x, pairs], -1)
 
     def run(q, k, v, initial_state=None, segment_ids=None):
-        scale, (batch, seqlen, heads, value_dim) = q.shape[-1] ** -0.5, v.shape
+        scale, (batch, seqlen, heads, value_dim) = case.scale_of_scores, v.shape
         q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (q, k))
         state = jnp.zeros(
             (batch, heads, TAYLOR.num_features(case.dim), value_dim), jnp.float32

@@ -53,22 +53,28 @@ def test_products(rng, case):
     x = integers(rng, (64, width), NAMES[name])
     dproducts = integers(rng, (64, cols), np.float32)
     values = x.astype(np.float64)
-    expected, plain = np.zeros((2, 64, cols))
+    expected, plain, twice, scaled = np.zeros((4, 64, cols))
+    scaled[:] = dproducts * FACTORS[2]  # beyond the last product, too
     gradient = np.ones((64, width))
     for col, (first, second, factor) in enumerate(columns(dim)[part * cols :][:cols]):
         one = np.ones(64)
         a, b = (one if i is None else values[:, i] for i in (first, second))
         expected[:, col] = factor * a * b
         plain[:, col] = (factor > 0) * a * b
+        # What is said to be powers of two may be rounded before the second value.
+        twice[:, col] = (factor * a).astype(NAMES[name]).astype(np.float64) * b
+        scaled[:, col] = dproducts[:, col] * (factor or FACTORS[2])
         if first is not None:
             gradient[:, first] += factor * dproducts[:, col] * b
         if second is not None:
             gradient[:, second] += factor * dproducts[:, col] * a
-    wide, narrow, without_factors, dx = KERNELS[case](
+    wide, narrow, without_factors, of_powers, times_factors, dx = KERNELS[case](
         [
             ((64, cols), np.float32),
             ((64, cols), NAMES[name]),
+            ((64, 2 * cols), NAMES[name]),
             ((64, cols), NAMES[name]),
+            ((64, cols), np.float32),
             ((64, width), np.float32),
         ],
         x,
@@ -77,7 +83,12 @@ def test_products(rng, case):
     )
     assert_same(wide, expected)
     assert_same(narrow, expected.astype(NAMES[name]))
-    assert_same(without_factors, plain.astype(NAMES[name]))
+    assert_same(without_factors, np.tile(plain, 2).astype(NAMES[name]))
+    if name == BF16:
+        assert_same(of_powers, twice.astype(NAMES[name]))
+    else:
+        assert_same(of_powers, narrow)
+    assert_same(times_factors, scaled)
     assert_same(dx, gradient)
 
 
@@ -88,24 +99,33 @@ def test_products_are_rounded_once(rng, name):
         NAMES[name]
     )
     values = x.astype(np.float64)
-    _, narrow, without_factors, _ = KERNELS[name, 16, 16, 160, 0](
+    powers = (4, 2, 8)
+    _, narrow, without_factors, of_powers, _, _ = KERNELS[name, 16, 16, 160, 0](
         [
             ((64, 160), np.float32),
-            *[((64, 160), NAMES[name])] * 2,
+            ((64, 160), NAMES[name]),
+            ((64, 320), NAMES[name]),
+            ((64, 160), NAMES[name]),
+            ((64, 160), np.float32),
             ((64, 16), np.float32),
         ],
         x,
         np.zeros((64, 160), np.float32),
-        scalars=(1, 1, 1),
+        scalars=powers,
     )
     ones = np.ones(64)
-    expected = [
-        (second is None and first is None and factor) * ones
-        if first is None
-        else values[:, first] * (ones if second is None else values[:, second])
-        for first, second, factor in columns(16)
-    ]
-    with np.errstate(over="ignore"):
-        expected = np.stack(expected, 1).astype(np.float32).astype(NAMES[name])
-    assert_same(narrow, expected)
-    assert_same(without_factors, expected)
+    plain, scaled = [], []
+    for first, second, factor in columns(16):
+        a, b = (ones if i is None else values[:, i] for i in (first, second))
+        plain.append((factor > 0) * a * b)
+        # Of the columns without a first value, the factor is that of the one, or zero.
+        known = factor if first is None else powers[FACTORS.index(factor)]
+        scaled.append(known * a * b)
+
+    def rounded(columns):
+        with np.errstate(over="ignore"):
+            return np.stack(columns, 1).astype(np.float32).astype(NAMES[name])
+
+    assert_same(narrow, rounded(scaled))
+    assert_same(of_powers, rounded(scaled))
+    assert_same(without_factors, np.tile(rounded(plain), 2))

@@ -1,5 +1,8 @@
 // The targets tk_based_attention_states_v1 and tk_based_attention_outputs_v1: kernels that walk
 // through a sequence.
+#include <cmath>
+#include <cstdlib>
+
 #include "ffi/based_attention_problem.h"
 #include "ffi/handlers.h"
 #include "ffi/linear_attention_kernels.h"
@@ -157,6 +160,13 @@ Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const St
 
 // -- Outputs --------------------------------------------------------------------------------------
 
+// Whether products with it and with its square are exact. Of those whose square is out of range,
+// nothing is.
+bool is_power_of_two(float x) {
+  int exponent;
+  return std::frexp(std::fabs(x), &exponent) == 0.5f && std::abs(exponent) < 60;
+}
+
 struct OutputsBuffers {
   AnyBuffer q, k, v, counts;
   StartBuffers start;
@@ -227,6 +237,7 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
   params.sums = optional_floats(b.sums);
   params.scale = options.scale;
   params.factors = query_factors(options.scale);
+  params.factors_are_powers = is_power_of_two(options.scale);
   set_walk(&params, *call, b.counts, b.start, b.to, options.chunks_of_segment);
   return runtime::launch(**kernel, stream, {s.num_heads * s.slices(), call->segments, s.batch},
                          &params);

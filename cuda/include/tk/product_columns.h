@@ -14,6 +14,8 @@ namespace tk {
 struct ProductFactors {
   float values, squares, pairs;
 };
+// The same of which each is a power of two: no 16-bit number is rounded where it is multiplied.
+struct PowerFactors : ProductFactors {};
 
 constexpr int product_columns(int dim) { return dim * (dim + 4) / 2; }
 

@@ -104,8 +104,9 @@ struct OutputsParams {
   const float* sums;  // [B, H, segments, 18, 16], or null for zeros
   int seqlen, num_heads, num_groups, value_dim;
   int chunks, chunks_of_segment;
-  float scale;             // of the scores
-  ProductFactors factors;  // of the features of queries
+  float scale;              // of the scores
+  ProductFactors factors;   // of the features of queries
+  bool factors_are_powers;  // of two: where they are not, bf16's states have them
 };
 constexpr int kSumsBytes = 2048;  // copies of sums, and what aligns them
 constexpr int outputs_shared_bytes(int dim, long stages) {

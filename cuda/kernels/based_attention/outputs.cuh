@@ -8,13 +8,14 @@
 // symmetric half of the products of degree two.)
 // Grid: slices of 64 values, segments, batch. A block walks its segment's chunks.
 // Roles: a producer warp loads a ring of q, k and v; a consumer warpgroup keeps S (64 x F, fp32) in
-// registers, and for phi(q) S^T a rounded copy in shared memory. It forms the features of q as an
-// operand in registers; those of the next chunk's k, in shared memory, while the state is summed.
-// What a chunk leaves there (features, state, out) is published at once, by one barrier.
+// registers, and for phi(q) S^T a rounded copy in shared memory. While the state is summed it forms
+// the next chunk's features: of q as an operand in registers (where there are enough), of k in
+// shared memory. What a chunk leaves there (features, state, out) is published at once, by one
+// barrier.
 // Budget for 16 values (F = 160), 3 stages: 105 KB of shared memory; 80 registers of S, 40 of
 // features, 32 of out and of scores a thread; two blocks share a multiprocessor, so that one
 // computes while the other waits. Limit: memory, reading q, k, v and writing out; then the
-// instructions that form features, and shared memory's bandwidth.
+// instructions that form features.
 #pragma once
 
 #include "kernels/based_attention/normalizer.cuh"
@@ -34,6 +35,13 @@ struct Outputs {
   // Weights take as long as features: beside the product with the state, but where there are too
   // few registers for that.
   static constexpr bool kWeighsFirst = kNormalize || Traits::kDocuments;
+  // Features of the next chunk's q beside the sum of the state, too: its product then starts as
+  // soon as the state is there.
+  static constexpr bool kQueriesAhead = !kWeighsFirst;
+  // Features of q two at a time, as pairs of bf16: exact where the scale is a power of two, as 16
+  // values' own is. What another scale multiplies, S's copy has. (With documents and normalization
+  // there are no registers for it.)
+  static constexpr bool kPairs = kSame<T, bf16> && !(kNormalize && Traits::kDocuments);
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 232;
 
@@ -52,6 +60,7 @@ struct Outputs {
     typename Sums::Shared sums;  // with kNormalize
     Documents<Traits::kDocuments> documents[Traits::kStages];
     Ring ring;
+    Barrier copies_read;  // state_smem and sums by all warps, out_smem by the last chunk's store
   };
   static_assert(sizeof(Shared) + 1024 <= outputs_shared_bytes(Traits::kDim, Traits::kStages),
                 "based_attention.h's outputs_shared_bytes covers the kernel's shared memory");
@@ -60,6 +69,7 @@ struct Outputs {
 
   __device__ __forceinline__ static void init(const OutputsParams&, Shared& shared) {
     shared.ring.init(4 * kConsumers);
+    shared.copies_read.init(4 * kConsumers);
   }
 
   __device__ __forceinline__ static void load(const OutputsParams& params, Shared& shared) {
@@ -78,7 +88,7 @@ struct Outputs {
                 place.batch);
       tma::load(shared.k_smem[state.stage], params.k, full, tma::Keep::kNormal, 0, token, group,
                 place.batch);
-      tma::load(shared.v_smem[state.stage], params.v, full, tma::Keep::kBriefly,
+      tma::load(shared.v_smem[state.stage], params.v, full, tma::Keep::kNormal,
                 place.slice * kSlice, token, place.head, place.batch);
       shared.documents[state.stage].load(params.counts, full, place.batch, chunk, params.chunks);
     }
@@ -90,11 +100,17 @@ struct Outputs {
     State state;
     Sums sums;
     typename Ring::State stage;
+    uint32 read_phase = 0;
     int buffer = 0;  // of the features of the chunk's keys
+    const PowerFactors factors = {params.factors_are_powers ? params.factors : kKeyFactors};
     load_state<Traits>(state, params, place, segment);
     if constexpr (kNormalize) sums.start(sums_of(params, place, segment));
     form_keys(shared, stage, buffer);
-    share_state(shared, state, sums);
+    typename Traits::Features queries;  // of the chunk
+    if constexpr (kQueriesAhead) {
+      form_queries(queries, shared.q_smem[stage.stage], params, factors);
+    }
+    share_state(shared, params, state, sums);
 
     for (int chunk = segment.first; chunk < segment.end; ++chunk) {
       const KeyTile& q_smem = shared.q_smem[stage.stage];
@@ -121,17 +137,18 @@ struct Outputs {
         warpgroup::mma_wait<0>(scores);
       }
       if constexpr (kWeighsFirst) weigh();
-      typename Traits::Features queries;
-      warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, params.factors);
-      if constexpr (!kWeighsFirst) warpgroup::mma_wait<0>(scores);
+      if constexpr (!kQueriesAhead) form_queries(queries, q_smem, params, factors);
+      if constexpr (!kQueriesAhead && !kWeighsFirst) warpgroup::mma_wait<0>(scores);
       warpgroup::mm_ABt(out, queries, shared.state_smem);
       warpgroup::mma_commit();
+      if constexpr (kQueriesAhead) warpgroup::mma_wait<1>(scores);
       if constexpr (!kWeighsFirst) weigh();
       RegTile<T, 16, kChunk> values;  // a row for each column of v
       warpgroup::load_transposed(values, v_smem);
       documents.keep_cols_after(values);
       documents.keep_state(state);
       warpgroup::mma_wait<0>(out, queries);
+      if constexpr (!kNormalize) leave_copies(shared);
       documents.keep_rows_before(out);
       warpgroup::mma_AB(out, weights, v_smem);
       warpgroup::mma_commit();
@@ -139,10 +156,11 @@ struct Outputs {
       warpgroup::mma_AB(state, values, shared.keys_smem[buffer]);
       if constexpr (kNormalize) sums.add(keys_t, k_smem, shared.sums, documents);
       warpgroup::mma_commit();
+      if constexpr (kNormalize) leave_copies(shared);
 
       warpgroup::mma_wait<1>(out, weights);
-      if (warpgroup::leader()) tma::wait_read<0>();  // the last chunk's out has left
-      warpgroup::sync();                             // and all have done with state_smem
+      shared.copies_read.wait(read_phase);
+      read_phase ^= 1;
       if constexpr (kNormalize) {
         Output quotients;
         warp::map(totals, totals, [](float x) { return x == 0 ? 0.0f : 1.0f / x; });
@@ -152,16 +170,23 @@ struct Outputs {
         warpgroup::store(shared.out_smem, out);
       }
       const typename Ring::State done = stage;
+      // The state's product has its operands in registers and in keys_smem.
+      if constexpr (!kNormalize) shared.ring.release(done);
       stage.advance();
       buffer ^= 1;
-      if (chunk + 1 < segment.end) form_keys(shared, stage, buffer);
+      if (chunk + 1 < segment.end) {
+        form_keys(shared, stage, buffer);
+        if constexpr (kQueriesAhead) {
+          form_queries(queries, shared.q_smem[stage.stage], params, factors);
+        }
+      }
       if constexpr (kNormalize) {
         warpgroup::mma_wait<0>(state, values, sums.second, keys_t);
       } else {
         warpgroup::mma_wait<0>(state, values);
       }
-      shared.ring.release(done);
-      share_state(shared, state, sums);
+      if constexpr (kNormalize) shared.ring.release(done);
+      share_state(shared, params, state, sums);
       if (warpgroup::leader()) {
         tma::store(params.out, shared.out_smem, place.slice * kSlice, chunk * kChunk, place.head,
                    place.batch);
@@ -181,19 +206,42 @@ struct Outputs {
            (static_cast<int64>(place.row(params)) * segment.count + segment.order) * kSums;
   }
 
+  __device__ __forceinline__ static void form_queries(typename Traits::Features& queries,
+                                                      const KeyTile& q_smem,
+                                                      const OutputsParams& params,
+                                                      const PowerFactors& factors) {
+    if constexpr (kPairs) {
+      warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, factors);
+    } else {
+      warpgroup::load_products<Traits::kDim>(queries, q_smem, 0, params.factors);
+    }
+  }
+
   // The features of a chunk's keys, as soon as they are there. Before share_state.
   __device__ __forceinline__ static void form_keys(Shared& shared,
                                                    const typename Ring::State& stage, int buffer) {
     shared.ring.wait(stage);
-    typename Traits::Features keys;
-    warpgroup::load_products<Traits::kDim>(keys, shared.k_smem[stage.stage], 0);
-    warpgroup::store(shared.keys_smem[buffer], keys);
+    warpgroup::store_products<Traits::kDim>(shared.keys_smem[buffer], shared.k_smem[stage.stage],
+                                            0);
+  }
+
+  // A warp has read the copies; the leader waits for the store.
+  __device__ __forceinline__ static void leave_copies(Shared& shared) {
+    if (warpgroup::leader()) tma::wait_read<0>();
+    warp::sync();
+    if (warp::leader()) shared.copies_read.arrive();
   }
 
   // The rounded copies that products with q read; publishes the features of keys and out, too.
-  __device__ __forceinline__ static void share_state(Shared& shared, const State& state,
-                                                     const Sums& sums) {
-    warpgroup::store(shared.state_smem, state);
+  __device__ __forceinline__ static void share_state(Shared& shared, const OutputsParams& params,
+                                                     const State& state, const Sums& sums) {
+    if (kPairs && !params.factors_are_powers) {
+      RegTile<T, 16, Traits::kPieceColumns> scaled;
+      warpgroup::scale_products<Traits::kDim>(scaled, state, 0, params.factors);
+      warpgroup::store(shared.state_smem, scaled);
+    } else {
+      warpgroup::store(shared.state_smem, state);
+    }
     if constexpr (kNormalize) sums.share(shared.sums);
     publish_shared();
     warpgroup::sync();

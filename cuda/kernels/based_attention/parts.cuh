@@ -163,11 +163,12 @@ struct GroupSteps {
 
 // f(s) and its derivative, of products x of q and k, with s = scale x.
 struct Taylor {
-  float scale;
+  float scale, half_square;
 
+  __device__ __forceinline__ explicit Taylor(float scale)
+      : scale(scale), half_square(0.5f * scale * scale) {}
   __device__ __forceinline__ float operator()(float x) const {
-    const float s = x * scale;
-    return math::fma(math::fma(0.5f, s, 1.0f), s, 1.0f);
+    return math::fma(math::fma(half_square, x, scale), x, 1.0f);
   }
   __device__ __forceinline__ float slope(float x) const { return math::fma(x, scale, 1.0f); }
 };

@@ -51,6 +51,45 @@ void load_products(RegTile<T, 16, kCols>& dst, const Shared& src, int first, Loc
   load_products<kDim>(dst, src, first, ProductFactors{1.0f, 1.0f, 1.0f}, at);
 }
 
+template <int kDim, typename Dst, typename Src>
+void store_products(Dst& dst, const Src& src, int first, Location at = {}) {
+  RegTile<typename Dst::T, 16, Dst::kCols> products;
+  load_products<kDim>(products, src, first, at);
+  store(dst, products, at);
+}
+
+// Rounds where the hardware does: twice, should a factor be no power of two.
+template <int kDim, int kCols, typename Shared>
+void load_products(RegTile<bf16, 16, kCols>& dst, const Shared& src, int first,
+                   const PowerFactors& factors, Location at = {}) {
+  static_assert(kSame<bf16, typename Shared::T>, "products of pairs keep the type");
+  detail::writing(dst, at);
+  detail_products::for_each_row<kDim>(detail::as_view(src), at, [&](int row, const float* x) {
+    for (int c = 0; c < kCols; ++c) {
+      const ProductColumn column = product_column(kDim, first + c);
+      float value = column.empty ? 0.0f : detail_products::factor(column, factors);
+      if (column.first >= 0) {
+        value = interpreter::to_float(interpreter::from_float<bf16>(value * x[column.first]));
+      }
+      if (column.second >= 0) value *= x[column.second];
+      dst.data[row][c] = interpreter::from_float<bf16>(value);
+    }
+  });
+}
+
+template <int kDim, typename Dst, typename Src>
+void scale_products(Dst& dst, const Src& src, int first, const ProductFactors& factors,
+                    Location at = {}) {
+  static_assert(detail::kSameShape<Dst, Src>, "scale_products needs tiles of one shape");
+  detail::reading(src, at);
+  detail::writing(dst, at);
+  warp::detail_map::assign(dst, [&](int r, int c) {
+    const ProductColumn column = product_column(kDim, first + c);
+    return warp::detail_map::value(src, r, c) *
+           (column.empty ? factors.pairs : detail_products::factor(column, factors));
+  });
+}
+
 template <int kDim, int kWidth, int kCols, typename Shared>
 void fold_products(RegTile<float, 16, kWidth>& dst, const RegTile<float, 16, kCols>& dproducts,
                    const Shared& src, int first, const ProductFactors& factors, Location at = {}) {

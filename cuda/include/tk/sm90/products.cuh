@@ -10,23 +10,31 @@
 namespace tk::warpgroup {
 namespace detail_products {
 
-// pairs[i] are the values of columns (first + 2 i) mod kDim and after, where `first` is the lane's.
+// pairs[i] are the values of columns (first + 2 i) mod kDim and after, where `first` is the lane's,
+// of the lane's row in half `half` of its warp's.
 template <int kDim, typename View>
 __device__ __forceinline__ void load_row_pairs(uint32 (&pairs)[kDim / 2], const View& src,
-                                               int row) {
+                                               int half) {
   static_assert(kDim % 8 == 0 && kDim <= View::kPanelCols, "a row is one panel's");
+  constexpr bool kIsPower = (kDim & (kDim - 1)) == 0;
+  const int row = 16 * (ptx::warp_index() & 3) + detail::row_of(0, 0);
   const int first = detail::col_of(0, 0);
+  uint32 places[kDim / 2];
 #pragma unroll
   for (int i = 0; i < kDim / 2; ++i) {
     const int col = first + 2 * i;
-    pairs[i] = ptx::load_shared_u32(src.address(row, col < kDim ? col : col - kDim));
+    // Half a row on and around is one bit of the place.
+    places[i] = kIsPower && i >= kDim / 4 ? places[i - kDim / 4] ^ kDim
+                                          : src.address(row, col < kDim ? col : col - kDim);
+    // Swizzles repeat every eight rows.
+    pairs[i] = ptx::load_shared_u32(places[i] + half * 8 * View::kSwizzle);
   }
 }
 // x[r] is the value of column (first + r) mod kDim.
 template <int kDim, typename View>
-__device__ __forceinline__ void load_row(float (&x)[kDim], const View& src, int row) {
+__device__ __forceinline__ void load_row(float (&x)[kDim], const View& src, int half) {
   uint32 pairs[kDim / 2];
-  load_row_pairs<kDim>(pairs, src, row);
+  load_row_pairs<kDim>(pairs, src, half);
 #pragma unroll
   for (int i = 0; i < kDim / 2; ++i) {
     ptx::unpack<typename View::T>(pairs[i], x[2 * i], x[2 * i + 1]);
@@ -93,7 +101,7 @@ __device__ __forceinline__ void load_products(RegTile<T, 16, kCols>& dst, const 
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float x[kDim];
-    detail_products::load_row(x, view, 16 * (ptx::warp_index() & 3) + detail::row_of(0, 2 * h));
+    detail_products::load_row(x, view, h);
 #pragma unroll
     for (int g = 0; g < kCols / 8; ++g) {
       const detail_products::Group<kDim> group(first, g);
@@ -116,29 +124,51 @@ __device__ __forceinline__ void load_products(RegTile<T, 16, kCols>& dst, const 
   }
 }
 
-// The same without factors, in the type of the values: products are rounded once, too.
-template <int kDim, typename T, int kCols, typename Shared>
-__device__ __forceinline__ void load_products(RegTile<T, 16, kCols>& dst, const Shared& src,
-                                              int first, Location = {}) {
-  static_assert(kSame<T, typename Shared::T>, "products without factors keep the type");
+namespace detail_products {
+
+// What pairs of values are multiplied by before they are multiplied.
+struct NoFactors {
+  template <typename T>
+  __device__ __forceinline__ uint32 of(int, uint32 pair) const {
+    return pair;
+  }
+};
+template <typename T_>
+struct PairFactors {
+  uint32 values, squares, pairs;
+
+  __device__ __forceinline__ explicit PairFactors(const PowerFactors& x)
+      : values(ptx::pack<T_>(x.values, x.values)),
+        squares(ptx::pack<T_>(x.squares, x.squares)),
+        pairs(ptx::pack<T_>(x.pairs, x.pairs)) {}
+  template <typename T>
+  __device__ __forceinline__ uint32 of(int distance, uint32 pair) const {
+    return ptx::multiply_pairs<T>(pair, distance < 0 ? values : distance == 0 ? squares : pairs);
+  }
+};
+
+// `one` is the pair of one and zero.
+template <int kDim, typename T, int kCols, typename Shared, typename Factors>
+__device__ __forceinline__ void load_rounded(RegTile<T, 16, kCols>& dst, const Shared& src,
+                                             int first, const Factors& factors, uint32 one) {
+  static_assert(kSame<T, typename Shared::T>, "products of pairs keep the type");
   const auto view = detail::as_view(src);
   const int lane_col = detail::col_of(0, 0);
   constexpr int kPairs = kDim / 2;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     uint32 pairs[kPairs], shifted[kPairs];  // from even columns on, from odd ones
-    detail_products::load_row_pairs<kDim>(pairs, view,
-                                          16 * (ptx::warp_index() & 3) + detail::row_of(0, 2 * h));
+    load_row_pairs<kDim>(pairs, view, h);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       shifted[i] = ptx::middle_pair(pairs[i], pairs[(i + 1) % kPairs]);
     }
 #pragma unroll
     for (int g = 0; g < kCols / 8; ++g) {
-      const detail_products::Group<kDim> group(first, g);
+      const Group<kDim> group(first, g);
       uint32 pair = 0;
       if (!group.is_empty()) {
-        pair = pairs[group.at / 2];
+        pair = factors.template of<T>(group.distance, pairs[group.at / 2]);
         if (group.distance >= 0) {
           const int other = (group.at + group.distance) % kDim;
           pair =
@@ -146,12 +176,61 @@ __device__ __forceinline__ void load_products(RegTile<T, 16, kCols>& dst, const 
         }
         if (group.is_last()) {
           const int col = group.at + lane_col;
-          pair = col < kDim / 2 ? pair : col == kDim / 2 ? ptx::pack<T>(1.0f, 0.0f) : 0u;
+          pair = col < kDim / 2 ? pair : col == kDim / 2 ? one : 0u;
         }
       }
       dst.data[0][2 * g + h] = pair;
     }
   }
+}
+
+}  // namespace detail_products
+
+// The same without factors, in the type of the values: products are rounded once, too.
+template <int kDim, typename T, int kCols, typename Shared>
+__device__ __forceinline__ void load_products(RegTile<T, 16, kCols>& dst, const Shared& src,
+                                              int first, Location = {}) {
+  detail_products::load_rounded<kDim>(dst, src, first, detail_products::NoFactors{},
+                                      ptx::one_pair_register<T>());
+}
+// The same to shared memory.
+template <int kDim, typename Dst, typename Src>
+__device__ __forceinline__ void store_products(const Dst& dst, const Src& src, int first,
+                                               Location = {}) {
+  using T = typename Dst::T;
+  RegTile<T, 16, Dst::kCols> products;
+  detail_products::load_rounded<kDim>(products, src, first, detail_products::NoFactors{},
+                                      ptx::kOnePair<T>);
+  store(dst, products);
+}
+// The same with factors that do not round: two products at a time. In bf16, whose exponents are
+// fp32's.
+template <int kDim, int kCols, typename Shared>
+__device__ __forceinline__ void load_products(RegTile<bf16, 16, kCols>& dst, const Shared& src,
+                                              int first, const PowerFactors& factors,
+                                              Location = {}) {
+  detail_products::load_rounded<kDim>(dst, src, first, detail_products::PairFactors<bf16>(factors),
+                                      ptx::one_pair_register<bf16>());
+}
+
+// dst(r, c) = src(r, c) times the factor of column first + c of products (pairs', where there is
+// none): for what is multiplied by products without factors.
+template <int kDim, typename Dst, typename Src>
+__device__ __forceinline__ void scale_products(Dst& dst, const Src& src, int first,
+                                               const ProductFactors& factors, Location = {}) {
+  static_assert(detail::kSameShape<Dst, Src>, "scale_products needs tiles of one shape");
+  const int lane_col = detail::col_of(0, 0);
+  detail::for_each_pair<Src>([&](int s, int g, int h) {
+    const detail_products::Group<kDim> group(first, g);
+    float y[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float factor = group.factor(factors);
+      if (group.is_last() && group.at + e + lane_col == kDim / 2) factor = 1.0f;
+      y[e] = detail::get(src, s, g, 2 * h + e) * factor;
+    }
+    detail::set_pair(dst, s, g, h, y[0], y[1]);
+  });
 }
 
 // dst(r, a) += the gradient of value a of row r, where `dproducts` are the gradients of what
@@ -167,7 +246,7 @@ __device__ __forceinline__ void fold_products(RegTile<float, 16, kWidth>& dst,
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float x[kDim], sums[kDim] = {};
-    detail_products::load_row(x, view, 16 * (ptx::warp_index() & 3) + detail::row_of(0, 2 * h));
+    detail_products::load_row(x, view, h);
 #pragma unroll
     for (int g = 0; g < kCols / 8; ++g) {
       const detail_products::Group<kDim> group(first, g);

@@ -45,6 +45,37 @@ __device__ __forceinline__ void walk(Inside&& inside, Outside&& outside) {
     }
   }
 }
+// The same in one place for each warp, for what is short: no warp waits at every square for a
+// branch to be taken.
+template <bool kLower, int kWarp, typename Inside, typename Outside>
+__device__ __forceinline__ void walk_warp(Inside&& inside, Outside&& outside) {
+#pragma unroll
+  for (int g = 0; g < 8; ++g) {
+    if (g / 2 == kWarp) {
+      inside(g, [g](int half) {
+        if (g % 2 == half) return Side::kAcross;
+        return kLower == (g % 2 < half) ? Side::kInside : Side::kOutside;
+      });
+    } else if (kLower ? g / 2 < kWarp : g / 2 > kWarp) {
+      inside(g, [](int) { return Side::kInside; });
+    } else {
+      outside(g);
+    }
+  }
+}
+template <bool kLower, typename Inside, typename Outside>
+__device__ __forceinline__ void walk_at_once(Inside&& inside, Outside&& outside) {
+  const int warp = ptx::warp_index() & 3;
+  if (warp == 0) {
+    walk_warp<kLower, 0>(inside, outside);
+  } else if (warp == 1) {
+    walk_warp<kLower, 1>(inside, outside);
+  } else if (warp == 2) {
+    walk_warp<kLower, 2>(inside, outside);
+  } else {
+    walk_warp<kLower, 3>(inside, outside);
+  }
+}
 // Where values lie across the diagonal, how far beyond it the lane's first of two lies.
 __device__ __forceinline__ int columns_beyond() {
   return detail::col_of(0, 0) - detail::row_of(0, 0);
@@ -76,7 +107,12 @@ __device__ __forceinline__ void map(Dst& dst, const Src& src, F&& f, const PerRo
     detail::set_pair(dst, 0, g, 0, 0.0f, 0.0f);
     detail::set_pair(dst, 0, g, 1, 0.0f, 0.0f);
   };
-  walk<kLower>([&](int g, auto&& side_of) { assign(g, side_of, load_pair(cols, g)...); }, outside);
+  const auto inside = [&](int g, auto&& side_of) { assign(g, side_of, load_pair(cols, g)...); };
+  if constexpr (sizeof...(Cols) == 0) {
+    walk_at_once<kLower>(inside, outside);
+  } else {
+    walk<kLower>(inside, outside);
+  }
 }
 
 template <bool kLower, typename Dst, typename A, typename B, typename F, int kRowVecs, int kColVecs>

@@ -36,6 +36,18 @@ __device__ __forceinline__ void unpack(uint32 pair, float& low, float& high) {
   }
 }
 
+// The pair of one and zero.
+template <typename T>
+constexpr uint32 kOnePair = kSame<T, bf16> ? 0x3f80u : 0x3c00u;
+// The same where two rows of a product's operand hold it: as a number that the compiler knows, it
+// would be one register for both, which products cannot read.
+template <typename T>
+__device__ __forceinline__ uint32 one_pair_register() {
+  uint32 pair;
+  asm volatile("mov.b32 %0, %1;" : "=r"(pair) : "n"(kOnePair<T>));
+  return pair;
+}
+
 // Two products, each rounded once.
 template <typename T>
 __device__ __forceinline__ uint32 multiply_pairs(uint32 x, uint32 y) {
