@@ -88,7 +88,7 @@ struct Outputs {
                 place.batch);
       tma::load(shared.k_smem[state.stage], params.k, full, tma::Keep::kNormal, 0, token, group,
                 place.batch);
-      tma::load(shared.v_smem[state.stage], params.v, full, tma::Keep::kNormal,
+      tma::load(shared.v_smem[state.stage], params.v, full, tma::Keep::kBriefly,
                 place.slice * kSlice, token, place.head, place.batch);
       shared.documents[state.stage].load(params.counts, full, place.batch, chunk, params.chunks);
     }

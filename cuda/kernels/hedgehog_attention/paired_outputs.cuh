@@ -232,21 +232,17 @@ struct PairedOutputs {
       warpgroup::store(shared.phi_q_smem.template cols<kMap>(1), phi_minus);
       shared.queries.give();
 
-      const typename QueryRing::State done = q_stage;
-      const int token = chunk * kChunk;
-      const bool is_last = ++chunk == segment.end;
-      if (!is_last) {
-        q_stage.advance();
-        shared.q_ring.wait(q_stage);
-      }
-      // Of the last chunk once more: no branch may be around a product.
-      warpgroup::mm_AB(scores, shared.q_smem[q_stage.stage], warpgroup::afresh(shared.q_map_smem));
-      warpgroup::mma_commit();
-      warpgroup::mma_wait<1>(last_near, near);
-      if (!is_last) shared.q_ring.release(done);
+      warpgroup::mma_wait<0>(last_near, near);
       shared.k_ring.release(last);
       last = stage;
       stage.advance();
+      const int token = chunk * kChunk;
+      const bool is_last = ++chunk == segment.end;
+      if (!is_last) {
+        shared.q_ring.release(q_stage);
+        q_stage.advance();
+        shared.q_ring.wait(q_stage);
+      }
       Operand last_weights, weights;
       PerRow<16> sums;
       weigh_keys(last_weights, weights, sums, last_near, near, params.scale * kLog2E, beta,
@@ -258,6 +254,10 @@ struct PairedOutputs {
       warpgroup::store(shared.weights_smem.template cols<kChunk>(0), last_weights);
       warpgroup::store(shared.weights_smem.template cols<kChunk>(1), weights);
       warp::store(part<16>(shared.inverse, warp::index() & 3), sums);
+      // Not before weights are stored: the compiler lets nobody read what products wrote while the
+      // next of them run. Of the last chunk once more: no branch may be around a product.
+      warpgroup::mm_AB(scores, shared.q_smem[q_stage.stage], warpgroup::afresh(shared.q_map_smem));
+      warpgroup::mma_commit();
       shared.weights.give();
       if (is_last) break;
     }
