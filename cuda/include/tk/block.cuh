@@ -5,9 +5,10 @@
 //   Shared                        its shared memory, tiles first
 //   kConsumers                    consumer warpgroups
 //   kProducerRegisters, kConsumerRegisters   budgets of a thread, by role
-//   kHelperRegisters              optional; those of the last consumer warpgroup, if it helps
-//   others kClusterSize                  optional; blocks of a cluster kResidentBlocks optional;
-//   blocks that share a multiprocessor init(params, shared)          one thread: barriers
+//   kHelperRegisters              optional; those of the last consumer warpgroup, a helper
+//   kClusterSize                  optional; blocks of a cluster
+//   kResidentBlocks               optional; blocks that share a multiprocessor
+//   init(params, shared)          one thread: barriers
 //   load(params, shared)          one thread of the producer warpgroup: global -> shared
 //   kStorers                      optional; storing warps: 1 by default, at most 3
 //   store(params, shared, storer) optional; one thread of each storing warp of it: shared -> global

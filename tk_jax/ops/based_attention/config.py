@@ -90,7 +90,7 @@ def scan_config(batch: int, seqlen: int, heads: int, dim: int, value_dim: int):
     return ScanConfig(
         chunks_of_segment=-(-chunks // max(1, segments)),
         states=BasedConfig(stages=3),
-        outputs=BasedConfig(stages=3 if walks(dim) else 1),
+        outputs=BasedConfig(stages=2 if walks(dim) else 1),
         gradients=BasedConfig(stages=3 if walks(dim) else 1),
     )
 
