@@ -74,6 +74,13 @@ Status check_dtype(const char* name, const AnyBuffer& buffer, xffi::DataType exp
                  std::to_string(static_cast<int>(expected)));
 }
 
+Status check_in_place(const char* name, const AnyBuffer& result, const char* operand_name,
+                      const AnyBuffer& operand) {
+  if (operand.element_count() == 0 || result.untyped_data() == operand.untyped_data()) return {};
+  return invalid(std::string(name) + " is not where " + operand_name +
+                 " is; expected one aliased with it");
+}
+
 Status first_error(std::initializer_list<Status> statuses) {
   for (const Status& status : statuses) {
     if (!status.ok()) return status;

@@ -133,6 +133,10 @@ Status check_dims(const char* name, const AnyBuffer& buffer,
                   std::initializer_list<std::int64_t> expected);
 Status check_rank(const char* name, const AnyBuffer& buffer, std::size_t rank);
 Status check_dtype(const char* name, const AnyBuffer& buffer, xffi::DataType expected);
+// Of kernels that know one address for what is before, `operand`, and after; nothing if it is
+// empty.
+Status check_in_place(const char* name, const AnyBuffer& result, const char* operand_name,
+                      const AnyBuffer& operand);
 
 // The first of several checks that fails.
 Status first_error(std::initializer_list<Status> statuses);

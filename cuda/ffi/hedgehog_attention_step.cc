@@ -61,12 +61,6 @@ Status initialize(int device, const Buffers& buffers) {
                     : sizes.error();
 }
 
-Status check_in_place(const char* name, const AnyBuffer& next, const char* of,
-                      const AnyBuffer& buffer) {
-  if (next.untyped_data() == buffer.untyped_data()) return {};
-  return invalid(std::string(name) + " is not where " + of + " is; expected one aliased with it");
-}
-
 Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& b,
                const HedgehogStepOptions& options) {
   const auto sizes = read(b);

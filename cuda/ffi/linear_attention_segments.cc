@@ -99,12 +99,6 @@ struct SpreadCall {
   std::int64_t segments;
 };
 
-// The kernel knows one address for what is before and after.
-Status check_in_place(const char* name, const AnyBuffer& result, const AnyBuffer& operand) {
-  if (result.untyped_data() == operand.untyped_data()) return {};
-  return invalid(std::string(name) + " is not where its operand is; expected one aliased with it");
-}
-
 Result<SpreadCall> read_spread(const SpreadBuffers& b, const SpreadOptions& options) {
   if (Status status = first_error({check_rank("like", b.like, 4), check_rank("ends", b.ends, 5)});
       !status.ok()) {
@@ -151,8 +145,9 @@ Status execute_spread(int device_ordinal, runtime::cuda::Stream stream, const Sp
   if (!call.ok()) return call.error();
   const LinearAttentionSizes& s = call->sizes;
   if (s.empty()) return {};
-  if (Status status = first_error({check_in_place("new_ends", b.new_ends, b.ends),
-                                   check_in_place("new_results", b.new_results, b.results)});
+  if (Status status =
+          first_error({check_in_place("new_ends", b.new_ends, "ends", b.ends),
+                       check_in_place("new_results", b.new_results, "results", b.results)});
       !status.ok()) {
     return status;
   }

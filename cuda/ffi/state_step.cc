@@ -55,13 +55,6 @@ Status check_divides(const char* name, std::int64_t heads, std::int64_t all) {
                  " heads; expected a divisor of the " + std::to_string(all) + " heads of v");
 }
 
-// The kernel knows one address for what is before and after.
-Status check_in_place(const char* name, const AnyBuffer& next, const char* of,
-                      const AnyBuffer& buffer) {
-  if (!is_given(buffer) || next.untyped_data() == buffer.untyped_data()) return {};
-  return invalid(std::string(name) + " is not where " + of + " is; expected one aliased with it");
-}
-
 Result<Sizes> read(const Buffers& b, const StateStepOptions& options) {
   if (Status status =
           first_error({check_rank("q", b.q, 3), check_rank("k", b.k, 3), check_rank("v", b.v, 3)});
