@@ -3,7 +3,7 @@
 Only lists of paths below this folder, one a line.
 """
 
-# The handlers of the ops, and the kernels that they choose: for the GPU and for the interpreter.
+# The handlers of the ops, and the kernels that they choose: compiled once, linked into both modules.
 OP_SOURCES = [
     "ffi/attention_backward.cc",
     "ffi/attention_bias.cc",
@@ -56,6 +56,7 @@ RUNTIME_SOURCES = [
 
 # The Python module _extension: these, and those of the ops, the specialisations and the runtime.
 EXTENSION_SOURCES = [
+    "ffi/gpu.cc",
     "ffi/module.cc",
 ]
 

@@ -10,13 +10,15 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).absolute().parent.parent
-# By the rules of cuda/BUILD.bazel that hold their sources.
+# By the rules of cuda/BUILD.bazel that they are linked from.
 MODULES = {"_extension": "extension", "_interpreter": "interpreter_module"}
+# CMake's library that is in both.
+SHARED = "handlers"
 
 
 @pytest.fixture(scope="module")
 def cmake(tmp_path_factory) -> dict[str, dict[str, str]]:
-    """{module: {source below cuda/: command}}, asked of CMake itself."""
+    """{target: {source below cuda/: command}}, asked of CMake itself."""
     folder = tmp_path_factory.mktemp("cmake")
     subprocess.run(
         [
@@ -30,13 +32,13 @@ def cmake(tmp_path_factory) -> dict[str, dict[str, str]]:
         capture_output=True,
         env=os.environ | {"PATH": f"{_programs()}{os.pathsep}{os.environ['PATH']}"},
     )
-    modules = {name: {} for name in MODULES}
+    targets = {name: {} for name in (*MODULES, SHARED)}
     for entry in json.loads((folder / "compile_commands.json").read_text()):
         # CMakeFiles/_extension.dir/cuda/ffi/module.cc.o
         _, target, *path = pathlib.PurePath(entry["output"]).with_suffix("").parts
         if path[0] == "cuda":
-            modules[target.removesuffix(".dir")]["/".join(path[1:])] = entry["command"]
-    return modules
+            targets[target.removesuffix(".dir")]["/".join(path[1:])] = entry["command"]
+    return targets
 
 
 def _programs() -> str:
@@ -73,26 +75,39 @@ def rule_less(*_, **__):
     pass
 
 
-def bazel(module: str) -> tuple[set[str], set[str]]:
-    """The sources and definitions of a module, those of its libraries included."""
+def bazel(module: str) -> dict[str, set[str]]:
+    """{source: definitions} of a module, those of its libraries included."""
     known = rules()
-    sources, defines, todo = set(), set(), [MODULES[module]]
-    while todo:
-        attributes = known[todo.pop()]
-        sources |= {name for name in attributes.get("srcs", ()) if name.endswith(".cc")}
-        defines |= set(attributes.get("defines", ()))
-        todo += [name[1:] for name in attributes.get("deps", ()) if name[0] == ":"]
-    return sources, defines
+
+    def visit(rule: str) -> tuple[dict[str, set[str]], set[str]]:
+        attributes = known[rule]
+        sources, defines = {}, set(attributes.get("defines", ()))
+        for name in attributes.get("deps", ()):
+            if name[0] != ":":
+                continue
+            below, defined = visit(name[1:])
+            sources |= below
+            defines |= defined
+        own = [name for name in attributes.get("srcs", ()) if name.endswith(".cc")]
+        return sources | dict.fromkeys(own, defines), defines
+
+    return visit(MODULES[module])[0]
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_both_compile_the_same(module, cmake):
-    sources, defines = bazel(module)
+    sources = bazel(module)
+    commands = cmake[module] | cmake[SHARED]
     assert len(sources) > 10
-    assert sources == set(cmake[module])
-    for source, command in cmake[module].items():
+    assert sources.keys() == commands.keys()
+    for source, command in commands.items():
         given = {word[2:] for word in command.split() if word.startswith("-DTK_")}
-        assert given == defines, source
+        assert given == sources[source], source
+
+
+def test_nothing_is_compiled_twice(cmake):
+    paths = [path for commands in cmake.values() for path in commands]
+    assert len(paths) == len(set(paths))
 
 
 def test_every_source_is_in_one_list():
@@ -114,4 +129,4 @@ def test_bazel_agrees_with_this_reading_of_its_files():
         for label in text.split()
         if label.startswith("//cuda:") and label.endswith(".cc")
     }
-    assert linked == {source for module in MODULES for source in bazel(module)[0]}
+    assert linked == {source for module in MODULES for source in bazel(module)}

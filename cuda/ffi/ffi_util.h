@@ -50,6 +50,32 @@ struct SettingsFields;
 xffi::Error to_ffi(const char* target, const Error& error);
 xffi::Error to_ffi(const char* target, const Status& status);
 
+// -- Where calls run ------------------------------------------------------------------------------
+// Handlers are compiled once; each of the two modules that link them defines these.
+
+// Whether kernels run in the interpreter.
+extern const bool kInterpreted;
+
+// An array that a call's kernels may touch, and whether it is there to be read.
+struct CallArray {
+  const char* name;
+  const AnyBuffer& buffer;
+  bool is_result;
+};
+
+// Before a call's launches: these arrays are the memory they have, for the interpreter, which fills
+// results with NaN. Nothing on a GPU.
+void declare_call_arrays(std::span<const CallArray> arrays);
+// Runs a call once; in the interpreter once for every schedule that is to be explored, up to the
+// first that fails.
+Status explore(const std::function<Status()>& call);
+
+inline void declare_arrays(std::initializer_list<CallArray> arrays) {
+  if (kInterpreted) declare_call_arrays({arrays.begin(), arrays.size()});
+}
+
+// -- Kernels --------------------------------------------------------------------------------------
+
 // Integers that tell the specialisations of one kernel apart.
 struct KernelKey {
   std::array<std::int64_t, 12> values = {};
@@ -63,10 +89,8 @@ template <typename Key, typename MakeSpec>
 Result<const runtime::Kernel*> find_loaded(runtime::KernelTable<Key>& table, const Key& key,
                                            const Device& device, MakeSpec&& make_spec) {
   if (const runtime::Kernel* kernel = table.find(key, device.ordinal)) return kernel;
-#ifdef TK_INTERPRETER
   // XLA's CPU backend has no initialize stage, and there is nothing to compile.
-  return table.load(key, device, make_spec);
-#endif
+  if (kInterpreted) return table.load(key, device, make_spec);
   if (const Result<KernelSpec> spec = make_spec(); !spec.ok()) return spec.error();
   return Error{ErrorKind::kInternal, "the kernel is not loaded on GPU " +
                                          std::to_string(device.ordinal) +
@@ -91,32 +115,6 @@ Status load(runtime::KernelTable<Key>& table, const Key& key, int device_ordinal
 template <typename Kernel>
 Status load(runtime::KernelTable<KernelKey>& table, const Kernel& kernel, int device_ordinal) {
   return load(table, kernel.key(), device_ordinal, [&] { return kernel.spec(); });
-}
-
-// An array that a call's kernels may touch, and whether it is there to be read.
-struct CallArray {
-  const char* name;
-  const AnyBuffer& buffer;
-  bool is_result;
-};
-
-#ifdef TK_INTERPRETER
-inline constexpr bool kInterpreted = true;
-// Before a call's launches: these arrays are the memory they have. Results are filled with NaN.
-void declare_call_arrays(std::span<const CallArray> arrays);
-// Runs a call once for every schedule that is to be explored, up to the first that fails.
-Status explore(const std::function<Status()>& call);
-#else
-inline constexpr bool kInterpreted = false;
-inline void declare_call_arrays(std::span<const CallArray>) {}
-template <typename Call>
-Status explore(Call&& call) {
-  return call();
-}
-#endif
-
-inline void declare_arrays(std::initializer_list<CallArray> arrays) {
-  declare_call_arrays({arrays.begin(), arrays.size()});
 }
 
 // What a handler is told of where it runs: the GPU and XLA's stream; nothing in the interpreter.
@@ -164,12 +162,8 @@ struct xla::ffi::CtxDecoding<tk::ffi::DeviceContext> {
   template <typename Context>
   static std::optional<Type> Decode(const XLA_FFI_Api* api, Context* context,
                                     DiagnosticEngine& diagnostic) {
-#ifdef TK_INTERPRETER
-    (void)api, (void)context, (void)diagnostic;
-    return 0;
-#else
+    if (tk::ffi::kInterpreted) return 0;
     return CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
-#endif
   }
 };
 
@@ -179,11 +173,7 @@ struct xla::ffi::CtxDecoding<tk::ffi::StreamContext> {
   template <typename Context>
   static std::optional<Type> Decode(const XLA_FFI_Api* api, Context* context,
                                     DiagnosticEngine& diagnostic) {
-#ifdef TK_INTERPRETER
-    (void)api, (void)context, (void)diagnostic;
-    return Type{};
-#else
+    if (tk::ffi::kInterpreted) return Type{};
     return CtxDecoding<PlatformStream<Type>>::Decode(api, context, diagnostic);
-#endif
   }
 };

@@ -143,7 +143,7 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, std::span<const
   const auto kernel = find_loaded(kernels, *spec, **device, [&] { return checked(*spec); });
   if (!kernel.ok()) return kernel.error();
   const runtime::ScopedContext context(**device);
-  if constexpr (kInterpreted) declare_buffers(buffers, num_args);
+  if (kInterpreted) declare_buffers(buffers, num_args);
   for (std::size_t i = 0; i < buffers.size(); ++i) {
     const std::int64_t rows = lists.map_tiles[2 * i], columns = lists.map_tiles[2 * i + 1];
     if (rows == 0 && columns == 0) continue;

@@ -54,6 +54,8 @@ void set_stand_in(std::shared_ptr<const StandIn> value) {
 
 namespace ffi {
 
+extern const bool kInterpreted = true;
+
 void declare_call_arrays(std::span<const CallArray> arrays) {
   memory = {};
   for (const CallArray& array : arrays) {
