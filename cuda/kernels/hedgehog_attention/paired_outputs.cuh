@@ -7,9 +7,9 @@
 // Grid: heads, segments, batch. A block walks its segment's chunks.
 // Roles: a producer warp loads the head's maps and rings of q, k and v. The helper has all that
 // asks nothing of S, and runs ahead of the consumers by as much as they have read of what it handed
-// over; z is in its registers. A consumer warpgroup has 64 columns of values: S^T of those (64 x
-// 128, fp32) in registers. Each makes phi(k) of one sign while its products run. Out takes the
-// place of the values of c - 1, which nobody else reads, and leaves by a storing warp each.
+// over. A consumer warpgroup has 64 columns of values: S^T of those (64 x 128, fp32) in registers.
+// Each makes phi(k) of one sign while its products run. Out takes the place of the values of c - 1,
+// which nobody else reads, and leaves by a storing warp each. The last warp beside them adds up z.
 // Budget at D = 128: 215 KB of shared memory: 32 of maps, 32 of q, 48 of k, 48 of v, 48 of phi(q),
 // phi(k) and P; a consumer has 64 registers of S, 32 of its rounded copy or of scores, 32 of out;
 // the helper up to 128 of scores and features. Limit: the helper's arithmetic, see
@@ -73,9 +73,15 @@ struct PairedOutputs {
       if (warp::leader()) empty.arrive();
     }
   };
+  using FeatureVec = SharedVec<float, kFeatures>;
   // Of a chunk's phi(k): the sums of each warp's rows.
   struct KeySums {
-    MapVec parts[2][4];
+    FeatureVec parts[4];
+    Barrier full;
+  };
+  // z before a chunk.
+  struct Sums {
+    FeatureVec all;
     Barrier full;
   };
 
@@ -87,7 +93,7 @@ struct PairedOutputs {
     FeatureTile phi_q_smem, phi_k_smem;
     WeightTile weights_smem;
     KeySums key_sums[2];
-    MapVec z[2][2];  // of a chunk and the next: both signs
+    Sums z[2];  // of a chunk and the next
     SharedVec<float, kChunk> inverse;
     Barrier head_full;
     QueryRing q_ring;
@@ -131,6 +137,8 @@ struct PairedOutputs {
     shared.keys.init(4 * kSlices, 4 * kSlices);
 #pragma unroll
     for (KeySums& sums : shared.key_sums) sums.full.init(4 * kSlices);
+#pragma unroll
+    for (Sums& z : shared.z) z.full.init(1);
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
 #pragma unroll
@@ -186,6 +194,50 @@ struct PairedOutputs {
     }
   }
 
+  // z, for the helper: before a chunk it is what was added to S with the chunk before last. Sums and
+  // z have two buffers each: consumers have taken the phi(q) of a chunk before they give the sums
+  // that its next but one takes, and z was read to make it.
+  __device__ __forceinline__ static void tally(const OutputsParams& params, Shared& shared) {
+    const Place place(params);
+    const Segment segment = Segment::of(params);
+    const States states(params, place, segment);
+    const auto add = [](float x, float y) { return x + y; };
+    PerRow<16> sum, added;  // of 16 columns at a time
+#pragma unroll 1
+    for (int i = 0; i < kFeatures / 16; ++i) {
+      warp::zero(sum);
+#pragma unroll 1
+      for (int64 index = states.first; index < states.end; ++index) {
+        const GlobalVec<const float> before = {params.normalizer + index * kFeatures, kFeatures};
+        warp::load(added, before, 16 * i, 0.0f);
+        warp::zip(sum, sum, added, add);
+      }
+      warp::store(part<16>(shared.z[0].all, i), sum);
+    }
+    give_sums(shared.z[0]);
+#pragma unroll 1
+    for (int step = 1; step < segment.end - segment.first; ++step) {
+      KeySums& keys = shared.key_sums[(step - 1) & 1];
+      Sums &before = shared.z[(step - 1) & 1], &z = shared.z[step & 1];
+      keys.full.wait((step - 1) >> 1 & 1);
+#pragma unroll 1
+      for (int i = 0; i < kFeatures / 16; ++i) {
+        warp::load(sum, part<16>(before.all, i));
+#pragma unroll
+        for (FeatureVec& rows : keys.parts) {
+          warp::load(added, part<16>(rows, i));
+          warp::zip(sum, sum, added, add);
+        }
+        warp::store(part<16>(z.all, i), sum);
+      }
+      give_sums(z);
+    }
+  }
+  __device__ __forceinline__ static void give_sums(Sums& z) {
+    warp::sync();
+    if (warp::leader()) z.full.arrive();
+  }
+
   // The helper: what asks nothing of S.
   __device__ __forceinline__ static void help(const OutputsParams& params, Shared& shared) {
     const Place place(params);
@@ -193,8 +245,6 @@ struct PairedOutputs {
     const int first = first_token(params.first, place.batch);
     const float alpha = load_scalar(params.alpha + place.head);
     const float beta = load_scalar(params.beta + place.head);
-    PerRow<16> z[2];  // a warp's quarter of the columns
-    load_normalizer(z, params, place, segment);
     shared.head_full.wait(0);
 
     typename QueryRing::State q_stage;
@@ -214,7 +264,6 @@ struct PairedOutputs {
       shared.k_ring.wait(stage);
       warpgroup::mm_ABt(near, q_smem, shared.k_smem[stage.stage]);
       warpgroup::mma_commit();
-      gather(shared, z, step);
       // Both signs at once: what one waits for, the other fills.
       Square phi_plus, phi_minus;
       PerRow<16> scale_plus, scale_minus, far;
@@ -225,8 +274,10 @@ struct PairedOutputs {
       warpgroup::mm_ABt(last_near, q_smem, shared.k_smem[last.stage]);
       warpgroup::mma_commit();
       warp::zero(far);
-      scale_queries(far, phi_plus, scale_plus, shared.z[step & 1][0], alpha);
-      scale_queries(far, phi_minus, scale_minus, shared.z[step & 1][1], alpha);
+      Sums& z = shared.z[step & 1];
+      z.full.wait(step >> 1 & 1);
+      scale_queries(far, phi_plus, scale_plus, part<kMap>(z.all, 0), alpha);
+      scale_queries(far, phi_minus, scale_minus, part<kMap>(z.all, 1), alpha);
       shared.queries.empty.wait(turn.phase ^ 1);
       warpgroup::store(shared.phi_q_smem.template cols<kMap>(0), phi_plus);
       warpgroup::store(shared.phi_q_smem.template cols<kMap>(1), phi_minus);
@@ -266,48 +317,6 @@ struct PairedOutputs {
     shared.k_ring.release(last);
   }
 
-  // z before the segment, of both signs.
-  __device__ __forceinline__ static void load_normalizer(PerRow<16> (&z)[2],
-                                                         const OutputsParams& params,
-                                                         const Place& place,
-                                                         const Segment& segment) {
-    const States states(params, place, segment);
-#pragma unroll
-    for (int sign = 0; sign < 2; ++sign) warp::zero(z[sign]);
-#pragma unroll 1
-    for (int64 index = states.first; index < states.end; ++index) {
-#pragma unroll
-      for (int sign = 0; sign < 2; ++sign) {
-        PerRow<16> added;
-        const float* normalizer = params.normalizer + index * kFeatures + sign * kMap;
-        warpgroup::load(added, GlobalVec<const float>{normalizer, kMap}, 0, 0.0f);
-        warp::zip(z[sign], z[sign], added, [](float x, float y) { return x + y; });
-      }
-    }
-  }
-  // z before a segment's `step`th chunk: what was added to S with the chunk before last. Its sums
-  // are read before phi(q) is given, so that there are two: consumers are a chunk ahead with them.
-  __device__ __forceinline__ static void gather(Shared& shared, PerRow<16> (&z)[2], int step) {
-    const int quarter = warp::index() & 3;
-    if (step > 0) {
-      KeySums& sums = shared.key_sums[(step - 1) & 1];
-      sums.full.wait((step - 1) >> 1 & 1);
-#pragma unroll
-      for (int sign = 0; sign < 2; ++sign) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          PerRow<16> added;
-          warp::load(added, part<16>(sums.parts[sign][i], quarter));
-          warp::zip(z[sign], z[sign], added, [](float x, float y) { return x + y; });
-        }
-      }
-    }
-#pragma unroll
-    for (int sign = 0; sign < 2; ++sign) {
-      warp::store(part<16>(shared.z[step & 1][sign], quarter), z[sign]);
-    }
-    warpgroup::sync();
-  }
   // alpha phi(q) of a sign from exponentials and their scale; its products with z join each lane's
   // part of `far`.
   __device__ __forceinline__ static void scale_queries(PerRow<16>& far, Square& phi,
@@ -409,7 +418,7 @@ struct PairedOutputs {
     softmax(scores, scores, sign);
     drop_rows(scores, token, first);
     KeySums& sums = shared.key_sums[step & 1];
-    warp::store_col_sum(sums.parts[sign][warp::index() & 3], scores);
+    warp::store_col_sum(part<kMap>(sums.parts[warp::index() & 3], sign), scores);
     shared.keys.empty.wait(turn.phase ^ 1);
     warpgroup::store(shared.phi_k_smem.template cols<kMap>(sign), scores);
     shared.keys.give();
