@@ -79,7 +79,10 @@ struct PairedOutputs {
     FeatureVec parts[4];
     Barrier full;
   };
-  // z before a chunk.
+  // z before a chunk as an operand. A feature's row has an eighth of its z, rounded, in the first
+  // eight columns, and of what rounding left in the others: phi(q) times it is the far keys' sum in
+  // sixteen parts, which lanes hold as they do parts of other sums.
+  using SumTile = SharedTile<T, kFeatures, 16>;
   struct Sums {
     FeatureVec all;
     Barrier full;
@@ -92,8 +95,9 @@ struct PairedOutputs {
     ValueTile v_smem[kKeyStages][kSlices];  // and out
     FeatureTile phi_q_smem, phi_k_smem;
     WeightTile weights_smem;
+    SumTile z_smem[2];
     KeySums key_sums[2];
-    Sums z[2];  // of a chunk and the next
+    Sums z[2];  // of a chunk and the next, as z_smem
     SharedVec<float, kChunk> inverse;
     Barrier head_full;
     QueryRing q_ring;
@@ -194,46 +198,59 @@ struct PairedOutputs {
     }
   }
 
-  // z, for the helper: before a chunk it is what was added to S with the chunk before last. Sums and
-  // z have two buffers each: consumers have taken the phi(q) of a chunk before they give the sums
-  // that its next but one takes, and z was read to make it.
+  // z, for the helper: before a chunk it is what was added to S with the chunk before last. Sums
+  // and z have two buffers each: consumers have taken the phi(q) of a chunk before they give the
+  // sums that its next but one takes, and z was read to make it.
   __device__ __forceinline__ static void tally(const OutputsParams& params, Shared& shared) {
     const Place place(params);
     const Segment segment = Segment::of(params);
     const States states(params, place, segment);
-    const auto add = [](float x, float y) { return x + y; };
-    PerRow<16> sum, added;  // of 16 columns at a time
-#pragma unroll 1
-    for (int i = 0; i < kFeatures / 16; ++i) {
-      warp::zero(sum);
-#pragma unroll 1
-      for (int64 index = states.first; index < states.end; ++index) {
-        const GlobalVec<const float> before = {params.normalizer + index * kFeatures, kFeatures};
-        warp::load(added, before, 16 * i, 0.0f);
-        warp::zip(sum, sum, added, add);
-      }
-      warp::store(part<16>(shared.z[0].all, i), sum);
-    }
-    give_sums(shared.z[0]);
+    start_sums(params, states, shared.z[0].all);
+    give_sums(shared.z[0], shared.z_smem[0]);
 #pragma unroll 1
     for (int step = 1; step < segment.end - segment.first; ++step) {
       KeySums& keys = shared.key_sums[(step - 1) & 1];
       Sums &before = shared.z[(step - 1) & 1], &z = shared.z[step & 1];
       keys.full.wait((step - 1) >> 1 & 1);
-#pragma unroll 1
-      for (int i = 0; i < kFeatures / 16; ++i) {
-        warp::load(sum, part<16>(before.all, i));
-#pragma unroll
-        for (FeatureVec& rows : keys.parts) {
-          warp::load(added, part<16>(rows, i));
-          warp::zip(sum, sum, added, add);
-        }
-        warp::store(part<16>(z.all, i), sum);
-      }
-      give_sums(z);
+      warp::add_parts(z.all, before.all, keys.parts);
+      warp::sync();
+      give_sums(z, shared.z_smem[step & 1]);
     }
   }
-  __device__ __forceinline__ static void give_sums(Sums& z) {
+  // Before the segment: 16 columns at a time.
+  __device__ __forceinline__ static void start_sums(const OutputsParams& params,
+                                                    const States& states, FeatureVec& z) {
+#pragma unroll 1
+    for (int i = 0; i < kFeatures / 16; ++i) {
+      PerRow<16> sum, added;
+      warp::zero(sum);
+#pragma unroll 1
+      for (int64 index = states.first; index < states.end; ++index) {
+        const GlobalVec<const float> each = {params.normalizer + index * kFeatures, kFeatures};
+        warp::load(added, each, 16 * i, 0.0f);
+        warp::zip(sum, sum, added, [](float x, float y) { return x + y; });
+      }
+      warp::store(part<16>(z, i), sum);
+    }
+  }
+  __device__ __forceinline__ static void give_sums(Sums& z, const SumTile& z_smem) {
+#pragma unroll 1
+    for (int i = 0; i < kFeatures / 16; ++i) {
+      PerRow<16> sums;
+      RegTile<float, 16, 16> exact, rounded;
+      RegTile<T, 16, 16> parts;
+      warp::load(sums, part<16>(z.all, i));
+      warp::map(sums, sums, [](float x) { return 0.125f * x; });
+      warp::fill(exact, 0.0f);
+      warp::add_rows(exact, exact, sums);
+      warp::convert(parts, exact);
+      warp::convert(rounded, parts);
+      warp::for_each(rounded, [](int, int col, float x) { return col < 8 ? 0.0f : x; });
+      warp::sub(exact, exact, rounded);
+      warp::convert(parts, exact);
+      warp::store(z_smem.template rows<16>(i), parts);
+    }
+    publish_shared();
     warp::sync();
     if (warp::leader()) z.full.arrive();
   }
@@ -266,24 +283,28 @@ struct PairedOutputs {
       warpgroup::mma_commit();
       // Both signs at once: what one waits for, the other fills.
       Square phi_plus, phi_minus;
-      PerRow<16> scale_plus, scale_minus, far;
+      PerRow<16> scale_plus, scale_minus;
       exponentials(phi_plus, scale_plus, scores, 0);
       exponentials(phi_minus, scale_minus, scores, 1);
       warp::pin(scale_plus);
       warp::pin(scale_minus);
       warpgroup::mm_ABt(last_near, q_smem, shared.k_smem[last.stage]);
       warpgroup::mma_commit();
-      warp::zero(far);
-      Sums& z = shared.z[step & 1];
-      z.full.wait(step >> 1 & 1);
-      scale_queries(far, phi_plus, scale_plus, part<kMap>(z.all, 0), alpha);
-      scale_queries(far, phi_minus, scale_minus, part<kMap>(z.all, 1), alpha);
+      Operand plus, minus;
+      scale_queries(plus, phi_plus, scale_plus, alpha);
+      scale_queries(minus, phi_minus, scale_minus, alpha);
       shared.queries.empty.wait(turn.phase ^ 1);
-      warpgroup::store(shared.phi_q_smem.template cols<kMap>(0), phi_plus);
-      warpgroup::store(shared.phi_q_smem.template cols<kMap>(1), phi_minus);
+      warpgroup::store(shared.phi_q_smem.template cols<kMap>(0), plus);
+      warpgroup::store(shared.phi_q_smem.template cols<kMap>(1), minus);
       shared.queries.give();
+      RegTile<float, 16, 16> far;
+      const SumTile& z_smem = shared.z_smem[step & 1];
+      shared.z[step & 1].full.wait(step >> 1 & 1);
+      warpgroup::mm_AB(far, plus, z_smem.template rows<kMap>(0));
+      warpgroup::mma_AB(far, minus, z_smem.template rows<kMap>(1));
+      warpgroup::mma_commit();
 
-      warpgroup::mma_wait<0>(last_near, near);
+      warpgroup::mma_wait<1>(last_near, near);
       shared.k_ring.release(last);
       last = stage;
       stage.advance();
@@ -296,10 +317,12 @@ struct PairedOutputs {
       }
       Operand last_weights, weights;
       PerRow<16> sums;
+      warp::zero(sums);
       weigh_keys(last_weights, weights, sums, last_near, near, params.scale * kLog2E, beta,
                  Tokens{token, first});
-      warp::finish_row_sum(far);
-      warp::zip(sums, sums, far, [](float x, float y) { return x + y; });
+      warpgroup::mma_wait<0>(far, plus, minus);
+      warp::fold_row_sum(sums, far);
+      warp::finish_row_sum(sums);
       invert(sums);
       shared.weights.empty.wait(turn.phase ^ 1);
       warpgroup::store(shared.weights_smem.template cols<kChunk>(0), last_weights);
@@ -317,22 +340,12 @@ struct PairedOutputs {
     shared.k_ring.release(last);
   }
 
-  // alpha phi(q) of a sign from exponentials and their scale; its products with z join each lane's
-  // part of `far`.
-  __device__ __forceinline__ static void scale_queries(PerRow<16>& far, Square& phi,
-                                                       PerRow<16>& scale, const MapVec& z_smem,
+  // alpha phi(q) of a sign from exponentials and their scale.
+  __device__ __forceinline__ static void scale_queries(Operand& dst, Square& phi, PerRow<16>& scale,
                                                        float alpha) {
-    PerCol<kMap> z;
-    PerRow<16> dot;
-    Square rows;  // all alike
     warp::map(scale, scale, [=](float x) { return x * alpha; });
-    warp::load(z, z_smem);
-    warp::map_cols(rows, phi, z, [](float, float y) { return y; });
-    warp::zero(dot);
-    warp::fold_row_dot(dot, phi, rows);
-    warp::zip(dot, dot, scale, [](float x, float y) { return x * y; });
-    warp::zip(far, far, dot, [](float x, float y) { return x + y; });
     warp::mul_rows(phi, phi, scale);
+    warp::convert(dst, phi);
   }
 
   __device__ __forceinline__ static void compute(const OutputsParams& params, Shared& shared,

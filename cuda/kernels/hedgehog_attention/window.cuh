@@ -69,44 +69,22 @@ __device__ __forceinline__ void scale_half(Square& dst, PerRow<16>& largest, con
   warp::row_max(largest, dst);
 }
 
-// Scores are scaled, and their largest subtracted, in one instruction: exp2(scale s - m) with m the
-// rounded product of scale and the largest. That moves a row's near weights by up to m 2^-24 ln 2
-// together, so where a score is beyond this, which is 1/16384 of a weight, they are scaled before.
-constexpr float kLargestUnscaled = 1024.0f;
-
-// Of one: weights of the keys of the last chunk and of this one, of which divisors are the sums.
+// Of one: weights of the keys of the last chunk and of this one. Their sums join the lanes' parts of
+// divisors.
 template <typename T, typename TokensOf>
 __device__ __forceinline__ void weigh_keys(RegTile<T, 16, 64>& last_weights,
                                            RegTile<T, 16, 64>& weights, PerRow<16>& divisors,
                                            const Square& last_scores, const Square& scores,
                                            float scale_log2, float beta, const TokensOf& tokens) {
-  Square last = last_scores, own = scores;
-  float scale = scale_log2;  // of what stands in both
-  const auto apply_scale = [&] {
-    warp::mul(last, last, scale);
-    warp::mul(own, own, scale);
-    scale = 1.0f;
-  };
-  if (!(scale > 0.0f)) apply_scale();  // which changes what is largest
-  scale_last_scores(last, last, 1.0f, tokens);
-  scale_own_scores(own, own, 1.0f, tokens);
+  Square last, own;
+  scale_last_scores(last, last_scores, scale_log2, tokens);
+  scale_own_scores(own, scores, scale_log2, tokens);
   PerRow<16> largest;
   largest_score(largest, last, own);
-  const auto is_large = [=](float m, float) { return math::abs(m) * scale > kLargestUnscaled; };
-  if (scale != 1.0f && warp::any_row(largest, largest, is_large)) {
-    warp::mul(largest, largest, scale);
-    apply_scale();
-  }
-  // beta joins the exponent.
-  const float beta_log2 = math::log2(beta);
-  warp::map(largest, largest, [=](float m) { return math::fma(m, scale, -beta_log2); });
-  const auto weight = [=](float s, float m) { return math::exp2(math::fma(s, scale, -m)); };
-  warp::map_rows(last, last, largest, weight);
-  warp::map_rows(own, own, largest, weight);
-  warp::zero(divisors);
+  weigh_near(last, largest, beta);
+  weigh_near(own, largest, beta);
   warp::fold_row_sum(divisors, last);
   warp::fold_row_sum(divisors, own);
-  warp::finish_row_sum(divisors);
   warp::convert(last_weights, last);
   warp::convert(weights, own);
 }
