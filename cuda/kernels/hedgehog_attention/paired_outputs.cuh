@@ -9,10 +9,11 @@
 // asks nothing of S, and runs ahead of the consumers by as much as they have read of what it handed
 // over. A consumer warpgroup has 64 columns of values: S^T of those (64 x 128, fp32) in registers.
 // Each makes phi(k) of one sign while its products run. Out takes the place of the values of c - 1,
-// which nobody else reads, and leaves by a storing warp each. The last warp beside them adds up z.
-// Budget at D = 128: 215 KB of shared memory: 32 of maps, 32 of q, 48 of k, 48 of v, 48 of phi(q),
-// phi(k) and P; a consumer has 64 registers of S, 32 of its rounded copy or of scores, 32 of out;
-// the helper up to 128 of scores and features. Limit: the helper's arithmetic, see
+// which nobody else reads, and leaves by a storing warp each. The last warp beside them adds up z,
+// which the helper multiplies with phi(q) on the tensor cores.
+// Budget at D = 128: 223 KB of shared memory: 32 of maps, 32 of q, 48 of k, 48 of v, 48 of phi(q),
+// phi(k) and P, 8 of z; a consumer has 64 registers of S, 32 of its rounded copy or of scores, 32
+// of out; the helper up to 128 of scores and features. Limit: the arithmetic of both, see
 // docs/kernels/hedgehog_attention.md.
 #pragma once
 
@@ -199,8 +200,8 @@ struct PairedOutputs {
   }
 
   // z, for the helper: before a chunk it is what was added to S with the chunk before last. Sums
-  // and z have two buffers each: consumers have taken the phi(q) of a chunk before they give the
-  // sums that its next but one takes, and z was read to make it.
+  // and z have two buffers each: consumers have taken the weights of a chunk, whose sums the helper
+  // divides by, before they give the sums that z of the next chunk but one is made of.
   __device__ __forceinline__ static void tally(const OutputsParams& params, Shared& shared) {
     const Place place(params);
     const Segment segment = Segment::of(params);
@@ -213,7 +214,6 @@ struct PairedOutputs {
       Sums &before = shared.z[(step - 1) & 1], &z = shared.z[step & 1];
       keys.full.wait((step - 1) >> 1 & 1);
       warp::add_parts(z.all, before.all, keys.parts);
-      warp::sync();
       give_sums(z, shared.z_smem[step & 1]);
     }
   }
@@ -233,7 +233,9 @@ struct PairedOutputs {
       warp::store(part<16>(z, i), sum);
     }
   }
+  // What other lanes have stored, as an operand.
   __device__ __forceinline__ static void give_sums(Sums& z, const SumTile& z_smem) {
+    warp::sync();
 #pragma unroll 1
     for (int i = 0; i < kFeatures / 16; ++i) {
       PerRow<16> sums;

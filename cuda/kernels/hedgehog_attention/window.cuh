@@ -69,8 +69,8 @@ __device__ __forceinline__ void scale_half(Square& dst, PerRow<16>& largest, con
   warp::row_max(largest, dst);
 }
 
-// Of one: weights of the keys of the last chunk and of this one. Their sums join the lanes' parts of
-// divisors.
+// Of one: weights of the keys of the last chunk and of this one. Their sums join the lanes' parts
+// of divisors.
 template <typename T, typename TokensOf>
 __device__ __forceinline__ void weigh_keys(RegTile<T, 16, 64>& last_weights,
                                            RegTile<T, 16, 64>& weights, PerRow<16>& divisors,
