@@ -25,6 +25,7 @@ class Arrays:
         self.k, self.v = (dtype, [B, T, K, D]), (dtype, [B, T, K, V])
         self.q_map, self.k_map = (dtype, [H, D, 64]), (dtype, [K, D, 64])
         self.weight = floats(H)
+        self.weights = floats(2, H)
         self.first = ("int32", [B])
         self.rows = floats(B, H, 64 * chunks)
         most = 2 * (T // 65) + 1
@@ -75,7 +76,7 @@ def outputs(
         "tk_hedgehog_attention_outputs_v1",
         [
             *(a.q, a.k, v or a.v, q_map or a.q_map, a.k_map),
-            *(a.weight, a.weight, first, *starts, *documents),
+            *(a.weights, first, *starts, *documents),
         ],
         [a.out],
         {"options": options},

@@ -33,9 +33,10 @@ def test_triangles(rng, name):
         np.where(COL >= ROW, wide + 3, 0),
         np.broadcast_to(np.where(COL == 37, more - 2, more), (64, 64)),
         np.broadcast_to(wide[16:32].sum(0), (64, 64)),
+        np.broadcast_to(rows + wide[32:].sum(0), (64, 64)),
     ]
     (result,) = KERNELS[name](
-        [((9, 64, 64), NAMES[name])], x, rows, cols, more, scalars=[37]
+        [((10, 64, 64), NAMES[name])], x, rows, cols, more, scalars=[37]
     )
     assert_same(result, np.stack(expected))
 
@@ -46,7 +47,7 @@ def test_what_is_beyond_the_diagonal_is_zero(rng, name):
     x = np.where(COL <= ROW, 1, np.nan).astype(NAMES[name])
     ones = np.ones(64, np.float32)
     (result,) = KERNELS[name](
-        [((9, 64, 64), NAMES[name])], x, ones, ones, ones, scalars=[0]
+        [((10, 64, 64), NAMES[name])], x, ones, ones, ones, scalars=[0]
     )
     assert_same(result[0], np.where(COL <= ROW, 2, 0))
     assert np.isnan(result[2].astype(np.float32)[COL > ROW]).all()

@@ -93,7 +93,7 @@ Status execute_sums(int device_ordinal, runtime::cuda::Stream stream, const Sums
 // -- Outputs --------------------------------------------------------------------------------------
 
 struct OutputsBuffers {
-  AnyBuffer q, k, v, q_map, k_map, alpha, beta, first, sums, normalizer;
+  AnyBuffer q, k, v, q_map, k_map, weights, first, sums, normalizer;
   DocumentBuffers documents;
   AnyBuffer out;
 };
@@ -156,8 +156,7 @@ Result<HedgehogSizes> read_outputs(const OutputsBuffers& b, const HedgehogOutput
           {check_like("q", b.q, b.k, {s.batch, s.seqlen, s.num_heads, s.key_dim}),
            check_like("q_map", b.q_map, b.k, {s.num_heads, s.key_dim, kMap}),
            check_like("k_map", b.k_map, b.k, {s.num_kv_heads, s.key_dim, kMap}),
-           check_floats("alpha", b.alpha, {s.num_heads}),
-           check_floats("beta", b.beta, {s.num_heads}), check_first(b.first, s),
+           check_floats("weights", b.weights, {2, s.num_heads}), check_first(b.first, s),
            check_starts(b, segments_of(s, options), s, options),
            check_like("out", b.out, b.k, {s.batch, s.seqlen, s.num_heads, s.value_dim})});
       !status.ok()) {
@@ -189,8 +188,7 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
                   {"v", b.v, false},
                   {"q_map", b.q_map, false},
                   {"k_map", b.k_map, false},
-                  {"alpha", b.alpha, false},
-                  {"beta", b.beta, false},
+                  {"weights", b.weights, false},
                   {"first", b.first, false},
                   {"sums", b.sums, false},
                   {"normalizer", b.normalizer, false},
@@ -208,8 +206,8 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
     return status;
   }
   params.first = optional_ints(b.first);
-  params.alpha = floats(b.alpha);
-  params.beta = floats(b.beta);
+  params.alpha = floats(b.weights);
+  params.beta = params.alpha + s.num_heads;
   params.sums = optional_floats(b.sums);
   params.normalizer = optional_floats(b.normalizer);
   if (is_given(b.sums)) {
@@ -248,29 +246,21 @@ xffi::Error sums_execute(std::int32_t device, runtime::cuda::Stream stream, AnyB
 }
 
 xffi::Error outputs_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                               AnyBuffer q_map, AnyBuffer k_map, AnyBuffer alpha, AnyBuffer beta,
-                               AnyBuffer first, AnyBuffer sums, AnyBuffer normalizer,
-                               AnyBuffer tiles, AnyBuffer counts, AnyBuffer windows, Ret out,
+                               AnyBuffer q_map, AnyBuffer k_map, AnyBuffer weights, AnyBuffer first,
+                               AnyBuffer sums, AnyBuffer normalizer, AnyBuffer tiles,
+                               AnyBuffer counts, AnyBuffer windows, Ret out,
                                HedgehogOutputsOptions options) {
-  return to_ffi(kOutputsName, initialize_outputs(device,
-                                                 {q,
-                                                  k,
-                                                  v,
-                                                  q_map,
-                                                  k_map,
-                                                  alpha,
-                                                  beta,
-                                                  first,
-                                                  sums,
-                                                  normalizer,
-                                                  {tiles, counts, windows},
-                                                  *out},
-                                                 options));
+  return to_ffi(
+      kOutputsName,
+      initialize_outputs(
+          device,
+          {q, k, v, q_map, k_map, weights, first, sums, normalizer, {tiles, counts, windows}, *out},
+          options));
 }
 
 xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
                             AnyBuffer k, AnyBuffer v, AnyBuffer q_map, AnyBuffer k_map,
-                            AnyBuffer alpha, AnyBuffer beta, AnyBuffer first, AnyBuffer sums,
+                            AnyBuffer weights, AnyBuffer first, AnyBuffer sums,
                             AnyBuffer normalizer, AnyBuffer tiles, AnyBuffer counts,
                             AnyBuffer windows, Ret out, HedgehogOutputsOptions options) {
   return to_ffi(kOutputsName, explore([&] {
@@ -280,8 +270,7 @@ xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, A
                                           v,
                                           q_map,
                                           k_map,
-                                          alpha,
-                                          beta,
+                                          weights,
                                           first,
                                           sums,
                                           normalizer,
@@ -311,8 +300,7 @@ auto bind_outputs(Binding binding) {
       .template Arg<AnyBuffer>()  // v
       .template Arg<AnyBuffer>()  // q_map
       .template Arg<AnyBuffer>()  // k_map
-      .template Arg<AnyBuffer>()  // alpha
-      .template Arg<AnyBuffer>()  // beta
+      .template Arg<AnyBuffer>()  // weights: alpha and beta
       .template Arg<AnyBuffer>()  // first, or of size 0
       .template Arg<AnyBuffer>()  // sums, or of size 0 for zeros
       .template Arg<AnyBuffer>()  // normalizer, or of size 0 for zeros

@@ -12,6 +12,8 @@
 //   load(params, shared)          one thread of the producer warpgroup: global -> shared
 //   kStorers                      optional; storing warps: 1 by default, at most 3
 //   store(params, shared, storer) optional; one thread of each storing warp of it: shared -> global
+//   tally(params, shared)         optional; the producer warpgroup's last warp, where it stores
+//                                 nothing: what is too small for a warpgroup
 //   compute(params, shared, consumer)   each consumer warpgroup: load, compute and finish its tiles
 //   help(params, shared)          the last one, where it is a helper: what it does instead
 // Roles meet only through the barriers in Shared.
@@ -28,6 +30,10 @@ constexpr int launch_registers(int threads) { return min(65536 / threads / 8 * 8
 template <typename Kernel, typename Params>
 concept Stores = requires(const Params& params, typename Kernel::Shared& shared) {
   Kernel::store(params, shared, 0);
+};
+template <typename Kernel, typename Params>
+concept Tallies = requires(const Params& params, typename Kernel::Shared& shared) {
+  Kernel::tally(params, shared);
 };
 template <typename Kernel>
 constexpr int cluster_size() {
@@ -101,6 +107,11 @@ __device__ __forceinline__ void run(const Params& params) {
       static_assert(kStorers >= 1 && kStorers <= 3,
                     "the producer warpgroup has three warps to store");
       if (warp >= 1 && warp <= kStorers && warp::elect()) Kernel::store(params, shared, warp - 1);
+    }
+    if constexpr (detail_roles::Tallies<Kernel, Params>) {
+      static_assert(!detail_roles::Stores<Kernel, Params> || detail_roles::storers<Kernel>() < 3,
+                    "the producer warpgroup's last warp stores");
+      if (warp == 3) Kernel::tally(params, shared);
     }
   } else if (kHelper > 0 && warpgroup == Kernel::kConsumers) {
     if constexpr (kHelper > 0) {

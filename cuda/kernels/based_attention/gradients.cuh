@@ -82,9 +82,9 @@ struct Gradients {
     const int token = steps.chunk * kChunk, col = steps.slice(index) * kSlice;
     tma::load(step.q_smem, params.q, full, tma::Keep::kNormal, 0, token, steps.group, steps.batch);
     tma::load(step.k_smem, params.k, full, tma::Keep::kNormal, 0, token, steps.group, steps.batch);
-    tma::load(step.v_smem, params.v, full, tma::Keep::kBriefly, col, token, steps.head(index),
+    tma::load(step.v_smem, params.v, full, tma::Keep::kNormal, col, token, steps.head(index),
               steps.batch);
-    tma::load(step.dout_smem, params.dout, full, tma::Keep::kBriefly, col, token, steps.head(index),
+    tma::load(step.dout_smem, params.dout, full, tma::Keep::kNormal, col, token, steps.head(index),
               steps.batch);
     const int matrix = steps.matrix(params, index);
 #pragma unroll

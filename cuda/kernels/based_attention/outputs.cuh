@@ -88,7 +88,8 @@ struct Outputs {
                 place.batch);
       tma::load(shared.k_smem[state.stage], params.k, full, tma::Keep::kNormal, 0, token, group,
                 place.batch);
-      tma::load(shared.v_smem[state.stage], params.v, full, tma::Keep::kBriefly,
+      // What L2 fetches with a head's 128 bytes is the neighbouring head's, which is read later.
+      tma::load(shared.v_smem[state.stage], params.v, full, tma::Keep::kNormal,
                 place.slice * kSlice, token, place.head, place.batch);
       shared.documents[state.stage].load(params.counts, full, place.batch, chunk, params.chunks);
     }

@@ -144,7 +144,7 @@ constexpr int paired_outputs_shared_bytes(long key_dim) {
   return static_cast<int>(2 * (2 * key_dim * kMap + kQueryStages * kChunk * key_dim +
                                kKeyStages * kChunk * (key_dim + 2 * kSlice) +
                                2 * kChunk * kFeatures + 2 * kChunk * kChunk)) +
-         (2 * 4 + 2) * kFeatures * 4 + kChunk * 4 + kSharedSlack;
+         2 * 16 * kFeatures * 2 + (2 * 4 + 2) * kFeatures * 4 + kChunk * 4 + kSharedSlack;
 }
 
 // -- queries --------------------------------------------------------------------------------------

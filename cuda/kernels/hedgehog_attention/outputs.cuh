@@ -379,15 +379,14 @@ struct Outputs {
 
       warpgroup::mma_AtB(state, last_v_smem, shared.phi_smem);
       warpgroup::mma_commit();
-      PerRow<16> divisors;
+      PerRow<16>& divisors = far;
       Operand last_weights, weights;
       weigh_keys(last_weights, weights, divisors, last_scores, scores, params.scale * kLog2E, beta,
                  tokens_of(shared, q_stage.stage, tile, token, first));
       warpgroup::mma_AB(out, last_weights, last_v_smem);
       warpgroup::mma_AB(out, weights, shared.v_smem[stage.stage][0]);
       warpgroup::mma_commit();
-      warp::finish_row_sum(far);
-      warp::zip(divisors, divisors, far, [](float x, float y) { return x + y; });
+      warp::finish_row_sum(divisors);
       invert(divisors);
       warpgroup::mma_wait<0>(out, last_weights, weights, state);
       shared.kv_ring.release(last);

@@ -7,12 +7,13 @@
 // Grid: heads, segments, batch. A block walks its segment's chunks.
 // Roles: a producer warp loads the head's maps and rings of q, k and v. The helper has all that
 // asks nothing of S, and runs ahead of the consumers by as much as they have read of what it handed
-// over; z is in its registers. A consumer warpgroup has 64 columns of values: S^T of those (64 x
-// 128, fp32) in registers. Each makes phi(k) of one sign while its products run. Out takes the
-// place of the values of c - 1, which nobody else reads, and leaves by a storing warp each.
-// Budget at D = 128: 215 KB of shared memory: 32 of maps, 32 of q, 48 of k, 48 of v, 48 of phi(q),
-// phi(k) and P; a consumer has 64 registers of S, 32 of its rounded copy or of scores, 32 of out;
-// the helper up to 128 of scores and features. Limit: the helper's arithmetic, see
+// over. A consumer warpgroup has 64 columns of values: S^T of those (64 x 128, fp32) in registers.
+// Each makes phi(k) of one sign while its products run. Out takes the place of the values of c - 1,
+// which nobody else reads, and leaves by a storing warp each. The last warp beside them adds up z,
+// which the helper multiplies with phi(q) on the tensor cores.
+// Budget at D = 128: 223 KB of shared memory: 32 of maps, 32 of q, 48 of k, 48 of v, 48 of phi(q),
+// phi(k) and P, 8 of z; a consumer has 64 registers of S, 32 of its rounded copy or of scores, 32
+// of out; the helper up to 128 of scores and features. Limit: the arithmetic of both, see
 // docs/kernels/hedgehog_attention.md.
 #pragma once
 
@@ -73,9 +74,18 @@ struct PairedOutputs {
       if (warp::leader()) empty.arrive();
     }
   };
+  using FeatureVec = SharedVec<float, kFeatures>;
   // Of a chunk's phi(k): the sums of each warp's rows.
   struct KeySums {
-    MapVec parts[2][4];
+    FeatureVec parts[4];
+    Barrier full;
+  };
+  // z before a chunk as an operand. A feature's row has an eighth of its z, rounded, in the first
+  // eight columns, and of what rounding left in the others: phi(q) times it is the far keys' sum in
+  // sixteen parts, which lanes hold as they do parts of other sums.
+  using SumTile = SharedTile<T, kFeatures, 16>;
+  struct Sums {
+    FeatureVec all;
     Barrier full;
   };
 
@@ -86,8 +96,9 @@ struct PairedOutputs {
     ValueTile v_smem[kKeyStages][kSlices];  // and out
     FeatureTile phi_q_smem, phi_k_smem;
     WeightTile weights_smem;
+    SumTile z_smem[2];
     KeySums key_sums[2];
-    MapVec z[2][2];  // of a chunk and the next: both signs
+    Sums z[2];  // of a chunk and the next, as z_smem
     SharedVec<float, kChunk> inverse;
     Barrier head_full;
     QueryRing q_ring;
@@ -131,6 +142,8 @@ struct PairedOutputs {
     shared.keys.init(4 * kSlices, 4 * kSlices);
 #pragma unroll
     for (KeySums& sums : shared.key_sums) sums.full.init(4 * kSlices);
+#pragma unroll
+    for (Sums& z : shared.z) z.full.init(1);
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
 #pragma unroll
@@ -186,6 +199,64 @@ struct PairedOutputs {
     }
   }
 
+  // z, for the helper: before a chunk it is what was added to S with the chunk before last. Sums
+  // and z have two buffers each: consumers have taken the weights of a chunk, whose sums the helper
+  // divides by, before they give the sums that z of the next chunk but one is made of.
+  __device__ __forceinline__ static void tally(const OutputsParams& params, Shared& shared) {
+    const Place place(params);
+    const Segment segment = Segment::of(params);
+    const States states(params, place, segment);
+    start_sums(params, states, shared.z[0].all);
+    give_sums(shared.z[0], shared.z_smem[0]);
+#pragma unroll 1
+    for (int step = 1; step < segment.end - segment.first; ++step) {
+      KeySums& keys = shared.key_sums[(step - 1) & 1];
+      Sums &before = shared.z[(step - 1) & 1], &z = shared.z[step & 1];
+      keys.full.wait((step - 1) >> 1 & 1);
+      warp::add_parts(z.all, before.all, keys.parts);
+      give_sums(z, shared.z_smem[step & 1]);
+    }
+  }
+  // Before the segment: 16 columns at a time.
+  __device__ __forceinline__ static void start_sums(const OutputsParams& params,
+                                                    const States& states, FeatureVec& z) {
+#pragma unroll 1
+    for (int i = 0; i < kFeatures / 16; ++i) {
+      PerRow<16> sum, added;
+      warp::zero(sum);
+#pragma unroll 1
+      for (int64 index = states.first; index < states.end; ++index) {
+        const GlobalVec<const float> each = {params.normalizer + index * kFeatures, kFeatures};
+        warp::load(added, each, 16 * i, 0.0f);
+        warp::zip(sum, sum, added, [](float x, float y) { return x + y; });
+      }
+      warp::store(part<16>(z, i), sum);
+    }
+  }
+  // What other lanes have stored, as an operand.
+  __device__ __forceinline__ static void give_sums(Sums& z, const SumTile& z_smem) {
+    warp::sync();
+#pragma unroll 1
+    for (int i = 0; i < kFeatures / 16; ++i) {
+      PerRow<16> sums;
+      RegTile<float, 16, 16> exact, rounded;
+      RegTile<T, 16, 16> parts;
+      warp::load(sums, part<16>(z.all, i));
+      warp::map(sums, sums, [](float x) { return 0.125f * x; });
+      warp::fill(exact, 0.0f);
+      warp::add_rows(exact, exact, sums);
+      warp::convert(parts, exact);
+      warp::convert(rounded, parts);
+      warp::for_each(rounded, [](int, int col, float x) { return col < 8 ? 0.0f : x; });
+      warp::sub(exact, exact, rounded);
+      warp::convert(parts, exact);
+      warp::store(z_smem.template rows<16>(i), parts);
+    }
+    publish_shared();
+    warp::sync();
+    if (warp::leader()) z.full.arrive();
+  }
+
   // The helper: what asks nothing of S.
   __device__ __forceinline__ static void help(const OutputsParams& params, Shared& shared) {
     const Place place(params);
@@ -193,8 +264,6 @@ struct PairedOutputs {
     const int first = first_token(params.first, place.batch);
     const float alpha = load_scalar(params.alpha + place.head);
     const float beta = load_scalar(params.beta + place.head);
-    PerRow<16> z[2];  // a warp's quarter of the columns
-    load_normalizer(z, params, place, segment);
     shared.head_full.wait(0);
 
     typename QueryRing::State q_stage;
@@ -214,25 +283,30 @@ struct PairedOutputs {
       shared.k_ring.wait(stage);
       warpgroup::mm_ABt(near, q_smem, shared.k_smem[stage.stage]);
       warpgroup::mma_commit();
-      gather(shared, z, step);
       // Both signs at once: what one waits for, the other fills.
       Square phi_plus, phi_minus;
-      PerRow<16> scale_plus, scale_minus, far;
+      PerRow<16> scale_plus, scale_minus;
       exponentials(phi_plus, scale_plus, scores, 0);
       exponentials(phi_minus, scale_minus, scores, 1);
       warp::pin(scale_plus);
       warp::pin(scale_minus);
       warpgroup::mm_ABt(last_near, q_smem, shared.k_smem[last.stage]);
       warpgroup::mma_commit();
-      warp::zero(far);
-      scale_queries(far, phi_plus, scale_plus, shared.z[step & 1][0], alpha);
-      scale_queries(far, phi_minus, scale_minus, shared.z[step & 1][1], alpha);
+      Operand plus, minus;
+      scale_queries(plus, phi_plus, scale_plus, alpha);
+      scale_queries(minus, phi_minus, scale_minus, alpha);
       shared.queries.empty.wait(turn.phase ^ 1);
-      warpgroup::store(shared.phi_q_smem.template cols<kMap>(0), phi_plus);
-      warpgroup::store(shared.phi_q_smem.template cols<kMap>(1), phi_minus);
+      warpgroup::store(shared.phi_q_smem.template cols<kMap>(0), plus);
+      warpgroup::store(shared.phi_q_smem.template cols<kMap>(1), minus);
       shared.queries.give();
+      RegTile<float, 16, 16> far;
+      const SumTile& z_smem = shared.z_smem[step & 1];
+      shared.z[step & 1].full.wait(step >> 1 & 1);
+      warpgroup::mm_AB(far, plus, z_smem.template rows<kMap>(0));
+      warpgroup::mma_AB(far, minus, z_smem.template rows<kMap>(1));
+      warpgroup::mma_commit();
 
-      warpgroup::mma_wait<0>(last_near, near);
+      warpgroup::mma_wait<1>(last_near, near);
       shared.k_ring.release(last);
       last = stage;
       stage.advance();
@@ -245,10 +319,12 @@ struct PairedOutputs {
       }
       Operand last_weights, weights;
       PerRow<16> sums;
+      warp::zero(sums);
       weigh_keys(last_weights, weights, sums, last_near, near, params.scale * kLog2E, beta,
                  Tokens{token, first});
-      warp::finish_row_sum(far);
-      warp::zip(sums, sums, far, [](float x, float y) { return x + y; });
+      warpgroup::mma_wait<0>(far, plus, minus);
+      warp::fold_row_sum(sums, far);
+      warp::finish_row_sum(sums);
       invert(sums);
       shared.weights.empty.wait(turn.phase ^ 1);
       warpgroup::store(shared.weights_smem.template cols<kChunk>(0), last_weights);
@@ -266,64 +342,12 @@ struct PairedOutputs {
     shared.k_ring.release(last);
   }
 
-  // z before the segment, of both signs.
-  __device__ __forceinline__ static void load_normalizer(PerRow<16> (&z)[2],
-                                                         const OutputsParams& params,
-                                                         const Place& place,
-                                                         const Segment& segment) {
-    const States states(params, place, segment);
-#pragma unroll
-    for (int sign = 0; sign < 2; ++sign) warp::zero(z[sign]);
-#pragma unroll 1
-    for (int64 index = states.first; index < states.end; ++index) {
-#pragma unroll
-      for (int sign = 0; sign < 2; ++sign) {
-        PerRow<16> added;
-        const float* normalizer = params.normalizer + index * kFeatures + sign * kMap;
-        warpgroup::load(added, GlobalVec<const float>{normalizer, kMap}, 0, 0.0f);
-        warp::zip(z[sign], z[sign], added, [](float x, float y) { return x + y; });
-      }
-    }
-  }
-  // z before a segment's `step`th chunk: what was added to S with the chunk before last. Its sums
-  // are read before phi(q) is given, so that there are two: consumers are a chunk ahead with them.
-  __device__ __forceinline__ static void gather(Shared& shared, PerRow<16> (&z)[2], int step) {
-    const int quarter = warp::index() & 3;
-    if (step > 0) {
-      KeySums& sums = shared.key_sums[(step - 1) & 1];
-      sums.full.wait((step - 1) >> 1 & 1);
-#pragma unroll
-      for (int sign = 0; sign < 2; ++sign) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          PerRow<16> added;
-          warp::load(added, part<16>(sums.parts[sign][i], quarter));
-          warp::zip(z[sign], z[sign], added, [](float x, float y) { return x + y; });
-        }
-      }
-    }
-#pragma unroll
-    for (int sign = 0; sign < 2; ++sign) {
-      warp::store(part<16>(shared.z[step & 1][sign], quarter), z[sign]);
-    }
-    warpgroup::sync();
-  }
-  // alpha phi(q) of a sign from exponentials and their scale; its products with z join each lane's
-  // part of `far`.
-  __device__ __forceinline__ static void scale_queries(PerRow<16>& far, Square& phi,
-                                                       PerRow<16>& scale, const MapVec& z_smem,
+  // alpha phi(q) of a sign from exponentials and their scale.
+  __device__ __forceinline__ static void scale_queries(Operand& dst, Square& phi, PerRow<16>& scale,
                                                        float alpha) {
-    PerCol<kMap> z;
-    PerRow<16> dot;
-    Square rows;  // all alike
     warp::map(scale, scale, [=](float x) { return x * alpha; });
-    warp::load(z, z_smem);
-    warp::map_cols(rows, phi, z, [](float, float y) { return y; });
-    warp::zero(dot);
-    warp::fold_row_dot(dot, phi, rows);
-    warp::zip(dot, dot, scale, [](float x, float y) { return x * y; });
-    warp::zip(far, far, dot, [](float x, float y) { return x + y; });
     warp::mul_rows(phi, phi, scale);
+    warp::convert(dst, phi);
   }
 
   __device__ __forceinline__ static void compute(const OutputsParams& params, Shared& shared,
@@ -409,7 +433,7 @@ struct PairedOutputs {
     softmax(scores, scores, sign);
     drop_rows(scores, token, first);
     KeySums& sums = shared.key_sums[step & 1];
-    warp::store_col_sum(sums.parts[sign][warp::index() & 3], scores);
+    warp::store_col_sum(part<kMap>(sums.parts[warp::index() & 3], sign), scores);
     shared.keys.empty.wait(turn.phase ^ 1);
     warpgroup::store(shared.phi_k_smem.template cols<kMap>(sign), scores);
     shared.keys.give();

@@ -69,7 +69,8 @@ __device__ __forceinline__ void scale_half(Square& dst, PerRow<16>& largest, con
   warp::row_max(largest, dst);
 }
 
-// Of one: weights of the keys of the last chunk and of this one, of which divisors are the sums.
+// Of one: weights of the keys of the last chunk and of this one. Their sums join the lanes' parts
+// of divisors.
 template <typename T, typename TokensOf>
 __device__ __forceinline__ void weigh_keys(RegTile<T, 16, 64>& last_weights,
                                            RegTile<T, 16, 64>& weights, PerRow<16>& divisors,
@@ -82,10 +83,8 @@ __device__ __forceinline__ void weigh_keys(RegTile<T, 16, 64>& last_weights,
   largest_score(largest, last, own);
   weigh_near(last, largest, beta);
   weigh_near(own, largest, beta);
-  warp::zero(divisors);
   warp::fold_row_sum(divisors, last);
   warp::fold_row_sum(divisors, own);
-  warp::finish_row_sum(divisors);
   warp::convert(last_weights, last);
   warp::convert(weights, own);
 }

@@ -8,6 +8,7 @@ namespace tk::tile_test {
 
 struct TriangleShared {
   SharedVec<float, 64> rows, cols, more;
+  SharedVec<float, 64> parts[2];
   Barrier full;
 };
 // Buffers 1 to 3 in shared memory.
@@ -55,6 +56,12 @@ __device__ __forceinline__ void triangles(const KernelParams& params) {
   warp::fill(y, 1.0f), warp::mul_cols(y, y, cols), put();
   block::sync();
   if (warp::index() == 1) warp::store_col_sum(shared.more, x);
+  block::sync();
+  warp::load(cols, shared.more);
+  warp::fill(y, 1.0f), warp::mul_cols(y, y, cols), put();
+  if (warp::index() >= 2) warp::store_col_sum(shared.parts[warp::index() - 2], x);
+  block::sync();
+  if (warp::index() == 0) warp::add_parts(shared.more, shared.rows, shared.parts);
   block::sync();
   warp::load(cols, shared.more);
   warp::fill(y, 1.0f), warp::mul_cols(y, y, cols), put();

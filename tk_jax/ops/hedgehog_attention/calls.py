@@ -82,8 +82,8 @@ def outputs(
         v,
         q_map,
         k_map,
-        alpha,
-        beta,
+        # One operand: what they come from, gates mostly, is then one kernel of XLA.
+        jnp.stack([alpha, beta]),
         _ffi.optional(first, jnp.int32),
         *map(_ffi.optional, start),
         *_operands(documents),

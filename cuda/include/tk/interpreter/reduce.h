@@ -112,6 +112,19 @@ void store_col_sum(SharedVec<float, 64>& dst, const Src& src, Location at = {}) 
   store(dst, cols, at);
 }
 
+template <int kN, int kParts>
+void add_parts(SharedVec<float, kN>& dst, const SharedVec<float, kN>& src,
+               const SharedVec<float, kN> (&parts)[kParts], Location at = {}) {
+  static_assert(kN % 32 == 0, "add_parts has as many elements in every lane");
+  PerCol<kN> sums, part;
+  load(sums, src, at);
+  for (const auto& each : parts) {
+    load(part, each, at);
+    zip(sums, sums, part, [](float x, float y) { return x + y; }, at);
+  }
+  store(dst, sums, at);
+}
+
 template <typename Dst, typename Src>
 void cumsum_cols(Dst& dst, const Src& src, Location at = {}) {
   static_assert(detail::kSameShape<Dst, Src>, "cumsum_cols needs tiles of one shape");

@@ -114,6 +114,25 @@ __device__ __forceinline__ void store_col_sum(SharedVec<float, 64>& dst, const S
                           cols.data[0][1]);
 }
 
+// dst = src + parts[0] + parts[1] + ..., of vectors in shared memory.
+template <int kN, int kParts>
+__device__ __forceinline__ void add_parts(SharedVec<float, kN>& dst,
+                                          const SharedVec<float, kN>& src,
+                                          const SharedVec<float, kN> (&parts)[kParts],
+                                          Location = {}) {
+  static_assert(kN % 32 == 0, "add_parts has as many elements in every lane");
+  const uint32 place = 4 * ptx::lane_index();
+#pragma unroll
+  for (int i = 0; i < kN; i += 32) {
+    float sum = ptx::load_shared_f32(ptx::shared_address(src.data) + place + 4 * i);
+#pragma unroll
+    for (const auto& part : parts) {
+      sum += ptx::load_shared_f32(ptx::shared_address(part.data) + place + 4 * i);
+    }
+    ptx::store_shared_f32(ptx::shared_address(dst.data) + place + 4 * i, sum);
+  }
+}
+
 // dst(r, c) = src(r, 0) + ... + src(r, c).
 template <typename Dst, typename Src>
 __device__ __forceinline__ void cumsum_cols(Dst& dst, const Src& src, Location = {}) {

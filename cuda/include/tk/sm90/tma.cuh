@@ -13,7 +13,8 @@
 
 namespace tk::tma {
 
-// How long L2 should keep what a load brings.
+// How long L2 should keep what a load brings, which is runs of 256 bytes: of rows that are shorter,
+// the neighbours' too.
 enum class Keep : uint64 {
   kNormal = ptx::kEvictNormal,
   kBriefly = ptx::kEvictFirst,  // read once
