@@ -7,7 +7,7 @@ _TURNS = "kernels/attention/turns.cuh"
 _PREPARE = "kernels/attention/backward_prepare.cuh"
 _FINISH = "kernels/attention/backward_finish.cuh"
 _DK_WAIT = "warpgroup::mma_wait<0>(dk_acc, ds);"
-_Q_RELEASE = "release_q();"
+_Q_RELEASE = "shared.q_ring.release(state);"
 
 
 def _backward(what, old, new="", after="", file=_BACKWARD):
@@ -35,19 +35,10 @@ MUTATIONS = [
     _backward("dq overwritten on its way out", "shared.dq_ring.acquire(dq_state);"),
     _backward(
         "q released before its product is done",
-        _DK_WAIT + "\n          " + _Q_RELEASE,
-        _Q_RELEASE + "\n          " + _DK_WAIT,
+        _DK_WAIT + "\n        " + _Q_RELEASE,
+        _Q_RELEASE + "\n        " + _DK_WAIT,
     ),
-    _backward(
-        "q released beside the product that reads it",
-        "warpgroup::mma_wait<2>(ds);\n          release_q();",
-        "release_q();\n          warpgroup::mma_wait<2>(ds);",
-    ),
-    _backward(
-        "ds overwritten while dk's product reads it",
-        "warpgroup::mma_wait<2>(ds);",
-        "warpgroup::mma_wait<3>(ds);",
-    ),
+    _backward("ds overwritten while dk's product reads it", _DK_WAIT),
     _backward("dout never released", "shared.dout_ring.release(state);"),
     _backward("no wait for q and lse", "shared.q_ring.wait(state);"),
     _backward("no wait for dout and delta", "shared.dout_ring.wait(state);"),

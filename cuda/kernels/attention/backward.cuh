@@ -12,10 +12,10 @@
 // Roles: warp 0 of the producer loads k, v and two rings (q with lse, dout with delta); the next
 // one or two warps take dq fragments out. Consumer warpgroups own 64 keys each, and a part of each
 // dq. A step issues s and dp, exponentiates s beside dp, and issues dv, dq and dk; dq leaves beside
-// dk, which at D = 128 runs on beside the next step's scores. Budget at D = 128, 64 x 128, 2
-// stages: 227 KB of shared memory, all there is; of 240 registers a thread, 128 hold dk and dv and
-// 32 each s, dp and dq. Limit: shared-memory bandwidth, 1.15 times the tensor cores' time (m64n64
-// products read 128 bytes a clock).
+// dk. Budget at D = 128, 64 x 128, 2 stages: 227 KB of shared memory, all there is; of 232
+// registers a thread, 128 hold dk and dv, 32 each s and dp (then dq), and 16 lse. Limit:
+// shared-memory bandwidth, 1.15 times the tensor cores' time (m64n64 products read 128 bytes a
+// clock), and the chip's power.
 #pragma once
 
 #include "kernels/attention/attention.h"
@@ -53,20 +53,17 @@ struct Backward {
   static constexpr unsigned kFeatures = Traits::kFeatures;
   static constexpr int kConsumers = Traits::kConsumers;
   using Map = ScoreMap<T, kFeatures>;
-  // Whether registers are left for ds while dk's product reads it beside the next step's scores. A
-  // band, lengths and maps take too many in the producer, of which the consumers have the rest, and
-  // a cap or a bias too many in the consumers.
-  static constexpr bool kOverlapSteps = kBlockQ == 64 && Traits::kMask != Mask::kBand &&
-                                        (kFeatures & kHidingFeatures) == 0 && !Map::kCaps &&
-                                        !Map::kAdds;
+  // Whether registers are left for lse from before the scores' product on.
+  static constexpr bool kEarlyLse = kBlockQ == 64 && !Map::kCaps && !Map::kAdds &&
+                                    (kHeadDim == 64 || (kFeatures & kMaskArray) == 0);
   // Whether dp's product waits until there are registers: a bias beside a cap, segments or a mask,
   // or of fp32.
   static constexpr bool kLateDp =
       Map::kAdds && kHeadDim == 128 &&
       (Map::kCaps || (kFeatures & (kFloatBias | kSegments | kMaskArray)) != 0);
   static constexpr int kResidentBlocks = backward_resident_blocks(kHeadDim, kBlockKv);
-  static constexpr int kProducerRegisters = kOverlapSteps ? 24 : 40;
-  static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 216 : kOverlapSteps ? 240 : 232;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = kResidentBlocks == 2 ? 216 : 232;
   static_assert(kConsumers <= 2, "three consumers would leave each too few registers");
 
   using QTile = SharedTile<T, kBlockQ, kHeadDim>;
@@ -277,19 +274,13 @@ struct Backward {
   __device__ __forceinline__ static void compute(const BackwardParams& params, Shared& shared,
                                                  int consumer) {
     typename KvRing::State kv_state;
-    typename Ring::State state, q_read;  // the step at hand; the first that still reads its q
+    typename Ring::State state;
     typename DqRing::State dq_state;
     const Map score_map(params.scale, params.extras);
     const auto k_rows = shared.k_smem.template rows<64>(consumer);
     const auto v_rows = shared.v_smem.template rows<64>(consumer);
     const auto k_cols = shared.k_smem.template cols<64>(consumer % Traits::kDqCols);
     int ds_buffer = 0;
-    const auto release_q = [&] {
-      if (q_read != state) {
-        shared.q_ring.release(q_read);
-        q_read.advance();
-      }
-    };
 
     for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
       const Tile tile = walk.tile();
@@ -312,6 +303,9 @@ struct Backward {
         const int first_query = steps.q_block() * kBlockQ;
 
         shared.q_ring.wait(state);
+        // Loads from shared memory wait for the products issued before them.
+        PerCol<kBlockQ> lse;
+        if constexpr (kEarlyLse) warp::load(lse, shared.lse_smem[state.stage]);
         warpgroup::mm_ABt(s_acc, k_rows, shared.q_smem[state.stage]);
         warpgroup::mma_commit();
         const auto issue_dp = [&] {
@@ -321,10 +315,6 @@ struct Backward {
         };
         if constexpr (!kLateDp) issue_dp();
 
-        if constexpr (kOverlapSteps) {
-          warpgroup::mma_wait<2>(ds);
-          release_q();
-        }
         const auto load_bias = [&] {
           Map::load_transposed_bias(bias, params, tile.batch, steps.head, first_query, first_key);
         };
@@ -351,7 +341,11 @@ struct Backward {
           }
         }
         if constexpr (Map::kCaps) load_bias();  // beside tanh there are no registers for it
-        score_map.weigh(p, s_acc, bias, shared.lse_smem[state.stage]);
+        if constexpr (kEarlyLse) {
+          score_map.weigh(p, s_acc, bias, lse);
+        } else {
+          score_map.weigh(p, s_acc, bias, shared.lse_smem[state.stage]);
+        }
         if constexpr (kLateDp) issue_dp();
 
         warpgroup::mma_wait<0>(dp_acc);
@@ -369,10 +363,10 @@ struct Backward {
         } else {
           warpgroup::store(ds_smem.template rows<64>(consumer), ds);
         }
-        publish_shared();
-
+        // dv's product runs while ds settles, for which the fence waits.
         warpgroup::mma_AB(dv_acc, p, shared.dout_smem[state.stage]);
         warpgroup::mma_commit();
+        publish_shared();
         named_sync(kDsWritten, 128 * kConsumers);
         warpgroup::mm_AtB(dq_acc, ds_smem.template cols<64>(consumer / Traits::kDqCols), k_cols);
         warpgroup::mma_commit();
@@ -386,14 +380,10 @@ struct Backward {
         warpgroup::store(shared.dq_smem[dq_state.stage][consumer], dq_acc);
         shared.dq_ring.hand_over(dq_state);
         dq_state.advance();
+        warpgroup::mma_wait<0>(dk_acc, ds);
+        shared.q_ring.release(state);
         state.advance();
-        if constexpr (!kOverlapSteps) {
-          warpgroup::mma_wait<0>(dk_acc, ds);
-          release_q();
-        }
       }
-      warpgroup::mma_wait<0>(dk_acc, ds);
-      release_q();
 
       warp::mul(dk_acc, dk_acc, params.scale);
       // Through v's memory, of which each consumer reads its own rows alone.

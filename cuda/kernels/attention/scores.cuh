@@ -96,10 +96,10 @@ struct ScoreMap {
     }
   }
   // And to what ds is a multiple of: p, times the cap's slope. p itself goes to `weights`, rounded.
-  // A column is a query, with its lse in base 2.
-  template <typename Weights, typename Tile, typename Bias, int kN>
+  // A column is a query, with its lse in base 2, in shared memory or (without a cap) in registers.
+  template <typename Weights, typename Tile, typename Bias, typename Lse>
   __device__ __forceinline__ void weigh(Weights& weights, Tile& scores, const Bias& bias,
-                                        const SharedVec<float, kN>& lse) const {
+                                        const Lse& lse) const {
     const float factor = (kCaps ? cap : unit) * kLog2E;
     if constexpr (kCaps) {
       const auto weigh_one = [=](float t, float b, float l, float& p, float& p_slope) {
