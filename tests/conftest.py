@@ -2,7 +2,9 @@
 
 import functools
 import os
+import pathlib
 import shutil
+import subprocess
 import tempfile
 
 # Before anything imports jax, which reads this once: meshes need several devices.
@@ -18,6 +20,8 @@ import compile_gate
 import jax
 import numpy as np
 import pytest
+
+from tk_jax import _ffi
 
 _SEED = 20250722
 
@@ -56,6 +60,39 @@ def pytest_configure(config):
         "jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"]
     )
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float(seconds))
+
+    if getattr(config.option, "numprocesses", None):
+        _precompile_tiles(config)
+
+
+# As cuda/interpreter/ffi/compile.cc has them: otherwise the compiler passes it over.
+_FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DTK_INTERPRETER", "-w")
+
+
+def _precompile_tiles(config) -> None:
+    """Has worker processes' compilers begin with the tile library already parsed.
+
+    Half of the time that the interpreter's kernels take to compile is parsing it. What
+    is compiled stays the same, and a compiler of the user's choice is left alone.
+    """
+    compiler = shutil.which("c++")
+    if not compiler or {"TK_JAX_CXX", "CXX"} & set(os.environ):
+        return
+    folder = tempfile.mkdtemp(prefix="tk_jax_test_header_")
+    config.add_cleanup(functools.partial(shutil.rmtree, folder, True))
+    header = pathlib.Path(folder) / "tiles.h"
+    header.write_text('#include "tk/interpreter/entry.h"\n#include "tk/tk.cuh"\n')
+    root = _ffi.source_root()
+    subprocess.run(
+        [
+            compiler,
+            *_FLAGS,
+            *(f"-I{folder}" for folder in (root, root / "include")),
+            *("-x", "c++-header", header, "-o", f"{header}.gch"),
+        ],
+        check=True,
+    )
+    os.environ["TK_JAX_CXX"] = f"{compiler} -include {header}"
 
 
 def pytest_collection_modifyitems(config, items):

@@ -109,8 +109,15 @@ _SETS = (
     (["bias", "segments"], (64, 128), ["causal"]),
     (["bias", "softcap"], (64, 128), ["causal"]),
 )
+
+
+def _in_turn(index, head_dim, mask, masks):
+    turn = index + head_dim // 64
+    return turn % 2 == 0 and mask == masks[turn // 2 % len(masks)]
+
+
 _FEATURES = {
-    spec["function"]: (spec, mask == masks[(index + head_dim // 64) % len(masks)])
+    spec["function"]: (spec, _in_turn(index, head_dim, mask, masks))
     for index, (names, head_dims, masks) in enumerate(_SETS)
     for head_dim, mask in itertools.product(head_dims, masks)
     for spec in _with_features(names, head_dim, mask)
@@ -146,7 +153,8 @@ for _index, (_names, _masks) in enumerate(_WIDE_SETS):
 
 
 # make test compiles those of one type and of a fixed order of dq, with one mask for
-# each set of features and head dim, for which the masks take turns.
+# each set of features and head dim, for which the masks take turns, and of a set every
+# second head dim.
 def _with_mark(spec, in_turn):
     often = in_turn and spec["symbol"].endswith("bf16")
     often = often and ", false, " not in spec["function"]

@@ -44,11 +44,11 @@ def test_unbroken_kernels_are_not_reported(name, engine, tmp_path):
 
 
 def _with_marks():
-    """make test tries every fourth one of each file that a program has."""
+    """make test tries every fifth one of each file that a program has."""
     params, seen = [], collections.Counter()
     for mutation in mutations.MUTATIONS:
         place = mutation.program, mutation.file
-        marks = [pytest.mark.exhaustive] if seen[place] % 4 else []
+        marks = [pytest.mark.exhaustive] if seen[place] % 5 else []
         seen[place] += 1
         name = f"{pathlib.Path(mutation.file).stem}: {mutation.what}"
         params.append(pytest.param(mutation, marks=marks, id=name))
@@ -58,7 +58,7 @@ def _with_marks():
 def test_enough_are_tried():
     """Of all files and all programs."""
     often = [x.values[0] for x in _with_marks() if not x.marks]
-    assert len(often) >= 35
+    assert len(often) >= 30
     assert {x.file for x in often} == {x.file for x in mutations.MUTATIONS}
     assert {x.program for x in often} == set(mutate.PROGRAMS)
 
