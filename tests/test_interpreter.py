@@ -22,8 +22,23 @@ pytestmark = pytest.mark.skipif(
 
 # The GPU's cases, without the longest. Each walks over several tiles on four
 # multiprocessors as a long one does on more. Of those that differ in length alone,
-# every second is for --exhaustive: of each length, a case or two of three remain.
-_SELDOM = attention_cases.LENGTHS[1::2]
+# every second is for --exhaustive: of each length, a case or two of three remain. So
+# are those that combine a mask, a type and head dims that others have.
+_COMBINED = (
+    "B1-T300-S97-H2-K1-D128-fp16-bottom_right",
+    "B2-T97-S300-H4-K1-D64-fp16-full",
+    "B2-T129-S65-H2-K1-D96-fp16-bottom_right",
+    "B1-T257-S130-H2-K1-D256-bf16-bottom_right",
+    "B1-T129-S129-H2-K1-D136x200-bf16-causal",
+    "B1-T65-S129-H2-K2-D64x256-bf16-full",
+    "B1-T321-S321-H4-K2-D256-bf16-causal-100-7",
+    "B1-T300-S129-H2-K1-D192x128-bf16-full-40-30",
+)
+_SELDOM = [
+    *attention_cases.LENGTHS[1::2],
+    *(case for case in attention_cases.CASES if str(case) in _COMBINED),
+]
+assert len(_SELDOM) == len(attention_cases.LENGTHS[1::2]) + len(_COMBINED)
 CASES = [
     pytest.param(
         case, marks=[pytest.mark.exhaustive] if case in _SELDOM else [], id=str(case)

@@ -257,6 +257,7 @@ def test_without_a_compiler(monkeypatch):
 
 
 def test_the_compiler_can_be_chosen(monkeypatch):
+    monkeypatch.delenv("TK_JAX_CXX", raising=False)
     monkeypatch.setenv("CXX", "one --flag")
     assert _ffi.interpreter().host_compiler() == "one --flag"
     monkeypatch.setenv("TK_JAX_CXX", "another")
