@@ -1,4 +1,5 @@
-/* A stand-in for libnvrtc.so.13 that compiles whatever it is given to the name of its file.
+/* A stand-in for libnvrtc.so.13 that compiles whatever it is given to an ELF file's first bytes and the
+ * name of its source.
  *
  * Opened through TK_JAX_NVRTC, by tests of what is done with all kernels once they are compiled.
  */
@@ -8,6 +9,8 @@
 typedef struct {
   char* name;
 } Program;
+
+static const char kMagic[4] = {'\177', 'E', 'L', 'F'};
 
 const char* nvrtcGetErrorString(int code) { return code == 0 ? "no error" : "an error"; }
 
@@ -34,12 +37,13 @@ int nvrtcDestroyProgram(Program** program) {
 int nvrtcCompileProgram(Program* program, int count, const char* const* options) { return 0; }
 
 int nvrtcGetCUBINSize(Program* program, size_t* size) {
-  *size = strlen(program->name);
+  *size = sizeof(kMagic) + strlen(program->name);
   return 0;
 }
 
 int nvrtcGetCUBIN(Program* program, char* cubin) {
-  memcpy(cubin, program->name, strlen(program->name));
+  memcpy(cubin, kMagic, sizeof(kMagic));
+  memcpy(cubin + sizeof(kMagic), program->name, strlen(program->name));
   return 0;
 }
 

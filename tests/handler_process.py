@@ -47,10 +47,20 @@ class Answer:
 
 
 class Gpu:
-    """A machine with one GPU, as far as a handler can tell."""
+    """A machine with one GPU, as far as a handler can tell.
 
-    def __init__(self, **environment: str):
+    Its compiler is a stand-in too, and nothing is cached, unless it ``compiles``: what
+    handlers do with a kernel does not depend on what is in it.
+    """
+
+    def __init__(self, *, compiles: bool = False, **environment: str):
         self._environment = environment
+        if not compiles:
+            stand_in = {
+                "TK_JAX_NVRTC": _library("fake_nvrtc.c"),
+                "TK_JAX_CACHE_DIR": "off",
+            }
+            self._environment = stand_in | environment
 
     def run(self, *calls: Call) -> list[Answer]:
         import extension_process
@@ -64,7 +74,7 @@ class Gpu:
         }
         with tempfile.NamedTemporaryFile(suffix=".jsonl") as log:
             environment = extension_process.clean_environment() | {
-                "TK_JAX_LIBCUDA": _driver(),
+                "TK_JAX_LIBCUDA": _library("fake_driver.c"),
                 "TK_JAX_CACHE_DIR": os.environ["TK_JAX_CACHE_DIR"],
                 "FAKE_LOG": log.name,
             }
@@ -82,12 +92,12 @@ class Gpu:
 
 
 @functools.cache
-def _driver() -> str:
-    """Builds the stand-in for the driver, which lives as long as this process."""
-    folder = tempfile.TemporaryDirectory(prefix="tk_jax_fake_driver_")
+def _library(name: str) -> str:
+    """Builds a stand-in, which lives as long as this process."""
+    folder = tempfile.TemporaryDirectory(prefix="tk_jax_stand_in_")
     atexit.register(folder.cleanup)
     library = f"{folder.name}/libfake.so"
-    source = str(pathlib.Path(__file__).with_name("fake_driver.c"))
+    source = str(pathlib.Path(__file__).with_name(name))
     command = ["cc", "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, source]
     subprocess.run(command, check=True)
     return library

@@ -233,7 +233,7 @@ def test_failures_of_the_driver_are_told_in_its_words(function, stage):
 
 def test_kernel_that_does_not_compile():
     call = kernel_call([_MATRIX], [_MATRIX], source="void copy(int) { missing(); }")
-    loaded, _ = Gpu().run(*both_stages(call))
+    loaded, _ = Gpu(compiles=True).run(*both_stages(call))
     assert loaded.code == _INTERNAL
     assert "cannot compile tk_copy.cu: NVRTC_ERROR_COMPILATION" in loaded.message
     assert 'identifier "missing" is undefined' in loaded.message

@@ -46,12 +46,22 @@ def compile_log(spec):
     return _ffi.extension().compile(spec, use_cache=False)["log"]
 
 
+def _is_of_half(kernel) -> bool:
+    function = kernel.spec["function"]
+    return "fp16" in function and "bf16" not in function
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kernels_compile(family):
-    """Every kernel that the GPU tests run, without local memory or a complaint."""
-    kernels = [item for item in tiles.ALL if item.family == family]
-    assert kernels
+@pytest.mark.parametrize(
+    "half", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["", "half"]
+)
+def test_kernels_compile(half, family):
+    """Every kernel that the GPU tests run, without local memory or a complaint; those
+    that are float16's alone, as bfloat16's but for a type, with --exhaustive."""
+    all_of_family = [item for item in tiles.ALL if item.family == family]
+    kernels = [item for item in all_of_family if _is_of_half(item) == half]
+    assert half or kernels
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         logs = pool.map(compile_log, [item.spec for item in kernels])
         for item, log in zip(kernels, logs, strict=True):
