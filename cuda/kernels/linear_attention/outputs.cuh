@@ -94,7 +94,7 @@ struct Outputs {
                 place.batch);
       tma::load(shared.k_smem[state.stage], params.k, full, tma::Keep::kNormal, 0, token, group,
                 place.batch);
-      // Of 64 values, what L2 fetches with a head's 128 bytes is its neighbour's, who reads it later.
+      // What L2 fetches with 64 values of a head is the next head's, which is read later.
       tma::load(shared.v_smem[state.stage], params.v, full, tma::Keep::kNormal,
                 place.slice * kSlice, token, place.head, place.batch);
       shared.gates[state.stage].load(params.gates, full, place.row(params), place.batch, chunk,
