@@ -1,5 +1,5 @@
-/* A stand-in for libnvrtc.so.13 that compiles whatever it is given to an ELF file's first bytes and the
- * name of its source.
+/* A stand-in for libnvrtc.so.13 that compiles whatever it is given to an ELF file's first
+ * bytes and the name of its source.
  *
  * Opened through TK_JAX_NVRTC, by tests of what is done with all kernels once they are compiled.
  */
