@@ -72,8 +72,8 @@ _FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-DTK_INTERPRETER
 def _precompile_tiles(config) -> None:
     """Has worker processes' compilers begin with the tile library already parsed.
 
-    Half of the time that the interpreter's kernels take to compile is parsing it. What
-    is compiled stays the same, and a compiler of the user's choice is left alone.
+    A third of the time that the interpreter's kernels take to compile is parsing it.
+    What is compiled stays the same; a compiler of the user's choice is left alone.
     """
     compiler = shutil.which("c++")
     if not compiler or {"TK_JAX_CXX", "CXX"} & set(os.environ):

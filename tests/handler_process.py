@@ -56,11 +56,11 @@ class Gpu:
     def __init__(self, *, compiles: bool = False, **environment: str):
         self._environment = environment
         if not compiles:
-            stand_in = {
-                "TK_JAX_NVRTC": _library("fake_nvrtc.c"),
+            compiler = {
+                "TK_JAX_NVRTC": stand_in("fake_nvrtc.c"),
                 "TK_JAX_CACHE_DIR": "off",
             }
-            self._environment = stand_in | environment
+            self._environment = compiler | environment
 
     def run(self, *calls: Call) -> list[Answer]:
         import extension_process
@@ -74,7 +74,7 @@ class Gpu:
         }
         with tempfile.NamedTemporaryFile(suffix=".jsonl") as log:
             environment = extension_process.clean_environment() | {
-                "TK_JAX_LIBCUDA": _library("fake_driver.c"),
+                "TK_JAX_LIBCUDA": stand_in("fake_driver.c"),
                 "TK_JAX_CACHE_DIR": os.environ["TK_JAX_CACHE_DIR"],
                 "FAKE_LOG": log.name,
             }
@@ -92,7 +92,7 @@ class Gpu:
 
 
 @functools.cache
-def _library(name: str) -> str:
+def stand_in(name: str) -> str:
     """Builds a stand-in, which lives as long as this process."""
     folder = tempfile.TemporaryDirectory(prefix="tk_jax_stand_in_")
     atexit.register(folder.cleanup)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 
+import handler_process
 import pytest
 
 import tk_jax
@@ -147,18 +148,9 @@ def test_names_that_match_nothing_are_an_error(wheel):
     assert "no kernel's name contains any of ['no_such_kernel']" in done.stderr
 
 
-@pytest.fixture
-def stand_in(tmp_path):
-    """A compiler that takes no time and makes nothing that runs."""
-    library = tmp_path / "libnvrtc.so.13"
-    source = pathlib.Path(__file__).with_name("fake_nvrtc.c")
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
-    return library
-
-
-def test_everything_that_ops_choose_is_shipped(wheel, tmp_path, stand_in):
+def test_everything_that_ops_choose_is_shipped(wheel, tmp_path):
     """With the compiler's stand-in: the compile gate compiles every one of them."""
-    done = ship(wheel, TK_JAX_NVRTC=str(stand_in))
+    done = ship(wheel, TK_JAX_NVRTC=handler_process.stand_in("fake_nvrtc.c"))
     assert done.returncode == 0, done.stderr
     count = len(list(compile.specialisations()))
     check_installed(wheel, tmp_path / "site", [], count)
