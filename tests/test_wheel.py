@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -60,6 +61,18 @@ def ship(wheel, *arguments, timeout=500, **variables):
         capture_output=True,
         text=True,
         timeout=timeout,
+    )
+
+
+def pack(*flags, folder):
+    script = ROOT / "scripts" / "pack_wheel.py"
+    return subprocess.run(
+        [sys.executable, *flags, str(script), str(folder)],
+        cwd=folder.parent,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
 
 
@@ -167,3 +180,35 @@ def test_wheel_with_everything_is_small_enough(wheel, tmp_path):
     check_installed(wheel, tmp_path / "site", [], count)
     # A wheel on the package index may have 100 MB.
     assert wheel.stat().st_size - size < 20e6
+
+
+def test_an_editable_install_is_packed_whole(tmp_path):
+    try:
+        install = importlib.metadata.distribution("tk_jax")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("tk_jax is not installed")
+    if '"editable": true' not in (install.read_text("direct_url.json") or ""):
+        pytest.skip("tk_jax is not installed in editable mode")
+    done = pack(folder=tmp_path / "wheel")
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "wheel").iterdir()
+    assert done.stdout == f"{path}\n"
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+        info = f"tk_jax-{tk_jax.__version__}.dist-info"
+        record = archive.read(f"{info}/RECORD").decode().splitlines()
+        assert {line.split(",")[0] for line in record} == names
+        archive.extractall(tmp_path / "site")
+    sources = {str(x.relative_to(ROOT)) for x in (ROOT / "tk_jax").rglob("*.py")}
+    assert names >= sources | {f"{info}/METADATA", f"{info}/WHEEL"}
+    assert "tk_jax/cuda/include/tk/tk.cuh" in names
+    assert not any("direct_url" in name or "_editable" in name for name in names)
+    done = installed_compile(tmp_path / "site", f"--only={NAME}", "--help")
+    assert done.returncode == 0, done.stderr
+
+
+def test_packing_without_an_install_says_what_to_do(tmp_path):
+    done = pack("-S", folder=tmp_path / "wheel")
+    assert done.returncode == 1
+    assert "pip install --editable . first" in done.stderr
+    assert not (tmp_path / "wheel").exists()
