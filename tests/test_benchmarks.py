@@ -298,11 +298,15 @@ def test_dispatch_rows(on_cpu, monkeypatch, tmp_path):
 
     arguments = ("attention", "--cases", ATTENTION, "--impls", "tk", "--dispatch")
     assert benchmark(*arguments, "--out", path, measure=measure) == 0
-    row = json.loads(path.read_text())["rows"][0]
-    assert (row["direction"], row["implementation"]) == ("dispatch", "tk")
-    assert (row["median_us"], row["overhead_us"]) == (30.0, 20.0)
+    rows = json.loads(path.read_text())["rows"][:2]
+    assert [row["implementation"] for row in rows] == ["tk", dispatch.ADD]
+    for row in rows:
+        assert row["direction"] == "dispatch"
+        assert (row["median_us"], row["overhead_us"]) == (30.0, 20.0)
     text = table.render(results.read(path), "attention")
-    assert text.endswith("beyond its kernel: tk 20.0 us of 30.0.\n")
+    assert text.endswith(
+        "beyond its kernel: tk 20.0 us of 30.0, q + k + v 20.0 us of 30.0.\n"
+    )
 
 
 def test_committed_results_are_the_readme_s(tmp_path):
