@@ -49,9 +49,9 @@ SETTINGS = {
 }
 
 # What a target says on a CPU once every argument, result and attribute is decoded: only
-# its second operand, the stream, is missing.
+# its first operand, the stage with its stream, is missing.
 _ONLY_THE_STREAM = (
-    r"bad operands at: 1\).*\n.*\n?Failed to get platform stream: "
+    r"bad operands at: 0\).*\n.*\n?Failed to get platform stream: "
     "XLA FFI GPU context is not available"
 )
 
@@ -252,4 +252,4 @@ def test_wrong_attribute_would_be_noticed(monkeypatch):
     )
     with pytest.raises(jax.errors.JaxRuntimeError) as error:
         jax.block_until_ready(jax.jit(lambda: call_attention_forward())())
-    assert "bad operands at: 1)" not in str(error.value)
+    assert "bad operands at: 0)" not in str(error.value)

@@ -133,20 +133,18 @@ void settle_mask(BackwardCall* call, const runtime::Device& device) {
   if (tiles < 2 * resident || 10 * blocks >= 9 * resident) k.mask = attention::Mask::kNone;
 }
 
-Status initialize_backward(int device_ordinal, const BackwardBuffers& buffers,
+Status initialize_backward(const Device& device, const BackwardBuffers& buffers,
                            const attention::Options& options,
                            const attention::BackwardConfig& config) {
   auto call = read_backward(buffers, options, config);
   if (!call.ok()) return call.error();
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  settle_mask(&*call, **device);
+  settle_mask(&*call, device);
   const AttentionBackwardKernels& k = call->kernels;
-  const auto prepare = kernels.load(k.prepare_key(), **device, [&] { return k.prepare_spec(); });
+  const auto prepare = kernels.load(k.prepare_key(), device, [&] { return k.prepare_spec(); });
   if (!prepare.ok()) return prepare.error();
-  const auto main = kernels.load(k.main_key(), **device, [&] { return k.main_spec(); });
+  const auto main = kernels.load(k.main_key(), device, [&] { return k.main_spec(); });
   if (!main.ok()) return main.error();
-  const auto last = kernels.load(k.last_key(), **device, [&] { return k.last_spec(); });
+  const auto last = kernels.load(k.last_key(), device, [&] { return k.last_spec(); });
   return last.ok() ? Status() : last.error();
 }
 
@@ -287,24 +285,21 @@ Status launch_finish(const runtime::Kernel& kernel, runtime::cuda::Stream stream
   return runtime::launch(kernel, stream, {fragments, s.num_heads, s.batch}, &params);
 }
 
-Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const BackwardBuffers& b,
+Status execute_backward(const Execution& on, const BackwardBuffers& b,
                         const attention::Options& options,
                         const attention::BackwardConfig& config) {
   auto call = read_backward(b, options, config);
   if (!call.ok()) return call.error();
   if (call->empty) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  settle_mask(&*call, **device);
+  settle_mask(&*call, on.device);
   const AttentionBackwardKernels& k = call->kernels;
   const auto prepare =
-      find_loaded(kernels, k.prepare_key(), **device, [&] { return k.prepare_spec(); });
+      find_loaded(kernels, k.prepare_key(), on.device, [&] { return k.prepare_spec(); });
   if (!prepare.ok()) return prepare.error();
-  const auto main = find_loaded(kernels, k.main_key(), **device, [&] { return k.main_spec(); });
+  const auto main = find_loaded(kernels, k.main_key(), on.device, [&] { return k.main_spec(); });
   if (!main.ok()) return main.error();
-  const auto last = find_loaded(kernels, k.last_key(), **device, [&] { return k.last_spec(); });
+  const auto last = find_loaded(kernels, k.last_key(), on.device, [&] { return k.last_spec(); });
   if (!last.ok()) return last.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"q", b.q, false},
                   {"k", b.k, false},
@@ -322,51 +317,39 @@ Status execute_backward(int device_ordinal, runtime::cuda::Stream stream, const 
                   {"dq_order", b.dq_order, true}},
                  call->extras);
 
-  if (Status status = launch_prepare(**prepare, stream, b, *call, options); !status.ok()) {
+  if (Status status = launch_prepare(**prepare, on.stream, b, *call, options); !status.ok()) {
     return status;
   }
-  const int multiprocessors = (*device)->multiprocessors;
+  const int multiprocessors = on.device.multiprocessors;
   if (k.wide()) {
-    if (Status status = launch_wide(**main, stream, b, *call, options, config, multiprocessors);
+    if (Status status = launch_wide(**main, on.stream, b, *call, options, config, multiprocessors);
         !status.ok()) {
       return status;
     }
-    return launch_wide_dq(**last, stream, b, *call, options, config, multiprocessors);
+    return launch_wide_dq(**last, on.stream, b, *call, options, config, multiprocessors);
   }
   const Sizes& s = call->sizes;
-  if (Status status = launch_main(**main, stream, b, *call, options, config, **device);
+  if (Status status = launch_main(**main, on.stream, b, *call, options, config, on.device);
       !status.ok()) {
     return status;
   }
-  return launch_finish(**last, stream, b, s, options.scale);
+  return launch_finish(**last, on.stream, b, s, options.scale);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error backward_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                                AnyBuffer out, AnyBuffer lse, AnyBuffer dout, AnyBuffer dlse,
-                                xffi::RemainingArgs extras, Ret dq, Ret dk, Ret dv, Ret delta,
-                                Ret lse_log2, Ret dq_acc, Ret dq_order, attention::Options options,
-                                attention::BackwardConfig config) {
-  return to_ffi(kName, initialize_backward(device,
-                                           {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv, *delta,
-                                            *lse_log2, *dq_acc, *dq_order, extras},
-                                           options, config));
-}
-
-xffi::Error backward_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                             AnyBuffer k, AnyBuffer v, AnyBuffer out, AnyBuffer lse, AnyBuffer dout,
-                             AnyBuffer dlse, xffi::RemainingArgs extras, Ret dq, Ret dk, Ret dv,
-                             Ret delta, Ret lse_log2, Ret dq_acc, Ret dq_order,
-                             attention::Options options, attention::BackwardConfig config) {
-  return to_ffi(kName, explore([&] {
-                  return execute_backward(device, stream,
-                                          {q, k, v, out, lse, dout, dlse, *dq, *dk, *dv, *delta,
-                                           *lse_log2, *dq_acc, *dq_order, extras},
-                                          options, config);
-                }));
+xffi::Error backward(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer out,
+                     AnyBuffer lse, AnyBuffer dout, AnyBuffer dlse, xffi::RemainingArgs extras,
+                     Ret dq, Ret dk, Ret dv, Ret delta, Ret lse_log2, Ret dq_acc, Ret dq_order,
+                     attention::Options options, attention::BackwardConfig config) {
+  const BackwardBuffers buffers = {q,   k,   v,      out,       lse,     dout,      dlse,  *dq,
+                                   *dk, *dv, *delta, *lse_log2, *dq_acc, *dq_order, extras};
+  return run_stage(
+      kName, stage,
+      [&](const Device& device) { return initialize_backward(device, buffers, options, config); },
+      [&](const Execution& on) { return execute_backward(on, buffers, options, config); });
 }
 
 template <typename Binding>
@@ -391,15 +374,8 @@ auto bind_backward(Binding binding) {
       .template Attr<attention::BackwardConfig>("config");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, backward_initialize,
-    bind_backward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kExecute, backward_execute,
-                       bind_backward(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kAttentionBackwardTarget = {kName, kInitialize, kExecute};
+TK_DEFINE_TARGET(kAttentionBackwardTarget, kName, backward, bind_backward);
 
 }  // namespace tk::ffi

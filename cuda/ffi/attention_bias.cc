@@ -71,22 +71,12 @@ Result<Call> read_call(const Buffers& b, const attention::Options& options) {
       *empty};
 }
 
-Status initialize(int device_ordinal, const Buffers& buffers, const attention::Options& options) {
-  const auto call = read_call(buffers, options);
-  if (!call.ok()) return call.error();
-  return load(kernels, call->kernel, device_ordinal);
-}
-
-Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& b,
-               const attention::Options& options) {
+Status execute(const Execution& on, const Buffers& b, const attention::Options& options) {
   const auto call = read_call(b, options);
   if (!call.ok()) return call.error();
   if (call->empty) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, call->kernel, **device);
+  const auto kernel = find_loaded(kernels, call->kernel, on.device);
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"q", b.q, false},
                   {"k", b.k, false},
@@ -120,27 +110,20 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
                              ceil_div(dim(b.dbias, 3), attention::kBiasBlockKv) * dim(b.dbias, 1) *
                              dim(b.dbias, 0);
   if (tiles > kMaxInt) return unsupported("more than 2^31 - 1 tiles of dbias");
-  return runtime::launch(**kernel, stream,
-                         {std::min<std::int64_t>((*device)->multiprocessors, tiles)}, &params);
+  return runtime::launch(**kernel, on.stream,
+                         {std::min<std::int64_t>(on.device.multiprocessors, tiles)}, &params);
 }
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error initialize_binding(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                               AnyBuffer dout, AnyBuffer delta, AnyBuffer lse_log2,
-                               xffi::RemainingArgs extras, Ret dbias, attention::Options options) {
-  return to_ffi(kName,
-                initialize(device, {q, k, v, dout, delta, lse_log2, *dbias, extras}, options));
-}
-
-xffi::Error execute_binding(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                            AnyBuffer k, AnyBuffer v, AnyBuffer dout, AnyBuffer delta,
-                            AnyBuffer lse_log2, xffi::RemainingArgs extras, Ret dbias,
-                            attention::Options options) {
-  return to_ffi(kName, explore([&] {
-                  return execute(device, stream, {q, k, v, dout, delta, lse_log2, *dbias, extras},
-                                 options);
-                }));
+xffi::Error call(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer dout,
+                 AnyBuffer delta, AnyBuffer lse_log2, xffi::RemainingArgs extras, Ret dbias,
+                 attention::Options options) {
+  const Buffers buffers = {q, k, v, dout, delta, lse_log2, *dbias, extras};
+  return run_stage(
+      kName, stage,
+      [&](const Device& device) { return load(kernels, read_call(buffers, options), device); },
+      [&](const Execution& on) { return execute(on, buffers, options); });
 }
 
 template <typename Binding>
@@ -157,15 +140,8 @@ auto bind(Binding binding) {
       .template Attr<attention::Options>("options");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, initialize_binding,
-    bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kExecute, execute_binding,
-                       bind(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kAttentionBiasTarget = {kName, kInitialize, kExecute};
+TK_DEFINE_TARGET(kAttentionBiasTarget, kName, call, bind);
 
 }  // namespace tk::ffi

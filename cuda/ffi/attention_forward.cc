@@ -57,24 +57,13 @@ Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Optio
       *empty};
 }
 
-Status initialize_forward(int device_ordinal, const ForwardBuffers& buffers,
-                          const attention::Options& options,
-                          const attention::ForwardConfig& config) {
-  const auto call = read_forward(buffers, options, config);
-  if (!call.ok()) return call.error();
-  return load(kernels, call->kernel, device_ordinal);
-}
-
-Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const ForwardBuffers& b,
+Status execute_forward(const Execution& on, const ForwardBuffers& b,
                        const attention::Options& options, const attention::ForwardConfig& config) {
   const auto call = read_forward(b, options, config);
   if (!call.ok()) return call.error();
   if (call->empty) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, call->kernel, **device);
+  const auto kernel = find_loaded(kernels, call->kernel, on.device);
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"q", b.q, false},
                   {"k", b.k, false},
@@ -95,27 +84,23 @@ Status execute_forward(int device_ordinal, runtime::cuda::Stream stream, const F
   params.lse = static_cast<float*>(b.lse.untyped_data());
   set_problem(&params, s, call->extras, options);
   const std::int64_t tiles = ceil_div(s.seqlen_q, config.block_q) * s.num_heads * s.batch;
-  const std::int64_t blocks = std::min<std::int64_t>((*device)->multiprocessors, tiles);
-  return runtime::launch(**kernel, stream, {blocks}, &params);
+  const std::int64_t blocks = std::min<std::int64_t>(on.device.multiprocessors, tiles);
+  return runtime::launch(**kernel, on.stream, {blocks}, &params);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error forward_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                               xffi::RemainingArgs extras, Ret out, Ret lse,
-                               attention::Options options, attention::ForwardConfig config) {
-  return to_ffi(kName, initialize_forward(device, {q, k, v, *out, *lse, extras}, options, config));
-}
-
-xffi::Error forward_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                            AnyBuffer k, AnyBuffer v, xffi::RemainingArgs extras, Ret out, Ret lse,
-                            attention::Options options, attention::ForwardConfig config) {
-  return to_ffi(kName, explore([&] {
-                  return execute_forward(device, stream, {q, k, v, *out, *lse, extras}, options,
-                                         config);
-                }));
+xffi::Error forward(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, xffi::RemainingArgs extras,
+                    Ret out, Ret lse, attention::Options options, attention::ForwardConfig config) {
+  const ForwardBuffers buffers = {q, k, v, *out, *lse, extras};
+  return run_stage(
+      kName, stage,
+      [&](const Device& device) {
+        return load(kernels, read_forward(buffers, options, config), device);
+      },
+      [&](const Execution& on) { return execute_forward(on, buffers, options, config); });
 }
 
 template <typename Binding>
@@ -131,15 +116,8 @@ auto bind_forward(Binding binding) {
       .template Attr<attention::ForwardConfig>("config");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, forward_initialize,
-    bind_forward(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kExecute, forward_execute,
-                       bind_forward(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kAttentionForwardTarget = {kName, kInitialize, kExecute};
+TK_DEFINE_TARGET(kAttentionForwardTarget, kName, forward, bind_forward);
 
 }  // namespace tk::ffi

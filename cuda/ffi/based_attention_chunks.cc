@@ -55,22 +55,20 @@ Result<ChunksCall> read_outputs(const OutputsBuffers& b, const BasedConfig& conf
                      });
 }
 
-Status initialize_outputs(int device, const OutputsBuffers& buffers, const BasedConfig& config) {
+Status initialize_outputs(const Device& device, const OutputsBuffers& buffers,
+                          const BasedConfig& config) {
   const auto call = read_outputs(buffers, config);
   return call.ok() ? load_based_kernel(device, call->kernel) : call.error();
 }
 
-Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const OutputsBuffers& b,
+Status execute_outputs(const Execution& on, const OutputsBuffers& b,
                        const GradientsOptions& options, const BasedConfig& config) {
   const auto call = read_outputs(b, config);
   if (!call.ok()) return call.error();
   const LinearAttentionSizes& s = call->sizes;
   if (s.empty()) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_based_kernel(**device, call->kernel);
+  const auto kernel = find_based_kernel(on.device, call->kernel);
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"q", b.q, false},
                   {"k", b.k, false},
@@ -90,7 +88,7 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
   set_based_sizes(&params, s, b.counts);
   params.scale = options.scale;
   params.factors = query_factors(options.scale);
-  return runtime::launch(**kernel, stream, call->grid(), &params);
+  return runtime::launch(**kernel, on.stream, call->grid(), &params);
 }
 
 // -- Gradients ------------------------------------------------------------------------------------
@@ -113,24 +111,20 @@ Result<ChunksCall> read_gradients(const GradientsBuffers& b, const BasedConfig& 
       });
 }
 
-Status initialize_gradients(int device, const GradientsBuffers& buffers,
+Status initialize_gradients(const Device& device, const GradientsBuffers& buffers,
                             const BasedConfig& config) {
   const auto call = read_gradients(buffers, config);
   return call.ok() ? load_based_kernel(device, call->kernel) : call.error();
 }
 
-Status execute_gradients(int device_ordinal, runtime::cuda::Stream stream,
-                         const GradientsBuffers& b, const GradientsOptions& options,
-                         const BasedConfig& config) {
+Status execute_gradients(const Execution& on, const GradientsBuffers& b,
+                         const GradientsOptions& options, const BasedConfig& config) {
   const auto call = read_gradients(b, config);
   if (!call.ok()) return call.error();
   const LinearAttentionSizes& s = call->sizes;
   if (s.empty()) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_based_kernel(**device, call->kernel);
+  const auto kernel = find_based_kernel(on.device, call->kernel);
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"q", b.q, false},
                   {"k", b.k, false},
@@ -158,47 +152,31 @@ Status execute_gradients(int device_ordinal, runtime::cuda::Stream stream,
   params.factors = query_factors(options.scale);
   const std::int64_t tiles = s.chunks() * s.num_groups * s.batch;
   params.tiles = static_cast<int>(tiles);
-  return runtime::launch(**kernel, stream,
-                         {std::min<std::int64_t>((*device)->multiprocessors, tiles)}, &params);
+  return runtime::launch(**kernel, on.stream,
+                         {std::min<std::int64_t>(on.device.multiprocessors, tiles)}, &params);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error outputs_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                               AnyBuffer states, AnyBuffer counts, Ret out, GradientsOptions,
-                               BasedConfig config) {
-  return to_ffi(kOutputsName, initialize_outputs(device, {q, k, v, states, counts, *out}, config));
+xffi::Error outputs(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer states,
+                    AnyBuffer counts, Ret out, GradientsOptions options, BasedConfig config) {
+  const OutputsBuffers buffers = {q, k, v, states, counts, *out};
+  return run_stage(
+      kOutputsName, stage,
+      [&](const Device& device) { return initialize_outputs(device, buffers, config); },
+      [&](const Execution& on) { return execute_outputs(on, buffers, options, config); });
 }
 
-xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                            AnyBuffer k, AnyBuffer v, AnyBuffer states, AnyBuffer counts, Ret out,
-                            GradientsOptions options, BasedConfig config) {
-  return to_ffi(kOutputsName, explore([&] {
-                  return execute_outputs(device, stream, {q, k, v, states, counts, *out}, options,
-                                         config);
-                }));
-}
-
-xffi::Error gradients_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                                 AnyBuffer dout, AnyBuffer states, AnyBuffer dstates,
-                                 AnyBuffer counts, Ret dq, Ret dk, Ret dv, GradientsOptions,
-                                 BasedConfig config) {
-  return to_ffi(kGradientsName,
-                initialize_gradients(
-                    device, {q, k, v, dout, states, dstates, counts, *dq, *dk, *dv}, config));
-}
-
-xffi::Error gradients_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                              AnyBuffer k, AnyBuffer v, AnyBuffer dout, AnyBuffer states,
-                              AnyBuffer dstates, AnyBuffer counts, Ret dq, Ret dk, Ret dv,
-                              GradientsOptions options, BasedConfig config) {
-  return to_ffi(kGradientsName, explore([&] {
-                  return execute_gradients(device, stream,
-                                           {q, k, v, dout, states, dstates, counts, *dq, *dk, *dv},
-                                           options, config);
-                }));
+xffi::Error gradients(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer dout,
+                      AnyBuffer states, AnyBuffer dstates, AnyBuffer counts, Ret dq, Ret dk, Ret dv,
+                      GradientsOptions options, BasedConfig config) {
+  const GradientsBuffers buffers = {q, k, v, dout, states, dstates, counts, *dq, *dk, *dv};
+  return run_stage(
+      kGradientsName, stage,
+      [&](const Device& device) { return initialize_gradients(device, buffers, config); },
+      [&](const Execution& on) { return execute_gradients(on, buffers, options, config); });
 }
 
 template <typename Binding>
@@ -231,24 +209,9 @@ auto bind_gradients(Binding binding) {
       .template Attr<BasedConfig>("config");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kOutputsInitialize, outputs_initialize,
-    bind_outputs(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kOutputsExecute, outputs_execute,
-                       bind_outputs(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(
-    kGradientsInitialize, gradients_initialize,
-    bind_gradients(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kGradientsExecute, gradients_execute,
-                       bind_gradients(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kBasedAttentionChunkOutputsTarget = {kOutputsName, kOutputsInitialize,
-                                                  kOutputsExecute};
-const Target kBasedAttentionGradientsTarget = {kGradientsName, kGradientsInitialize,
-                                               kGradientsExecute};
+TK_DEFINE_TARGET(kBasedAttentionChunkOutputsTarget, kOutputsName, outputs, bind_outputs);
+TK_DEFINE_TARGET(kBasedAttentionGradientsTarget, kGradientsName, gradients, bind_gradients);
 
 }  // namespace tk::ffi

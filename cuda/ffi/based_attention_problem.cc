@@ -53,8 +53,8 @@ Status encode_chunk_states(TensorMap* map, const AnyBuffer& buffer, const Linear
 
 ProductFactors query_factors(float scale) { return {scale, 0.5f * scale * scale, scale * scale}; }
 
-Status load_based_kernel(int device_ordinal, const BasedAttentionKernel& kernel) {
-  return load(kernels, kernel, device_ordinal);
+Status load_based_kernel(const Device& device, const BasedAttentionKernel& kernel) {
+  return load(kernels, kernel, device);
 }
 
 Result<const runtime::Kernel*> find_based_kernel(const Device& device,

@@ -41,7 +41,7 @@ void set_based_sizes(Params* params, const LinearAttentionSizes& s, const AnyBuf
 }
 
 // Compiles or finds the kernel, in the initialize stage.
-Status load_based_kernel(int device_ordinal, const BasedAttentionKernel& kernel);
+Status load_based_kernel(const Device& device, const BasedAttentionKernel& kernel);
 // The kernel that was loaded, in the execute stage.
 Result<const runtime::Kernel*> find_based_kernel(const Device& device,
                                                  const BasedAttentionKernel& kernel);

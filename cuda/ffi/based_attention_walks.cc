@@ -109,23 +109,20 @@ Result<WalkCall> read_states(const StatesBuffers& b, const BasedStatesOptions& o
   return call;
 }
 
-Status initialize_states(int device, const StatesBuffers& buffers,
+Status initialize_states(const Device& device, const StatesBuffers& buffers,
                          const BasedStatesOptions& options, const BasedConfig& config) {
   const auto call = read_states(buffers, options, config);
   return call.ok() ? load_based_kernel(device, call->kernel) : call.error();
 }
 
-Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const StatesBuffers& b,
+Status execute_states(const Execution& on, const StatesBuffers& b,
                       const BasedStatesOptions& options, const BasedConfig& config) {
   const auto call = read_states(b, options, config);
   if (!call.ok()) return call.error();
   const LinearAttentionSizes& s = call->sizes;
   if (s.empty()) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_based_kernel(**device, call->kernel);
+  const auto kernel = find_based_kernel(on.device, call->kernel);
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"keys", b.keys, false},
                   {"values", b.values, false},
@@ -154,8 +151,8 @@ Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const St
   const int pieces = based_attention::state_pieces(static_cast<int>(s.key_dim));
   // Nothing starts after the last.
   const std::int64_t segments = call->segments - (is_given(b.adds) ? 1 : 0);
-  return runtime::launch(**kernel, stream, {s.num_heads * s.slices() * pieces, segments, s.batch},
-                         &params);
+  return runtime::launch(**kernel, on.stream,
+                         {s.num_heads * s.slices() * pieces, segments, s.batch}, &params);
 }
 
 // -- Outputs --------------------------------------------------------------------------------------
@@ -198,23 +195,20 @@ Result<WalkCall> read_outputs(const OutputsBuffers& b, const BasedOutputsOptions
   return call;
 }
 
-Status initialize_outputs(int device, const OutputsBuffers& buffers,
+Status initialize_outputs(const Device& device, const OutputsBuffers& buffers,
                           const BasedOutputsOptions& options, const BasedConfig& config) {
   const auto call = read_outputs(buffers, options, config);
   return call.ok() ? load_based_kernel(device, call->kernel) : call.error();
 }
 
-Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const OutputsBuffers& b,
+Status execute_outputs(const Execution& on, const OutputsBuffers& b,
                        const BasedOutputsOptions& options, const BasedConfig& config) {
   const auto call = read_outputs(b, options, config);
   if (!call.ok()) return call.error();
   const LinearAttentionSizes& s = call->sizes;
   if (s.empty()) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_based_kernel(**device, call->kernel);
+  const auto kernel = find_based_kernel(on.device, call->kernel);
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"q", b.q, false},
                   {"k", b.k, false},
@@ -239,7 +233,7 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
   params.factors = query_factors(options.scale);
   params.factors_are_powers = is_power_of_two(options.scale);
   set_walk(&params, *call, b.counts, b.start, b.to, options.chunks_of_segment);
-  return runtime::launch(**kernel, stream, {s.num_heads * s.slices(), call->segments, s.batch},
+  return runtime::launch(**kernel, on.stream, {s.num_heads * s.slices(), call->segments, s.batch},
                          &params);
 }
 
@@ -247,46 +241,25 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error states_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer values,
-                              AnyBuffer counts, AnyBuffer from, AnyBuffer added, AnyBuffer since,
-                              Ret chunk_states, Ret adds, Ret to, BasedStatesOptions options,
-                              BasedConfig config) {
-  return to_ffi(kStatesName,
-                initialize_states(
-                    device, {keys, values, counts, {from, added, since}, *chunk_states, *adds, *to},
-                    options, config));
+xffi::Error states(Stage stage, AnyBuffer keys, AnyBuffer values, AnyBuffer counts, AnyBuffer from,
+                   AnyBuffer added, AnyBuffer since, Ret chunk_states, Ret adds, Ret to,
+                   BasedStatesOptions options, BasedConfig config) {
+  const StatesBuffers buffers = {keys,          values, counts, {from, added, since},
+                                 *chunk_states, *adds,  *to};
+  return run_stage(
+      kStatesName, stage,
+      [&](const Device& device) { return initialize_states(device, buffers, options, config); },
+      [&](const Execution& on) { return execute_states(on, buffers, options, config); });
 }
 
-xffi::Error states_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer keys,
-                           AnyBuffer values, AnyBuffer counts, AnyBuffer from, AnyBuffer added,
-                           AnyBuffer since, Ret chunk_states, Ret adds, Ret to,
-                           BasedStatesOptions options, BasedConfig config) {
-  return to_ffi(kStatesName, explore([&] {
-                  return execute_states(
-                      device, stream,
-                      {keys, values, counts, {from, added, since}, *chunk_states, *adds, *to},
-                      options, config);
-                }));
-}
-
-xffi::Error outputs_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                               AnyBuffer counts, AnyBuffer from, AnyBuffer added, AnyBuffer since,
-                               AnyBuffer sums, Ret out, Ret to, BasedOutputsOptions options,
-                               BasedConfig config) {
-  return to_ffi(kOutputsName,
-                initialize_outputs(device, {q, k, v, counts, {from, added, since}, sums, *out, *to},
-                                   options, config));
-}
-
-xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                            AnyBuffer k, AnyBuffer v, AnyBuffer counts, AnyBuffer from,
-                            AnyBuffer added, AnyBuffer since, AnyBuffer sums, Ret out, Ret to,
-                            BasedOutputsOptions options, BasedConfig config) {
-  return to_ffi(kOutputsName, explore([&] {
-                  return execute_outputs(device, stream,
-                                         {q, k, v, counts, {from, added, since}, sums, *out, *to},
-                                         options, config);
-                }));
+xffi::Error outputs(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer counts,
+                    AnyBuffer from, AnyBuffer added, AnyBuffer since, AnyBuffer sums, Ret out,
+                    Ret to, BasedOutputsOptions options, BasedConfig config) {
+  const OutputsBuffers buffers = {q, k, v, counts, {from, added, since}, sums, *out, *to};
+  return run_stage(
+      kOutputsName, stage,
+      [&](const Device& device) { return initialize_outputs(device, buffers, options, config); },
+      [&](const Execution& on) { return execute_outputs(on, buffers, options, config); });
 }
 
 template <typename Binding>
@@ -322,22 +295,9 @@ auto bind_outputs(Binding binding) {
       .template Attr<BasedConfig>("config");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kStatesInitialize, states_initialize,
-    bind_states(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kStatesExecute, states_execute,
-                       bind_states(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(
-    kOutputsInitialize, outputs_initialize,
-    bind_outputs(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kOutputsExecute, outputs_execute,
-                       bind_outputs(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kBasedAttentionStatesTarget = {kStatesName, kStatesInitialize, kStatesExecute};
-const Target kBasedAttentionOutputsTarget = {kOutputsName, kOutputsInitialize, kOutputsExecute};
+TK_DEFINE_TARGET(kBasedAttentionStatesTarget, kStatesName, states, bind_states);
+TK_DEFINE_TARGET(kBasedAttentionOutputsTarget, kOutputsName, outputs, bind_outputs);
 
 }  // namespace tk::ffi

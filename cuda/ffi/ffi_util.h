@@ -105,21 +105,59 @@ Result<const runtime::Kernel*> find_loaded(runtime::KernelTable<KernelKey>& tabl
 
 // The initialize stage of a call of one kernel: loads what is not there yet.
 template <typename Key, typename MakeSpec>
-Status load(runtime::KernelTable<Key>& table, const Key& key, int device_ordinal,
+Status load(runtime::KernelTable<Key>& table, const Key& key, const Device& device,
             MakeSpec&& make_spec) {
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = table.load(key, **device, make_spec);
+  const auto kernel = table.load(key, device, make_spec);
   return kernel.ok() ? Status() : kernel.error();
 }
 template <typename Kernel>
-Status load(runtime::KernelTable<KernelKey>& table, const Kernel& kernel, int device_ordinal) {
-  return load(table, kernel.key(), device_ordinal, [&] { return kernel.spec(); });
+Status load(runtime::KernelTable<KernelKey>& table, const Kernel& kernel, const Device& device) {
+  return load(table, kernel.key(), device, [&] { return kernel.spec(); });
+}
+// The same of what a call's buffers were read as, or why they could not be.
+template <typename Call>
+Status load(runtime::KernelTable<KernelKey>& table, const Result<Call>& call,
+            const Device& device) {
+  return call.ok() ? load(table, call->kernel, device) : call.error();
 }
 
-// What a handler is told of where it runs: the GPU and XLA's stream; nothing in the interpreter.
-struct DeviceContext {};
-struct StreamContext {};
+// -- Stages ---------------------------------------------------------------------------------------
+
+// Which stage of a call it is, and where: what a handler is told beside its buffers.
+struct Stage {
+  std::int32_t device;
+  bool executes;
+  runtime::cuda::Stream stream;  // of execute; none in the interpreter
+};
+struct InitializeStage {};
+struct ExecuteStage {};
+
+// Where an execute stage's kernels go; the device's context is current.
+struct Execution {
+  const Device& device;
+  runtime::cuda::Stream stream;
+};
+
+// initialize(device) in the one stage, execute(execution) in the other.
+template <typename Initialize, typename Execute>
+xffi::Error run_stage(const char* target, const Stage& stage, Initialize&& initialize,
+                      Execute&& execute) {
+  const auto device = runtime::open_device(stage.device);
+  if (!device.ok()) return to_ffi(target, device.error());
+  if (!stage.executes) return to_ffi(target, initialize(**device));
+  const runtime::ScopedContext context(**device);
+  return to_ffi(target, explore([&] { return execute(Execution{**device, stage.stream}); }));
+}
+
+// Defines `target`, declared in handlers.h: function(stage, buffers.., attributes..) in both
+// stages, called as `bind` of a binding says. In this namespace, after all that it names.
+#define TK_DEFINE_TARGET(target, name, function, bind)                                           \
+  XLA_FFI_DEFINE_HANDLER(                                                                        \
+      target##Initialize, function,                                                              \
+      bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<InitializeStage>()));        \
+  XLA_FFI_DEFINE_HANDLER(target##Execute, function, bind(xffi::Ffi::Bind().Ctx<ExecuteStage>()), \
+                         {xffi::Traits::kCmdBufferCompatible});                                  \
+  const Target target = {name, target##Initialize, target##Execute}
 
 Error invalid(std::string message);
 Error unsupported(std::string message);
@@ -157,23 +195,29 @@ inline const char* bool_name(bool value) { return value ? "true" : "false"; }
 }  // namespace tk::ffi
 
 template <>
-struct xla::ffi::CtxDecoding<tk::ffi::DeviceContext> {
-  using Type = std::int32_t;
-  template <typename Context>
-  static std::optional<Type> Decode(const XLA_FFI_Api* api, Context* context,
-                                    DiagnosticEngine& diagnostic) {
-    if (tk::ffi::kInterpreted) return 0;
-    return CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
-  }
-};
-
-template <>
-struct xla::ffi::CtxDecoding<tk::ffi::StreamContext> {
-  using Type = tk::runtime::cuda::Stream;
+struct xla::ffi::CtxDecoding<tk::ffi::InitializeStage> {
+  using Type = tk::ffi::Stage;
   template <typename Context>
   static std::optional<Type> Decode(const XLA_FFI_Api* api, Context* context,
                                     DiagnosticEngine& diagnostic) {
     if (tk::ffi::kInterpreted) return Type{};
-    return CtxDecoding<PlatformStream<Type>>::Decode(api, context, diagnostic);
+    const auto device = CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
+    if (!device) return std::nullopt;
+    return Type{*device, false, {}};
+  }
+};
+
+template <>
+struct xla::ffi::CtxDecoding<tk::ffi::ExecuteStage> {
+  using Type = tk::ffi::Stage;
+  template <typename Context>
+  static std::optional<Type> Decode(const XLA_FFI_Api* api, Context* context,
+                                    DiagnosticEngine& diagnostic) {
+    using Stream = CtxDecoding<PlatformStream<tk::runtime::cuda::Stream>>;
+    if (tk::ffi::kInterpreted) return Type{0, true, {}};
+    const auto device = CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
+    const auto stream = Stream::Decode(api, context, diagnostic);
+    if (!device || !stream) return std::nullopt;
+    return Type{*device, true, *stream};
   }
 };

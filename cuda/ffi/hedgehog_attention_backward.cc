@@ -63,22 +63,19 @@ Result<HedgehogSizes> read_queries(const QueriesBuffers& b) {
   return s;
 }
 
-Status initialize_queries(int device, const QueriesBuffers& buffers) {
+Status initialize_queries(const Device& device, const QueriesBuffers& buffers) {
   const auto sizes = read_queries(buffers);
   return sizes.ok() ? load_hedgehog(device, sizes->kernel(Kind::kQueries)) : sizes.error();
 }
 
-Status execute_queries(int device_ordinal, runtime::cuda::Stream stream, const QueriesBuffers& b,
+Status execute_queries(const Execution& on, const QueriesBuffers& b,
                        const HedgehogGradientsOptions& options) {
   const auto sizes = read_queries(b);
   if (!sizes.ok()) return sizes.error();
   const HedgehogSizes& s = *sizes;
   if (s.empty()) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_hedgehog(**device, s.kernel(Kind::kQueries));
+  const auto kernel = find_hedgehog(on.device, s.kernel(Kind::kQueries));
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"q", b.q, false},
                   {"k", b.k, false},
@@ -130,7 +127,7 @@ Status execute_queries(int device_ordinal, runtime::cuda::Stream stream, const Q
   params.dq_rows = token_rows(b.dq);
   params.features_rows = token_rows(b.features);
   params.dscores_rows = token_rows(b.dscores);
-  return runtime::launch(**kernel, stream, {s.places(), s.num_heads, s.batch}, &params);
+  return runtime::launch(**kernel, on.stream, {s.places(), s.num_heads, s.batch}, &params);
 }
 
 // -- Keys -----------------------------------------------------------------------------------------
@@ -166,22 +163,19 @@ Result<HedgehogSizes> read_keys(const KeysBuffers& b) {
   return s;
 }
 
-Status initialize_keys(int device, const KeysBuffers& buffers) {
+Status initialize_keys(const Device& device, const KeysBuffers& buffers) {
   const auto sizes = read_keys(buffers);
   return sizes.ok() ? load_hedgehog(device, sizes->kernel(Kind::kKeys)) : sizes.error();
 }
 
-Status execute_keys(int device_ordinal, runtime::cuda::Stream stream, const KeysBuffers& b,
+Status execute_keys(const Execution& on, const KeysBuffers& b,
                     const HedgehogGradientsOptions& options) {
   const auto sizes = read_keys(b);
   if (!sizes.ok()) return sizes.error();
   const HedgehogSizes& s = *sizes;
   if (s.empty()) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_hedgehog(**device, s.kernel(Kind::kKeys));
+  const auto kernel = find_hedgehog(on.device, s.kernel(Kind::kKeys));
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"q", b.q, false},
                   {"k", b.k, false},
@@ -227,73 +221,43 @@ Status execute_keys(int device_ordinal, runtime::cuda::Stream stream, const Keys
   params.dk_rows = token_rows(b.dk);
   params.dv_rows = token_rows(b.dv);
   params.dscores_rows = token_rows(b.dscores);
-  return runtime::launch(**kernel, stream, {s.places(), s.num_kv_heads, s.batch}, &params);
+  return runtime::launch(**kernel, on.stream, {s.places(), s.num_kv_heads, s.batch}, &params);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error queries_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                               AnyBuffer dout, AnyBuffer q_map, AnyBuffer states,
-                               AnyBuffer normalizers, AnyBuffer alpha, AnyBuffer beta,
-                               AnyBuffer first, AnyBuffer tiles, AnyBuffer counts,
-                               AnyBuffer windows, Ret dq, Ret features, Ret dscores, Ret largest,
-                               Ret peaks, Ret dbeta, Ret dalpha, Ret divisors, Ret delta,
-                               HedgehogGradientsOptions) {
-  return to_ffi(kQueriesName, initialize_queries(device, {q,
-                                                          k,
-                                                          v,
-                                                          dout,
-                                                          q_map,
-                                                          states,
-                                                          normalizers,
-                                                          alpha,
-                                                          beta,
-                                                          first,
-                                                          {tiles, counts, windows},
-                                                          *dq,
-                                                          *features,
-                                                          *dscores,
-                                                          *largest,
-                                                          *peaks,
-                                                          *dbeta,
-                                                          *dalpha,
-                                                          *divisors,
-                                                          *delta}));
-}
-
-xffi::Error queries_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                            AnyBuffer k, AnyBuffer v, AnyBuffer dout, AnyBuffer q_map,
-                            AnyBuffer states, AnyBuffer normalizers, AnyBuffer alpha,
-                            AnyBuffer beta, AnyBuffer first, AnyBuffer tiles, AnyBuffer counts,
-                            AnyBuffer windows, Ret dq, Ret features, Ret dscores, Ret largest,
-                            Ret peaks, Ret dbeta, Ret dalpha, Ret divisors, Ret delta,
-                            HedgehogGradientsOptions options) {
-  return to_ffi(kQueriesName, explore([&] {
-                  return execute_queries(device, stream,
-                                         {q,
-                                          k,
-                                          v,
-                                          dout,
-                                          q_map,
-                                          states,
-                                          normalizers,
-                                          alpha,
-                                          beta,
-                                          first,
-                                          {tiles, counts, windows},
-                                          *dq,
-                                          *features,
-                                          *dscores,
-                                          *largest,
-                                          *peaks,
-                                          *dbeta,
-                                          *dalpha,
-                                          *divisors,
-                                          *delta},
-                                         options);
-                }));
+xffi::Error queries(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer dout,
+                    AnyBuffer q_map, AnyBuffer states, AnyBuffer normalizers, AnyBuffer alpha,
+                    AnyBuffer beta, AnyBuffer first, AnyBuffer tiles, AnyBuffer counts,
+                    AnyBuffer windows, Ret dq, Ret features, Ret dscores, Ret largest, Ret peaks,
+                    Ret dbeta, Ret dalpha, Ret divisors, Ret delta,
+                    HedgehogGradientsOptions options) {
+  const QueriesBuffers buffers = {q,
+                                  k,
+                                  v,
+                                  dout,
+                                  q_map,
+                                  states,
+                                  normalizers,
+                                  alpha,
+                                  beta,
+                                  first,
+                                  {tiles, counts, windows},
+                                  *dq,
+                                  *features,
+                                  *dscores,
+                                  *largest,
+                                  *peaks,
+                                  *dbeta,
+                                  *dalpha,
+                                  *divisors,
+                                  *delta};
+  return run_stage(
+      kQueriesName, stage,
+      [&](const Device& device) { return initialize_queries(device, buffers); },
+      [&](const Execution& on) { return execute_queries(on, buffers, options); });
 }
 
 template <typename Binding>
@@ -324,65 +288,18 @@ auto bind_queries(Binding binding) {
       .template Attr<HedgehogGradientsOptions>("options");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kQueriesInitialize, queries_initialize,
-    bind_queries(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kQueriesExecute, queries_execute,
-                       bind_queries(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
-xffi::Error keys_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                            AnyBuffer dout, AnyBuffer k_map, AnyBuffer dstates,
-                            AnyBuffer dnormalizers, AnyBuffer divisors, AnyBuffer delta,
-                            AnyBuffer largest, AnyBuffer peaks, AnyBuffer beta, AnyBuffer first,
-                            AnyBuffer tiles, AnyBuffer counts, AnyBuffer windows, Ret dk, Ret dv,
-                            Ret dscores, HedgehogGradientsOptions) {
-  return to_ffi(kKeysName, initialize_keys(device, {q,
-                                                    k,
-                                                    v,
-                                                    dout,
-                                                    k_map,
-                                                    dstates,
-                                                    dnormalizers,
-                                                    divisors,
-                                                    delta,
-                                                    largest,
-                                                    peaks,
-                                                    beta,
-                                                    first,
-                                                    {tiles, counts, windows},
-                                                    *dk,
-                                                    *dv,
-                                                    *dscores}));
-}
-
-xffi::Error keys_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                         AnyBuffer k, AnyBuffer v, AnyBuffer dout, AnyBuffer k_map,
-                         AnyBuffer dstates, AnyBuffer dnormalizers, AnyBuffer divisors,
-                         AnyBuffer delta, AnyBuffer largest, AnyBuffer peaks, AnyBuffer beta,
-                         AnyBuffer first, AnyBuffer tiles, AnyBuffer counts, AnyBuffer windows,
-                         Ret dk, Ret dv, Ret dscores, HedgehogGradientsOptions options) {
-  return to_ffi(kKeysName, explore([&] {
-                  return execute_keys(device, stream,
-                                      {q,
-                                       k,
-                                       v,
-                                       dout,
-                                       k_map,
-                                       dstates,
-                                       dnormalizers,
-                                       divisors,
-                                       delta,
-                                       largest,
-                                       peaks,
-                                       beta,
-                                       first,
-                                       {tiles, counts, windows},
-                                       *dk,
-                                       *dv,
-                                       *dscores},
-                                      options);
-                }));
+xffi::Error keys(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer dout,
+                 AnyBuffer k_map, AnyBuffer dstates, AnyBuffer dnormalizers, AnyBuffer divisors,
+                 AnyBuffer delta, AnyBuffer largest, AnyBuffer peaks, AnyBuffer beta,
+                 AnyBuffer first, AnyBuffer tiles, AnyBuffer counts, AnyBuffer windows, Ret dk,
+                 Ret dv, Ret dscores, HedgehogGradientsOptions options) {
+  const KeysBuffers buffers = {
+      q,        k,     v,       dout,  k_map, dstates, dnormalizers,
+      divisors, delta, largest, peaks, beta,  first,   {tiles, counts, windows},
+      *dk,      *dv,   *dscores};
+  return run_stage(
+      kKeysName, stage, [&](const Device& device) { return initialize_keys(device, buffers); },
+      [&](const Execution& on) { return execute_keys(on, buffers, options); });
 }
 
 template <typename Binding>
@@ -410,16 +327,9 @@ auto bind_keys(Binding binding) {
       .template Attr<HedgehogGradientsOptions>("options");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kKeysInitialize, keys_initialize,
-    bind_keys(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kKeysExecute, keys_execute,
-                       bind_keys(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kHedgehogQueriesTarget = {kQueriesName, kQueriesInitialize, kQueriesExecute};
-const Target kHedgehogKeysTarget = {kKeysName, kKeysInitialize, kKeysExecute};
+TK_DEFINE_TARGET(kHedgehogQueriesTarget, kQueriesName, queries, bind_queries);
+TK_DEFINE_TARGET(kHedgehogKeysTarget, kKeysName, keys, bind_keys);
 
 }  // namespace tk::ffi

@@ -78,23 +78,20 @@ Result<Call> read(const Buffers& b, const HedgehogDocumentStatesOptions& options
               states};
 }
 
-Status initialize(int device, const Buffers& buffers,
+Status initialize(const Device& device, const Buffers& buffers,
                   const HedgehogDocumentStatesOptions& options) {
   const auto call = read(buffers, options);
   return call.ok() ? load_hedgehog(device, call->kernel) : call.error();
 }
 
-Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& b,
+Status execute(const Execution& on, const Buffers& b,
                const HedgehogDocumentStatesOptions& options) {
   const auto call = read(b, options);
   if (!call.ok()) return call.error();
   const HedgehogSizes& s = call->sizes;
   if (s.empty()) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_hedgehog(**device, call->kernel);
+  const auto kernel = find_hedgehog(on.device, call->kernel);
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"keys", b.keys, false},
                   {"values", b.values, false},
@@ -130,55 +127,32 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   params.chunks = static_cast<int>(s.chunks());
   params.states = static_cast<int>(call->states);
   params.documents = kernel_documents(b.documents, s, options.shares, 1);
-  return runtime::launch(**kernel, stream, {s.num_heads, call->states, s.batch}, &params);
+  return runtime::launch(**kernel, on.stream, {s.num_heads, call->states, s.batch}, &params);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error on_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer values, AnyBuffer k_map,
-                          AnyBuffer delta, AnyBuffer first, AnyBuffer from,
-                          AnyBuffer from_normalizer, AnyBuffer tiles, AnyBuffer counts,
-                          AnyBuffer windows, Ret stored, Ret normalizers, Ret to, Ret to_normalizer,
-                          HedgehogDocumentStatesOptions options) {
-  return to_ffi(kName, initialize(device,
-                                  {keys,
-                                   values,
-                                   k_map,
-                                   delta,
-                                   first,
-                                   from,
-                                   from_normalizer,
-                                   {tiles, counts, windows},
-                                   *stored,
-                                   *normalizers,
-                                   *to,
-                                   *to_normalizer},
-                                  options));
-}
-
-xffi::Error on_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer keys,
-                       AnyBuffer values, AnyBuffer k_map, AnyBuffer delta, AnyBuffer first,
-                       AnyBuffer from, AnyBuffer from_normalizer, AnyBuffer tiles, AnyBuffer counts,
-                       AnyBuffer windows, Ret stored, Ret normalizers, Ret to, Ret to_normalizer,
-                       HedgehogDocumentStatesOptions options) {
-  return to_ffi(kName, explore([&] {
-                  return execute(device, stream,
-                                 {keys,
-                                  values,
-                                  k_map,
-                                  delta,
-                                  first,
-                                  from,
-                                  from_normalizer,
-                                  {tiles, counts, windows},
-                                  *stored,
-                                  *normalizers,
-                                  *to,
-                                  *to_normalizer},
-                                 options);
-                }));
+xffi::Error call(Stage stage, AnyBuffer keys, AnyBuffer values, AnyBuffer k_map, AnyBuffer delta,
+                 AnyBuffer first, AnyBuffer from, AnyBuffer from_normalizer, AnyBuffer tiles,
+                 AnyBuffer counts, AnyBuffer windows, Ret stored, Ret normalizers, Ret to,
+                 Ret to_normalizer, HedgehogDocumentStatesOptions options) {
+  const Buffers buffers = {keys,
+                           values,
+                           k_map,
+                           delta,
+                           first,
+                           from,
+                           from_normalizer,
+                           {tiles, counts, windows},
+                           *stored,
+                           *normalizers,
+                           *to,
+                           *to_normalizer};
+  return run_stage(
+      kName, stage, [&](const Device& device) { return initialize(device, buffers, options); },
+      [&](const Execution& on) { return execute(on, buffers, options); });
 }
 
 template <typename Binding>
@@ -201,15 +175,8 @@ auto bind(Binding binding) {
       .template Attr<HedgehogDocumentStatesOptions>("options");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, on_initialize,
-    bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kExecute, on_execute,
-                       bind(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kHedgehogDocumentStatesTarget = {kName, kInitialize, kExecute};
+TK_DEFINE_TARGET(kHedgehogDocumentStatesTarget, kName, call, bind);
 
 }  // namespace tk::ffi

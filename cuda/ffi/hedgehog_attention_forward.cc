@@ -51,22 +51,19 @@ Result<HedgehogSizes> read_sums(const SumsBuffers& b, const HedgehogSumsOptions&
   return s;
 }
 
-Status initialize_sums(int device, const SumsBuffers& buffers, const HedgehogSumsOptions& options) {
+Status initialize_sums(const Device& device, const SumsBuffers& buffers,
+                       const HedgehogSumsOptions& options) {
   const auto sizes = read_sums(buffers, options);
   return sizes.ok() ? load_hedgehog(device, sizes->kernel(Kind::kSums)) : sizes.error();
 }
 
-Status execute_sums(int device_ordinal, runtime::cuda::Stream stream, const SumsBuffers& b,
-                    const HedgehogSumsOptions& options) {
+Status execute_sums(const Execution& on, const SumsBuffers& b, const HedgehogSumsOptions& options) {
   const auto sizes = read_sums(b, options);
   if (!sizes.ok()) return sizes.error();
   const HedgehogSizes& s = *sizes;
   if (s.empty()) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_hedgehog(**device, s.kernel(Kind::kSums));
+  const auto kernel = find_hedgehog(on.device, s.kernel(Kind::kSums));
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"k", b.k, false},
                   {"v", b.v, false},
@@ -87,7 +84,7 @@ Status execute_sums(int device_ordinal, runtime::cuda::Stream stream, const Sums
   set_sizes(&params, s);
   params.chunks_of_segment = static_cast<int>(options.chunks_of_segment);
   params.segments = static_cast<int>(dim(b.sums, 2));
-  return runtime::launch(**kernel, stream, {s.num_kv_heads, params.segments, s.batch}, &params);
+  return runtime::launch(**kernel, on.stream, {s.num_kv_heads, params.segments, s.batch}, &params);
 }
 
 // -- Outputs --------------------------------------------------------------------------------------
@@ -165,23 +162,20 @@ Result<HedgehogSizes> read_outputs(const OutputsBuffers& b, const HedgehogOutput
   return s;
 }
 
-Status initialize_outputs(int device, const OutputsBuffers& buffers,
+Status initialize_outputs(const Device& device, const OutputsBuffers& buffers,
                           const HedgehogOutputsOptions& options) {
   const auto sizes = read_outputs(buffers, options);
   return sizes.ok() ? load_hedgehog(device, sizes->kernel(Kind::kOutputs)) : sizes.error();
 }
 
-Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const OutputsBuffers& b,
+Status execute_outputs(const Execution& on, const OutputsBuffers& b,
                        const HedgehogOutputsOptions& options) {
   const auto sizes = read_outputs(b, options);
   if (!sizes.ok()) return sizes.error();
   const HedgehogSizes& s = *sizes;
   if (s.empty()) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_hedgehog(**device, s.kernel(Kind::kOutputs));
+  const auto kernel = find_hedgehog(on.device, s.kernel(Kind::kOutputs));
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"q", b.q, false},
                   {"k", b.k, false},
@@ -221,7 +215,7 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
   params.scale = options.scale;
   params.documents = kernel_documents(b.documents, s, options.shares, options.chunks_of_segment);
   params.out_rows = token_rows(b.out);
-  return runtime::launch(**kernel, stream, {s.num_heads, segments_of(s, options), s.batch},
+  return runtime::launch(**kernel, on.stream, {s.num_heads, segments_of(s, options), s.batch},
                          &params);
 }
 
@@ -229,55 +223,25 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error sums_initialize(std::int32_t device, AnyBuffer k, AnyBuffer v, AnyBuffer k_map,
-                            AnyBuffer first, Ret sums, Ret normalizer,
-                            HedgehogSumsOptions options) {
-  return to_ffi(kSumsName,
-                initialize_sums(device, {k, v, k_map, first, *sums, *normalizer}, options));
+xffi::Error sums(Stage stage, AnyBuffer k, AnyBuffer v, AnyBuffer k_map, AnyBuffer first, Ret sums,
+                 Ret normalizer, HedgehogSumsOptions options) {
+  const SumsBuffers buffers = {k, v, k_map, first, *sums, *normalizer};
+  return run_stage(
+      kSumsName, stage,
+      [&](const Device& device) { return initialize_sums(device, buffers, options); },
+      [&](const Execution& on) { return execute_sums(on, buffers, options); });
 }
 
-xffi::Error sums_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer k,
-                         AnyBuffer v, AnyBuffer k_map, AnyBuffer first, Ret sums, Ret normalizer,
-                         HedgehogSumsOptions options) {
-  return to_ffi(kSumsName, explore([&] {
-                  return execute_sums(device, stream, {k, v, k_map, first, *sums, *normalizer},
-                                      options);
-                }));
-}
-
-xffi::Error outputs_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                               AnyBuffer q_map, AnyBuffer k_map, AnyBuffer weights, AnyBuffer first,
-                               AnyBuffer sums, AnyBuffer normalizer, AnyBuffer tiles,
-                               AnyBuffer counts, AnyBuffer windows, Ret out,
-                               HedgehogOutputsOptions options) {
-  return to_ffi(
-      kOutputsName,
-      initialize_outputs(
-          device,
-          {q, k, v, q_map, k_map, weights, first, sums, normalizer, {tiles, counts, windows}, *out},
-          options));
-}
-
-xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                            AnyBuffer k, AnyBuffer v, AnyBuffer q_map, AnyBuffer k_map,
-                            AnyBuffer weights, AnyBuffer first, AnyBuffer sums,
-                            AnyBuffer normalizer, AnyBuffer tiles, AnyBuffer counts,
-                            AnyBuffer windows, Ret out, HedgehogOutputsOptions options) {
-  return to_ffi(kOutputsName, explore([&] {
-                  return execute_outputs(device, stream,
-                                         {q,
-                                          k,
-                                          v,
-                                          q_map,
-                                          k_map,
-                                          weights,
-                                          first,
-                                          sums,
-                                          normalizer,
-                                          {tiles, counts, windows},
-                                          *out},
-                                         options);
-                }));
+xffi::Error outputs(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer q_map,
+                    AnyBuffer k_map, AnyBuffer weights, AnyBuffer first, AnyBuffer sums,
+                    AnyBuffer normalizer, AnyBuffer tiles, AnyBuffer counts, AnyBuffer windows,
+                    Ret out, HedgehogOutputsOptions options) {
+  const OutputsBuffers buffers = {
+      q, k, v, q_map, k_map, weights, first, sums, normalizer, {tiles, counts, windows}, *out};
+  return run_stage(
+      kOutputsName, stage,
+      [&](const Device& device) { return initialize_outputs(device, buffers, options); },
+      [&](const Execution& on) { return execute_outputs(on, buffers, options); });
 }
 
 template <typename Binding>
@@ -311,22 +275,9 @@ auto bind_outputs(Binding binding) {
       .template Attr<HedgehogOutputsOptions>("options");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kSumsInitialize, sums_initialize,
-    bind_sums(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kSumsExecute, sums_execute,
-                       bind_sums(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(
-    kOutputsInitialize, outputs_initialize,
-    bind_outputs(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kOutputsExecute, outputs_execute,
-                       bind_outputs(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kHedgehogSumsTarget = {kSumsName, kSumsInitialize, kSumsExecute};
-const Target kHedgehogOutputsTarget = {kOutputsName, kOutputsInitialize, kOutputsExecute};
+TK_DEFINE_TARGET(kHedgehogSumsTarget, kSumsName, sums, bind_sums);
+TK_DEFINE_TARGET(kHedgehogOutputsTarget, kOutputsName, outputs, bind_outputs);
 
 }  // namespace tk::ffi

@@ -118,8 +118,8 @@ Status encode_chunk_states(TensorMap* map, const AnyBuffer& buffer, const Hedgeh
   return encode_states(map, buffer, states);
 }
 
-Status load_hedgehog(int device_ordinal, const HedgehogKernel& kernel) {
-  return load(kernels, kernel, device_ordinal);
+Status load_hedgehog(const Device& device, const HedgehogKernel& kernel) {
+  return load(kernels, kernel, device);
 }
 
 Result<const runtime::Kernel*> find_hedgehog(const Device& device, const HedgehogKernel& kernel) {

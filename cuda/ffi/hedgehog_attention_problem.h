@@ -66,7 +66,7 @@ void set_sizes(Params* params, const HedgehogSizes& s) {
 }
 
 // The kernels of both files of handlers, by what they are.
-Status load_hedgehog(int device_ordinal, const HedgehogKernel& kernel);
+Status load_hedgehog(const Device& device, const HedgehogKernel& kernel);
 Result<const runtime::Kernel*> find_hedgehog(const Device& device, const HedgehogKernel& kernel);
 
 }  // namespace tk::ffi

@@ -55,14 +55,13 @@ Result<HedgehogSizes> read(const Buffers& b) {
   return s;
 }
 
-Status initialize(int device, const Buffers& buffers) {
+Status initialize(const Device& device, const Buffers& buffers) {
   const auto sizes = read(buffers);
   return sizes.ok() ? load_hedgehog(device, sizes->kernel(HedgehogKernel::Kind::kStep))
                     : sizes.error();
 }
 
-Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& b,
-               const HedgehogStepOptions& options) {
+Status execute(const Execution& on, const Buffers& b, const HedgehogStepOptions& options) {
   const auto sizes = read(b);
   if (!sizes.ok()) return sizes.error();
   const HedgehogSizes& s = *sizes;
@@ -73,11 +72,8 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
       !status.ok()) {
     return status;
   }
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_hedgehog(**device, s.kernel(HedgehogKernel::Kind::kStep));
+  const auto kernel = find_hedgehog(on.device, s.kernel(HedgehogKernel::Kind::kStep));
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
   declare_arrays({{"query", b.query, false},
                   {"token_key", b.token_key, false},
                   {"token_value", b.token_value, false},
@@ -123,37 +119,24 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   params.key_dim = static_cast<int>(s.key_dim);
   params.value_dim = static_cast<int>(s.value_dim);
   params.scale = options.scale;
-  return runtime::launch(**kernel, stream, {s.num_kv_heads, 1, s.batch}, &params);
+  return runtime::launch(**kernel, on.stream, {s.num_kv_heads, 1, s.batch}, &params);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error ffi_initialize(std::int32_t device, AnyBuffer query, AnyBuffer token_key,
-                           AnyBuffer token_value, AnyBuffer keys, AnyBuffer values, AnyBuffer q_map,
-                           AnyBuffer k_map, AnyBuffer alpha, AnyBuffer beta, AnyBuffer length,
-                           Ret features, Ret key_features, Ret value, Ret decays, Ret numerators,
-                           Ret divisors, Ret next_keys, Ret next_values, HedgehogStepOptions) {
-  return to_ffi(
-      kName, initialize(device, {query, token_key, token_value, keys, values, q_map, k_map, alpha,
-                                 beta, length, *features, *key_features, *value, *decays,
-                                 *numerators, *divisors, *next_keys, *next_values}));
-}
-
-xffi::Error ffi_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer query,
-                        AnyBuffer token_key, AnyBuffer token_value, AnyBuffer keys,
-                        AnyBuffer values, AnyBuffer q_map, AnyBuffer k_map, AnyBuffer alpha,
-                        AnyBuffer beta, AnyBuffer length, Ret features, Ret key_features, Ret value,
-                        Ret decays, Ret numerators, Ret divisors, Ret next_keys, Ret next_values,
-                        HedgehogStepOptions options) {
-  return to_ffi(kName, explore([&] {
-                  return execute(device, stream,
-                                 {query, token_key, token_value, keys, values, q_map, k_map, alpha,
-                                  beta, length, *features, *key_features, *value, *decays,
-                                  *numerators, *divisors, *next_keys, *next_values},
-                                 options);
-                }));
+xffi::Error call(Stage stage, AnyBuffer query, AnyBuffer token_key, AnyBuffer token_value,
+                 AnyBuffer keys, AnyBuffer values, AnyBuffer q_map, AnyBuffer k_map,
+                 AnyBuffer alpha, AnyBuffer beta, AnyBuffer length, Ret features, Ret key_features,
+                 Ret value, Ret decays, Ret numerators, Ret divisors, Ret next_keys,
+                 Ret next_values, HedgehogStepOptions options) {
+  const Buffers buffers = {query,  token_key, token_value, keys,      values,     q_map,
+                           k_map,  alpha,     beta,        length,    *features,  *key_features,
+                           *value, *decays,   *numerators, *divisors, *next_keys, *next_values};
+  return run_stage(
+      kName, stage, [&](const Device& device) { return initialize(device, buffers); },
+      [&](const Execution& on) { return execute(on, buffers, options); });
 }
 
 template <typename Binding>
@@ -180,15 +163,8 @@ auto bind(Binding binding) {
       .template Attr<HedgehogStepOptions>("options");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, ffi_initialize,
-    bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kExecute, ffi_execute,
-                       bind(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kHedgehogStepTarget = {kName, kInitialize, kExecute};
+TK_DEFINE_TARGET(kHedgehogStepTarget, kName, call, bind);
 
 }  // namespace tk::ffi

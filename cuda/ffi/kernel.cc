@@ -119,16 +119,16 @@ void declare_buffers(std::span<const AnyBuffer> buffers, std::size_t num_args) {
   declare_call_arrays(arrays);
 }
 
-Status initialize(int device_ordinal, std::span<const AnyBuffer> buffers,
+Status initialize(const Device& device, std::span<const AnyBuffer> buffers,
                   const KernelSettings& settings, const Lists& lists) {
   const auto spec = read_spec(settings);
   if (!spec.ok()) return spec.error();
   if (const auto params = read_params(buffers, lists); !params.ok()) return params.error();
-  return load(kernels, *spec, device_ordinal, [&] { return checked(*spec); });
+  return load(kernels, *spec, device, [&] { return checked(*spec); });
 }
 
-Status execute(int device_ordinal, runtime::cuda::Stream stream, std::span<const AnyBuffer> buffers,
-               std::size_t num_args, const KernelSettings& settings, const Lists& lists) {
+Status execute(const Execution& on, std::span<const AnyBuffer> buffers, std::size_t num_args,
+               const KernelSettings& settings, const Lists& lists) {
   const auto spec = read_spec(settings);
   if (!spec.ok()) return spec.error();
   auto params = read_params(buffers, lists);
@@ -138,11 +138,8 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, std::span<const
                   [](const AnyBuffer& result) { return result.element_count() == 0; })) {
     return {};
   }
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, *spec, **device, [&] { return checked(*spec); });
+  const auto kernel = find_loaded(kernels, *spec, on.device, [&] { return checked(*spec); });
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
   if (kInterpreted) declare_buffers(buffers, num_args);
   for (std::size_t i = 0; i < buffers.size(); ++i) {
     const std::int64_t rows = lists.map_tiles[2 * i], columns = lists.map_tiles[2 * i + 1];
@@ -151,7 +148,7 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, std::span<const
       return status;
     }
   }
-  return runtime::launch(**kernel, stream, {settings.grid_x, settings.grid_y, settings.grid_z},
+  return runtime::launch(**kernel, on.stream, {settings.grid_x, settings.grid_y, settings.grid_z},
                          &*params);
 }
 
@@ -171,23 +168,16 @@ Result<std::vector<AnyBuffer>> gather(xffi::RemainingArgs args, xffi::RemainingR
   return buffers;
 }
 
-xffi::Error ffi_initialize(std::int32_t device, xffi::RemainingArgs args, xffi::RemainingRets rets,
-                           const KernelSettings& settings, xffi::Span<const std::int64_t> map_tiles,
-                           xffi::Span<const float> scalars) {
+xffi::Error call(Stage stage, xffi::RemainingArgs args, xffi::RemainingRets rets,
+                 const KernelSettings& settings, xffi::Span<const std::int64_t> map_tiles,
+                 xffi::Span<const float> scalars) {
   const auto buffers = gather(args, rets);
   if (!buffers.ok()) return to_ffi(kName, buffers.error());
-  return to_ffi(kName, initialize(device, *buffers, settings, {map_tiles, scalars}));
-}
-
-xffi::Error ffi_execute(std::int32_t device, runtime::cuda::Stream stream, xffi::RemainingArgs args,
-                        xffi::RemainingRets rets, const KernelSettings& settings,
-                        xffi::Span<const std::int64_t> map_tiles, xffi::Span<const float> scalars) {
-  const auto buffers = gather(args, rets);
-  if (!buffers.ok()) return to_ffi(kName, buffers.error());
-  return to_ffi(kName, explore([&] {
-                  return execute(device, stream, *buffers, args.size(), settings,
-                                 {map_tiles, scalars});
-                }));
+  const Lists lists = {map_tiles, scalars};
+  return run_stage(
+      kName, stage,
+      [&](const Device& device) { return initialize(device, *buffers, settings, lists); },
+      [&](const Execution& on) { return execute(on, *buffers, args.size(), settings, lists); });
 }
 
 template <typename Binding>
@@ -200,15 +190,8 @@ auto bind(Binding binding) {
       .template Attr<xffi::Span<const float>>("scalars");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, ffi_initialize,
-    bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kExecute, ffi_execute,
-                       bind(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kKernelTarget = {kName, kInitialize, kExecute};
+TK_DEFINE_TARGET(kKernelTarget, kName, call, bind);
 
 }  // namespace tk::ffi

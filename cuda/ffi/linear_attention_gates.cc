@@ -45,13 +45,13 @@ Result<GateSizes> read_sums(const SumsBuffers& b, const ChunkSumsOptions& option
   return s;
 }
 
-Status initialize_sums(int device, const SumsBuffers& buffers, const ChunkSumsOptions& options) {
+Status initialize_sums(const Device& device, const SumsBuffers& buffers,
+                       const ChunkSumsOptions& options) {
   const auto sizes = read_sums(buffers, options);
   return sizes.ok() ? load(kernels, kSums, device) : sizes.error();
 }
 
-Status execute_sums(int device, runtime::cuda::Stream stream, const SumsBuffers& b,
-                    const ChunkSumsOptions& options) {
+Status execute_sums(const Execution& on, const SumsBuffers& b, const ChunkSumsOptions& options) {
   const auto sizes = read_sums(b, options);
   if (!sizes.ok()) return sizes.error();
   if (sizes->batch == 0) return {};
@@ -65,7 +65,7 @@ Status execute_sums(int device, runtime::cuda::Stream stream, const SumsBuffers&
   params.x_head_stride = heads == 1 ? 0 : 1;
   params.scale = options.scale;
   params.least = options.least;
-  return launch_gates(kernels, kSums, device, stream, *sizes, &params);
+  return launch_gates(kernels, kSums, on, *sizes, &params);
 }
 
 // -- Gradients of gates ---------------------------------------------------------------------------
@@ -87,12 +87,12 @@ Result<GateSizes> read_gradients(const GradientsBuffers& b) {
   return s;
 }
 
-Status initialize_gradients(int device, const GradientsBuffers& buffers) {
+Status initialize_gradients(const Device& device, const GradientsBuffers& buffers) {
   const auto sizes = read_gradients(buffers);
   return sizes.ok() ? load(kernels, kGradients, device) : sizes.error();
 }
 
-Status execute_gradients(int device, runtime::cuda::Stream stream, const GradientsBuffers& b) {
+Status execute_gradients(const Execution& on, const GradientsBuffers& b) {
   const auto sizes = read_gradients(b);
   if (!sizes.ok()) return sizes.error();
   if (sizes->batch == 0) return {};
@@ -104,35 +104,28 @@ Status execute_gradients(int device, runtime::cuda::Stream stream, const Gradien
   linear_attention::GateGradientsParams params = {};
   params.parts = kernel_gate_parts(b.parts);
   params.dgates = floats(b.dgates);
-  return launch_gates(kernels, kGradients, device, stream, *sizes, &params);
+  return launch_gates(kernels, kGradients, on, *sizes, &params);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error sums_initialize(std::int32_t device, AnyBuffer x, Ret sums, ChunkSumsOptions options) {
-  return to_ffi(kSumsName, initialize_sums(device, {x, *sums}, options));
+xffi::Error sums(Stage stage, AnyBuffer x, Ret sums, ChunkSumsOptions options) {
+  const SumsBuffers buffers = {x, *sums};
+  return run_stage(
+      kSumsName, stage,
+      [&](const Device& device) { return initialize_sums(device, buffers, options); },
+      [&](const Execution& on) { return execute_sums(on, buffers, options); });
 }
 
-xffi::Error sums_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer x, Ret sums,
-                         ChunkSumsOptions options) {
-  return to_ffi(kSumsName,
-                explore([&] { return execute_sums(device, stream, {x, *sums}, options); }));
-}
-
-xffi::Error gradients_initialize(std::int32_t device, AnyBuffer as_query, AnyBuffer as_key,
-                                 AnyBuffer to_state, AnyBuffer through, Ret dgates) {
-  return to_ffi(kGradientsName,
-                initialize_gradients(device, {{as_query, as_key, to_state, through}, *dgates}));
-}
-
-xffi::Error gradients_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer as_query,
-                              AnyBuffer as_key, AnyBuffer to_state, AnyBuffer through, Ret dgates) {
-  return to_ffi(kGradientsName, explore([&] {
-                  return execute_gradients(device, stream,
-                                           {{as_query, as_key, to_state, through}, *dgates});
-                }));
+xffi::Error gradients(Stage stage, AnyBuffer as_query, AnyBuffer as_key, AnyBuffer to_state,
+                      AnyBuffer through, Ret dgates) {
+  const GradientsBuffers buffers = {{as_query, as_key, to_state, through}, *dgates};
+  return run_stage(
+      kGradientsName, stage,
+      [&](const Device& device) { return initialize_gradients(device, buffers); },
+      [&](const Execution& on) { return execute_gradients(on, buffers); });
 }
 
 template <typename Binding>
@@ -153,23 +146,9 @@ auto bind_gradients(Binding binding) {
       .template Ret<AnyBuffer>();  // dgates
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kSumsInitialize, sums_initialize,
-    bind_sums(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kSumsExecute, sums_execute,
-                       bind_sums(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(
-    kGradientsInitialize, gradients_initialize,
-    bind_gradients(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kGradientsExecute, gradients_execute,
-                       bind_gradients(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kLinearAttentionChunkSumsTarget = {kSumsName, kSumsInitialize, kSumsExecute};
-const Target kLinearAttentionGateGradientsTarget = {kGradientsName, kGradientsInitialize,
-                                                    kGradientsExecute};
+TK_DEFINE_TARGET(kLinearAttentionChunkSumsTarget, kSumsName, sums, bind_sums);
+TK_DEFINE_TARGET(kLinearAttentionGateGradientsTarget, kGradientsName, gradients, bind_gradients);
 
 }  // namespace tk::ffi

@@ -32,18 +32,15 @@ inline Status check_gate_sizes(const GateSizes& s) {
 // Blocks of a chunk of sixteen heads.
 template <typename Params>
 Status launch_gates(runtime::KernelTable<KernelKey>& kernels,
-                    const LinearAttentionGateKernel& kernel, int device_ordinal,
-                    runtime::cuda::Stream stream, const GateSizes& s, Params* params) {
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto loaded = find_loaded(kernels, kernel, **device);
+                    const LinearAttentionGateKernel& kernel, const Execution& on,
+                    const GateSizes& s, Params* params) {
+  const auto loaded = find_loaded(kernels, kernel, on.device);
   if (!loaded.ok()) return loaded.error();
-  const runtime::ScopedContext context(**device);
   params->batch = static_cast<int>(s.batch);
   params->seqlen = static_cast<int>(s.seqlen);
   params->num_heads = static_cast<int>(s.num_heads);
   return runtime::launch(
-      **loaded, stream,
+      **loaded, on.stream,
       {s.chunks(), ceil_div(s.num_heads, linear_attention::kHeadsOfBlock), s.batch}, params);
 }
 

@@ -63,23 +63,14 @@ Result<Call> read_call(const Buffers& b, const GradientsConfig& config) {
   return Call{s, {s.dtype, tile, features_of(b.gates) | skip, config}};
 }
 
-Status initialize(int device_ordinal, const Buffers& buffers, const GradientsConfig& config) {
-  const auto call = read_call(buffers, config);
-  if (!call.ok()) return call.error();
-  return load(kernels, call->kernel, device_ordinal);
-}
-
-Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& b,
-               const GradientsOptions& options, const GradientsConfig& config) {
+Status execute(const Execution& on, const Buffers& b, const GradientsOptions& options,
+               const GradientsConfig& config) {
   const auto call = read_call(b, config);
   if (!call.ok()) return call.error();
   const LinearAttentionSizes& s = call->sizes;
   if (s.empty()) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, call->kernel, **device);
+  const auto kernel = find_loaded(kernels, call->kernel, on.device);
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"q", b.q, false},
                   {"k", b.k, false},
@@ -125,35 +116,25 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   const std::int64_t places =
       s.batch * s.num_groups * s.chunks() * linear_attention::gradients_parts(call->kernel.key_dim);
   params.places = static_cast<int>(places);
-  const auto blocks = std::min<std::int64_t>(places, (*device)->multiprocessors);
-  return runtime::launch(**kernel, stream, {blocks, 1, 1}, &params);
+  const auto blocks = std::min<std::int64_t>(places, on.device.multiprocessors);
+  return runtime::launch(**kernel, on.stream, {blocks, 1, 1}, &params);
 }
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error initialize_binding(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                               AnyBuffer dout, AnyBuffer states, AnyBuffer dstates, AnyBuffer sums,
-                               AnyBuffer weights, AnyBuffer counts, AnyBuffer skip, Ret dq, Ret dk,
-                               Ret dv, Ret as_query, Ret as_key, Ret to_state, Ret through,
-                               Ret dweights, Ret dskip, GradientsOptions, GradientsConfig config) {
+xffi::Error call(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer dout,
+                 AnyBuffer states, AnyBuffer dstates, AnyBuffer sums, AnyBuffer weights,
+                 AnyBuffer counts, AnyBuffer skip, Ret dq, Ret dk, Ret dv, Ret as_query, Ret as_key,
+                 Ret to_state, Ret through, Ret dweights, Ret dskip, GradientsOptions options,
+                 GradientsConfig config) {
   const Buffers buffers = {
       q,        k,         v,     dout, states,    dstates, {sums, weights, counts},
       skip,     *dq,       *dk,   *dv,  *as_query, *as_key, *to_state,
       *through, *dweights, *dskip};
-  return to_ffi(kName, initialize(device, buffers, config));
-}
-
-xffi::Error execute_binding(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                            AnyBuffer k, AnyBuffer v, AnyBuffer dout, AnyBuffer states,
-                            AnyBuffer dstates, AnyBuffer sums, AnyBuffer weights, AnyBuffer counts,
-                            AnyBuffer skip, Ret dq, Ret dk, Ret dv, Ret as_query, Ret as_key,
-                            Ret to_state, Ret through, Ret dweights, Ret dskip,
-                            GradientsOptions options, GradientsConfig config) {
-  const Buffers buffers = {
-      q,        k,         v,     dout, states,    dstates, {sums, weights, counts},
-      skip,     *dq,       *dk,   *dv,  *as_query, *as_key, *to_state,
-      *through, *dweights, *dskip};
-  return to_ffi(kName, explore([&] { return execute(device, stream, buffers, options, config); }));
+  return run_stage(
+      kName, stage,
+      [&](const Device& device) { return load(kernels, read_call(buffers, config), device); },
+      [&](const Execution& on) { return execute(on, buffers, options, config); });
 }
 
 template <typename Binding>
@@ -182,15 +163,8 @@ auto bind(Binding binding) {
       .template Attr<GradientsConfig>("config");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, initialize_binding,
-    bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kExecute, execute_binding,
-                       bind(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kLinearAttentionGradientsTarget = {kName, kInitialize, kExecute};
+TK_DEFINE_TARGET(kLinearAttentionGradientsTarget, kName, call, bind);
 
 }  // namespace tk::ffi

@@ -55,20 +55,17 @@ Result<StartsSizes> read_starts(const StartsBuffers& b) {
   return s;
 }
 
-Status initialize_starts(int device, const StartsBuffers& buffers) {
+Status initialize_starts(const Device& device, const StartsBuffers& buffers) {
   const auto sizes = read_starts(buffers);
   return sizes.ok() ? load(kernels, kStarts, device) : sizes.error();
 }
 
-Status execute_starts(int device_ordinal, runtime::cuda::Stream stream, const StartsBuffers& b) {
+Status execute_starts(const Execution& on, const StartsBuffers& b) {
   const auto s = read_starts(b);
   if (!s.ok()) return s.error();
   if (s->batch == 0) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, kStarts, **device);
+  const auto kernel = find_loaded(kernels, kStarts, on.device);
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
   declare_arrays({{"first", b.first, false},
                   {"kept", b.kept, false},
                   {"added", b.added, false},
@@ -81,7 +78,7 @@ Status execute_starts(int device_ordinal, runtime::cuda::Stream stream, const St
   params.segments = static_cast<int>(s->segments);
   params.size = static_cast<int>(s->size);
   return runtime::launch(
-      **kernel, stream,
+      **kernel, on.stream,
       {s->batch * s->num_heads, ceil_div(s->size, linear_attention::kStartsElements), 1}, &params);
 }
 
@@ -134,13 +131,7 @@ Result<SpreadCall> read_spread(const SpreadBuffers& b, const SpreadOptions& opti
   return SpreadCall{s, {is_of_states ? Name::kSpreadStates : Name::kSpreadOut, s.dtype}, segments};
 }
 
-Status initialize_spread(int device, const SpreadBuffers& buffers, const SpreadOptions& options) {
-  const auto call = read_spread(buffers, options);
-  return call.ok() ? load(kernels, call->kernel, device) : call.error();
-}
-
-Status execute_spread(int device_ordinal, runtime::cuda::Stream stream, const SpreadBuffers& b,
-                      const SpreadOptions& options) {
+Status execute_spread(const Execution& on, const SpreadBuffers& b, const SpreadOptions& options) {
   const auto call = read_spread(b, options);
   if (!call.ok()) return call.error();
   const LinearAttentionSizes& s = call->sizes;
@@ -151,11 +142,8 @@ Status execute_spread(int device_ordinal, runtime::cuda::Stream stream, const Sp
       !status.ok()) {
     return status;
   }
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, call->kernel, **device);
+  const auto kernel = find_loaded(kernels, call->kernel, on.device);
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
   declare_arrays({{"marks", b.marks, false},
                   {"ends", b.ends, false},
                   {"results", b.results, false},
@@ -173,42 +161,28 @@ Status execute_spread(int device_ordinal, runtime::cuda::Stream stream, const Sp
   params.chunks = static_cast<int>(s.chunks());
   params.chunks_of_segment = static_cast<int>(options.chunks_of_segment);
   params.stored_every = static_cast<int>(options.stored_every);
-  return runtime::launch(**kernel, stream, {s.num_heads * s.slices(), call->segments - 1, s.batch},
-                         &params);
+  return runtime::launch(**kernel, on.stream,
+                         {s.num_heads * s.slices(), call->segments - 1, s.batch}, &params);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error starts_initialize(std::int32_t device, AnyBuffer first, AnyBuffer kept, AnyBuffer added,
-                              Ret starts) {
-  return to_ffi(kStartsName, initialize_starts(device, {first, kept, added, *starts}));
+xffi::Error starts(Stage stage, AnyBuffer first, AnyBuffer kept, AnyBuffer added, Ret starts) {
+  const StartsBuffers buffers = {first, kept, added, *starts};
+  return run_stage(
+      kStartsName, stage, [&](const Device& device) { return initialize_starts(device, buffers); },
+      [&](const Execution& on) { return execute_starts(on, buffers); });
 }
 
-xffi::Error starts_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer first,
-                           AnyBuffer kept, AnyBuffer added, Ret starts) {
-  return to_ffi(kStartsName, explore([&] {
-                  return execute_starts(device, stream, {first, kept, added, *starts});
-                }));
-}
-
-xffi::Error spread_initialize(std::int32_t device, AnyBuffer like, AnyBuffer marks, AnyBuffer ends,
-                              AnyBuffer results, Ret new_ends, Ret new_results,
-                              SpreadOptions options) {
-  return to_ffi(
-      kSpreadName,
-      initialize_spread(device, {like, marks, ends, results, *new_ends, *new_results}, options));
-}
-
-xffi::Error spread_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer like,
-                           AnyBuffer marks, AnyBuffer ends, AnyBuffer results, Ret new_ends,
-                           Ret new_results, SpreadOptions options) {
-  return to_ffi(kSpreadName, explore([&] {
-                  return execute_spread(device, stream,
-                                        {like, marks, ends, results, *new_ends, *new_results},
-                                        options);
-                }));
+xffi::Error spread(Stage stage, AnyBuffer like, AnyBuffer marks, AnyBuffer ends, AnyBuffer results,
+                   Ret new_ends, Ret new_results, SpreadOptions options) {
+  const SpreadBuffers buffers = {like, marks, ends, results, *new_ends, *new_results};
+  return run_stage(
+      kSpreadName, stage,
+      [&](const Device& device) { return load(kernels, read_spread(buffers, options), device); },
+      [&](const Execution& on) { return execute_spread(on, buffers, options); });
 }
 
 template <typename Binding>
@@ -232,21 +206,9 @@ auto bind_spread(Binding binding) {
       .template Attr<SpreadOptions>("options");
 }
 
-auto initializing() {
-  return xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>();
-}
-auto executing() { return xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>(); }
-
-XLA_FFI_DEFINE_HANDLER(kStartsInitialize, starts_initialize, bind_starts(initializing()));
-XLA_FFI_DEFINE_HANDLER(kStartsExecute, starts_execute, bind_starts(executing()),
-                       {xffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kSpreadInitialize, spread_initialize, bind_spread(initializing()));
-XLA_FFI_DEFINE_HANDLER(kSpreadExecute, spread_execute, bind_spread(executing()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kLinearAttentionSegmentStartsTarget = {kStartsName, kStartsInitialize, kStartsExecute};
-const Target kLinearAttentionSpreadTarget = {kSpreadName, kSpreadInitialize, kSpreadExecute};
+TK_DEFINE_TARGET(kLinearAttentionSegmentStartsTarget, kStartsName, starts, bind_starts);
+TK_DEFINE_TARGET(kLinearAttentionSpreadTarget, kSpreadName, spread, bind_spread);
 
 }  // namespace tk::ffi

@@ -70,10 +70,6 @@ Result<Call> with_kernel(const GateSizes& sizes, Name name, const AnyBuffer& raw
   return Call{sizes, {name, *dtype}};
 }
 
-Status initialize(int device, const Result<Call>& call) {
-  return call.ok() ? load(kernels, call->kernel, device) : call.error();
-}
-
 // -- Gates ----------------------------------------------------------------------------------------
 
 struct GatesBuffers {
@@ -113,8 +109,7 @@ Result<Call> read_gates(const GatesBuffers& b) {
   return with_kernel(*s, Name::kStepGates, b.steps.raw);
 }
 
-Status execute_gates(int device, runtime::cuda::Stream stream, const GatesBuffers& b,
-                     const StepOptions& options) {
+Status execute_gates(const Execution& on, const GatesBuffers& b, const StepOptions& options) {
   const auto call = read_gates(b);
   if (!call.ok()) return call.error();
   if (call->sizes.batch == 0) return {};
@@ -132,7 +127,7 @@ Status execute_gates(int device, runtime::cuda::Stream stream, const GatesBuffer
   params.weights = floats(b.weights);
   params.skip_columns = optional_floats(b.skip_columns);
   params.columns = is_given(b.skip) ? static_cast<int>(dim(b.skip_columns, 1)) : 0;
-  return launch_gates(kernels, call->kernel, device, stream, call->sizes, &params);
+  return launch_gates(kernels, call->kernel, on, call->sizes, &params);
 }
 
 // -- Gradients ------------------------------------------------------------------------------------
@@ -174,7 +169,7 @@ Result<Call> read_gradients(const GradientsBuffers& b) {
   return with_kernel(*s, Name::kStepGradients, b.steps.raw);
 }
 
-Status execute_gradients(int device, runtime::cuda::Stream stream, const GradientsBuffers& b,
+Status execute_gradients(const Execution& on, const GradientsBuffers& b,
                          const StepOptions& options) {
   const auto call = read_gradients(b);
   if (!call.ok()) return call.error();
@@ -198,7 +193,7 @@ Status execute_gradients(int device, runtime::cuda::Stream stream, const Gradien
   params.draw = b.draw.untyped_data();
   params.head_parts = floats(b.head_parts);
   params.columns = is_given(b.dskip) ? static_cast<int>(dim(b.dskip, 3)) : 0;
-  return launch_gates(kernels, call->kernel, device, stream, call->sizes, &params);
+  return launch_gates(kernels, call->kernel, on, call->sizes, &params);
 }
 
 // -- Sums -----------------------------------------------------------------------------------------
@@ -241,13 +236,12 @@ Result<HeadSumsSizes> read_head_sums(const HeadSumsBuffers& b) {
   return s;
 }
 
-Status initialize_head_sums(int device, const HeadSumsBuffers& buffers) {
+Status initialize_head_sums(const Device& device, const HeadSumsBuffers& buffers) {
   const auto sizes = read_head_sums(buffers);
   return sizes.ok() ? load(kernels, kHeadSums, device) : sizes.error();
 }
 
-Status execute_head_sums(int device_ordinal, runtime::cuda::Stream stream,
-                         const HeadSumsBuffers& b) {
+Status execute_head_sums(const Execution& on, const HeadSumsBuffers& b) {
   const auto s = read_head_sums(b);
   if (!s.ok()) return s.error();
   if (s->batch == 0 || s->num_heads == 0) return {};
@@ -260,13 +254,10 @@ Status execute_head_sums(int device_ordinal, runtime::cuda::Stream stream,
   for (std::size_t i = 0; i < kHeadParts; ++i) params.sums[i] = optional_floats(b.sums[i]);
   params.rows = static_cast<int>(s->rows);
   params.num_heads = static_cast<int>(s->num_heads);
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto loaded = find_loaded(kernels, kHeadSums, **device);
+  const auto loaded = find_loaded(kernels, kHeadSums, on.device);
   if (!loaded.ok()) return loaded.error();
-  const runtime::ScopedContext context(**device);
   return runtime::launch(
-      **loaded, stream,
+      **loaded, on.stream,
       {ceil_div(s->num_heads, linear_attention::kHeadsOfBlock), kHeadParts, s->batch}, &params);
 }
 
@@ -274,65 +265,34 @@ Status execute_head_sums(int device_ordinal, runtime::cuda::Stream stream,
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error gates_initialize(std::int32_t device, AnyBuffer raw, AnyBuffer rates, AnyBuffer biases,
-                             AnyBuffer skip, Ret sums, Ret weights, Ret skip_columns, StepOptions) {
-  return to_ffi(
-      kGatesName,
-      initialize(device, read_gates({{raw, rates, biases}, skip, *sums, *weights, *skip_columns})));
+xffi::Error gates(Stage stage, AnyBuffer raw, AnyBuffer rates, AnyBuffer biases, AnyBuffer skip,
+                  Ret sums, Ret weights, Ret skip_columns, StepOptions options) {
+  const GatesBuffers buffers = {{raw, rates, biases}, skip, *sums, *weights, *skip_columns};
+  return run_stage(
+      kGatesName, stage,
+      [&](const Device& device) { return load(kernels, read_gates(buffers), device); },
+      [&](const Execution& on) { return execute_gates(on, buffers, options); });
 }
 
-xffi::Error gates_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer raw,
-                          AnyBuffer rates, AnyBuffer biases, AnyBuffer skip, Ret sums, Ret weights,
-                          Ret skip_columns, StepOptions options) {
-  return to_ffi(kGatesName, explore([&] {
-                  return execute_gates(device, stream,
-                                       {{raw, rates, biases}, skip, *sums, *weights, *skip_columns},
-                                       options);
-                }));
+xffi::Error gradients(Stage stage, AnyBuffer raw, AnyBuffer rates, AnyBuffer biases,
+                      AnyBuffer as_query, AnyBuffer as_key, AnyBuffer to_state, AnyBuffer through,
+                      AnyBuffer dweights, AnyBuffer dskip, Ret draw, Ret head_parts,
+                      StepOptions options) {
+  const GradientsBuffers buffers = {
+      {raw, rates, biases}, {as_query, as_key, to_state, through}, dweights, dskip, *draw,
+      *head_parts};
+  return run_stage(
+      kGradientsName, stage,
+      [&](const Device& device) { return load(kernels, read_gradients(buffers), device); },
+      [&](const Execution& on) { return execute_gradients(on, buffers, options); });
 }
 
-xffi::Error gradients_initialize(std::int32_t device, AnyBuffer raw, AnyBuffer rates,
-                                 AnyBuffer biases, AnyBuffer as_query, AnyBuffer as_key,
-                                 AnyBuffer to_state, AnyBuffer through, AnyBuffer dweights,
-                                 AnyBuffer dskip, Ret draw, Ret head_parts, StepOptions) {
-  return to_ffi(kGradientsName,
-                initialize(device, read_gradients({{raw, rates, biases},
-                                                   {as_query, as_key, to_state, through},
-                                                   dweights,
-                                                   dskip,
-                                                   *draw,
-                                                   *head_parts})));
-}
-
-xffi::Error gradients_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer raw,
-                              AnyBuffer rates, AnyBuffer biases, AnyBuffer as_query,
-                              AnyBuffer as_key, AnyBuffer to_state, AnyBuffer through,
-                              AnyBuffer dweights, AnyBuffer dskip, Ret draw, Ret head_parts,
-                              StepOptions options) {
-  return to_ffi(kGradientsName, explore([&] {
-                  return execute_gradients(device, stream,
-                                           {{raw, rates, biases},
-                                            {as_query, as_key, to_state, through},
-                                            dweights,
-                                            dskip,
-                                            *draw,
-                                            *head_parts},
-                                           options);
-                }));
-}
-
-xffi::Error head_sums_initialize(std::int32_t device, AnyBuffer head_parts, Ret drates, Ret dbiases,
-                                 Ret dskip) {
-  return to_ffi(kHeadSumsName,
-                initialize_head_sums(device, {head_parts, {*drates, *dbiases, *dskip}}));
-}
-
-xffi::Error head_sums_execute(std::int32_t device, runtime::cuda::Stream stream,
-                              AnyBuffer head_parts, Ret drates, Ret dbiases, Ret dskip) {
-  return to_ffi(kHeadSumsName, explore([&] {
-                  return execute_head_sums(device, stream,
-                                           {head_parts, {*drates, *dbiases, *dskip}});
-                }));
+xffi::Error head_sums(Stage stage, AnyBuffer head_parts, Ret drates, Ret dbiases, Ret dskip) {
+  const HeadSumsBuffers buffers = {head_parts, {*drates, *dbiases, *dskip}};
+  return run_stage(
+      kHeadSumsName, stage,
+      [&](const Device& device) { return initialize_head_sums(device, buffers); },
+      [&](const Execution& on) { return execute_head_sums(on, buffers); });
 }
 
 template <typename Binding>
@@ -374,27 +334,10 @@ auto bind_head_sums(Binding binding) {
       .template Ret<AnyBuffer>();  // dskip, or of size 0
 }
 
-auto initializing() {
-  return xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>();
-}
-auto executing() { return xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>(); }
-
-XLA_FFI_DEFINE_HANDLER(kGatesInitialize, gates_initialize, bind_gates(initializing()));
-XLA_FFI_DEFINE_HANDLER(kGatesExecute, gates_execute, bind_gates(executing()),
-                       {xffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kGradientsInitialize, gradients_initialize, bind_gradients(initializing()));
-XLA_FFI_DEFINE_HANDLER(kGradientsExecute, gradients_execute, bind_gradients(executing()),
-                       {xffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kHeadSumsInitialize, head_sums_initialize, bind_head_sums(initializing()));
-XLA_FFI_DEFINE_HANDLER(kHeadSumsExecute, head_sums_execute, bind_head_sums(executing()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kLinearAttentionStepGatesTarget = {kGatesName, kGatesInitialize, kGatesExecute};
-const Target kLinearAttentionStepGradientsTarget = {kGradientsName, kGradientsInitialize,
-                                                    kGradientsExecute};
-const Target kLinearAttentionHeadSumsTarget = {kHeadSumsName, kHeadSumsInitialize,
-                                               kHeadSumsExecute};
+TK_DEFINE_TARGET(kLinearAttentionStepGatesTarget, kGatesName, gates, bind_gates);
+TK_DEFINE_TARGET(kLinearAttentionStepGradientsTarget, kGradientsName, gradients, bind_gradients);
+TK_DEFINE_TARGET(kLinearAttentionHeadSumsTarget, kHeadSumsName, head_sums, bind_head_sums);
 
 }  // namespace tk::ffi

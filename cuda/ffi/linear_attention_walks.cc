@@ -117,24 +117,14 @@ Result<WalkCall> read_segment_sums(const SegmentSumsBuffers& b, const SegmentSum
   return call;
 }
 
-Status initialize_segment_sums(int device, const SegmentSumsBuffers& buffers,
-                               const SegmentSumsOptions& options, const WalkConfig& config) {
-  const auto call = read_segment_sums(buffers, options, config);
-  return call.ok() ? load(kernels, call->kernel, device) : call.error();
-}
-
-Status execute_segment_sums(int device_ordinal, runtime::cuda::Stream stream,
-                            const SegmentSumsBuffers& b, const SegmentSumsOptions& options,
-                            const WalkConfig& config) {
+Status execute_segment_sums(const Execution& on, const SegmentSumsBuffers& b,
+                            const SegmentSumsOptions& options, const WalkConfig& config) {
   const auto call = read_segment_sums(b, options, config);
   if (!call.ok()) return call.error();
   const LinearAttentionSizes& s = call->sizes;
   if (s.empty()) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, call->kernel, **device);
+  const auto kernel = find_loaded(kernels, call->kernel, on.device);
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"keys", b.keys, false},
                   {"values", b.values, false},
@@ -153,7 +143,7 @@ Status execute_segment_sums(int device_ordinal, runtime::cuda::Stream stream,
   params.left_out = options.of_all ? 0 : 1;
   params.kept = floats(b.kept);
   set_walk(&params, *call, b.gates, b.to, options.chunks_of_segment, options.scale);
-  return runtime::launch(**kernel, stream, grid_of(*call, call->segments - params.left_out),
+  return runtime::launch(**kernel, on.stream, grid_of(*call, call->segments - params.left_out),
                          &params);
 }
 
@@ -188,23 +178,14 @@ Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& option
                    options.chunks_of_segment, config, b.from, b.ends);
 }
 
-Status initialize_states(int device, const StatesBuffers& buffers, const StatesOptions& options,
-                         const WalkConfig& config) {
-  const auto call = read_states(buffers, options, config);
-  return call.ok() ? load(kernels, call->kernel, device) : call.error();
-}
-
-Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const StatesBuffers& b,
-                      const StatesOptions& options, const WalkConfig& config) {
+Status execute_states(const Execution& on, const StatesBuffers& b, const StatesOptions& options,
+                      const WalkConfig& config) {
   const auto call = read_states(b, options, config);
   if (!call.ok()) return call.error();
   const LinearAttentionSizes& s = call->sizes;
   if (s.empty()) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, call->kernel, **device);
+  const auto kernel = find_loaded(kernels, call->kernel, on.device);
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"keys", b.keys, false},
                   {"values", b.values, false},
@@ -227,7 +208,7 @@ Status execute_states(int device_ordinal, runtime::cuda::Stream stream, const St
     return status;
   }
   set_walk(&params, *call, b.gates, b.ends.to, options.chunks_of_segment, options.scale);
-  return runtime::launch(**kernel, stream, grid_of(*call, call->segments), &params);
+  return runtime::launch(**kernel, on.stream, grid_of(*call, call->segments), &params);
 }
 
 // -- Outputs --------------------------------------------------------------------------------------
@@ -258,23 +239,14 @@ Result<WalkCall> read_outputs(const OutputsBuffers& b, const OutputsOptions& opt
                    config, b.from, b.ends);
 }
 
-Status initialize_outputs(int device, const OutputsBuffers& buffers, const OutputsOptions& options,
-                          const WalkConfig& config) {
-  const auto call = read_outputs(buffers, options, config);
-  return call.ok() ? load(kernels, call->kernel, device) : call.error();
-}
-
-Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const OutputsBuffers& b,
-                       const OutputsOptions& options, const WalkConfig& config) {
+Status execute_outputs(const Execution& on, const OutputsBuffers& b, const OutputsOptions& options,
+                       const WalkConfig& config) {
   const auto call = read_outputs(b, options, config);
   if (!call.ok()) return call.error();
   const LinearAttentionSizes& s = call->sizes;
   if (s.empty()) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, call->kernel, **device);
+  const auto kernel = find_loaded(kernels, call->kernel, on.device);
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"q", b.q, false},
                   {"k", b.k, false},
@@ -299,73 +271,49 @@ Status execute_outputs(int device_ordinal, runtime::cuda::Stream stream, const O
   params.skip = optional_floats(b.skip);
   params.from = optional_floats(b.from);
   set_walk(&params, *call, b.gates, b.ends.to, options.chunks_of_segment, options.scale);
-  return runtime::launch(**kernel, stream, grid_of(*call, call->segments), &params);
+  return runtime::launch(**kernel, on.stream, grid_of(*call, call->segments), &params);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error segment_sums_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer values,
-                                    AnyBuffer sums, AnyBuffer weights, AnyBuffer counts, Ret to,
-                                    Ret kept, SegmentSumsOptions options, WalkConfig config) {
-  return to_ffi(kSegmentSumsName,
-                initialize_segment_sums(device, {keys, values, {sums, weights, counts}, *to, *kept},
-                                        options, config));
+xffi::Error segment_sums(Stage stage, AnyBuffer keys, AnyBuffer values, AnyBuffer sums,
+                         AnyBuffer weights, AnyBuffer counts, Ret to, Ret kept,
+                         SegmentSumsOptions options, WalkConfig config) {
+  const SegmentSumsBuffers buffers = {keys, values, {sums, weights, counts}, *to, *kept};
+  return run_stage(
+      kSegmentSumsName, stage,
+      [&](const Device& device) {
+        return load(kernels, read_segment_sums(buffers, options, config), device);
+      },
+      [&](const Execution& on) { return execute_segment_sums(on, buffers, options, config); });
 }
 
-xffi::Error segment_sums_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer keys,
-                                 AnyBuffer values, AnyBuffer sums, AnyBuffer weights,
-                                 AnyBuffer counts, Ret to, Ret kept, SegmentSumsOptions options,
-                                 WalkConfig config) {
-  return to_ffi(kSegmentSumsName, explore([&] {
-                  return execute_segment_sums(device, stream,
-                                              {keys, values, {sums, weights, counts}, *to, *kept},
-                                              options, config);
-                }));
+xffi::Error states(Stage stage, AnyBuffer keys, AnyBuffer values, AnyBuffer sums, AnyBuffer weights,
+                   AnyBuffer counts, AnyBuffer from, Ret stored, Ret to, Ret marks,
+                   StatesOptions options, WalkConfig config) {
+  const StatesBuffers buffers = {keys, values,  {sums, weights, counts},
+                                 from, *stored, {*to, *marks}};
+  return run_stage(
+      kStatesName, stage,
+      [&](const Device& device) {
+        return load(kernels, read_states(buffers, options, config), device);
+      },
+      [&](const Execution& on) { return execute_states(on, buffers, options, config); });
 }
 
-xffi::Error states_initialize(std::int32_t device, AnyBuffer keys, AnyBuffer values, AnyBuffer sums,
-                              AnyBuffer weights, AnyBuffer counts, AnyBuffer from, Ret stored,
-                              Ret to, Ret marks, StatesOptions options, WalkConfig config) {
-  return to_ffi(kStatesName,
-                initialize_states(
-                    device, {keys, values, {sums, weights, counts}, from, *stored, {*to, *marks}},
-                    options, config));
-}
-
-xffi::Error states_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer keys,
-                           AnyBuffer values, AnyBuffer sums, AnyBuffer weights, AnyBuffer counts,
-                           AnyBuffer from, Ret stored, Ret to, Ret marks, StatesOptions options,
-                           WalkConfig config) {
-  return to_ffi(kStatesName, explore([&] {
-                  return execute_states(
-                      device, stream,
-                      {keys, values, {sums, weights, counts}, from, *stored, {*to, *marks}},
-                      options, config);
-                }));
-}
-
-xffi::Error outputs_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                               AnyBuffer sums, AnyBuffer weights, AnyBuffer counts, AnyBuffer skip,
-                               AnyBuffer from, Ret out, Ret to, Ret marks, OutputsOptions options,
-                               WalkConfig config) {
-  return to_ffi(kOutputsName,
-                initialize_outputs(
-                    device, {q, k, v, {sums, weights, counts}, skip, from, *out, {*to, *marks}},
-                    options, config));
-}
-
-xffi::Error outputs_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q,
-                            AnyBuffer k, AnyBuffer v, AnyBuffer sums, AnyBuffer weights,
-                            AnyBuffer counts, AnyBuffer skip, AnyBuffer from, Ret out, Ret to,
-                            Ret marks, OutputsOptions options, WalkConfig config) {
-  return to_ffi(kOutputsName, explore([&] {
-                  return execute_outputs(
-                      device, stream,
-                      {q, k, v, {sums, weights, counts}, skip, from, *out, {*to, *marks}}, options,
-                      config);
-                }));
+xffi::Error outputs(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer sums,
+                    AnyBuffer weights, AnyBuffer counts, AnyBuffer skip, AnyBuffer from, Ret out,
+                    Ret to, Ret marks, OutputsOptions options, WalkConfig config) {
+  const OutputsBuffers buffers = {q,    k,    v,    {sums, weights, counts},
+                                  skip, from, *out, {*to, *marks}};
+  return run_stage(
+      kOutputsName, stage,
+      [&](const Device& device) {
+        return load(kernels, read_outputs(buffers, options, config), device);
+      },
+      [&](const Execution& on) { return execute_outputs(on, buffers, options, config); });
 }
 
 template <typename Binding>
@@ -416,31 +364,11 @@ auto bind_outputs(Binding binding) {
       .template Attr<WalkConfig>("config");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kSegmentSumsInitialize, segment_sums_initialize,
-    bind_segment_sums(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(
-    kSegmentSumsExecute, segment_sums_execute,
-    bind_segment_sums(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-    {xffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(
-    kStatesInitialize, states_initialize,
-    bind_states(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kStatesExecute, states_execute,
-                       bind_states(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(
-    kOutputsInitialize, outputs_initialize,
-    bind_outputs(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kOutputsExecute, outputs_execute,
-                       bind_outputs(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kLinearAttentionSegmentSumsTarget = {kSegmentSumsName, kSegmentSumsInitialize,
-                                                  kSegmentSumsExecute};
-const Target kLinearAttentionStatesTarget = {kStatesName, kStatesInitialize, kStatesExecute};
-const Target kLinearAttentionOutputsTarget = {kOutputsName, kOutputsInitialize, kOutputsExecute};
+TK_DEFINE_TARGET(kLinearAttentionSegmentSumsTarget, kSegmentSumsName, segment_sums,
+                 bind_segment_sums);
+TK_DEFINE_TARGET(kLinearAttentionStatesTarget, kStatesName, states, bind_states);
+TK_DEFINE_TARGET(kLinearAttentionOutputsTarget, kOutputsName, outputs, bind_outputs);
 
 }  // namespace tk::ffi

@@ -96,27 +96,24 @@ Status encode_matrix(TensorMap* map, const AnyBuffer& buffer, runtime::DataType 
   return runtime::encode_tensor_map(map, buffer.untyped_data(), {dtype, dims, strides, box, 128});
 }
 
-Status initialize(int device_ordinal, const Buffers& buffers, const matmul::Options& options,
+Status initialize(const Device& device, const Buffers& buffers, const matmul::Options& options,
                   const matmul::Config& config) {
   const auto call = read_call(buffers, options, config);
   if (!call.ok()) return call.error();
-  if (Status status = load(kernels, call->kernel, device_ordinal); !status.ok()) return status;
+  if (Status status = load(kernels, call->kernel, device); !status.ok()) return status;
   const auto tiles = count_tiles(*call);
   return tiles.ok() ? Status() : tiles.error();
 }
 
-Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& buffers,
-               const matmul::Options& options, const matmul::Config& config) {
+Status execute(const Execution& on, const Buffers& buffers, const matmul::Options& options,
+               const matmul::Config& config) {
   const auto call = read_call(buffers, options, config);
   if (!call.ok()) return call.error();
   if (buffers.c.element_count() == 0) return {};
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, call->kernel, **device);
+  const auto kernel = find_loaded(kernels, call->kernel, on.device);
   if (!kernel.ok()) return kernel.error();
   const auto tiles = count_tiles(*call);
   if (!tiles.ok()) return tiles.error();
-  const runtime::ScopedContext context(**device);
 
   declare_arrays({{"a", buffers.a, false}, {"b", buffers.b, false}, {"c", buffers.c, true}});
 
@@ -137,21 +134,19 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   params.batch = static_cast<int>(call->batch);
   params.batch_a = static_cast<int>(call->batch_a);
   params.batch_b = static_cast<int>(call->batch_b);
-  const std::int64_t resident = (*device)->multiprocessors / config.cluster_m * config.cluster_m;
-  return runtime::launch(**kernel, stream, {std::min(resident, *tiles)}, &params);
+  const std::int64_t resident = on.device.multiprocessors / config.cluster_m * config.cluster_m;
+  return runtime::launch(**kernel, on.stream, {std::min(resident, *tiles)}, &params);
 }
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error ffi_initialize(std::int32_t device, AnyBuffer a, AnyBuffer b, Ret c,
-                           matmul::Options options, matmul::Config config) {
-  return to_ffi(kName, initialize(device, {a, b, *c}, options, config));
-}
-
-xffi::Error ffi_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer a, AnyBuffer b,
-                        Ret c, matmul::Options options, matmul::Config config) {
-  return to_ffi(kName,
-                explore([&] { return execute(device, stream, {a, b, *c}, options, config); }));
+xffi::Error call(Stage stage, AnyBuffer a, AnyBuffer b, Ret c, matmul::Options options,
+                 matmul::Config config) {
+  const Buffers buffers = {a, b, *c};
+  return run_stage(
+      kName, stage,
+      [&](const Device& device) { return initialize(device, buffers, options, config); },
+      [&](const Execution& on) { return execute(on, buffers, options, config); });
 }
 
 template <typename Binding>
@@ -164,15 +159,8 @@ auto bind(Binding binding) {
       .template Attr<matmul::Config>("config");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, ffi_initialize,
-    bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kExecute, ffi_execute,
-                       bind(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kMatmulTarget = {kName, kInitialize, kExecute};
+TK_DEFINE_TARGET(kMatmulTarget, kName, call, bind);
 
 }  // namespace tk::ffi

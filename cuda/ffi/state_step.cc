@@ -142,7 +142,7 @@ StateStepKernel kernel_of(const Sizes& s, const StateStepOptions& options,
           options.normalize, config.columns, s.queries,           options.taylor};
 }
 
-Status initialize(int device, const Buffers& buffers, const StateStepOptions& options,
+Status initialize(const Device& device, const Buffers& buffers, const StateStepOptions& options,
                   const StateStepConfig& config) {
   const auto sizes = read(buffers, options);
   if (!sizes.ok()) return sizes.error();
@@ -164,8 +164,8 @@ state_step::Gate gate(const AnyBuffer& buffer) {
   return gate;
 }
 
-Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& b,
-               const StateStepOptions& options, const StateStepConfig& config) {
+Status execute(const Execution& on, const Buffers& b, const StateStepOptions& options,
+               const StateStepConfig& config) {
   const auto sizes = read(b, options);
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
@@ -176,11 +176,8 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
       !status.ok()) {
     return status;
   }
-  const auto device = runtime::open_device(device_ordinal);
-  if (!device.ok()) return device.error();
-  const auto kernel = find_loaded(kernels, kernel_of(s, options, config), **device);
+  const auto kernel = find_loaded(kernels, kernel_of(s, options, config), on.device);
   if (!kernel.ok()) return kernel.error();
-  const runtime::ScopedContext context(**device);
   declare_arrays({{"q", b.q, false},
                   {"k", b.k, false},
                   {"v", b.v, false},
@@ -223,35 +220,25 @@ Status execute(int device_ordinal, runtime::cuda::Stream stream, const Buffers& 
   params.taylor_dim = static_cast<int>(s.given_dim);
   params.taylor_scale = options.scale;
   params.scale = options.taylor ? 1.0f : options.scale;
-  return runtime::launch(**kernel, stream, {s.batch * s.num_heads * params.parts, 1, 1}, &params);
+  return runtime::launch(**kernel, on.stream, {s.batch * s.num_heads * params.parts, 1, 1},
+                         &params);
 }
 
 // -- Bindings -------------------------------------------------------------------------------------
 
 using Ret = xffi::Result<AnyBuffer>;
 
-xffi::Error ffi_initialize(std::int32_t device, AnyBuffer q, AnyBuffer k, AnyBuffer v,
-                           AnyBuffer decays, AnyBuffer weights, AnyBuffer skip,
-                           AnyBuffer numerators, AnyBuffer divisors, AnyBuffer state,
-                           AnyBuffer normalizer, Ret out, Ret next_state, Ret next_normalizer,
-                           StateStepOptions options, StateStepConfig config) {
-  return to_ffi(kName, initialize(device,
-                                  {q, k, v, decays, weights, skip, numerators, divisors, state,
-                                   normalizer, *out, *next_state, *next_normalizer},
-                                  options, config));
-}
-
-xffi::Error ffi_execute(std::int32_t device, runtime::cuda::Stream stream, AnyBuffer q, AnyBuffer k,
-                        AnyBuffer v, AnyBuffer decays, AnyBuffer weights, AnyBuffer skip,
-                        AnyBuffer numerators, AnyBuffer divisors, AnyBuffer state,
-                        AnyBuffer normalizer, Ret out, Ret next_state, Ret next_normalizer,
-                        StateStepOptions options, StateStepConfig config) {
-  return to_ffi(kName, explore([&] {
-                  return execute(device, stream,
-                                 {q, k, v, decays, weights, skip, numerators, divisors, state,
-                                  normalizer, *out, *next_state, *next_normalizer},
-                                 options, config);
-                }));
+xffi::Error call(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer decays,
+                 AnyBuffer weights, AnyBuffer skip, AnyBuffer numerators, AnyBuffer divisors,
+                 AnyBuffer state, AnyBuffer normalizer, Ret out, Ret next_state,
+                 Ret next_normalizer, StateStepOptions options, StateStepConfig config) {
+  const Buffers buffers = {
+      q,     k,          v,    decays,      weights,         skip, numerators, divisors,
+      state, normalizer, *out, *next_state, *next_normalizer};
+  return run_stage(
+      kName, stage,
+      [&](const Device& device) { return initialize(device, buffers, options, config); },
+      [&](const Execution& on) { return execute(on, buffers, options, config); });
 }
 
 template <typename Binding>
@@ -274,15 +261,8 @@ auto bind(Binding binding) {
       .template Attr<StateStepConfig>("config");
 }
 
-XLA_FFI_DEFINE_HANDLER(
-    kInitialize, ffi_initialize,
-    bind(xffi::Ffi::Bind<xffi::ExecutionStage::kInitialize>().Ctx<DeviceContext>()));
-XLA_FFI_DEFINE_HANDLER(kExecute, ffi_execute,
-                       bind(xffi::Ffi::Bind().Ctx<DeviceContext>().Ctx<StreamContext>()),
-                       {xffi::Traits::kCmdBufferCompatible});
-
 }  // namespace
 
-const Target kStateStepTarget = {kName, kInitialize, kExecute};
+TK_DEFINE_TARGET(kStateStepTarget, kName, call, bind);
 
 }  // namespace tk::ffi
