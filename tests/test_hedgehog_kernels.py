@@ -202,6 +202,16 @@ def test_a_token_that_is_not_a_number_reaches_no_chunk_before_it():
             np.testing.assert_array_equal(out[:, 71:], expected[:, 71:])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_one_token_is_its_value(dtype):
+    """Whatever it weighs: to the last bit, as for the definition."""
+    case = Case(1, heads=(16, 16), dtype=dtype)
+    arrays = rounded(arrays_of(case), dtype, EXACT)
+    arrays["beta"] = jnp.float32(np.geomspace(1e-6, 1e8, 16))
+    (out,) = public(case)(**arrays)
+    np.testing.assert_array_equal(out, arrays["v"])
+
+
 def test_without_weights_there_is_nothing_to_divide():
     case = Case(130)
     arrays = rounded(arrays_of(case), case.dtype, EXACT)

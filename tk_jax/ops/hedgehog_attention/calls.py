@@ -83,7 +83,7 @@ def outputs(
         q_map,
         k_map,
         # One operand: what they come from, gates mostly, is then one kernel of XLA.
-        jnp.stack([alpha, beta]),
+        _mixing_weights(alpha, beta, q.dtype),
         _ffi.optional(first, jnp.int32),
         *map(_ffi.optional, start),
         *_operands(documents),
@@ -95,6 +95,23 @@ def outputs(
         ),
     )
     return out
+
+
+def _mixing_weights(alpha, beta, dtype):
+    """alpha and beta, [2, H], by one factor for each head: out is a quotient of both.
+
+    The larger is about 2^12, so that float16 has room for both and for what is far
+    less, and beta is a number of ``dtype``: weights are rounded to it, the divisor is
+    not, and the largest weight of a near key is beta itself. Of a query that sees one
+    key, out would be as wrong as beta is rounded.
+    """
+    top = jax.lax.reduce_precision(jnp.maximum(alpha, beta), 8, 0)  # a power of two
+    unit = jnp.where((top > 0) & jnp.isfinite(top), top / 2**12, 1)
+    alpha, beta = alpha / unit, beta / unit
+    info = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(beta, info.nexp, info.nmant)
+    factor = jnp.where(rounded > 0, rounded / beta, 1)
+    return jnp.stack([alpha * factor, jnp.where(rounded > 0, rounded, beta)])
 
 
 class QueryGradients(NamedTuple):
