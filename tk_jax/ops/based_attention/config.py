@@ -18,6 +18,7 @@ from tk_jax.ops.linear_attention.config import (
     KERNEL_DTYPES,
     MAX_GRID,
     MAX_ROWS,
+    ONES,
     SLICE,
     padded_tokens,
     round_up,
@@ -128,7 +129,7 @@ def unsupported(q, v, *, normalize: bool = False) -> str | None:
         return f"dtype {jnp.dtype(q.dtype).name} (it takes bfloat16 and float16)"
     if normalize and q.dtype == jnp.float16:
         return "normalize in float16 (of which the sums may exceed the range)"
-    return exceeded_limit(q.shape, (*v.shape[:-1], v.shape[-1] + normalize))
+    return exceeded_limit(q.shape, (*v.shape[:-1], v.shape[-1] + ONES * normalize))
 
 
 def exceeded_limit(q_shape, v_shape) -> str | None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from tk_jax.ops import _chunks
 from tk_jax.ops.based_attention import config, order, scan
-from tk_jax.ops.linear_attention import chunk as chunks
+from tk_jax.ops.linear_attention import quotient
 from tk_jax.ops.linear_attention.config import LinearAttentionOptions
 from tk_jax.ops.linear_attention.vjp import document_starts, pad_columns
 
@@ -76,16 +75,10 @@ def _to_kernel(arrays):
 
 def _scan_of_ones(settings, arrays):
     """The denominators are the outputs of values that are one."""
-    v, state = arrays.v, arrays.state
-    ones = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-    if state is not None:
-        state = jnp.concatenate([state[0], state[1][..., None]], axis=-1)
-    out, state = _scan(settings, arrays._replace(v=ones, state=state))
-    out = out.astype(jnp.float32)
-    out = chunks.divide(out[..., :-1], out[..., -1])
-    if state is not None:
-        state = state[..., :-1], state[..., -1]
-    return out.astype(v.dtype), state
+    state = None if arrays.state is None else quotient.join(*arrays.state)
+    given = arrays._replace(v=quotient.with_ones(arrays.v), state=state)
+    out, state = _scan(settings, given)
+    return quotient.divided(out), None if state is None else quotient.split(state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

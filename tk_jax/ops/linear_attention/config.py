@@ -22,6 +22,7 @@ PAIR = 2  # chunks that share a stored state
 SLICE = 64
 MAX_KEY_DIM = 256
 HEAD_PARTS = 3
+ONES = 2  # more columns of values, where outputs are divided (quotient.py)
 # Rows, which the copy engine reads, are padded to multiples of this ...
 DIM_STEP = 8
 # ... and in tiles to multiples of this.
@@ -290,7 +291,7 @@ def unsupported(q, v, *, normalize: bool = False) -> str | None:
         return f"keys of {q.shape[-1]} dimensions (it takes up to {MAX_KEY_DIM})"
     if normalize and q.dtype == jnp.float16:
         return "normalize in float16 (of which the sums may exceed the range)"
-    return exceeded_limit((*v.shape[:-1], v.shape[-1] + normalize))
+    return exceeded_limit((*v.shape[:-1], v.shape[-1] + ONES * normalize))
 
 
 def exceeded_limit(v_shape) -> str | None:

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from tk_jax import _dispatch
 from tk_jax.ops import _chunks
-from tk_jax.ops.linear_attention import chunk as chunks
-from tk_jax.ops.linear_attention import config, scan
+from tk_jax.ops.linear_attention import config, quotient, scan
 
 
 def differentiable(choice: _dispatch.Choice, tk: Callable, xla: Callable) -> Callable:
@@ -96,17 +95,14 @@ def kernel_linear_attention(
     ``tiles`` is for tuning. The state that is returned is None unless ``return_state``.
     """
     *batch, seqlen, _, key_dim = q.shape
-    value_dim = v.shape[-1]
     fold = functools.partial(_chunks.fold, num_batch_axes=len(batch))
     unfold = functools.partial(_chunks.unfold, batch=batch)
     if log_decay is not None:
         log_decay = log_decay.astype(jnp.float32)
         log_decay = log_decay if log_decay.ndim == 1 else fold(log_decay)
     if options.normalize:
-        # The denominators are the outputs of values that are one.
-        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-        if state is not None:
-            state = jnp.concatenate([state[0], state[1][..., None]], axis=-1)
+        v = quotient.with_ones(v)
+        state = None if state is None else quotient.join(*state)
     arrays = scan.Arrays(
         q=pad_columns(fold(q)),
         k=pad_columns(fold(k)),
@@ -122,13 +118,11 @@ def kernel_linear_attention(
     out = unfold(out)
     if state is not None:
         state = unfold(jnp.swapaxes(state, -1, -2))[..., :key_dim, :]
+    columns = v.shape[-1]
+    out, state = out[..., :columns], None if state is None else state[..., :columns]
     if not options.normalize:
-        return out[..., :value_dim], None if state is None else state[..., :value_dim]
-    out = out.astype(jnp.float32)
-    out = chunks.divide(out[..., :value_dim], out[..., value_dim])
-    if state is not None:
-        state = state[..., :value_dim], state[..., value_dim]
-    return out.astype(v.dtype), state
+        return out, state
+    return quotient.divided(out), None if state is None else quotient.split(state)
 
 
 def pad_columns(x):
