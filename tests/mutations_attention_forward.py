@@ -4,6 +4,9 @@ from tests.mutation import Mutation
 
 _FORWARD = "kernels/attention/forward.cuh"
 _SOFTMAX = "kernels/attention/online_softmax.cuh"
+_PIPELINE = "include/tk/pipeline.cuh"
+_SKIP = "for (; is_hidden(tile, own_end);"
+_FIRST = "if (tile.empty()) {"
 _LOOP = "Blocks keys = tile.keys;"
 
 
@@ -13,7 +16,7 @@ def _forward(what, old, new="", after="", file=_FORWARD):
 
 MUTATIONS = [
     _forward("no wait for q", "shared.q_ring.wait(q_state);"),
-    _forward("no wait for the first k", "shared.k_ring.wait(k_state);"),
+    _forward("no wait for the first k", "shared.k_ring.wait(k_state);", after=_FIRST),
     _forward("no wait for v", "shared.v_ring.wait(v_state);"),
     _forward("scores used before their wait", "warpgroup::mma_wait<0>(s_acc);"),
     _forward(
@@ -78,8 +81,8 @@ MUTATIONS = [
     ),
     _forward(
         "one block too many goes unmasked",
-        "keys.all_end / kBlockKv}",
-        "keys.all_end / kBlockKv + 1}",
+        "tile.unmasked_end = keys.all_end / kBlockKv;",
+        "tile.unmasked_end = keys.all_end / kBlockKv + 1;",
     ),
     _forward(
         "too few arrivals expected for q",
@@ -116,6 +119,63 @@ MUTATIONS = [
         "a turn for half of the threads",
         "named_sync(static_cast<Turn>(kTurn + consumer), 256)",
         "named_sync(static_cast<Turn>(kTurn + consumer), 128)",
+    ),
+    _forward(
+        "a consumer leaves out a block that it sees",
+        "return ceil_div(keys.end, kBlockKv);",
+        "return keys.end / kBlockKv;",
+    ),
+    _forward(
+        "no wait for k that is left out", "shared.k_ring.wait(k_state);", after=_SKIP
+    ),
+    _forward(
+        "no wait for v that is left out", "shared.v_ring.wait(v_state);", after=_SKIP
+    ),
+    _forward("k that is left out is kept", "release_keys();", after=_SKIP),
+    _forward("v that is left out is kept", "release_values();", after=_SKIP),
+    _forward(
+        "no turn for a block that is left out", "wait_turn(consumer);", after=_SKIP
+    ),
+    _forward(
+        "the turn of a block that is left out is kept",
+        "pass_turn(consumer);",
+        after=_SKIP,
+    ),
+    _forward(
+        "one turn too many before the first scores",
+        "if (!first) wait_turn(consumer);",
+        "wait_turn(consumer);",
+    ),
+    _forward(
+        "no turn for the last product where the next tile starts without scores",
+        "if (linked) wait_turn(consumer);",
+    ),
+    _forward(
+        "no turn for a tile of which a consumer sees nothing",
+        "wait_turn(consumer);",
+        after="valid = receive(tile);",
+    ),
+    _forward(
+        "queries before the first are stored",
+        "if (kMasked && first_query < 0) return;",
+    ),
+    _forward("the producer does not say where the work ends", "-1});", "0});"),
+    _forward(
+        "fewer consumers are told of tiles than there are",
+        "shared.tiles.init(4 * kConsumers);",
+        "shared.tiles.init(kConsumers);",
+    ),
+    _forward(
+        "no wait for the next tile's place",
+        "full_[state.stage].wait(state.phase, at);",
+        after="void receive(",
+        file=_PIPELINE,
+    ),
+    _forward(
+        "the next tile's place overwrites the last",
+        "empty_[state.stage].wait(state.phase ^ 1, at);",
+        after="void send(",
+        file=_PIPELINE,
     ),
     _forward("the turn is not passed on", "pass_turn(consumer);", after=_LOOP),
     _forward(

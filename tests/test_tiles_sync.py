@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import math
 import shutil
 import subprocess
 
@@ -102,6 +103,8 @@ CASES = [
     (3, 2, 2, 100, 7),
     (2, 3, 2, 1, 5),
     (16, 6, 2, 4, 13),
+    (3, 4, 2, 3, 4),
+    (5, 7, 1, 3, 6),
 ]
 
 
@@ -112,19 +115,27 @@ def rounds(blocks, heads, batches, workers):
 
 
 def sections(blocks, heads, batches, section, workers):
-    """Deals each section's tiles out in rounds, every other round backwards."""
+    """Deals each section's tiles out in rounds, every other round backwards.
+
+    After an even number of rounds, the last of which may leave out some workers, the
+    next section starts as many further.
+    """
     hands = [[] for _ in range(workers)]
     rows = [(batch, head) for batch in range(batches) for head in range(heads)]
-    order = list(range(workers))
+    shift, backwards = 0, False
     for first in range(0, len(rows), section):
         part = rows[first : first + section]
         tiles = [(block, head, b) for block in range(blocks) for b, head in part]
+        order = [(place + shift) % workers for place in range(workers)]
         for start in range(0, len(tiles), workers):
+            dealt = tiles[start : start + workers]
             for worker, tile in zip(
-                order, tiles[start : start + workers], strict=False
+                reversed(order) if backwards else order, dealt, strict=False
             ):
                 hands[worker].append(tile)
-            order.reverse()
+            backwards = not backwards
+        if math.ceil(len(tiles) / workers) % 2 == 0:
+            shift = (shift + len(tiles)) % workers
     return hands
 
 

@@ -7,6 +7,7 @@
 #include "ffi/ffi_util.h"
 #include "ffi/handlers.h"
 #include "kernels/attention/attention.h"
+#include "kernels/attention/sections.h"
 #include "runtime/launch.h"
 
 namespace tk::ffi {
@@ -57,6 +58,33 @@ Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Optio
       *empty};
 }
 
+// choose_section, which takes some microseconds: calls come again and again in the same sizes.
+int section_of(const ForwardCall& call, std::int64_t workers,
+               const attention::ForwardParams& params) {
+  const Sizes& s = call.sizes;
+  const AttentionForwardKernel& k = call.kernel;
+  if (k.mask == attention::Mask::kNone) return 0;
+  const std::int64_t kv_row_bytes = 2 * s.seqlen_kv * (s.head_dim + s.head_dim_v);
+  const attention::TileGrid grid = {
+      k.config.block_q,
+      k.config.block_kv,
+      attention::forward_lead(s.seqlen_q, k.config.block_q, k.mask, k.features),
+      s.seqlen_q,
+      s.seqlen_kv,
+      params.first_offset,
+      params.last_offset,
+      s.num_heads * s.batch,
+      workers,
+      kv_row_bytes * s.num_kv_heads / s.num_heads};
+  thread_local attention::TileGrid last = {};
+  thread_local int section = 0;
+  if (grid != last) {
+    section = attention::choose_section(grid);
+    last = grid;
+  }
+  return section;
+}
+
 Status execute_forward(const Execution& on, const ForwardBuffers& b,
                        const attention::Options& options, const attention::ForwardConfig& config) {
   const auto call = read_forward(b, options, config);
@@ -85,6 +113,7 @@ Status execute_forward(const Execution& on, const ForwardBuffers& b,
   set_problem(&params, s, call->extras, options);
   const std::int64_t tiles = ceil_div(s.seqlen_q, config.block_q) * s.num_heads * s.batch;
   const std::int64_t blocks = std::min<std::int64_t>(on.device.multiprocessors, tiles);
+  params.section = section_of(*call, blocks, params);
   return runtime::launch(**kernel, on.stream, {blocks}, &params);
 }
 

@@ -51,8 +51,11 @@ void read_shared(const Chunks& chunks, const char* what, Location at) {
   m.block().shadow.read(m.cluster().log, m.warp().clock, chunks, plain_access(what, at));
 }
 void write_shared(const Chunks& chunks, const char* what, Location at) {
-  Machine& m = machine();
   act_as_warp();
+  write_shared_alone(chunks, what, at);
+}
+void write_shared_alone(const Chunks& chunks, const char* what, Location at) {
+  Machine& m = machine();
   m.yield();
   m.block().shadow.write(m.cluster().log, m.warp().clock, chunks, plain_access(what, at));
 }

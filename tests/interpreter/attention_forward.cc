@@ -27,6 +27,7 @@ std::string check_forward(const Attention& s, int blocks, float gain, std::uint6
   params.num_kv_heads = s.num_kv_heads;
   params.first_offset = s.first_offset;
   params.last_offset = s.last_offset;
+  params.section = 2;
   params.scale = s.scale();
 
   interpreter::Memory memory;
@@ -59,6 +60,11 @@ std::string check_all(std::uint64_t seed) {
   if (wrong.empty()) {
     wrong =
         check_forward<Mask::kNone, 128, 64>({2, 70, 210, 2, 2, 64, kNoFirst, kNoLast}, 1, 1, seed);
+  }
+  // Consumers before the first query, with queries that see no key, and with blocks to leave out.
+  if (wrong.empty()) {
+    wrong =
+        check_forward<Mask::kCausal, 192, 64>({1, 310, 310, 2, 1, 64, kNoFirst, -70}, 1, 10, seed);
   }
   if (wrong.empty()) {
     wrong = check_forward<Mask::kBand, 192, 128>({1, 210, 301, 1, 1, 64, -113, -73}, 1, 1, seed);

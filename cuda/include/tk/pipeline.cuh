@@ -72,6 +72,43 @@ struct Pipeline {
   }
 };
 
+// A ring of messages, a few integers each, from one thread to the consumers: what it works out,
+// such as the next tile, they need not.
+template <int kStages, int kNumbers>
+struct MessagePipeline {
+  SharedVec<int, kNumbers> numbers_[kStages];
+  Barrier full_[kStages];
+  Barrier empty_[kStages];
+  using State = PipelineState<kStages>;
+
+  // One thread calls this. `warps` is how many consumer warps there are.
+  __device__ __forceinline__ void init(int warps, Location at = {}) {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      full_[i].init(1, at);
+      empty_[i].init(warps, at);
+    }
+  }
+  __device__ __forceinline__ void send(State& state, const int (&numbers)[kNumbers],
+                                       Location at = {}) {
+    empty_[state.stage].wait(state.phase ^ 1, at);
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) store_element(numbers_[state.stage], i, numbers[i], at);
+    full_[state.stage].arrive(at);
+    state.advance();
+  }
+  // Every consumer warp.
+  __device__ __forceinline__ void receive(State& state, int (&numbers)[kNumbers],
+                                          Location at = {}) {
+    full_[state.stage].wait(state.phase, at);
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) numbers[i] = load_element(numbers_[state.stage], i, at);
+    warp::sync(at);
+    if (warp::leader()) empty_[state.stage].arrive(at);
+    state.advance();
+  }
+};
+
 // The way out: consumers fill a stage, one storing thread takes it to global memory.
 template <int kStages>
 struct StorePipeline {

@@ -132,10 +132,18 @@ struct ForwardParams {
   float* lse;     // [B, T, H], natural log
   int batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads;
   int first_offset, last_offset;  // query i sees keys from i + first_offset to i + last_offset
+  int section;  // with a mask: heads, over all batch entries, that are dealt out together
   float scale;
   Extras extras;
 };
 
+// Queries that the first tile starts before the first one. A tile that is cut costs nearly what a
+// whole one does: better the first, which a mask lets see the least keys, than the last. Lengths
+// and maps count tiles from the first query.
+constexpr int forward_lead(long seqlen_q, long block_q, Mask mask, unsigned features) {
+  if (mask == Mask::kNone || (features & (kLengths | kMapFeatures)) != 0) return 0;
+  return static_cast<int>(((seqlen_q + block_q - 1) / block_q * block_q - seqlen_q) / 64 * 64);
+}
 constexpr int forward_threads(long block_q) {
   return static_cast<int>((block_q / 64 + 1) * kWarpgroupThreads);
 }

@@ -4,13 +4,14 @@
 // FlashAttention-3 (Shah et al. 2024, sections 3.1 and 3.2).
 // Grid: persistent. A tile is kBlockQ queries of one head; it walks its keys from the last visible
 // block to the first. Causal tiles are taken longest first, by sections of heads that share L2.
-// Roles: a producer warp loads rings of q, k and v; kBlockQ / 64 consumer warpgroups own 64 queries
-// each. A consumer issues the next block's scores before this block's p v, so that its softmax runs
-// beside the products; where shared memory has room for the next tile's q, across tiles too. The
-// consumers take turns at issuing, so that one's softmax runs beside another's products. A tile's
-// rows of out leave through the memory of its q.
-// Budget at D = 128, 128 x 128, 2 stages: 192 KB of shared memory (q and out 64, k and v 128); 160
-// registers of s, p and o a thread. Limit: tensor cores at D = 128; exp2 as much as they at D = 64.
+// Roles: a producer warp says what the next tile is and loads rings of q, k and v; kBlockQ / 64
+// consumer warpgroups own 64 queries each, and give back the first blocks of a tile that only the
+// others' queries see. A consumer issues the next block's scores before this block's p v, so that
+// its softmax runs beside the products; where shared memory has room for the next tile's q, across
+// tiles too. The consumers take turns at issuing, so that one's softmax runs beside another's
+// products. A tile's rows of out leave through the memory of its q. Budget at D = 128, 128 x 128, 2
+// stages: 192 KB of shared memory (q and out 64, k and v 128); 160 registers of s, p and o a
+// thread. Limit: tensor cores at D = 128; exp2 as much as they at D = 64.
 #pragma once
 
 #include "kernels/attention/attention.h"
@@ -62,6 +63,7 @@ struct Forward {
   static constexpr int kQStages =
       forward_q_stages(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages});
   using QRing = Pipeline<kQStages>;
+  using Tiles = MessagePipeline<2, 5>;
 
   // A consumer's rows: of q, and at the end of a tile of out.
   union Rows {
@@ -72,6 +74,7 @@ struct Forward {
     Rows rows[kQStages][kConsumers];
     KTile k_smem[Traits::kStages];
     VTile v_smem[Traits::kStages];
+    Tiles tiles;
     QRing q_ring;
     Ring k_ring, v_ring;
   };
@@ -86,21 +89,38 @@ struct Forward {
   enum Turn : int { kTurn = kFirstKernelBarrier };  // one for each consumer
 
   using Blocks = BlocksDown<kMapped>;
-  // One tile of queries and the key blocks it sees.
+  // A tile of queries and the key blocks that some of them may see. As the producer's message, its
+  // last number is negative where no tile is left.
+  struct Place {
+    int first_query, head, batch;
+    int first_block, end_block;
+  };
+  // The same on the way through its key blocks.
   struct Tile {
     int first_query, head, batch;
     Blocks keys;                       // from the first that it visits
-    int unmasked_first, unmasked_end;  // key blocks that every query sees whole
+    int unmasked_first, unmasked_end;  // key blocks that all of a consumer's queries see whole
 
     __device__ __forceinline__ bool empty() const { return !keys.valid(); }
   };
+
+  __device__ __forceinline__ static Tile tile_at(const ForwardParams& params, const Place& place) {
+    Tile tile = {place.first_query, place.head, place.batch, {}, 0, 0};
+    if constexpr (!kMasked) {
+      tile.unmasked_end = bounds_of<kFeatures>(params, place.batch).seqlen_kv / kBlockKv;
+    }
+    tile.keys.start(place.first_block, place.end_block, map_row(params, tile));
+    return tile;
+  }
 
   // A tile's row of the block map.
   __device__ __forceinline__ static MapRow map_row(const ForwardParams& params, const Tile& tile) {
     return {params.extras.key_map, tile.batch, tile.head, tile.first_query / kBlockQ};
   }
 
-  // The walk over tiles, the same for every role.
+  // The walk over tiles. With a mask the producer's alone: where the next tile lies takes several
+  // divisions, for which consumers would wait between two tiles. Without, it takes few, and all
+  // roles work it out.
   struct Walk {
     const ForwardParams& params;
     grid::SectionedSnake masked;
@@ -110,9 +130,7 @@ struct Forward {
       const int worker = grid::block_x(), workers = grid::blocks_x();
       const int blocks = ceil_div(p.seqlen_q, kBlockQ);
       if constexpr (kMasked) {
-        const int section = heads_in_l2(p.seqlen_kv, (kHeadDim + kHeadDimV) * sizeof(T)) *
-                            p.num_heads / p.num_kv_heads;
-        masked = {worker, workers, blocks, p.num_heads, p.batch, section};
+        masked = {worker, workers, blocks, p.num_heads, p.batch, p.section};
         masked.start();
       } else {
         full = {worker, workers, blocks * p.num_heads * p.batch};
@@ -129,31 +147,30 @@ struct Forward {
         full.next();
       }
     }
-    __device__ __forceinline__ Tile tile() const {
+    __device__ __forceinline__ Place place() const {
       const int blocks = ceil_div(params.seqlen_q, kBlockQ);
-      grid::HeadTile place;
+      grid::HeadTile tile;
       if constexpr (kMasked) {
-        place = masked.tile();
-        place.block = blocks - 1 - place.block;  // the last sees the most keys
+        tile = masked.tile();
+        tile.block = blocks - 1 - tile.block;  // the last sees the most keys
       } else {
-        place = grid::sequential_tile(full.index(), blocks, params.num_heads);
+        tile = grid::sequential_tile(full.index(), blocks, params.num_heads);
       }
-      const Bounds bounds = bounds_of<kFeatures>(params, place.batch);
-      VisibleKeys keys = visible_keys<Traits::kMask>(place.block * kBlockQ, kBlockQ, bounds);
+      const int first_query = tile.block * kBlockQ - forward_lead(params.seqlen_q, kBlockQ,
+                                                                  Traits::kMask, Traits::kFeatures);
+      const Bounds bounds = bounds_of<kFeatures>(params, tile.batch);
+      VisibleKeys keys = visible_keys<Traits::kMask>(first_query, kBlockQ, bounds);
       if constexpr ((kFeatures & kLengths) != 0) {
-        if (place.block * kBlockQ >= bounds.seqlen_q) keys = {};
+        if (first_query >= bounds.seqlen_q) keys = {};
       }
       const int end_block = ceil_div(keys.end, kBlockKv);
       const int first_block = keys.begin < keys.end ? keys.begin / kBlockKv : end_block;
-      Tile tile = {
-          place.block * kBlockQ,  place.head, place.batch, {}, ceil_div(keys.all_begin, kBlockKv),
-          keys.all_end / kBlockKv};
-      tile.keys.start(first_block, end_block, map_row(params, tile));
-      return tile;
+      return {first_query, tile.head, tile.batch, first_block, end_block};
     }
   };
 
   __device__ __forceinline__ static void init(const ForwardParams&, Shared& shared) {
+    shared.tiles.init(4 * kConsumers);
     shared.q_ring.init(4 * kConsumers);
     shared.k_ring.init(4 * kConsumers);
     shared.v_ring.init(4 * kConsumers);
@@ -165,9 +182,15 @@ struct Forward {
     tma::prefetch(params.v);
     typename QRing::State q_state;
     typename Ring::State kv_state;
+    typename Tiles::State tile_state;
     const int group = params.num_heads / params.num_kv_heads;
     for (Walk walk(params); walk.valid(); walk.next()) {
-      Tile tile = walk.tile();
+      const Place place = walk.place();
+      if constexpr (kMasked) {
+        shared.tiles.send(tile_state, {place.first_query, place.head, place.batch,
+                                       place.first_block, place.end_block});
+      }
+      Tile tile = tile_at(params, place);
       shared.q_ring.acquire(q_state, kConsumers * QTile::kBytes);
       for (int i = 0; i < kConsumers; ++i) {
         tma::load(shared.rows[q_state.stage][i].q_smem, params.q, shared.q_ring.full(q_state),
@@ -185,6 +208,7 @@ struct Forward {
                   tma::Keep::kLong, 0, first_key, kv_head, tile.batch);
       }
     }
+    if constexpr (kMasked) shared.tiles.send(tile_state, {0, 0, 0, 0, -1});
   }
 
   __device__ __forceinline__ static void wait_turn(int consumer) {
@@ -257,20 +281,76 @@ struct Forward {
       }
     };
 
-    for (Walk walk(params); walk.valid();) {
-      Tile tile = walk.tile();
+    typename Tiles::State tile_state;
+    Walk walk(params);  // without a mask
+    // The next tile, and whether there is one.
+    const auto receive = [&](Tile& next) {
+      if constexpr (kMasked) {
+        int numbers[5];
+        shared.tiles.receive(tile_state, numbers);
+        if (numbers[4] < 0) return false;
+        next = tile_at(params, {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]});
+      } else {
+        walk.next();
+        if (!walk.valid()) return false;
+        next = tile_at(params, walk.place());
+      }
+      return true;
+    };
+    // Narrows a tile to the consumer's own queries, and gives the key block from which on they see
+    // nothing. Not without a mask: that changes the order in which the compiler puts the softmax,
+    // and cost 1%.
+    const auto narrow = [&](Tile& tile) {
+      const Bounds bounds = bounds_of<kFeatures>(params, tile.batch);
+      if constexpr (!kMasked) return 0;
+      const int first_query = tile.first_query + 64 * consumer;
+      if (first_query < 0 || first_query >= bounds.seqlen_q) return 0;
+      const VisibleKeys keys = visible_keys<Traits::kMask>(first_query, 64, bounds);
+      tile.unmasked_first = ceil_div(keys.all_begin, kBlockKv);
+      tile.unmasked_end = keys.all_end / kBlockKv;
+      return ceil_div(keys.end, kBlockKv);
+    };
+    const auto is_hidden = [](const Tile& tile, int own_end) {
+      return kMasked && !tile.empty() && tile.keys.block() >= own_end;
+    };
+
+    Tile tile;
+    bool valid = kMasked && receive(tile);
+    while (kMasked ? valid : walk.valid()) {
+      if constexpr (!kMasked) tile = tile_at(params, walk.place());
+      const bool visited = !tile.empty();
+      const int own_end = narrow(tile);
       OnlineSoftmax softmax(unit_log2);
       shared.q_ring.wait(q_state);
+      // Blocks that others see: all take as many turns. The first has one only beside the last
+      // product of the tile before.
+      bool first = true;
+      for (; is_hidden(tile, own_end); tile.keys.next(map_row(params, tile)), first = false) {
+        if (!first) {
+          wait_turn(consumer);
+          pass_turn(consumer);
+        }
+        shared.k_ring.wait(k_state);
+        release_keys();
+        shared.v_ring.wait(v_state);
+        release_values();
+      }
       if (tile.empty()) {
         warp::zero(o_acc);
         finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
         q_state.advance();
         release_rows();
-        walk.next();
+        valid = receive(tile);
+        if (visited && kQStages > 1 && valid && !tile.empty()) {
+          wait_turn(consumer);
+          pass_turn(consumer);
+        }
         continue;
       }
       shared.k_ring.wait(k_state);
+      if (!first) wait_turn(consumer);
       issue_scores(q_state.stage);
+      if (!first) pass_turn(consumer);
       load_bias(tile, tile.keys);
       warpgroup::mma_wait<0>(s_acc);
       release_keys();
@@ -304,13 +384,10 @@ struct Forward {
         }
 
         release_rows();
-        walk.next();
         Tile next = tile;
-        chained = kQStages > 1 && walk.valid();
-        if (chained) {
-          next = walk.tile();
-          chained = !next.empty();
-        }
+        valid = receive(next);
+        const bool linked = kQStages > 1 && valid && !next.empty();
+        chained = linked && !is_hidden(next, narrow(next));
         auto q_next = q_state;
         q_next.advance();
         if (chained) {
@@ -332,13 +409,15 @@ struct Forward {
           finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
           warp::convert(p, s_acc);
           softmax = next_softmax;
-          tile = next;
         } else {
+          if (linked) wait_turn(consumer);
           issue_output(accumulate);
+          if (linked) pass_turn(consumer);
           warpgroup::mma_wait<0>(o_acc, p);
           release_values();
           finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
         }
+        tile = next;
         q_state = q_next;
       }
       release_rows();
@@ -350,6 +429,7 @@ struct Forward {
                                                 int consumer, int q_stage, Output& o_acc,
                                                 OnlineSoftmax& softmax, const Tile& tile) {
     const int first_query = tile.first_query + 64 * consumer;
+    if (kMasked && first_query < 0) return;  // of a first tile's lead
     if constexpr ((kFeatures & kLengths) != 0) {
       hide_queries(o_acc, softmax, bounds_of<kFeatures>(params, tile.batch).seqlen_q - first_query);
     }

@@ -132,8 +132,8 @@ __device__ __forceinline__ void turns(const KernelParams& params) {
   }
 }
 
-// The block template with a ring of three stages in and one of two out: y = x times its number from
-// 1 on, for 128 x 64 matrices x; each of a cluster's blocks writes its own y.
+// The block template with a ring of three stages in, one of two out and one of messages: y = x
+// times its number from 1 on, for 128 x 64 matrices x; each of a cluster's blocks writes its own y.
 template <typename T, int kClusterSize_>
 struct RingKernel {
   static constexpr int kClusterSize = kClusterSize_;
@@ -144,12 +144,14 @@ struct RingKernel {
   using Part = SharedTile<T, 64, 64>;
   using InRing = Pipeline<3>;
   using OutRing = StorePipeline<2>;
+  using Messages = MessagePipeline<2, 2>;  // a matrix, and its number
 
   struct Shared {
     Tile x_smem[3];
     Part y_smem[2][kConsumers];
     InRing in_ring;
     OutRing out_ring;
+    Messages messages;
   };
 
   __device__ __forceinline__ static grid::Rounds walk(const KernelParams& params) {
@@ -161,11 +163,14 @@ struct RingKernel {
   __device__ __forceinline__ static void init(const KernelParams&, Shared& shared) {
     shared.in_ring.init(4 * kConsumers * kClusterSize);
     shared.out_ring.init(4 * kConsumers);
+    shared.messages.init(4 * kConsumers);
   }
 
   __device__ __forceinline__ static void load(const KernelParams& params, Shared& shared) {
     InRing::State state;
+    Messages::State message_state;
     for (auto rounds = walk(params); rounds.valid(); rounds.next(), state.advance()) {
+      shared.messages.send(message_state, {rounds.index(), rounds.index() + 1});
       shared.in_ring.acquire(state, Tile::kBytes);
       Tile& x_smem = shared.x_smem[state.stage];
       Barrier& full = shared.in_ring.full(state);
@@ -178,6 +183,7 @@ struct RingKernel {
                             rounds.index());
       }
     }
+    shared.messages.send(message_state, {-1, 0});
     shared.in_ring.drain(state);
   }
 
@@ -200,8 +206,11 @@ struct RingKernel {
                                                  int consumer) {
     InRing::State in_state;
     OutRing::State out_state;
+    Messages::State message_state;
     RegTile<T, 16, 64> x;
-    for (auto rounds = walk(params); rounds.valid(); rounds.next()) {
+    for (int message[2];;) {
+      shared.messages.receive(message_state, message);
+      if (message[0] < 0) break;
       shared.in_ring.wait(in_state);
       warpgroup::load(x, shared.x_smem[in_state.stage].template rows<64>(consumer));
       if constexpr (kClusterSize > 1) {
@@ -212,7 +221,7 @@ struct RingKernel {
         if (warp::leader()) shared.in_ring.release_by_thread(in_state);
       }
       in_state.advance();
-      warp::mul(x, x, static_cast<float>(rounds.index() + 1));
+      warp::mul(x, x, static_cast<float>(message[1]));
       shared.out_ring.acquire(out_state);
       warpgroup::store(shared.y_smem[out_state.stage][consumer], x);
       shared.out_ring.hand_over(out_state);

@@ -55,20 +55,23 @@ __device__ __forceinline__ MatrixTile grouped_tile(int index, int rows, int cols
 // Heads are taken in sections whose keys and values fit in L2 together. A section's blocks are
 // dealt out in rounds, block 0 of every head first; every other round goes through the workers
 // backwards, so that nobody gets the largest of each, and where a section has an odd number of
-// rounds, the next one starts with the other end. Work is then within 5% of even (a simulation over
-// sequence lengths of 512 to 16384 says 0.955 to 0.999); dealing without a fresh start at each
-// section came to 0.65.
+// rounds, the next one starts with the other end. Where it has an even number, the last round,
+// backwards, may leave out some workers: the next section starts as many workers further, so that
+// they are others each time. How even the work is depends on the section; dealing without a fresh
+// start at each section came to 0.65.
 struct SectionedSnake {
   int worker, workers;
   int blocks, heads, batches;
   int section;  // heads of a section, over all batch entries
   int first = 0;
   int round = 0;
+  int shift = 0;  // the worker that a section starts with
   bool backwards = false;
 
   __device__ __forceinline__ int width() const { return min(section, heads * batches - first); }
   __device__ __forceinline__ int index() const {
-    return round * workers + (backwards ? workers - 1 - worker : worker);
+    const int place = worker < shift ? worker - shift + workers : worker - shift;
+    return round * workers + (backwards ? workers - 1 - place : place);
   }
   __device__ __forceinline__ bool valid() const { return first < heads * batches; }
   __device__ __forceinline__ HeadTile tile() const {
@@ -83,7 +86,9 @@ struct SectionedSnake {
     do {
       ++round;
       backwards = !backwards;
-      if (round * workers >= width() * blocks) {
+      const int count = width() * blocks;
+      if (round * workers >= count) {
+        if (round % 2 == 0) shift = (shift + count % workers) % workers;
         round = 0;
         first += section;
       }

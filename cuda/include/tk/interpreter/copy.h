@@ -384,17 +384,18 @@ void store_fragments(float* dst, const RegTile<float, 16, kCols>& src, Location 
 
 }  // namespace warpgroup
 
-template <int kN>
-float load_element(const SharedVec<float, kN>& src, int index, Location at = {}) {
+// Of floats and integers.
+template <typename T, int kN>
+T load_element(const SharedVec<T, kN>& src, int index, Location at = {}) {
   interpreter::read_shared(
-      interpreter::chunks_of(interpreter::shared_address(src.data + index), sizeof(float)),
+      interpreter::chunks_of(interpreter::shared_address(src.data + index), sizeof(T)),
       "loads a number from shared memory", at);
   return src.data[index];
 }
-template <int kN>
-void store_element(SharedVec<float, kN>& dst, int index, float x, Location at = {}) {
-  interpreter::write_shared(
-      interpreter::chunks_of(interpreter::shared_address(dst.data + index), sizeof(float)),
+template <typename T, int kN>
+void store_element(SharedVec<T, kN>& dst, int index, T x, Location at = {}) {
+  interpreter::write_shared_alone(
+      interpreter::chunks_of(interpreter::shared_address(dst.data + index), sizeof(T)),
       "stores a number to shared memory", at);
   dst.data[index] = x;
 }

@@ -51,6 +51,9 @@ __device__ __forceinline__ float load_shared_f32(uint32 address) {
 __device__ __forceinline__ void load_shared_f32x2(float& x, float& y, uint32 address) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(address) : "memory");
 }
+__device__ __forceinline__ void store_shared_u32(uint32 address, uint32 x) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
 __device__ __forceinline__ void store_shared_f32(uint32 address, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }

@@ -18,11 +18,11 @@ __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.
 
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) >> 5; }
 
-// The same as a value that the compiler knows to be one in all 32 lanes, so that branches on it are
-// uniform. All lanes must call it together: in a branch that some do not take, it waits for them.
-__device__ __forceinline__ int uniform_warp_index() {
-  return __shfl_sync(0xffffffffu, warp_index(), 0);
-}
+// What all lanes have alike, as a value that the compiler knows to be one in all 32 lanes, so that
+// branches on it are uniform. All lanes must call it together: in a branch that some do not take,
+// it waits for them.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+__device__ __forceinline__ int uniform_warp_index() { return uniform(warp_index()); }
 
 __device__ __forceinline__ bool elect_one() {
   uint32 elected;
