@@ -90,6 +90,11 @@ __device__ __forceinline__ SharedVec<T, kPart>& part(SharedVec<T, kN>& vec, int 
   static_assert(kN % kPart == 0 && SharedVec<T, kPart>::kBytes % 16 == 0, "parts are aligned");
   return reinterpret_cast<SharedVec<T, kPart>&>(vec.data[i * kPart]);
 }
+template <int kPart, typename T, int kN>
+__device__ __forceinline__ const SharedVec<T, kPart>& part(const SharedVec<T, kN>& vec, int i) {
+  static_assert(kN % kPart == 0 && SharedVec<T, kPart>::kBytes % 16 == 0, "parts are aligned");
+  return reinterpret_cast<const SharedVec<T, kPart>&>(vec.data[i * kPart]);
+}
 
 // fp32 values of a 64-row tile of a warpgroup in the order its registers hold them: written and
 // read without bank conflicts, moved as one run of bytes. Meaningless to anything but fragment

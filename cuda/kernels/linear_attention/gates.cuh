@@ -87,6 +87,26 @@ struct ChunkGates {
     }
   }
 
+  // What scale_cols_before and scale_cols_after multiply a token's column by, without documents: of
+  // a quarter's tokens, which are a warp's rows.
+  __device__ __forceinline__ void factors_before(PerRow<16>& rows, int quarter,
+                                                 float factor) const {
+    static_assert((kFeatures & kCounts) == 0, "documents make columns zero, whatever is in them");
+    warp::load(rows, part<16>(sums, quarter));
+    warp::map(rows, rows, [=](float a) { return math::exp2(a) * factor; });
+  }
+  __device__ __forceinline__ void factors_after(PerRow<16>& rows, int quarter) const {
+    static_assert((kFeatures & kCounts) == 0, "documents make columns zero, whatever is in them");
+    const float last = load_element(sums, kChunk - 1);
+    warp::load(rows, part<16>(sums, quarter));
+    warp::map(rows, rows, [=](float a) { return math::exp2(last - a); });
+    if constexpr ((kFeatures & kWeights) != 0) {
+      PerRow<16> of_tokens;
+      warp::load(of_tokens, part<16>(weights, quarter));
+      warp::mul(rows, rows, of_tokens);
+    }
+  }
+
   // A tile whose columns are tokens, times what is left of the state before the chunk at each, and
   // times a factor.
   template <typename Tile>

@@ -19,9 +19,10 @@
 // times parts, which cut dq's and dk's columns. Nothing is added in global memory. Roles: a
 // producer warp loads a ring of keys, which are a place's, and one of v, dout, S, dS and gates: a
 // step for every slice of every head. Consumer 0 has the chunk's tokens as queries: dq, m; and
-// makes the state that is not in memory, for both. Consumer 1 has them as keys: dk, dv. dq leaves
-// through the tile of k, dk through that of q; storing warps see to that, and only then are a
-// place's keys free for others. Budget at K = 128, 2 stages of both: 220 KB of shared memory; a
+// makes the state that is not in memory, for both, of values whose factors a warp beside the
+// producer has found meanwhile. Consumer 1 has them as keys: dk, dv. dq leaves through the tile of
+// k, dk through that of q; storing warps see to that, and only then are a place's keys free for
+// others. Budget at K = 128, 2 stages of both: 220 KB of shared memory; a
 // thread has 64 registers of dq or dk, 32 of scores, 32 of m, 64 of two products. Limit: memory,
 // the states of each chunk most of all, and close behind it the bandwidth of shared memory.
 #pragma once
@@ -97,6 +98,7 @@ struct Gradients : GradientsCopies<Traits> {
         shared.ring.wait(state);
         PerRow<16> before;
         step.gates.before(before);
+        if constexpr (Copies::kFactorsAhead) shared.factors_full[state.stage].wait(state.phase);
         step_state(params, tiles, step, place, through);
         if (warpgroup::leader()) shared.stepped[state.stage].arrive();
 
@@ -248,7 +250,9 @@ struct Gradients : GradientsCopies<Traits> {
                                                     const Place& place, PerRow<16>& through) {
     Operand values;  // a row for each column of v or dout
     warpgroup::load_transposed(values, step.other_smem);
-    if (place.is_second) {
+    if constexpr (Copies::kFactorsAhead) {
+      warp::map_cols(values, values, step.factors, [](float x, float y) { return x * y; });
+    } else if (place.is_second) {
       step.other_gates.scale_cols_after(values);
     } else {
       step.other_gates.scale_cols_before(values, params.scale);
@@ -260,13 +264,25 @@ struct Gradients : GradientsCopies<Traits> {
     PerRow<16> dot, total;
     warp::zero(dot);
     warp::fill(total, step.gates.total());
+    // A piece's numbers are loaded beside the product of the piece before: without documents, with
+    // which that was no quicker.
+    constexpr bool kLoadsAhead = Copies::kFactorsAhead;
+    Operand next;
+    if constexpr (kLoadsAhead) warpgroup::load(next, state_smem.template cols<64>(0));
 #pragma unroll 1  // one piece at a time: both are many registers
     for (int i = 0; i < kKeyDim / 64; ++i) {
       Square piece;
-      warpgroup::load(piece, state_smem.template cols<64>(i));
-      warp::mul(piece, piece, left);
+      if constexpr (kLoadsAhead) {
+        warp::mul(piece, next, left);
+      } else {
+        warpgroup::load(piece, state_smem.template cols<64>(i));
+        warp::mul(piece, piece, left);
+      }
       warpgroup::mma_AB(piece, values, keys_smem.template cols<64>(i));
       warpgroup::mma_commit();
+      if (kLoadsAhead && i + 1 < kKeyDim / 64) {
+        warpgroup::load(next, state_smem.template cols<64>(i + 1));
+      }
       Operand fixed;
       warpgroup::load(fixed, fixed_smem.template cols<64>(i));
       warpgroup::mma_wait<0>(piece, values);

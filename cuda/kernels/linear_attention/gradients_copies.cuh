@@ -21,7 +21,11 @@ struct GradientsCopies {
   static constexpr int kKeyDim = Traits::kKeyDim;
   static constexpr unsigned kFeatures = Traits::kFeatures;
   static constexpr int kConsumers = 2;
-  static constexpr int kStorers = 3;  // of dv, dq and dk
+  // Whether a warp that has time for it finds the factors of the pair's other values. With
+  // documents consumer 0 asks for tokens of which nothing is left, whatever is in them, and one
+  // warp more that runs through code of its own was no help.
+  static constexpr bool kFactorsAhead = (kFeatures & kCounts) == 0;
+  static constexpr int kStorers = kFactorsAhead ? 2 : 3;  // of dv; of dq and dk, together or apart
   static constexpr int kColumns = gradients_columns(kKeyDim), kParts = gradients_parts(kKeyDim);
 
   using KeyTile = SharedTile<T, kChunk, kKeyDim>;
@@ -38,6 +42,7 @@ struct GradientsCopies {
     ValueTile
         other_smem;  // of the pair's other chunk: v where it is before, dout where it is after
     Gates gates, other_gates;
+    TokenVec factors;               // with kFactorsAhead: of the other chunk's values
     SharedVec<float, kSlice> skip;  // with kSkip
   };
   struct KeyTiles {
@@ -57,16 +62,18 @@ struct GradientsCopies {
     Keys keys;
     Ring ring;
     DvRing dv_ring;
-    Barrier stepped[Traits::kStages];    // both states of a stage are this chunk's
-    Barrier m_full[Traits::kKeyStages];  // and q has been read by consumer 0
-    Barrier k_read[Traits::kKeyStages];  // by consumer 1
+    Barrier gates_full[Traits::kStages];    // with kFactorsAhead: of the other chunk
+    Barrier factors_full[Traits::kStages];  // that are made of those
+    Barrier stepped[Traits::kStages];       // both states of a stage are this chunk's
+    Barrier m_full[Traits::kKeyStages];     // and q has been read by consumer 0
+    Barrier k_read[Traits::kKeyStages];     // by consumer 1
     Barrier dq_full[Traits::kKeyStages], dk_full[Traits::kKeyStages];
   };
   static_assert(sizeof(Shared) + 1024 <=
                     gradients_shared_bytes(kKeyDim, Traits::kStages, Traits::kKeyStages),
                 "linear_attention.h's gradients_shared_bytes covers the kernel's shared memory");
   static constexpr int kStepBytes =
-      3 * ValueTile::kBytes + 2 * StateTile::kBytes + 2 * Gates::kBytes +
+      3 * ValueTile::kBytes + 2 * StateTile::kBytes + (kFactorsAhead ? 1 : 2) * Gates::kBytes +
       ((kFeatures & kSkip) != 0 ? SharedVec<float, kSlice>::kBytes : 0);
 
   // A part of a group's chunk, and its steps: slices of heads, one head after another.
@@ -103,11 +110,15 @@ struct GradientsCopies {
   };
 
   __device__ __forceinline__ static void init(const GradientsParams&, Shared& shared) {
-    shared.keys.init(2);  // those who store dq and dk
+    shared.keys.init(kStorers - 1);  // who store dq and dk
     shared.ring.init(4 * kConsumers);
     shared.dv_ring.init(4);
 #pragma unroll
-    for (int i = 0; i < Traits::kStages; ++i) shared.stepped[i].init(1);
+    for (int i = 0; i < Traits::kStages; ++i) {
+      shared.gates_full[i].init(1);
+      shared.factors_full[i].init(1);
+      shared.stepped[i].init(1);
+    }
 #pragma unroll
     for (int i = 0; i < Traits::kKeyStages; ++i) {
       shared.m_full[i].init(1);
@@ -171,6 +182,10 @@ struct GradientsCopies {
     Step& step = shared.steps[state.stage];
     const int row = place.row(params, head), column = slice * kSlice;
     const int token = place.chunk * kChunk;
+    Barrier& gates_full = kFactorsAhead ? shared.gates_full[state.stage] : full;
+    if constexpr (kFactorsAhead) gates_full.expect(Gates::kBytes);
+    step.other_gates.load(params.gates, gates_full, row, place.batch,
+                          place.has_other ? place.other : place.chunk, params.chunks);
     tma::load(step.v_smem, params.v, full, tma::Keep::kNormal, column, token, head, place.batch);
     tma::load(step.dout_smem, params.dout, full, tma::Keep::kNormal, column, token, head,
               place.batch);
@@ -181,8 +196,6 @@ struct GradientsCopies {
     step.gates.load(params.gates, full, row, place.batch, place.chunk, params.chunks);
     tma::load(step.other_smem, place.is_second ? params.v : params.dout, full, tma::Keep::kNormal,
               column, place.other * kChunk, head, place.batch);
-    step.other_gates.load(params.gates, full, row, place.batch,
-                          place.has_other ? place.other : place.chunk, params.chunks);
     if constexpr ((kFeatures & kSkip) != 0) {
       tma::load(step.skip, params.skip + (head * place.slices + slice) * kSlice, full);
     }
@@ -194,13 +207,19 @@ struct GradientsCopies {
     walk(params, [&](const Place& place, const typename Keys::State& keys) {
       if (storer == 0) {
         if (place.leads()) store_dv(params, shared, place, state);
-      } else if (storer == 1) {
-        store_columns(params.dq, shared, shared.dq_full[keys.stage],
-                      shared.key_tiles[keys.stage].dq_smem(), place, keys);
-      } else {
-        store_columns(params.dk, shared, shared.dk_full[keys.stage],
-                      shared.key_tiles[keys.stage].dk_smem(), place, keys);
+        return;
       }
+      const KeyTiles& tiles = shared.key_tiles[keys.stage];
+      if (storer == 1) {
+        shared.dq_full[keys.stage].wait(keys.phase);
+        store_columns(params.dq, tiles.dq_smem(), place);
+      }
+      if (storer == kStorers - 1) {
+        shared.dk_full[keys.stage].wait(keys.phase);
+        store_columns(params.dk, tiles.dk_smem(), place);
+      }
+      tma::wait_read<0>();
+      shared.keys.release_by_thread(keys);
     });
   }
 
@@ -218,18 +237,43 @@ struct GradientsCopies {
       }
     }
   }
-  // dq or dk, in whose place the keys of another place may come then.
+  // dq or dk, in whose place the keys of another place may come when it has left.
   template <typename Columns>
-  __device__ __forceinline__ static void store_columns(const TensorMap& map, Shared& shared,
-                                                       const Barrier& full, const Columns& smem,
-                                                       const Place& place,
-                                                       const typename Keys::State& keys) {
-    full.wait(keys.phase);
+  __device__ __forceinline__ static void store_columns(const TensorMap& map, const Columns& smem,
+                                                       const Place& place) {
     publish_shared();
     tma::store(map, smem, place.part * kColumns, place.chunk * kChunk, place.group, place.batch);
     tma::commit();
-    tma::wait_read<0>();
-    shared.keys.release_by_thread(keys);
+  }
+
+  // The factors of the pair's other values, before consumer 0, for which all wait, needs them: of
+  // every token one, which each thread of that consumer would find for sixteen.
+  __device__ __forceinline__ static void tally(const GradientsParams& params, Shared& shared)
+    requires(kFactorsAhead)
+  {
+    typename Ring::State state;
+    walk(params, [&](const Place& place, const typename Keys::State&) {
+#pragma unroll 1
+      for (int left = place.heads * place.slices; left > 0; --left, state.advance()) {
+        shared.gates_full[state.stage].wait(state.phase);
+        find_factors(params, place, shared.steps[state.stage]);
+        warp::sync();
+        if (warp::leader()) shared.factors_full[state.stage].arrive();
+      }
+    });
+  }
+  __device__ __forceinline__ static void find_factors(const GradientsParams& params,
+                                                      const Place& place, Step& step) {
+#pragma unroll 1
+    for (int i = 0; i < kChunk / 16; ++i) {
+      PerRow<16> factors;
+      if (place.is_second) {
+        step.other_gates.factors_after(factors, i);
+      } else {
+        step.other_gates.factors_before(factors, i, params.scale);
+      }
+      warp::store(part<16>(step.factors, i), factors);
+    }
   }
 };
 
