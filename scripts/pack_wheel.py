@@ -7,12 +7,12 @@ is the wheel that ``pip wheel .`` would build with this Python, some minutes soo
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import importlib.metadata
 import pathlib
 import sys
 import zipfile
+
+from ship_kernels import record_line
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Only an editable install has these, and a wheel writes its RECORD itself.
@@ -43,14 +43,13 @@ def pack(folder: pathlib.Path) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     wheel = folder / f"tk_jax-{install.version}-{tag}.whl"
     record = f"tk_jax-{install.version}.dist-info/RECORD"
-    lines = []
+    lines = ""
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in sorted(files.items()):
             data = path.read_bytes()
             archive.writestr(name, data)
-            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest())
-            lines.append(f"{name},sha256={digest.decode().rstrip('=')},{len(data)}")
-        archive.writestr(record, "\n".join([*lines, f"{record},,", ""]))
+            lines += record_line(name, data)
+        archive.writestr(record, f"{lines}{record},,\n")
     return wheel
 
 

@@ -111,11 +111,15 @@ def _add(wheel, folder: pathlib.Path, entries: list[pathlib.Path]) -> None:
             info.compress_type = zipfile.ZIP_DEFLATED
             data = entry.read_bytes()
             new.writestr(info, data)
-            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest())
-            digest = digest.decode().rstrip("=")
-            lines += f"{info.filename},sha256={digest},{len(data)}\n"
+            lines += record_line(info.filename, data)
         new.writestr(old.getinfo(record), lines)
     temporary.replace(wheel)
+
+
+def record_line(name: str, data: bytes) -> str:
+    """What a wheel's RECORD says of a file."""
+    digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest())
+    return f"{name},sha256={digest.decode().rstrip('=')},{len(data)}\n"
 
 
 if __name__ == "__main__":

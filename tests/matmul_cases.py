@@ -5,6 +5,7 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
+from tolerance import assert_close
 
 import tk_jax
 
@@ -74,3 +75,9 @@ def definition(a, b, transposes):
     a = np.swapaxes(a, -1, -2) if transposes[0] else a
     b = np.swapaxes(b, -1, -2) if transposes[1] else b
     return np.matmul(a, b)
+
+
+def check(result, a, b, transposes):
+    exact = definition(a, b, transposes)
+    # One rounding of the exact result: no sum in 16 bits is nearer.
+    assert_close(result, exact, jnp.asarray(exact, jnp.float32).astype(result.dtype))

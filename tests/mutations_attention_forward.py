@@ -167,13 +167,13 @@ MUTATIONS = [
     ),
     _forward(
         "no wait for the next tile's place",
-        "full_[state.stage].wait(state.phase, at);",
+        "ring_.wait(state, at);",
         after="void receive(",
         file=_PIPELINE,
     ),
     _forward(
         "the next tile's place overwrites the last",
-        "empty_[state.stage].wait(state.phase ^ 1, at);",
+        "ring_.empty_[state.stage].wait(state.phase ^ 1, at);",
         after="void send(",
         file=_PIPELINE,
     ),

@@ -2,18 +2,14 @@
 
 import ctypes
 import itertools
-import shutil
-import subprocess
 
+import host_library
 import numpy as np
 import pytest
 
-from tk_jax import _ffi
 from tk_jax.ops.attention import config as attention_config
 
 SOURCE = """
-#define __device__
-#define __forceinline__ inline
 #include "kernels/attention/sections.h"
 #include "tk/grid/scheduler.cuh"
 using namespace tk;
@@ -52,16 +48,7 @@ SEQLENS = (256, 512, 1000, 1024, 2048, 4096, 8192, 16384)
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("sections")
-    source, library = folder / "sections.cc", folder / "sections.so"
-    source.write_text(SOURCE)
-    root = _ffi.source_root()
-    flags = ["-std=c++20", "-shared", "-fPIC", "-O1", f"-I{root}", f"-I{root}/include"]
-    subprocess.run([compiler, *flags, "-o", library, source], check=True)
-    return ctypes.CDLL(library)
+    return host_library.compile_for_host(SOURCE, tmp_path_factory.mktemp("sections"))
 
 
 class Grid:

@@ -3,15 +3,12 @@
 import ctypes
 import itertools
 import math
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 import tiles
+from host_library import compile_for_host
 from tiles import BF16, FP16, NAMES, assert_same, integers, kernel, normals
-
-from tk_jax import _ffi
 
 PLACES = kernel("sync", "places", threads=384)
 HANDOFF = {
@@ -176,14 +173,7 @@ def expected_schedules(blocks, heads, batches, section, workers):
 @pytest.fixture(scope="module")
 def host_library(tmp_path_factory):
     """The schedulers compiled for the host: they are integers alone."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("schedulers")
-    source, library = folder / "schedulers.cc", folder / "schedulers.so"
-    source.write_text("""
-#define __device__
-#define __forceinline__ inline
+    source = """
 #include "kernels/tile_test/scheduler.cuh"
 extern "C" void schedules(int* const* out, const int* slots, const int* scalars) {
   using namespace tk::tile_test;
@@ -195,11 +185,8 @@ extern "C" void schedules(int* const* out, const int* slots, const int* scalars)
   list_groups(out[2], count, blocks, heads, section);
   list_sequence(out[3], count, blocks, heads);
 }
-""")
-    root = _ffi.source_root()
-    flags = ["-std=c++20", "-shared", "-fPIC", "-O1", f"-I{root}", f"-I{root}/include"]
-    subprocess.run([compiler, *flags, "-o", library, source], check=True)
-    return ctypes.CDLL(library)
+"""
+    return compile_for_host(source, tmp_path_factory.mktemp("schedulers"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -25,6 +25,15 @@ class NormalizedState(NamedTuple):
     normalizer: jax.Array  # [..., H, K]: of keys
 
 
+def rounded(x: jax.Array, dtype) -> jax.Array:
+    """``x`` as ``dtype`` has it, in its own dtype.
+
+    A conversion there and back, XLA may leave out.
+    """
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(x, info.nexp, info.nmant)
+
+
 def recomputed(fn: Callable) -> Callable:
     """``fn``, of which differentiation keeps nothing but the arguments."""
     return jax.checkpoint(fn)

@@ -76,35 +76,28 @@ struct Pipeline {
 // such as the next tile, they need not.
 template <int kStages, int kNumbers>
 struct MessagePipeline {
+  using Ring = Pipeline<kStages>;
+  using State = typename Ring::State;
   SharedVec<int, kNumbers> numbers_[kStages];
-  Barrier full_[kStages];
-  Barrier empty_[kStages];
-  using State = PipelineState<kStages>;
+  Ring ring_;
 
   // One thread calls this. `warps` is how many consumer warps there are.
-  __device__ __forceinline__ void init(int warps, Location at = {}) {
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) {
-      full_[i].init(1, at);
-      empty_[i].init(warps, at);
-    }
-  }
+  __device__ __forceinline__ void init(int warps, Location at = {}) { ring_.init(warps, at); }
   __device__ __forceinline__ void send(State& state, const int (&numbers)[kNumbers],
                                        Location at = {}) {
-    empty_[state.stage].wait(state.phase ^ 1, at);
+    ring_.empty_[state.stage].wait(state.phase ^ 1, at);
 #pragma unroll
     for (int i = 0; i < kNumbers; ++i) store_element(numbers_[state.stage], i, numbers[i], at);
-    full_[state.stage].arrive(at);
+    ring_.full(state).arrive(at);
     state.advance();
   }
   // Every consumer warp.
   __device__ __forceinline__ void receive(State& state, int (&numbers)[kNumbers],
                                           Location at = {}) {
-    full_[state.stage].wait(state.phase, at);
+    ring_.wait(state, at);
 #pragma unroll
     for (int i = 0; i < kNumbers; ++i) numbers[i] = load_element(numbers_[state.stage], i, at);
-    warp::sync(at);
-    if (warp::leader()) empty_[state.stage].arrive(at);
+    ring_.release(state, at);
     state.advance();
   }
 };

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from tk_jax import _ffi
+from tk_jax.ops import _chunks
 from tk_jax.ops.hedgehog_attention import config
 
 FEATURES = 2 * config.MAP
@@ -108,8 +109,7 @@ def _mixing_weights(alpha, beta, dtype):
     top = jax.lax.reduce_precision(jnp.maximum(alpha, beta), 8, 0)  # a power of two
     unit = jnp.where((top > 0) & jnp.isfinite(top), top / 2**12, 1)
     alpha, beta = alpha / unit, beta / unit
-    info = jnp.finfo(dtype)
-    rounded = jax.lax.reduce_precision(beta, info.nexp, info.nmant)
+    rounded = _chunks.rounded(beta, dtype)
     factor = jnp.where(rounded > 0, rounded / beta, 1)
     return jnp.stack([alpha * factor, jnp.where(rounded > 0, rounded, beta)])
 

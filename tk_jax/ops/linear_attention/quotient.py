@@ -17,6 +17,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from tk_jax.ops import _chunks
 from tk_jax.ops.linear_attention.chunk import divide
 from tk_jax.ops.linear_attention.config import ONES
 
@@ -53,16 +54,13 @@ def _forward(outputs):
 
 
 def _backward(outputs, gradients):
-    info = jnp.finfo(outputs.dtype)
-
-    def rounded(x):  # Conversions there and back, XLA may leave out.
-        return jax.lax.reduce_precision(x, info.nexp, info.nmant)
-
     denominators = outputs[..., -ONES].astype(jnp.float32)
-    numerators = rounded(divide(gradients.astype(jnp.float32), denominators))
+    numerators = divide(gradients.astype(jnp.float32), denominators)
+    numerators = _chunks.rounded(numerators, outputs.dtype)
     change = -jnp.sum(numerators * _divided(outputs), axis=-1, keepdims=True)
-    change = [rounded(change), change - rounded(change)]
-    return (jnp.concatenate([numerators, *change], axis=-1).astype(outputs.dtype),)
+    most = _chunks.rounded(change, outputs.dtype)
+    columns = [numerators, most, change - most]
+    return (jnp.concatenate(columns, axis=-1).astype(outputs.dtype),)
 
 
 divided.defvjp(_forward, _backward)
