@@ -1,4 +1,4 @@
-"""Hopper GPU kernels for JAX: attention and matmul, compiled when a program loads.
+"""Hopper GPU kernels for JAX: attention, state-space models, linear attention, matmul.
 
 Public names load on first use, so that ``import tk_jax`` costs little and
 ``python -m tk_jax.doctor`` can say what is wrong where the rest cannot load.

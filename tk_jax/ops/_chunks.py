@@ -67,6 +67,29 @@ def scan_chunks(step: Callable, carry, arrays, chunk: int):
     return carry, outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 
+def scan_tokens(step: Callable, carry, tokens, *, run: int = 64):
+    """``lax.scan(step, carry, tokens)``, differentiated in little memory.
+
+    Kept for the backward pass are the carries of every ``run``-th token, and those of
+    one run of tokens at a time, computed again. Without that a recurrence in float64
+    keeps a state for each token.
+    """
+    runs, rest = divmod(jax.tree.leaves(tokens)[0].shape[0], run)
+    if runs <= 1:
+        return lax.scan(step, carry, tokens)
+    first = jax.tree.map(
+        lambda x: x[: runs * run].reshape(runs, run, *x.shape[1:]), tokens
+    )
+    whole = jax.checkpoint(functools.partial(lax.scan, step), prevent_cse=False)
+    carry, out = lax.scan(whole, carry, first)
+    out = jax.tree.map(lambda x: x.reshape(runs * run, *x.shape[2:]), out)
+    if rest:
+        last = jax.tree.map(lambda x: x[runs * run :], tokens)
+        carry, more = lax.scan(step, carry, last)
+        out = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), out, more)
+    return carry, out
+
+
 def _split(x, *, num_chunks, chunk):
     """[B, T, ...] -> [chunks, B, chunk, ...]"""
     x = x[:, : num_chunks * chunk]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax import lax
+
+from tk_jax.ops import _chunks
 
 
 def linear_attention_reference(
@@ -55,6 +56,8 @@ def linear_attention_reference(
 
     tokens = [jnp.moveaxis(x, -3, 0) for x in (q, k, v)]
     tokens += [jnp.moveaxis(log_decay, -2, 0), jnp.moveaxis(segment_ids, -1, 0)]
-    carry, out = lax.scan(step, (state, normalizer, segment_ids[..., 0]), tuple(tokens))
+    carry, out = _chunks.scan_tokens(
+        step, (state, normalizer, segment_ids[..., 0]), tuple(tokens)
+    )
     state, normalizer, _ = carry
     return jnp.moveaxis(out, 0, -3), (state, normalizer) if normalize else state

@@ -6,7 +6,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from tk_jax.ops import _chunks
 
 
 def ssd_reference(
@@ -63,7 +64,7 @@ def ssd_reference(
         jnp.moveaxis(segment_ids, -1, 0),
     )
     start = (initial_state.astype(dtype), segment_ids[..., 0])
-    (state, _), y = lax.scan(step, start, tokens)
+    (state, _), y = _chunks.scan_tokens(step, start, tokens)
     y = jnp.moveaxis(y, 0, -3)
     if D is not None:
         y = y + (D if D.ndim == 2 else D[:, None]).astype(dtype) * x
