@@ -117,7 +117,7 @@ def segment_sums(
                 "of_all": of_all,
                 "chunks_of_segment": chunks_of_segment,
             },
-            "config": {"consumers": consumers, "stages": stages},
+            "config": {"consumers": consumers, "stages": stages, "helpers": 0},
         },
     )
 
@@ -184,7 +184,7 @@ def states(
                 "chunks_of_segment": chunks_of_segment,
                 "stored_every": stored_every,
             },
-            "config": {"consumers": consumers, "stages": stages},
+            "config": {"consumers": consumers, "stages": stages, "helpers": 0},
         },
     )
 
@@ -204,6 +204,7 @@ def outputs(
     chunks_of_segment=1,
     consumers=2,
     stages=2,
+    helpers=None,
 ):
     gates = [sums or arrays.gates, weights, counts]
     return Call(
@@ -212,7 +213,11 @@ def outputs(
         [out or arrays.v, to or arrays.ends, marks or arrays.marks],
         {
             "options": {"scale": 1.0, "chunks_of_segment": chunks_of_segment},
-            "config": {"consumers": consumers, "stages": stages},
+            "config": {
+                "consumers": consumers,
+                "stages": stages,
+                "helpers": consumers - 1 if helpers is None else helpers,
+            },
         },
     )
 

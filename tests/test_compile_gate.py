@@ -200,13 +200,13 @@ def test_gradient_of_a_bias(head_dim, mask, features):
 # of ssd at K = 128.
 def _with_documents():
     seen = set()
-    for dtype, (key_dim, slices), features in itertools.product(
+    for dtype, (key_dim, block), features in itertools.product(
         ("bfloat16", "float16"),
-        ((128, 2), (64, 2), (256, 1)),
+        ((128, "pair"), (64, "pair"), (256, "alone")),
         (("weights", "counts", "skip"), ("counts",)),
     ):
         chosen = linear_config.scan_config(
-            *linear_config.SIZES_OF_CONSUMERS[slices], key_dim, 64
+            *linear_config.SIZES_OF_BLOCKS[block], key_dim, 64
         )
         for kernel, taken, config in linear_config.kernels(chosen, features):
             if "counts" not in taken:
@@ -290,7 +290,7 @@ def test_every_op_is_gated():
         "tk_linear_attention_head_sums",
         "tk_linear_attention_outputs_d128_weights_skip_bf16",
         "tk_linear_attention_outputs_d64_fp16",
-        "tk_linear_attention_paired_outputs_d128_weights_skip_bf16",
+        "tk_linear_attention_helped_outputs_d128_weights_skip_bf16",
         "tk_linear_attention_segment_starts",
         "tk_linear_attention_segment_sums_reverse_d64_fp16",
         "tk_linear_attention_spread_out_bf16",

@@ -41,6 +41,13 @@ def test_launches():
         gradients(weights=a.gates, dweights=a.gates),
         gate_gradients(),
         outputs(wide, to=NONE, marks=NONE, consumers=1),
+        outputs(
+            chunks_of_segment=2,
+            to=NONE,
+            marks=NONE,
+            consumers=1,
+            helpers=1,
+        ),
         gradients(wide),
         segment_sums(weights=a.gates),
         step_gates(
@@ -59,10 +66,11 @@ def test_launches():
         (f"{name}chunk_sums", [2, 1, 2]),
         # Two slices for each of four heads, by two consumers; two segments.
         (f"{name}states_reverse_d128_counts_bf16", [4, 2, 2]),
-        (f"{name}paired_outputs_d128_weights_skip_bf16", [4, 2, 2]),
+        (f"{name}helped_outputs_d128_weights_skip_bf16", [4, 2, 2]),
         (f"{name}gradients_d128_weights_bf16", [8, 1, 1]),
         (f"{name}gate_gradients", [2, 1, 2]),
         (f"{name}outputs_d256_bf16", [3, 1, 1]),
+        (f"{name}helped_outputs_d128_bf16", [8, 1, 2]),
         # Of a chunk, four blocks have a part of the columns of dq and dk each.
         (f"{name}gradients_d256_bf16", [12, 1, 1]),
         (f"{name}segment_sums_d128_weights_bf16", [4, 1, 2]),
@@ -327,6 +335,7 @@ def test_empty_batch_launches_nothing():
             _INVALID,
             "config.consumers is 2; expected 1 to 1",
         ),
+        (outputs(helpers=0), _INVALID, "config.helpers is 0; expected 1 to 1"),
         (states(stages=8), _INVALID, "bytes of shared memory"),
         (
             states(stored=("bfloat16", [2, 4, 1, 96, 80])),

@@ -56,15 +56,25 @@ PAIRED = [
     SSD(70, 16, 64, (2, 4), "float16", packed=True),
     LINEAR(130, 64, 100, (1, 1)),
 ]
+# And one without a helper, of which two share a multiprocessor.
+ALONE = [
+    SSD(130, 128, 64, (1, 3), skip="H", gate=True),
+    LINEAR(200, 16, 80, (1, 1), "float16", packed=True),
+]
 
 
 def in_pairs(case: Case) -> config.ScanConfig:
     return config.ScanConfig(
         chunks_of_segment=-(-case.seqlen // config.CHUNK),
         states=config.WalkConfig(consumers=2, stages=2),
-        outputs=config.WalkConfig(consumers=2, stages=2),
+        outputs=config.WalkConfig(consumers=2, stages=2, helpers=1),
         gradients=config.GradientsConfig(stages=1, key_stages=1),
     )
+
+
+def one_by_one(case: Case) -> config.ScanConfig:
+    outputs = config.WalkConfig(consumers=1, stages=2)
+    return dataclasses.replace(in_pairs(case), states=outputs, outputs=outputs)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,6 +87,7 @@ def compiled(request):
         *itertools.chain.from_iterable(map(specs_of, CASES + more)),
         *specs_of(PLACES[0], with_key_stages(PLACES[0], 1)),
         *itertools.chain.from_iterable(specs_of(x, in_pairs(x)) for x in PAIRED),
+        *itertools.chain.from_iterable(specs_of(x, one_by_one(x)) for x in ALONE),
     ]
     specs = {spec["function"]: spec for spec in specs}.values()
     by_header = functools.partial(sorted, key=lambda spec: spec["header"])
@@ -120,6 +131,12 @@ def test_what_the_gpu_executes_of_a_walk(ptx):
 def test_slices_in_pairs(case):
     _ffi.interpreter()
     check(kernels(case, in_pairs(case)), case)
+
+
+@pytest.mark.parametrize("case", ALONE, ids=str)
+def test_slices_without_a_helper(case):
+    _ffi.interpreter()
+    check(kernels(case, one_by_one(case)), case)
 
 
 @pytest.mark.parametrize("case", [LINEAR(65, 128, 128, (2, 4), packed=True)], ids=str)

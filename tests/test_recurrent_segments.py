@@ -32,11 +32,14 @@ ONE_HEAD = LINEAR(400, 16, 80, (1, 1))
 TWO_HEADS = SSD(400, 16, 64, (1, 2), skip="H")
 
 
-def in_segments(chunks: int, consumers: int = 1) -> config.ScanConfig:
+def in_segments(
+    chunks: int, consumers: int = 1, helpers: int | None = None
+) -> config.ScanConfig:
+    helpers = consumers - 1 if helpers is None else helpers
     return config.ScanConfig(
         chunks_of_segment=chunks,
         states=config.WalkConfig(consumers=consumers, stages=2),
-        outputs=config.WalkConfig(consumers=consumers, stages=2),
+        outputs=config.WalkConfig(consumers=consumers, stages=2, helpers=helpers),
         gradients=config.GradientsConfig(stages=2, key_stages=2),
     )
 
@@ -48,6 +51,7 @@ def compiled():
         return
     specs = [
         *specs_of(MILD, in_segments(1)),
+        *specs_of(MILD, in_segments(2, helpers=1)),
         *specs_of(ONE_HEAD, in_segments(1)),
         *specs_of(TWO_HEADS, in_segments(1, consumers=2)),
     ]
@@ -66,10 +70,10 @@ def forgetting(case: Case, second: float = -40.0) -> dict:
     return arrays | {"log_decay": jnp.full_like(arrays["log_decay"], -3.0)}
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_segments_side_by_side(chunks):
+@pytest.mark.parametrize(("chunks", "helpers"), [(1, 0), (2, 1)])
+def test_segments_side_by_side(chunks, helpers):
     _ffi.interpreter()
-    check(kernels(MILD, in_segments(chunks)), MILD)
+    check(kernels(MILD, in_segments(chunks, helpers=helpers)), MILD)
 
 
 @pytest.mark.parametrize(

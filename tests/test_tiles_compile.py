@@ -98,7 +98,7 @@ def test_library_stays_small():
 
 
 _NOT_OPERATIONS = ("name", "address", "at", "view", "width")
-# What block::run does for a kernel, which the rings' tests run, and paired_outputs'.
+# What block::run does for a kernel, which the rings' tests run, and helped_outputs'.
 _NOT_OPERATIONS += ("become_producer", "become_consumer", "uniform_index", "elect")
 _NOT_OPERATIONS += ("become_helper",)
 

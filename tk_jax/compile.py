@@ -191,12 +191,12 @@ def _based_attention(dtype: str, tiles: Mapping[str, int]) -> Iterator[Specialis
 
 
 def _linear_attention(dtype: str, tiles: Mapping[str, int]) -> Iterator[Specialisation]:
-    for (key_dim, consumers), features in itertools.product(
+    for (key_dim, block), features in itertools.product(
         linear_attention_config.KERNEL_KEY_DIMS,
         linear_attention_config.KERNEL_FEATURES,
     ):
         chosen = linear_attention_config.scan_config(
-            *linear_attention_config.SIZES_OF_CONSUMERS[consumers], key_dim, 64
+            *linear_attention_config.SIZES_OF_BLOCKS[block], key_dim, 64
         )
         for kernel, taken, default in linear_attention_config.kernels(chosen, features):
             config = {} if default is None else _fields(default, tiles)

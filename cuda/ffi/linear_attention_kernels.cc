@@ -71,11 +71,12 @@ unsigned linear_attention_feature_of(std::string_view name) {
 
 KernelKey LinearAttentionWalkKernel::key() const {
   return {{static_cast<int>(walk), static_cast<int>(dtype), key_dim, features, config.consumers,
-           config.stages}};
+           config.stages, config.helpers}};
 }
 
 Result<KernelSpec> LinearAttentionWalkKernel::spec() const {
   const bool is_outputs = walk == Walk::kOutputs;
+  const bool is_helped = is_outputs && config.helpers == 1;
   const bool is_sums = walk == Walk::kSegmentSums || walk == Walk::kReverseSegmentSums;
   const bool is_reverse = walk == Walk::kReverseStates || walk == Walk::kReverseSegmentSums;
   const unsigned offered = linear_attention::kCounts |
@@ -84,14 +85,15 @@ Result<KernelSpec> LinearAttentionWalkKernel::spec() const {
   if (Status status = first_error(
           {check_common(dtype, key_dim, features, offered),
            check_setting("consumers", config.consumers, 1,
-                         is_outputs && key_dim > linear_attention::kPairedKeyDim ? 1 : 2),
-           check_setting("stages", config.stages, 1, 8)});
+                         is_outputs && key_dim > linear_attention::kHelpedKeyDim ? 1 : 2),
+           check_setting("stages", config.stages, 1, 8),
+           check_setting("helpers", config.helpers, is_outputs && config.consumers == 2 ? 1 : 0,
+                         is_outputs && key_dim <= linear_attention::kHelpedKeyDim ? 1 : 0)});
       !status.ok()) {
     return status.error();
   }
   const std::string type = is_outputs ? "Outputs" : is_sums ? "SegmentSums" : "States";
-  const bool is_paired = is_outputs && config.consumers == 2;
-  KernelSpec spec = named(is_paired    ? "paired_outputs"
+  KernelSpec spec = named(is_helped    ? "helped_outputs"
                           : is_outputs ? "outputs"
                           : is_sums    ? "segment_sums"
                                        : "states",
@@ -99,22 +101,23 @@ Result<KernelSpec> LinearAttentionWalkKernel::spec() const {
   if (is_reverse) spec.symbol += "_reverse";
   spec.symbol += "_" + suffix(dtype, key_dim, features);
   spec.function += std::string("<tk::linear_attention::") +
-                   (is_paired    ? "PairedOutputsTraits<"
+                   (is_helped    ? "HelpedOutputsTraits<"
                     : is_outputs ? "OutputsTraits<"
                                  : "StatesTraits<") +
                    type_name(dtype) + ", " + std::to_string(key_dim) + ", ";
   if (!is_outputs) spec.function += std::string(bool_name(is_reverse)) + ", ";
   spec.function += std::to_string(features) + ", ";
   if (!is_outputs) spec.function += std::to_string(config.consumers) + ", ";
-  spec.function += std::to_string(config.stages) + ">>";
-  spec.threads =
-      is_paired ? linear_attention::kPairedOutputsThreads : linear_attention::walk_threads(config);
-  spec.shared_bytes = is_paired
-                          ? linear_attention::paired_outputs_shared_bytes(key_dim, config.stages)
+  spec.function += std::to_string(config.stages);
+  if (is_helped) spec.function += ", " + std::to_string(config.consumers);
+  spec.function += ">>";
+  spec.threads = linear_attention::walk_threads(config);
+  spec.shared_bytes = is_helped    ? linear_attention::helped_outputs_shared_bytes(
+                                         key_dim, config.stages, config.consumers)
                       : is_outputs ? linear_attention::outputs_shared_bytes(key_dim, config.stages)
                       : is_sums    ? linear_attention::segment_sums_shared_bytes(key_dim, config)
                                    : linear_attention::states_shared_bytes(key_dim, config);
-  spec.min_blocks = linear_attention::walk_blocks(key_dim, config.consumers);
+  spec.min_blocks = linear_attention::walk_blocks(key_dim, config.consumers, config.helpers);
   return checked(std::move(spec));
 }
 

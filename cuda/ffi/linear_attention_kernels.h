@@ -118,4 +118,4 @@ TK_REGISTER_SETTINGS(tk::ffi::GradientsOptions, StructMember<float>("scale"));
 TK_REGISTER_SETTINGS(tk::ffi::GradientsConfig, StructMember<std::int64_t>("stages"),
                      StructMember<std::int64_t>("key_stages"));
 TK_REGISTER_SETTINGS(tk::linear_attention::WalkConfig, StructMember<std::int64_t>("consumers"),
-                     StructMember<std::int64_t>("stages"));
+                     StructMember<std::int64_t>("stages"), StructMember<std::int64_t>("helpers"));

@@ -215,7 +215,11 @@ nb::list linear_attention_specs(const std::string& kernel, const std::string& dt
       throw nb::value_error(("no kernel is called " + kernel).c_str());
     }();
     return LinearAttentionWalkKernel{
-        walk, to_dtype(dtype), tile, bits, {field(config, "consumers"), field(config, "stages")}}
+        walk,
+        to_dtype(dtype),
+        tile,
+        bits,
+        {field(config, "consumers"), field(config, "stages"), field(config, "helpers")}}
         .spec();
   }();
   specs.append(to_dict(spec));

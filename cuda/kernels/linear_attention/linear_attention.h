@@ -190,8 +190,8 @@ constexpr int kSpreadSharedBytes = 4 * kMarkedRows * 4 + kSharedSlack;
 // Kernel: "kernels/linear_attention/outputs.cuh"
 //   tk::linear_attention::outputs<tk::linear_attention::OutputsTraits<T, kKeyDim, kFeatures,
 //                                                                     kStages>>
-// and of two slices to a block, up to 128 dimensions of keys, the same of "paired_outputs.cuh":
-//   tk::linear_attention::paired_outputs<tk::linear_attention::PairedOutputsTraits<..>>
+// and with a helper, up to 128 dimensions of keys, the same of "helped_outputs.cuh":
+//   tk::linear_attention::helped_outputs<tk::linear_attention::HelpedOutputsTraits<.., kSlices>>
 // Grid: H * slices / consumers, segments, B.
 struct OutputsParams {
   TensorMap q, k;    // (K, T, G, B), box (64, 64, 1, 1)
@@ -207,20 +207,20 @@ struct OutputsParams {
 };
 
 // They walk with one consumer warpgroup for each of `consumers` slices that share keys: there must
-// be a multiple of that many slices in a group. One consumer leaves room for two blocks. The scores
-// of two slices' outputs are made by a warpgroup more.
+// be a multiple of that many slices in a group. One consumer leaves room for two blocks. Outputs
+// may have a helper, a warpgroup that makes their scores, and those of two slices do.
 struct WalkConfig {
   long consumers;  // 1 or 2
   long stages;     // of the ring of chunks
+  long helpers;    // 1 or 0
 };
 constexpr int walk_threads(const WalkConfig& config) {
-  return static_cast<int>(128 * (1 + config.consumers));
+  return static_cast<int>(128 * (1 + config.consumers + config.helpers));
 }
-constexpr int kPairedOutputsThreads = 4 * 128;
-constexpr long kPairedKeyDim = 128;  // the largest that paired outputs have registers for
+constexpr long kHelpedKeyDim = 128;  // the largest that a helper leaves registers for
 // Blocks that share a multiprocessor.
-constexpr int walk_blocks(long key_dim, long consumers) {
-  return consumers == 1 && key_dim <= 128 ? 2 : 1;
+constexpr int walk_blocks(long key_dim, long consumers, long helpers = 0) {
+  return consumers == 1 && helpers == 0 && key_dim <= 128 ? 2 : 1;
 }
 constexpr int kGateBytes = 3 * kChunk * 4;  // of a chunk and a consumer
 // Tiles of weights and of out on its way: two of each spare a barrier, where they fit.
@@ -235,11 +235,11 @@ constexpr int segment_sums_shared_bytes(long key_dim, const WalkConfig& c) {
                           c.consumers * c.stages * kGateBytes) +
          kSharedSlack;
 }
-// Two slices, whose scores a third consumer makes.
-constexpr int paired_outputs_shared_bytes(long key_dim, long stages) {
-  return static_cast<int>(2 * kChunk * stages * (2 * key_dim + 2 * kSlice) +
-                          2 * (2 * 2 * kChunk * (kSlice + kChunk) + 4 * 4 * kChunk +
-                               stages * kGateBytes + 4 * kSlice)) +
+// One slice or two, and what a helper hands over.
+constexpr int helped_outputs_shared_bytes(long key_dim, long stages, long slices) {
+  return static_cast<int>(2 * kChunk * stages * (2 * key_dim + slices * kSlice) +
+                          slices * (2 * 2 * kChunk * (kSlice + kChunk) + 4 * 4 * kChunk +
+                                    stages * kGateBytes + 4 * kSlice)) +
          kSharedSlack;
 }
 constexpr int outputs_shared_bytes(long key_dim, long stages) {

@@ -5,7 +5,7 @@
 //   S     = total S + (diag(after) v)^T k
 // (Yang et al. 2023, section 3; Dao and Gu 2024, section 6.)
 // Grid: slices of 64 values, segments, batch. A block walks its segment's chunks; two share a
-// multiprocessor where K allows. Two slices to a block are paired_outputs.cuh's.
+// multiprocessor where K allows. With a helper, helped_outputs.cuh's.
 // Roles: a producer warp loads a ring of q, k, v and gates; the consumer warpgroup keeps S (64 x K,
 // fp32) of its slice in registers, where S q^T takes it from: out is computed transposed, so that
 // only the weights q k^T * D pass through shared memory. Out leaves with the barrier that shares

@@ -118,10 +118,12 @@ class GradientsOptions:
 class WalkConfig:
     """How the kernels that walk through a sequence do it."""
 
-    # Slices of values of a block, which share their keys: 1 or 2. Two slices' outputs
-    # have a warpgroup more, which makes their scores, and keys of up to 128 dimensions.
+    # Slices of values of a block, which share their keys: 1 or 2.
     consumers: int
     stages: int  # depth of the ring of chunks
+    # 1 where a warpgroup more makes the scores: in outputs alone, for keys of up to 128
+    # dimensions; those of two slices have it always.
+    helpers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +150,8 @@ _MULTIPROCESSORS = 132
 # than what is won.
 _LEAST_CHUNKS_OF_SEGMENT = 4
 # Measured on an H100 (docs/kernels/linear_attention.md), in us: a chunk's step of one
-# consumer on a multiprocessor, of two blocks of one on one, and of two of a block, of
-# which a warpgroup more makes the scores; and the bytes that passes move in a
+# consumer on a multiprocessor, before it had a helper, of two blocks of one on one, and
+# of two of a block, which have a helper; and the bytes that passes move in a
 # microsecond. What a second pass costs beside its work is 14 us, and here 3 more: the
 # backward pass has two, and wins less by them.
 _STEP_US = {1: 1.5, 2: 2.35}
@@ -163,10 +165,18 @@ _SHARED_BYTES = 227 * 1024
 _SHARED_SLACK = 2048
 
 
-# Dimensions of keys, and slices of a block, of kernels compiled ahead and gated ...
-KERNEL_KEY_DIMS = ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))
-# ... of sizes (batch, seqlen, groups, heads) that ask for so many slices ...
-SIZES_OF_CONSUMERS = {1: (1, 1, 1, 1), 2: (8, 4096, 1, 32)}
+# Dimensions of keys, and blocks of outputs, of kernels compiled ahead and gated ...
+KERNEL_KEY_DIMS = (
+    *((dim, block) for dim in (64, 128) for block in ("alone", "helped", "pair")),
+    (256, "alone"),
+)
+# ... of sizes (batch, seqlen, groups, heads) that ask for a slice without a helper, for
+# one with a helper where keys are narrow, or for two ...
+SIZES_OF_BLOCKS = {
+    "alone": (8, 4096, 11, 33),
+    "helped": (1, 1, 1, 1),
+    "pair": (8, 4096, 1, 32),
+}
 # ... and the features they are compiled with: those of linear_attention, and of ssd.
 KERNEL_FEATURES = ((), ("weights",), ("weights", "skip"))
 
@@ -245,12 +255,14 @@ def scan_config(
     ]
     on_each, segments = min(options, key=lambda option: predicted_us(*option))
     consumers = shared if on_each == 2 else 1
-    # What fits; one consumer alone has little else to hide what loads take.
-    stages = 3 if consumers == 2 or (narrow and on_each == 1) else 2
+    # What fits; one consumer alone has little else to hide what loads take, and room
+    # for a helper.
+    helpers = 1 if narrow and (consumers == 2 or on_each == 1) else 0
+    stages = 3 if helpers else 2
     return ScanConfig(
         chunks_of_segment=-(-chunks // segments),
         states=WalkConfig(consumers=consumers, stages=3),
-        outputs=WalkConfig(consumers=consumers, stages=stages),
+        outputs=WalkConfig(consumers=consumers, stages=stages, helpers=helpers),
         gradients=_gradients_config(tile),
     )
 

@@ -1,17 +1,17 @@
-// out = scale S q + skip * v, and S at the ends of segments, for two slices that share keys.
+// out = scale S q + skip * v, and S at the ends of segments, for one slice or two that share keys.
 //
 // What outputs.cuh computes, with its parts on different warpgroups: for a chunk of tokens with
 // gates D (gates.cuh), S being the state before it,
 //   helper     P = q k^T * D for each slice; before and after, the gates of S and of what is added
 //   consumers  S q^T diag(before) + v^T P^T, out;  S = total S + (diag(after) v)^T k
 // (Yang et al. 2023, section 3; Dao and Gu 2024, section 6.)
-// Grid: pairs of slices, segments, batch. A block walks its segment's chunks.
+// Grid: slices or pairs of them, segments, batch. A block walks its segment's chunks.
 // Roles: a producer warp loads a ring of q, k, each slice's v and gates; the helper makes q k^T
-// once for both slices and hands P over through two buffers, so that it is up to two chunks ahead
-// of the consumers, each of which keeps S (64 x K, fp32) of its slice in registers. Budget at K =
-// 128, 3 stages: 220 KB of shared memory; a consumer has 64 registers of S, 32 of its rounded copy,
-// 32 of out, 32 of v and its weighted copy; the helper 32 of scores. Limit: memory; reading q, k, v
-// and writing out.
+// once for all slices and hands P over through two buffers, so that it is up to two chunks ahead of
+// the consumers, each of which keeps S (64 x K, fp32) of its slice in registers. Budget at K = 128,
+// 3 stages: 220 KB of shared memory for two slices, 160 KB for one; a consumer has 64 registers of
+// S, 32 of its rounded copy, 32 of out, 32 of v and its weighted copy; the helper 32 of scores.
+// Limit: memory; reading q, k, v and writing out.
 #pragma once
 
 #include "kernels/linear_attention/gates.cuh"
@@ -20,27 +20,29 @@
 
 namespace tk::linear_attention {
 
-template <typename T_, int kKeyDim_, unsigned kFeatures_, int kStages_>
-struct PairedOutputsTraits {
+template <typename T_, int kKeyDim_, unsigned kFeatures_, int kStages_, int kSlices_>
+struct HelpedOutputsTraits {
   using T = T_;
   static constexpr int kKeyDim = kKeyDim_;
   static constexpr unsigned kFeatures = kFeatures_;
   static constexpr int kStages = kStages_;
-  static_assert(kKeyDim <= kPairedKeyDim, "a state fits in a consumer's registers");
+  static constexpr int kSlices = kSlices_;
+  static_assert(kKeyDim <= kHelpedKeyDim, "a state fits in a consumer's registers");
+  static_assert(kSlices == 1 || kSlices == 2, "one or two slices share their keys");
 };
 
 template <typename Traits>
-struct PairedOutputs {
+struct HelpedOutputs {
   using T = typename Traits::T;
   static constexpr int kKeyDim = Traits::kKeyDim;
   static constexpr unsigned kFeatures = Traits::kFeatures;
   static constexpr bool kHasSkip = (kFeatures & kSkip) != 0;
-  static constexpr int kSlices = 2;
+  static constexpr int kSlices = Traits::kSlices;
   static constexpr int kBuffers = 2;
   static constexpr int kConsumers = kSlices + 1;
   static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 200;
-  static constexpr int kHelperRegisters = 88;
+  static constexpr int kConsumerRegisters = kSlices == 1 ? 232 : 200;
+  static constexpr int kHelperRegisters = kSlices == 1 ? 160 : 88;
 
   using KeyTile = SharedTile<T, kChunk, kKeyDim>;
   using ValueTile = SharedTile<T, kChunk, kSlice>;
@@ -71,8 +73,8 @@ struct PairedOutputs {
     Ring ring;
   };
   static_assert(
-      sizeof(Shared) + 1024 <= paired_outputs_shared_bytes(kKeyDim, Traits::kStages),
-      "linear_attention.h's paired_outputs_shared_bytes covers the kernel's shared memory");
+      sizeof(Shared) + 1024 <= helped_outputs_shared_bytes(kKeyDim, Traits::kStages, kSlices),
+      "linear_attention.h's helped_outputs_shared_bytes covers the kernel's shared memory");
   static constexpr int kStageBytes =
       2 * KeyTile::kBytes + kSlices * (ValueTile::kBytes + ChunkGates<kFeatures>::kBytes);
 
@@ -130,7 +132,7 @@ struct PairedOutputs {
     }
   }
 
-  // The helper: scores and gates, for both slices.
+  // The helper: scores and gates, for all slices.
   __device__ __forceinline__ static void help(const OutputsParams& params, Shared& shared) {
     const Segment segment = Segment::of(params);
     typename Ring::State stage;
@@ -236,8 +238,8 @@ struct PairedOutputs {
 };
 
 template <typename Traits>
-__device__ __forceinline__ void paired_outputs(const OutputsParams& params) {
-  block::run<PairedOutputs<Traits>>(params);
+__device__ __forceinline__ void helped_outputs(const OutputsParams& params) {
+  block::run<HelpedOutputs<Traits>>(params);
 }
 
 }  // namespace tk::linear_attention
