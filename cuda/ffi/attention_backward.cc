@@ -125,7 +125,7 @@ std::int64_t backward_blocks(const BackwardCall& call, std::int64_t resident) {
 
 // In a fixed order and without a mask, blocks of whole heads run together. Where these leave a
 // tenth of the multiprocessors idle, the causal kernel, told that every query sees all keys, is
-// better: it starts blocks one by one.
+// better: it deals tiles out one by one.
 void settle_mask(BackwardCall* call, const runtime::Device& device) {
   AttentionBackwardKernels& k = call->kernels;
   if (call->empty || k.wide() || !k.deterministic || k.mask != attention::Mask::kNone ||
