@@ -32,7 +32,9 @@ MUTATIONS = [
     ),
     _backward("dq used before its wait", "mma_wait<1>(dq_acc)", "mma_wait<2>(dq_acc)"),
     _backward("dp used before its wait", "warpgroup::mma_wait<0>(dp_acc);"),
-    _backward("dq overwritten on its way out", "shared.dq_ring.acquire(dq_state);"),
+    _backward(
+        "dq overwritten on its way out", "shared.leaving_ring.acquire(out_state);"
+    ),
     _backward(
         "q released before its product is done",
         _DK_WAIT + "\n        " + _Q_RELEASE,
@@ -47,25 +49,44 @@ MUTATIONS = [
     _backward("k never released", "shared.k_ring.release(kv_state);"),
     _backward("v never released", "shared.v_ring.release(kv_state);"),
     _backward(
-        "dk overwrites k while others read it",
-        "named_sync(kKeysRead, 128 * kConsumers);",
-    ),
-    _backward("dk is not published", "publish_shared();", after="kKeysRead, 128"),
-    _backward("dv is not published", "publish_shared();", after="(v_rows, dv_acc)"),
-    _backward(
-        "dv copied before all warps have written it",
-        "warpgroup::sync();",
-        after="(v_rows, dv_acc)",
+        "dv overwrites dq on its way out",
+        "shared.leaving_ring.acquire(out_state);",
+        after="shared.v_ring.release(kv_state);",
     ),
     _backward(
-        "dk copied before all warps have written it",
-        "warpgroup::sync();",
-        after="kKeysRead, 128",
+        "dk overwrites dv on its way out",
+        "shared.leaving_ring.acquire(out_state);",
+        after="(!kLeaveTogether) {\n        shared.leaving_ring.hand_over",
     ),
     _backward(
-        "k and v overwritten while dk and dv leave",
+        "dv and dk are not handed over",
+        "shared.leaving_ring.hand_over(out_state);",
+        after="dkv[kLast], dk_acc);",
+    ),
+    _backward(
+        "dv and dk leave before they are there",
+        "shared.leaving_ring.wait(state);",
+        after="static void store_tile",
+    ),
+    _backward(
+        "dv and dk given back while they are read",
         "tma::wait_read<0>();",
         after="tma::store(params.dk",
+    ),
+    _backward(
+        "both storers send dv",
+        "if (step == storer) store_tile",
+        "store_tile",
+    ),
+    _backward(
+        "storers are not told of tiles",
+        "shared.messages.init(4 * kConsumers + kStorers);",
+        "shared.messages.init(4 * kConsumers);",
+    ),
+    _backward(
+        "every block takes the first tile",
+        "take_number(params.next_tile)",
+        "(take_number(params.next_tile), 0)",
     ),
     _backward("no turns", "take_turn(counter, turn);"),
     _backward("the turn is not passed on", "pass_turn(counter);"),
@@ -78,8 +99,8 @@ MUTATIONS = [
     _backward("no block overwrites what dq held", "if (turn == 0)", "if (turn < 0)"),
     _backward(
         "dq given back while it is read",
-        "tma::wait_read<0>();\n    shared.dq_ring",
-        "shared.dq_ring",
+        "tma::wait_read<0>();\n    shared.leaving_ring",
+        "shared.leaving_ring",
     ),
     _backward(
         "bytes of lse are not expected",
@@ -101,20 +122,36 @@ MUTATIONS = [
     ),
     _backward(
         "a causal key block waits for a turn that nobody passes",
-        "return n;",
-        "return n + 1;",
+        "- 1 - n : n;",
+        "- 1 - n : n + 1;",
         file=_TURNS,
     ),
     _backward(
-        "turns of causal key blocks go down, as they do not start",
-        "return n;",
-        "return kv_blocks - 1 - n;",
+        "turns of a wave that goes down go down, as its blocks do not start",
+        "- 1 - n : n;",
+        "- 1 - n : kv_blocks - 1 - n;",
         file=_TURNS,
     ),
     _backward(
-        "causal queries are copied upwards",
-        "for (int m = first + steps - 1; m >= first; --m) {",
-        "for (int m = first; m < first + steps; ++m) {",
+        "turns of a wave that goes up start with those of its end that see nothing",
+        "min(wave.end, visible_end(m))",
+        "wave.end",
+        file=_TURNS,
+    ),
+    _backward(
+        "queries of a wave that goes down are copied upwards",
+        "int m = walk.turns.wave.up ? first : first + steps - 1;",
+        "int m = first;",
+    ),
+    _backward(
+        "queries of a wave that goes up are copied downwards",
+        "const int way = walk.turns.wave.up ? 1 : -1;",
+        "const int way = -1;",
+    ),
+    _backward(
+        "tiles are dealt out where another call has stopped",
+        "reset_turns(params.next_tile);",
+        file=_PREPARE,
     ),
     _backward("two storers take every step", "if (step == storer)", "if (true)"),
     _backward(

@@ -16,6 +16,7 @@ HANDOFF = {
     for kind in ("true", "false")
 }
 TURNS = kernel("sync", "turns", threads=128, shared=True, cluster_size=8)
+NUMBERS = kernel("sync", "numbers", threads=128, shared=True, cluster_size=8)
 RINGS = {
     (name, cluster): kernel(
         "sync", "ring", name, cluster, threads=384, shared=True, cluster_size=cluster
@@ -72,6 +73,17 @@ def test_turns(rng):
     np.testing.assert_array_equal(counters, [8, 8])
     assert_same(sums, total)
     assert_same(result, y)
+
+
+@pytest.mark.usefixtures("tile_implementation")
+def test_numbers():
+    """Each is given to one block, and all have been when a wait for them ends."""
+    counter, taken = NUMBERS([((1,), np.int32), ((8, 4, 64, 16), np.float32)], grid=8)
+    assert counter == [24]
+    assert (taken == taken[..., :1, :1]).all()
+    taken = taken[..., 0, 0]
+    assert sorted(taken[:, :3].ravel()) == list(range(24))
+    np.testing.assert_array_equal(taken[:, 3], taken[:, 0])
 
 
 @pytest.mark.usefixtures("tile_implementation")

@@ -105,12 +105,18 @@ bool tiles_differ(const AttentionBackwardKernels& k) {
   return k.mask != attention::Mask::kNone || (k.features & attention::kMapFeatures) != 0;
 }
 
+// Whether causal key blocks are dealt out in waves.
+bool in_waves(const AttentionBackwardKernels& k) {
+  return attention::causal_in_waves(k.narrow_head_dim(), k.mask, k.features);
+}
+
 // The grid that attention.h asks for at BackwardParams.
 std::int64_t backward_blocks(const BackwardCall& call, std::int64_t resident) {
   const Sizes& s = call.sizes;
   const AttentionBackwardKernels& k = call.kernels;
   const std::int64_t key_blocks = ceil_div(s.seqlen_kv, k.config.block_kv);
   const std::int64_t tiles = key_blocks * s.num_kv_heads * s.batch;
+  if (in_waves(k)) return std::min(tiles, resident);
   if (tiles_differ(k)) return tiles;
   if (!k.deterministic) return std::min(tiles, resident);
   const std::int64_t whole_heads = resident / key_blocks * key_blocks;
@@ -119,7 +125,7 @@ std::int64_t backward_blocks(const BackwardCall& call, std::int64_t resident) {
 
 // In a fixed order and without a mask, blocks of whole heads run together. Where these leave a
 // tenth of the multiprocessors idle, the causal kernel, told that every query sees all keys, is
-// better: it starts blocks one by one.
+// better: it deals tiles out one by one.
 void settle_mask(BackwardCall* call, const runtime::Device& device) {
   AttentionBackwardKernels& k = call->kernels;
   if (call->empty || k.wide() || !k.deterministic || k.mask != attention::Mask::kNone ||
@@ -128,8 +134,9 @@ void settle_mask(BackwardCall* call, const runtime::Device& device) {
   }
   const std::int64_t resident = resident_tiles(*call, device);
   const std::int64_t blocks = backward_blocks(*call, resident);
+  const Sizes& s = call->sizes;
+  const std::int64_t tiles = ceil_div(s.seqlen_kv, k.config.block_kv) * s.num_kv_heads * s.batch;
   k.mask = attention::Mask::kCausal;
-  const std::int64_t tiles = backward_blocks(*call, resident);
   if (tiles < 2 * resident || 10 * blocks >= 9 * resident) k.mask = attention::Mask::kNone;
 }
 
@@ -165,6 +172,7 @@ Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream strea
   params.lse_log2 = static_cast<float*>(b.lse_log2.untyped_data());
   params.dq_acc = static_cast<float*>(b.dq_acc.untyped_data());
   params.dq_order = static_cast<int*>(b.dq_order.untyped_data());
+  if (in_waves(call.kernels)) params.next_tile = static_cast<int*>(b.dq.untyped_data());
   params.batch = static_cast<int>(s.batch);
   params.seqlen_q = static_cast<int>(s.seqlen_q);
   params.num_heads = static_cast<int>(s.num_heads);
@@ -209,12 +217,15 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.tiles = static_cast<int>(key_blocks * s.num_kv_heads * s.batch);
   params.turn_group = static_cast<int>(std::min(key_blocks, resident));
   params.tile_rows = static_cast<int>(s.num_kv_heads * s.batch);
-  params.rows_together = 1;
-  const std::int64_t head_dim = call.kernels.narrow_head_dim();
-  if (attention::causal_longest_first(head_dim, call.kernels.features)) {
-    const std::int64_t together =
-        attention::causal_rows_together(s.padded_q(), s.num_heads / s.num_kv_heads, head_dim);
-    params.rows_together = static_cast<int>(std::min<std::int64_t>(params.tile_rows, together));
+  if (in_waves(call.kernels)) {
+    const long rows =
+        attention::causal_rows_together(key_blocks, params.tile_rows, params.heads_of_group,
+                                        call.kernels.narrow_head_dim(), resident);
+    params.turn_group = static_cast<int>(resident);
+    params.rows_together = static_cast<int>(rows);
+    params.phase_blocks =
+        static_cast<int>(std::clamp<std::int64_t>(2 * resident / rows, 1, key_blocks));
+    params.next_tile = static_cast<int*>(b.dq.untyped_data());
   }
   return runtime::launch(kernel, stream, {backward_blocks(call, resident)}, &params);
 }

@@ -276,4 +276,26 @@ void pass_turn(int* counter, Location at) {
       at);
 }
 
+int take_number(int* counter, Location at) {
+  Machine& m = machine();
+  require_one_lane("a number is taken", at);
+  m.memory().check_counter(counter, m.cluster().number, m.warp().clock, at);
+  m.memory().check_inside(counter, sizeof(int), GlobalUse::kAdd, at);
+  int number = 0;
+  m.exclusive([&] { number = (*counter)++; }, at);
+  return number;
+}
+
+void wait_for_numbers(const int* counter, int count, Location at) {
+  Machine& m = machine();
+  require_one_lane("numbers are waited for", at);
+  m.memory().check_counter(counter, m.cluster().number, m.warp().clock, at);
+  m.wait([=] { return *counter >= count; },
+         [=] {
+           return std::to_string(count) + " numbers of a counter that is at " +
+                  std::to_string(*counter);
+         },
+         at);
+}
+
 }  // namespace tk::interpreter

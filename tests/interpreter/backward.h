@@ -81,6 +81,7 @@ class BackwardCall {
     params.lse_log2 = lse_log2.data();
     params.dq_acc = dq_acc.data();
     params.dq_order = dq_order.data();
+    params.next_tile = reinterpret_cast<int*>(dq.data());
     params.batch = s.batch;
     params.seqlen_q = s.seqlen_q;
     params.num_heads = s.num_heads;

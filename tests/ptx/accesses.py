@@ -137,7 +137,29 @@ def _reduce_global(t, item, parts):
     return run
 
 
+def _fetch_add(t, item, parts):
+    dtype = type_of(parts)
+    if parts[-2] != "add":
+        raise NotImplementedError(item.text)
+    result, address, value = item.operands
+    put, address = t.result(result, dtype), t.address(address)
+    value = t.value(value, dtype)
+
+    def run(w):
+        addresses, values = address(w), full(w, value(w))
+        found = np.zeros(w.size, dtype)
+        for lane in np.flatnonzero(w.active()):
+            cell = w.machine.memory.bytes(int(addresses[lane]), dtype.itemsize)
+            found[lane] = cell.view(dtype)[0]
+            cell.view(dtype)[0] += values[lane]
+        put(w, found)
+        w.machine.changes += 1
+
+    return run
+
+
 MAKERS = {
+    "atom": _fetch_add,
     "cvta": _address_space,
     "ld": _load,
     "st": _store,

@@ -19,6 +19,7 @@
 #else
 #include "tk/sm90/barrier.cuh"
 #include "tk/sm90/copy.cuh"
+#include "tk/sm90/elements.cuh"
 #include "tk/sm90/fragments.cuh"
 #include "tk/sm90/map.cuh"
 #include "tk/sm90/mma.cuh"

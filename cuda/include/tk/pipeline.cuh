@@ -100,6 +100,17 @@ struct MessagePipeline {
     ring_.release(state, at);
     state.advance();
   }
+  // A thread that counts as a warp.
+  __device__ __forceinline__ void receive_by_thread(State& state, int (&numbers)[kNumbers],
+                                                    Location at = {}) {
+    ring_.wait(state, at);
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      numbers[i] = load_element_by_thread(numbers_[state.stage], i, at);
+    }
+    ring_.release_by_thread(state, at);
+    state.advance();
+  }
 };
 
 // The way out: consumers fill a stage, one storing thread takes it to global memory.

@@ -192,6 +192,7 @@ struct BackwardPrepareParams {
   float* lse_log2;      // lse / ln 2; +inf beyond T and for rows without a key
   float* dq_acc;        // zeroed here, or not
   int* dq_order;        // zeroed here
+  int* next_tile;       // zeroed here; null where tiles are not dealt out
   int batch, seqlen_q, num_heads;
   // Columns of dq_acc that are zeroed here, all or none of them: where no block is the first to
   // write a query's dq, as there is no order and every block adds, or as some queries may see no
@@ -208,7 +209,8 @@ constexpr int backward_prepare_shared_bytes(long head_dim_v) {
 //                                                         kStages>>
 // Grid: with key_blocks = ceil(S / block_kv), tiles = key_blocks * K * B and SMs multiprocessors,
 //   or twice as many where two blocks share one (backward_resident_blocks),
-//   a mask or a block map         tiles: blocks start in index order as multiprocessors become free
+//   in waves (causal)             min(tiles, SMs)
+//   another mask or a block map   tiles: blocks start in index order as multiprocessors become free
 //   otherwise, not deterministic  min(tiles, SMs)
 //   otherwise                     min(tiles, max(key_blocks, SMs / key_blocks * key_blocks)), at
 //                                 most SMs: all key blocks of a head run at once, since each waits
@@ -230,31 +232,40 @@ struct BackwardParams {
   int heads_of_group;  // H / K
   int tiles;           // kv_blocks * K * B
   // Key blocks of a head that take turns at dq among themselves: min(key_blocks, SMs), as many as
-  // surely run at once.
+  // surely run at once. In waves: the tiles of one, which run at once too.
   int turn_group;
-  // K * B, and how many of these have their key blocks side by side: by causal_rows_together where
-  // causal_longest_first, otherwise 1.
-  int tile_rows, rows_together;
+  // In waves: K * B, how many of these have their key blocks side by side (causal_rows_together),
+  // and the key blocks of a phase: as many as two waves hold.
+  int tile_rows, rows_together, phase_blocks;
+  // In waves: how many tiles have been dealt out. In dq's memory, which finish writes.
+  int* next_tile;
   float scale;
   Extras extras;
 };
-// Whether causal key blocks with most to do start first, in turns.cuh's order. Tiles of 64 were 2%
-// to 8% slower so (docs/kernels/attention.md), and a cap beside a bias leaves no registers for it.
-constexpr bool causal_longest_first(long head_dim, unsigned features) {
-  return head_dim == 128 && (features & (kSoftCap | kBias)) != (kSoftCap | kBias);
+// Whether causal key blocks are dealt out in turns.cuh's waves. A cap beside a bias leaves no
+// registers for it.
+constexpr bool causal_in_waves(long head_dim, Mask mask, unsigned features) {
+  return mask == Mask::kCausal && head_dim <= 128 && (features & kMapFeatures) == 0 &&
+         (features & (kSoftCap | kBias)) != (kSoftCap | kBias);
 }
-// Of how many key/value heads key blocks are then walked side by side: the more, the more evenly
-// they fill the multiprocessors, as long as what they read and add to stays in L2. That is so where
-// several key blocks of a head run at once, near each other's queries: with more than 16 heads the
-// next ones come when a short sequence is over, and read it again.
-constexpr long kBytesTogether = 64l << 20;
-constexpr long kHeadsTogether = 16;
-constexpr long causal_rows_together(long padded_q, long heads_of_group, long head_dim) {
-  // q and dout, and dq in fp32.
-  const long bytes = padded_q * heads_of_group * head_dim * (2 + 2 + 4);
-  const long most = heads_of_group < kHeadsTogether ? kHeadsTogether / heads_of_group : 1;
-  const long fitting = bytes < kBytesTogether ? kBytesTogether / bytes : 1;
-  return fitting < most ? fitting : most;
+// Of how many of `rows` key/value heads key blocks are then walked side by side. With few, a wave
+// has many key blocks of a head, the last of which starts that many turns late; with many, there
+// are more phases, each of which reads q and dout again. Short sequences have as many as two waves
+// hold whole, unless their queries do not fit into L2. Where there is more than one phase, other
+// heads have to come between two of a head's. Measured: docs/kernels/attention.md.
+constexpr long kHeadsTogether = 8;
+constexpr long kQueryColumnsTogether = 64 * 128, kKeyColumnsTogether = 32 * 128;
+constexpr long causal_rows_together(long key_blocks, long rows, long heads_of_group, long head_dim,
+                                    long resident_tiles) {
+  const auto larger = [](long x, long y) { return x > y ? x : y; };
+  const auto smaller = [](long x, long y) { return x < y ? x : y; };
+  const long whole = 2 * resident_tiles / key_blocks;  // heads that two waves hold
+  const long in_l2 = kQueryColumnsTogether / (heads_of_group * head_dim);
+  const long eights = smaller(whole, kKeyColumnsTogether / head_dim) / kHeadsTogether;
+  long together = kHeadsTogether * larger(1, eights);
+  if (together > in_l2) together = larger(kHeadsTogether, in_l2 / 2);
+  if (together > whole && together > rows / 2) together = larger(whole, rows / 2);
+  return larger(1, smaller(together, rows));
 }
 // How many steps' dq can be on their way out, each with a storing warp of its own where the order
 // is fixed. A second one fits at D = 128 alone.

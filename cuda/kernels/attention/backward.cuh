@@ -8,14 +8,15 @@
 // and dk, and only ds passes through shared memory, for dq.
 // Grid: a tile is kBlockKv keys of one key/value head; it walks the queries of every head of its
 // group, so dk and dv need no sum across blocks. dq does: fragments in fp32 are added in global
-// memory, in turns where kDeterministic (turns.cuh).
-// Roles: warp 0 of the producer loads k, v and two rings (q with lse, dout with delta); the next
-// one or two warps take dq fragments out. Consumer warpgroups own 64 keys each, and a part of each
-// dq. A step issues s and dp, exponentiates s beside dp, and issues dv, dq and dk; dq leaves beside
-// dk. Budget at D = 128, 64 x 128, 2 stages: 227 KB of shared memory, all there is; of 232
-// registers a thread, 128 hold dk and dv, 32 each s and dp (then dq), and 16 lse. Limit:
-// shared-memory bandwidth, 1.15 times the tensor cores' time (m64n64 products read 128 bytes a
-// clock), and the chip's power.
+// memory, in turns where kDeterministic. In turns.cuh's waves, blocks take tiles one by one.
+// Roles: warp 0 of the producer deals tiles out and loads k, v and two rings (q with lse, dout with
+// delta); the next one or two warps take out dq fragments, and dv and dk at a tile's end, through
+// the same memory, so that the next tile's keys arrive meanwhile. Consumer warpgroups own 64 keys
+// each, and a part of each dq. A step issues s and dp, exponentiates s beside dp, and issues dv, dq
+// and dk; dq leaves beside dk. Budget at D = 128, 64 x 128, 2 stages: 227 KB of shared memory, all
+// there is; of 232 registers a thread, 128 hold dk and dv, 32 each s and dp (then dq), and 16 lse.
+// Limit: shared-memory bandwidth, 1.15 times the tensor cores' time (m64n64 products read 128 bytes
+// a clock), and the chip's power.
 #pragma once
 
 #include "kernels/attention/attention.h"
@@ -75,23 +76,36 @@ struct Backward {
   static constexpr int kDqStages = backward_dq_stages(kHeadDim);
   static constexpr int kStorers = Traits::kDeterministic ? kDqStages : 1;
   using DqRing = StorePipeline<kDqStages>;
+  // A tile's place and wave, from the thread that takes it.
+  static constexpr int kNumbers = 6;
+  using Messages = MessagePipeline<2, kNumbers>;
   using Scores = RegTile<float, 16, kBlockQ>;
   using Weights = RegTile<T, 16, kBlockQ>;
   using DkvTile = RegTile<float, 16, kHeadDim>;
   using DqPart = RegTile<float, 16, 64>;
   using QTurns = Turns<Traits::kMask, kFeatures, kHeadDim, kBlockQ, kBlockKv>;
 
+  // What leaves a consumer: its part of dq of a step or, at a tile's end, its rows of dv and dk,
+  // one after the other where both do not fit.
+  using DkvRows = SharedTile<T, 64, kHeadDim>;
+  static constexpr bool kLeaveTogether = 2 * DkvRows::kBytes <= Fragments<64>::kBytes;
+  union Leaving {
+    Fragments<64> dq;
+    DkvRows dkv[kLeaveTogether ? 2 : 1];
+  };
+
   struct Shared {
-    KvTile k_smem, v_smem;  // at a tile's end, dk and dv on their way out
+    KvTile k_smem, v_smem;
     QTile q_smem[Traits::kStages];
     QTile dout_smem[Traits::kStages];
     DsTile ds_smem[2];
-    Fragments<64> dq_smem[kDqStages][kConsumers];
+    Leaving leaving[kDqStages][kConsumers];
     QVec lse_smem[Traits::kStages];
     QVec delta_smem[Traits::kStages];
     KvRing k_ring, v_ring;
     Ring q_ring, dout_ring;
-    DqRing dq_ring;
+    DqRing leaving_ring;
+    Messages messages;
   };
   static_assert(sizeof(Shared) + 1024 <=
                     backward_shared_bytes(kHeadDim, {kBlockQ, kBlockKv, Traits::kStages}),
@@ -99,7 +113,6 @@ struct Backward {
 
   enum Rendezvous : int {
     kDsWritten = kFirstKernelBarrier,  // all consumers have written their rows of ds
-    kKeysRead,                         // all consumers have read k for the last time
   };
 
   struct Tile {
@@ -107,46 +120,80 @@ struct Backward {
     int kv_head, batch;
   };
 
-  // The walk over tiles, the same for every role.
+  // The walk over tiles, the same for every role. In waves a tile is whoever's comes first: the
+  // loading thread takes its number and tells the others.
   struct Walk {
     const BackwardParams& params;
     QTurns turns;
-    Select<QTurns::kAscending, grid::OneEach, grid::Rounds> rounds;
+    Tile tile;
+    Select<QTurns::kInWaves, typename Messages::State, grid::Rounds> place;
 
     __device__ __forceinline__ explicit Walk(const BackwardParams& p) : params(p) {
       turns = {p.q_blocks,
                p.kv_blocks,
                p.turn_group,
                {p.seqlen_q, p.seqlen_kv, p.first_offset, p.last_offset}};
-      if constexpr (QTurns::kAscending) {
-        rounds = {grid::block_x()};
-      } else {
-        rounds = {grid::block_x(), grid::blocks_x(), p.tiles};
+      // One round before the first.
+      if constexpr (!QTurns::kInWaves) {
+        place = {grid::block_x(), grid::blocks_x(), p.tiles};
+        place.round = -1;
       }
     }
-    // From here on, turns are those of the tile.
-    __device__ __forceinline__ Tile tile() {
-      if constexpr (QTurns::kAscending) {
-        const grid::MatrixTile place = grid::grouped_tile(rounds.index(), params.tile_rows,
-                                                          params.kv_blocks, params.rows_together);
-        const int batch = place.row / params.num_kv_heads;
-        if constexpr ((kFeatures & kLengths) != 0) {
-          turns.set_bounds(bounds_of<kFeatures>(params, batch));
+    // To the next tile, if there is one. From here on, turns are those of the tile.
+    template <typename Receive>
+    __device__ __forceinline__ bool next(Receive&& receive) {
+      if constexpr (QTurns::kInWaves) {
+        int numbers[kNumbers];
+        receive(place, numbers);
+        tile = {numbers[0], numbers[1], numbers[2]};
+        turns.wave = {numbers[3], numbers[4], numbers[5] != 0};
+        if (tile.n < 0) return false;
+      } else {
+        place.next();
+        if (!place.valid()) return false;
+        const grid::HeadTile at =
+            grid::sequential_tile(place.index(), params.kv_blocks, params.num_kv_heads);
+        tile = {at.block, at.head, at.batch};
+        // Turns go down the key blocks: whoever others wait for has started before them.
+        if constexpr (QTurns::kDescending && Traits::kDeterministic) {
+          tile.n = params.kv_blocks - 1 - tile.n;
         }
-        return {place.col, place.row - batch * params.num_kv_heads, batch};
-      }
-      grid::HeadTile place =
-          grid::sequential_tile(rounds.index(), params.kv_blocks, params.num_kv_heads);
-      // Turns go down the key blocks: whoever others wait for has started before them.
-      if constexpr (QTurns::kDescending && Traits::kDeterministic) {
-        place.block = params.kv_blocks - 1 - place.block;
       }
       if constexpr ((kFeatures & kLengths) != 0) {
-        turns.set_bounds(bounds_of<kFeatures>(params, place.batch));
+        turns.set_bounds(bounds_of<kFeatures>(params, tile.batch));
       }
-      return {place.block, place.head, place.batch};
+      return true;
     }
   };
+  // Consumers' warps; a storing thread counts as one.
+  __device__ __forceinline__ static bool next_tile(Walk& walk, Shared& shared) {
+    return walk.next([&](auto& state, auto& numbers) { shared.messages.receive(state, numbers); });
+  }
+  __device__ __forceinline__ static bool next_tile_of_thread(Walk& walk, Shared& shared) {
+    return walk.next(
+        [&](auto& state, auto& numbers) { shared.messages.receive_by_thread(state, numbers); });
+  }
+
+  // The loading thread: takes the next tile, while the last one is still computed, and tells the
+  // others. Blocks of a wave that goes up wait for those dealt out after them: who is at one must
+  // not be the one to take another, behind its own.
+  __device__ __forceinline__ static bool deal_tile(Walk& walk, Shared& shared, int& wave_dealt) {
+    return walk.next([&](auto& state, auto& numbers) {
+      const BackwardParams& params = walk.params;
+      if (walk.turns.wave.up) wait_for_numbers(params.next_tile, wave_dealt);
+      const int number = take_number(params.next_tile);
+      DealtTile dealt = {-1, 0, {}, 0};
+      if (number < params.tiles) dealt = QTurns::deal(params, number);
+      wave_dealt = dealt.wave_dealt;
+      const int batch = dealt.row / params.num_kv_heads;
+      const int tile[kNumbers] = {dealt.n,        dealt.row - batch * params.num_kv_heads,
+                                  batch,          dealt.wave.first,
+                                  dealt.wave.end, dealt.wave.up};
+#pragma unroll
+      for (int i = 0; i < kNumbers; ++i) numbers[i] = tile[i];
+      shared.messages.send(state, tile);
+    });
+  }
 
   // The steps of a tile, as query_steps.cuh has them, with fewer registers.
   template <typename F>
@@ -161,8 +208,10 @@ struct Backward {
     const int group = walk.params.heads_of_group;
     const int first = walk.turns.first_q_block(tile.n);
     const int steps = walk.turns.steps(tile.n);
-    if constexpr (QTurns::kAscending) {
-      for (int m = first + steps - 1; m >= first; --m) {
+    if constexpr (QTurns::kInWaves) {
+      const int way = walk.turns.wave.up ? 1 : -1;
+      int m = walk.turns.wave.up ? first : first + steps - 1;
+      for (int left = steps; left > 0; --left, m += way) {
         for (int i = 0; i < group; ++i) f(tile.kv_head * group + i, m);
       }
       return;
@@ -177,7 +226,8 @@ struct Backward {
     shared.v_ring.init(4 * kConsumers);
     shared.q_ring.init(4 * kConsumers);
     shared.dout_ring.init(4 * kConsumers);
-    shared.dq_ring.init(4 * kConsumers);
+    shared.leaving_ring.init(4 * kConsumers);
+    shared.messages.init(4 * kConsumers + kStorers);
   }
 
   __device__ __forceinline__ static void load(const BackwardParams& params, Shared& shared) {
@@ -187,21 +237,23 @@ struct Backward {
     tma::prefetch(params.dout);
     typename KvRing::State kv_state;
     typename Ring::State state;
-    for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
-      const Tile tile = walk.tile();
+    int wave_dealt = 0;
+    for (Walk walk(params); deal_tile(walk, shared, wave_dealt);) {
+      const Tile tile = walk.tile;
       const int first_key = tile.n * kBlockKv;
-      shared.k_ring.acquire(kv_state, KvTile::kBytes);
-      tma::load(shared.k_smem, params.k, shared.k_ring.full(kv_state), tma::Keep::kBriefly, 0,
-                first_key, tile.kv_head, tile.batch);
-      // After the first q, which the first product reads, where the walk leaves registers to tell.
-      bool v_is_missing = true;
-      const auto load_v = [&] {
-        v_is_missing = false;
+      // After the first q and dout, for which there is room while the last tile's keys are in use,
+      // where the walk leaves registers to tell.
+      bool keys_missing = true;
+      const auto load_keys = [&] {
+        keys_missing = false;
+        shared.k_ring.acquire(kv_state, KvTile::kBytes);
+        tma::load(shared.k_smem, params.k, shared.k_ring.full(kv_state), tma::Keep::kBriefly, 0,
+                  first_key, tile.kv_head, tile.batch);
         shared.v_ring.acquire(kv_state, KvTile::kBytes);
         tma::load(shared.v_smem, params.v, shared.v_ring.full(kv_state), tma::Keep::kBriefly, 0,
                   first_key, tile.kv_head, tile.batch);
       };
-      if constexpr (!QTurns::kAscending) load_v();
+      if constexpr (!QTurns::kInWaves) load_keys();
       for_each_step(walk, tile, [&](int head, int m) {
         const int first_query = m * kBlockQ;
         const int row = (tile.batch * params.num_heads + head) * params.padded_q + first_query;
@@ -210,15 +262,15 @@ struct Backward {
         tma::load(shared.q_smem[state.stage], params.q, q_full, tma::Keep::kLong, 0, first_query,
                   head, tile.batch);
         tma::load(shared.lse_smem[state.stage], params.lse_log2 + row, q_full);
-        if (QTurns::kAscending && v_is_missing) load_v();
         shared.dout_ring.acquire(state, QTile::kBytes + QVec::kBytes);
         Barrier& dout_full = shared.dout_ring.full(state);
         tma::load(shared.dout_smem[state.stage], params.dout, dout_full, tma::Keep::kLong, 0,
                   first_query, head, tile.batch);
         tma::load(shared.delta_smem[state.stage], params.delta + row, dout_full);
+        if (QTurns::kInWaves && keys_missing) load_keys();
         state.advance();
       });
-      if (QTurns::kAscending && v_is_missing) load_v();
+      if (QTurns::kInWaves && keys_missing) load_keys();
       kv_state.advance();
     }
   }
@@ -229,15 +281,22 @@ struct Backward {
                                                int storer) {
     typename DqRing::State state;
     int step = 0;
-    for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
-      const Tile tile = walk.tile();
+    const auto advance = [&] {
+      if (++step == kStorers) step = 0;
+      state.advance();
+    };
+    for (Walk walk(params); next_tile_of_thread(walk, shared);) {
+      const Tile tile = walk.tile;
       for_each_step(walk, tile, [&](int head, int m) {
         if (step == storer) {
           store_step(params, shared, state, walk.turns, tile, head, m);
         }
-        if (++step == kStorers) step = 0;
-        state.advance();
+        advance();
       });
+      for (int i = 0; i < (kLeaveTogether ? 1 : 2); ++i) {
+        if (step == storer) store_tile(params, shared, state, tile, i);
+        advance();
+      }
     }
     tma::wait<0>();
   }
@@ -248,42 +307,61 @@ struct Backward {
                                                     int m) {
     const int row = (tile.batch * params.num_heads + head) * params.padded_q + m * kBlockQ;
     float* dq = params.dq_acc + static_cast<int64>(row) * kHeadDim;
-    auto& dq_smem = shared.dq_smem[state.stage];
+    auto& leaving = shared.leaving[state.stage];
     const MapRow map_row = {params.extras.key_map, tile.batch, head, m};
     const int turn = Traits::kDeterministic ? turns.turn(tile.n, m, map_row) : 1;
     int* counter = params.dq_order + row / 64;
-    shared.dq_ring.wait(state);
+    shared.leaving_ring.wait(state);
     if constexpr (Traits::kDeterministic) take_turn(counter, turn);
     for (int i = 0; i < kConsumers; ++i) {
       float* part = dq + i * Fragments<64>::kValues;
       if (turn == 0) {
-        tma::store(part, dq_smem[i]);
+        tma::store(part, leaving[i].dq);
       } else {
-        tma::add(part, dq_smem[i]);
+        tma::add(part, leaving[i].dq);
       }
     }
     tma::commit();
     tma::wait_read<0>();
-    shared.dq_ring.release(state);
+    shared.leaving_ring.release(state);
     if constexpr (Traits::kDeterministic) {
       tma::wait<0>();
       pass_turn(counter);
     }
   }
 
+  // dv, and dk: both, or with which = 1 dk alone.
+  __device__ __forceinline__ static void store_tile(const BackwardParams& params, Shared& shared,
+                                                    const typename DqRing::State& state,
+                                                    const Tile& tile, int which) {
+    shared.leaving_ring.wait(state);
+    for (int i = 0; i < kConsumers; ++i) {
+      const auto& dkv = shared.leaving[state.stage][i].dkv;
+      const int first_key = tile.n * kBlockKv + 64 * i;
+      tma::store(which == 0 ? params.dv : params.dk, dkv[0], 0, first_key, tile.kv_head,
+                 tile.batch);
+      if constexpr (kLeaveTogether) {
+        tma::store(params.dk, dkv[1], 0, first_key, tile.kv_head, tile.batch);
+      }
+    }
+    tma::commit();
+    tma::wait_read<0>();
+    shared.leaving_ring.release(state);
+  }
+
   __device__ __forceinline__ static void compute(const BackwardParams& params, Shared& shared,
                                                  int consumer) {
     typename KvRing::State kv_state;
     typename Ring::State state;
-    typename DqRing::State dq_state;
+    typename DqRing::State out_state;
     const Map score_map(params.scale, params.extras);
     const auto k_rows = shared.k_smem.template rows<64>(consumer);
     const auto v_rows = shared.v_smem.template rows<64>(consumer);
     const auto k_cols = shared.k_smem.template cols<64>(consumer % Traits::kDqCols);
     int ds_buffer = 0;
 
-    for (Walk walk(params); walk.rounds.valid(); walk.rounds.next()) {
-      const Tile tile = walk.tile();
+    for (Walk walk(params); next_tile(walk, shared);) {
+      const Tile tile = walk.tile;
       const int first_key = tile.n * kBlockKv + 64 * consumer;
       const Bounds& bounds = walk.turns.bounds;
       const bool ragged = first_key + 64 > bounds.seqlen_kv;
@@ -376,36 +454,30 @@ struct Backward {
         warpgroup::mma_wait<2>(dv_acc, p);
         shared.dout_ring.release(state);
         warpgroup::mma_wait<1>(dq_acc);
-        shared.dq_ring.acquire(dq_state);
-        warpgroup::store(shared.dq_smem[dq_state.stage][consumer], dq_acc);
-        shared.dq_ring.hand_over(dq_state);
-        dq_state.advance();
+        shared.leaving_ring.acquire(out_state);
+        warpgroup::store(shared.leaving[out_state.stage][consumer].dq, dq_acc);
+        shared.leaving_ring.hand_over(out_state);
+        out_state.advance();
         warpgroup::mma_wait<0>(dk_acc, ds);
         shared.q_ring.release(state);
         state.advance();
       }
 
-      warp::mul(dk_acc, dk_acc, params.scale);
-      // Through v's memory, of which each consumer reads its own rows alone.
-      warpgroup::store(v_rows, dv_acc);
-      publish_shared();
-      warpgroup::sync();
-      if (warpgroup::leader()) {
-        tma::store(params.dv, v_rows, 0, first_key, tile.kv_head, tile.batch);
-        tma::commit();
-      }
-      named_sync(kKeysRead, 128 * kConsumers);
-      warpgroup::store(k_rows, dk_acc);
-      publish_shared();
-      warpgroup::sync();
-      if (warpgroup::leader()) {
-        tma::store(params.dk, k_rows, 0, first_key, tile.kv_head, tile.batch);
-        tma::commit();
-        tma::wait_read<0>();
-      }
-      warpgroup::sync();
+      // The next tile's keys arrive while dv and dk leave.
       shared.k_ring.release(kv_state);
       shared.v_ring.release(kv_state);
+      shared.leaving_ring.acquire(out_state);
+      warpgroup::store(shared.leaving[out_state.stage][consumer].dkv[0], dv_acc);
+      if constexpr (!kLeaveTogether) {
+        shared.leaving_ring.hand_over(out_state);
+        out_state.advance();
+        shared.leaving_ring.acquire(out_state);
+      }
+      warp::mul(dk_acc, dk_acc, params.scale);
+      constexpr int kLast = kLeaveTogether ? 1 : 0;
+      warpgroup::store(shared.leaving[out_state.stage][consumer].dkv[kLast], dk_acc);
+      shared.leaving_ring.hand_over(out_state);
+      out_state.advance();
       kv_state.advance();
     }
   }

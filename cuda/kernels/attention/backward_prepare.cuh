@@ -43,6 +43,9 @@ __device__ __forceinline__ void backward_prepare(const BackwardPrepareParams& pa
     }
   }
   if (warpgroup::leader()) reset_turns(params.dq_order + head_row * (padded / 64) + block);
+  if (warpgroup::leader() && params.next_tile != nullptr && head_row == 0 && block == 0) {
+    reset_turns(params.next_tile);
+  }
 
   const int64 first = static_cast<int64>(batch) * params.seqlen_q * params.num_heads + head;
   PerRow<16> lse, dlse;

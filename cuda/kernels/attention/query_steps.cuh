@@ -7,27 +7,30 @@
 
 namespace tk::attention {
 
-// Down from the last query block to the first, and for each every head: the steps of all key blocks
-// are the same, as far as they go.
+// Down from the last query block to the first, or up, and for each every head: the steps of all key
+// blocks of a wave are the same, as far as they go.
 template <typename QTurns>
-struct StepsDown {
-  const BackwardParams& params;
-  int block, first_block;
-  int head, end_head;
+struct WaveSteps {
+  int block, way, left;  // way: 1 or -1
+  int head, end_head, group;
 
-  __device__ __forceinline__ StepsDown(const QTurns& turns, const BackwardParams& params, int n,
+  template <typename Params>
+  __device__ __forceinline__ WaveSteps(const QTurns& turns, const Params& params, int n,
                                        int kv_head, int)
-      : params(params),
-        block(turns.first_q_block(n) + turns.steps(n) - 1),
-        first_block(turns.first_q_block(n)),
+      : way(turns.wave.up ? 1 : -1),
+        left(turns.steps(n)),
         head(kv_head * params.heads_of_group),
-        end_head(head + params.heads_of_group) {}
-  __device__ __forceinline__ bool valid() const { return block >= first_block; }
+        end_head(head + params.heads_of_group),
+        group(params.heads_of_group) {
+    block = turns.first_q_block(n) + (turns.wave.up ? 0 : left - 1);
+  }
+  __device__ __forceinline__ bool valid() const { return left > 0; }
   __device__ __forceinline__ int q_block() const { return block; }
   __device__ __forceinline__ void next() {
     if (++head == end_head) {
-      head -= params.heads_of_group;
-      --block;
+      head -= group;
+      block += way;
+      --left;
     }
   }
 };
@@ -97,7 +100,7 @@ struct MappedSteps {
 
 template <typename QTurns>
 using QuerySteps = Select<QTurns::kMapped, MappedSteps,
-                          Select<QTurns::kAscending, StepsDown<QTurns>, CountedSteps<QTurns>>>;
+                          Select<QTurns::kInWaves, WaveSteps<QTurns>, CountedSteps<QTurns>>>;
 
 // The step at hand; then the next step is.
 struct Step {

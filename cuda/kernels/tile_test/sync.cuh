@@ -132,6 +132,30 @@ __device__ __forceinline__ void turns(const KernelParams& params) {
   }
 }
 
+// Eight blocks, a cluster so that they start together, take three numbers each. Buffers: the
+// counter; for each block the three, and the first again, when all have been taken.
+__device__ __forceinline__ void numbers(const KernelParams& params) {
+  struct Shared {
+    SharedVec<int, 4> numbers;
+  };
+  Shared& shared = shared_memory<Shared>();
+  const int rank = cluster::rank();
+  int* counter = data<int>(params, 0);
+  if (rank == 0 && warpgroup::leader()) reset_turns(counter);
+  cluster::sync();
+  if (warpgroup::leader()) {
+    for (int i = 0; i < 3; ++i) store_element(shared.numbers, i, take_number(counter));
+    wait_for_numbers(counter, 24);
+    store_element(shared.numbers, 3, load_element_by_thread(shared.numbers, 0));
+  }
+  warpgroup::sync();
+  for (int i = 0; i < 4; ++i) {
+    RegTile<float, 16, 16> x;
+    warp::fill(x, static_cast<float>(load_element(shared.numbers, i)));
+    warpgroup::store(matrix<float>(params, 1, 4 * rank + i), x, 0, 0);
+  }
+}
+
 // The block template with a ring of three stages in, one of two out and one of messages: y = x
 // times its number from 1 on, for 128 x 64 matrices x; each of a cluster's blocks writes its own y.
 template <typename T, int kClusterSize_>
@@ -163,7 +187,7 @@ struct RingKernel {
   __device__ __forceinline__ static void init(const KernelParams&, Shared& shared) {
     shared.in_ring.init(4 * kConsumers * kClusterSize);
     shared.out_ring.init(4 * kConsumers);
-    shared.messages.init(4 * kConsumers);
+    shared.messages.init(4 * kConsumers + 1);
   }
 
   __device__ __forceinline__ static void load(const KernelParams& params, Shared& shared) {
@@ -189,11 +213,14 @@ struct RingKernel {
 
   __device__ __forceinline__ static void store(const KernelParams& params, Shared& shared, int) {
     OutRing::State state;
-    for (auto rounds = walk(params); rounds.valid(); rounds.next(), state.advance()) {
+    Messages::State message_state;
+    for (int message[2];; state.advance()) {
+      shared.messages.receive_by_thread(message_state, message);
+      if (message[0] < 0) break;
       shared.out_ring.wait(state);
       for (int i = 0; i < kConsumers; ++i) {
         tma::store(params.maps[1], shared.y_smem[state.stage][i], 0, 64 * i,
-                   rounds.index() * kClusterSize + rank());
+                   message[0] * kClusterSize + rank());
       }
       tma::commit();
       tma::wait_read<0>();

@@ -84,5 +84,11 @@ inline void take_turn(const int* counter, int turn, Location at = {}) {
   interpreter::take_turn(counter, turn, at);
 }
 inline void pass_turn(int* counter, Location at = {}) { interpreter::pass_turn(counter, at); }
+inline int take_number(int* counter, Location at = {}) {
+  return interpreter::take_number(counter, at);
+}
+inline void wait_for_numbers(const int* counter, int count, Location at = {}) {
+  interpreter::wait_for_numbers(counter, count, at);
+}
 
 }  // namespace tk

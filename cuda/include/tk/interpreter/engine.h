@@ -72,6 +72,7 @@ Chunks chunks_of(uint32 address, int bytes);
 
 // Ordinary accesses by the running warp; other warps may run before they happen.
 void read_shared(const Chunks& chunks, const char* what, Location at);
+void read_shared_alone(const Chunks& chunks, const char* what, Location at);
 void write_shared(const Chunks& chunks, const char* what, Location at);
 // The same by one lane, or by several.
 void write_shared_alone(const Chunks& chunks, const char* what, Location at);
@@ -92,6 +93,8 @@ void publish_global(Location at);
 void reset_turns(int* counter, Location at);
 void take_turn(const int* counter, int turn, Location at);
 void pass_turn(int* counter, Location at);
+int take_number(int* counter, Location at);
+void wait_for_numbers(const int* counter, int count, Location at);
 
 // -- Barriers -------------------------------------------------------------------------------------
 void barrier_init(uint32 barrier, int arrivals, Location at);

@@ -105,4 +105,14 @@ __device__ __forceinline__ void pass_turn(int* counter, Location = {}) {
   ptx::add_release(counter, 1);
 }
 
+// Numbers from 0 on, each given to one block: what is dealt out, such as tiles, to whoever comes
+// first. One thread calls. The counter is reset as that of turns is.
+__device__ __forceinline__ int take_number(int* counter, Location = {}) {
+  return ptx::fetch_add(counter, 1);
+}
+// Waits until so many numbers have been taken.
+__device__ __forceinline__ void wait_for_numbers(const int* counter, int count, Location = {}) {
+  while (ptx::load_acquire(counter) < count) __nanosleep(100);
+}
+
 }  // namespace tk

@@ -462,34 +462,6 @@ __device__ __forceinline__ void load(PerRow<kN>& dst, const SharedVec<float, kAl
 
 }  // namespace warpgroup
 
-// An element of a vector in shared memory: of whoever asks, by one lane or several the same.
-template <int kN>
-__device__ __forceinline__ float load_element(const SharedVec<float, kN>& src, int index,
-                                              Location = {}) {
-  return ptx::load_shared_f32(ptx::shared_address(src.data) + 4 * index);
-}
-template <int kN>
-__device__ __forceinline__ void store_element(SharedVec<float, kN>& dst, int index, float x,
-                                              Location = {}) {
-  ptx::store_shared_f32(ptx::shared_address(dst.data) + 4 * index, x);
-}
-// The same of integers, by all lanes of a warp: the compiler knows that they get the same.
-template <int kN>
-__device__ __forceinline__ int load_element(const SharedVec<int, kN>& src, int index,
-                                            Location = {}) {
-  return ptx::uniform(
-      static_cast<int>(ptx::load_shared_u32(ptx::shared_address(src.data) + 4 * index)));
-}
-template <int kN>
-__device__ __forceinline__ void store_element(SharedVec<int, kN>& dst, int index, int x,
-                                              Location = {}) {
-  ptx::store_shared_u32(ptx::shared_address(dst.data) + 4 * index, static_cast<uint32>(x));
-}
-// A number from global memory, the same for whoever asks.
-template <typename T>
-__device__ __forceinline__ T load_scalar(const T* address, Location = {}) {
-  return *address;
-}
 // After ordinary stores to shared memory, before the copy engine or the tensor cores read them:
 // every thread that stored calls this, then a barrier.
 __device__ __forceinline__ void publish_shared(Location = {}) { ptx::fence_async_shared(); }

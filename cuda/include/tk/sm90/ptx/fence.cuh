@@ -46,5 +46,13 @@ __device__ __forceinline__ int load_acquire(const int* counter) {
 __device__ __forceinline__ void add_release(int* counter, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
+__device__ __forceinline__ int fetch_add(int* counter, int value) {
+  int before;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
+  return before;
+}
 
 }  // namespace tk::ptx
