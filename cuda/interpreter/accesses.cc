@@ -45,8 +45,11 @@ Chunks chunks_of(std::uint32_t address, int bytes) {
 }
 
 void read_shared(const Chunks& chunks, const char* what, Location at) {
-  Machine& m = machine();
   act_as_warp();
+  read_shared_alone(chunks, what, at);
+}
+void read_shared_alone(const Chunks& chunks, const char* what, Location at) {
+  Machine& m = machine();
   m.yield();
   m.block().shadow.read(m.cluster().log, m.warp().clock, chunks, plain_access(what, at));
 }

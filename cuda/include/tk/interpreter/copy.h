@@ -392,6 +392,13 @@ T load_element(const SharedVec<T, kN>& src, int index, Location at = {}) {
       "loads a number from shared memory", at);
   return src.data[index];
 }
+template <int kN>
+int load_element_alone(const SharedVec<int, kN>& src, int index, Location at = {}) {
+  interpreter::read_shared_alone(
+      interpreter::chunks_of(interpreter::shared_address(src.data + index), sizeof(int)),
+      "loads a number from shared memory", at);
+  return src.data[index];
+}
 template <typename T, int kN>
 void store_element(SharedVec<T, kN>& dst, int index, T x, Location at = {}) {
   interpreter::write_shared_alone(

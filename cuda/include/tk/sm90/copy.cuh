@@ -480,6 +480,12 @@ __device__ __forceinline__ int load_element(const SharedVec<int, kN>& src, int i
   return ptx::uniform(
       static_cast<int>(ptx::load_shared_u32(ptx::shared_address(src.data) + 4 * index)));
 }
+// And by one thread.
+template <int kN>
+__device__ __forceinline__ int load_element_alone(const SharedVec<int, kN>& src, int index,
+                                                  Location = {}) {
+  return static_cast<int>(ptx::load_shared_u32(ptx::shared_address(src.data) + 4 * index));
+}
 template <int kN>
 __device__ __forceinline__ void store_element(SharedVec<int, kN>& dst, int index, int x,
                                               Location = {}) {
