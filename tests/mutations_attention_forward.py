@@ -31,8 +31,8 @@ MUTATIONS = [
     ),
     _forward(
         "k released before its product is done",
-        "warpgroup::mma_wait<0>(s_acc);\n      release_keys();",
-        "release_keys();\n      warpgroup::mma_wait<0>(s_acc);",
+        "warpgroup::mma_wait<0>(s_acc);\n        release_keys();",
+        "release_keys();\n        warpgroup::mma_wait<0>(s_acc);",
     ),
     _forward("v never released", "shared.v_ring.release(v_state);"),
     _forward("q never released", "shared.q_ring.release(q_done);"),
@@ -81,8 +81,8 @@ MUTATIONS = [
     ),
     _forward(
         "one block too many goes unmasked",
-        "tile.unmasked_end = keys.all_end / kBlockKv;",
-        "tile.unmasked_end = keys.all_end / kBlockKv + 1;",
+        "tile.unmasked_end = (keys.all_end - 1) / kBlockKv;",
+        "tile.unmasked_end = (keys.all_end - 1) / kBlockKv + 1;",
     ),
     _forward(
         "too few arrivals expected for q",
@@ -199,5 +199,50 @@ MUTATIONS = [
         "row maxima not brought together",
         "warp::finish_row_max(row_max);",
         file=_SOFTMAX,
+    ),
+    _forward(
+        "weights that grow large are not noticed",
+        "return sum > kLargeSum; });",
+        "return sum < 0.0f; });",
+        file=_SOFTMAX,
+    ),
+    _forward(
+        "large weights stay as they are",
+        "warp::mul_rows(scores, scores, correction);",
+        file=_SOFTMAX,
+    ),
+    _forward(
+        "a correction that vanishes is applied",
+        "if (sum > kHugeSum) return kInfinity - kInfinity;",
+        file=_SOFTMAX,
+    ),
+    _forward(
+        "tiles whose weights overflowed are not marked",
+        "shared.marks.set(consumer, mark_of(tile));",
+        ";",
+    ),
+    _forward(
+        "tiles whose weights overflowed are not done again",
+        "if (wanted == 0) break;",
+        "break;",
+    ),
+    _forward(
+        "tiles are done again in the same way",
+        "if (kKeepsMax && !repeats && !is_masked(tile, keys)) {",
+        "if (kKeepsMax && !is_masked(tile, keys)) {",
+    ),
+    _forward(
+        "rows are written again while the copy engine writes them",
+        "if (warpgroup::leader()) tma::wait<0>();",
+    ),
+    _forward(
+        "the producer does not know of the consumers' marks",
+        "wanted = shared.marks.wait_by_thread();",
+        "wanted = 0;",
+    ),
+    _forward(
+        "consumers do not say that they are done",
+        "if (warp::leader()) closed_.arrive(at);",
+        file=_PIPELINE,
     ),
 ]

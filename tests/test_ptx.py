@@ -51,7 +51,7 @@ def test_bits_of_integers(rng):
         """
         const int x = data<int>(p, 0)[i], y = data<int>(p, 1)[i];
         const unsigned u = x, by = y & 63;
-        unsigned* out = data<unsigned>(p, 2) + 12 * i;
+        unsigned* out = data<unsigned>(p, 2) + 14 * i;
         out[0] = x / y;
         out[1] = x % y;
         out[2] = __clz(x);
@@ -64,8 +64,10 @@ def test_bits_of_integers(rng):
         out[9] = __funnelshift_l(u, y, by);
         asm("shl.b32 %0, %1, %2;" : "=r"(out[10]) : "r"(u), "r"(by));
         asm("shr.s32 %0, %1, %2;" : "=r"(out[11]) : "r"(u), "r"(by));
+        out[12] = __mul64hi(x * 0x1234567LL, y * 0x3456789abcdeLL);
+        out[13] = __umul64hi(u * 0x1234567ULL, 0xfedcba9876543210ULL);
         """,
-        ((96, 12), np.uint32),
+        ((96, 14), np.uint32),
         x,
         y,
     )
@@ -90,6 +92,8 @@ def test_bits_of_integers(rng):
             (wide << (by & 31) >> 32) % 2**32,
             (u << by) % 2**32 if by < 32 else 0,
             (a >> min(by, 31)) % 2**32,
+            (a * 0x1234567 * (b * 0x3456789ABCDE) >> 64) % 2**32,
+            (u * 0x1234567 * 0xFEDCBA9876543210 >> 64) % 2**32,
         ], (a, b)
 
 

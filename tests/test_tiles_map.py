@@ -19,6 +19,7 @@ CONVERT = [
     (BF16, FP16),
     (FP16, BF16),
 ]
+PARTS = {name: kernel("map", "parts", name) for name in (FLOAT, BF16)}
 UNARY_KERNELS = {types: kernel("map", "unary", *types) for types in UNARY}
 BINARY_KERNELS = {types: kernel("map", "binary", *types) for types in BINARY}
 CONVERT_KERNELS = {
@@ -74,6 +75,14 @@ UNARY_OPS = {
 }
 # The space between values of a type, relative to them.
 EPSILON = {FLOAT: 2.0**-23, BF16: 2.0**-7, FP16: 2.0**-10}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts(rng, name):
+    x = normals(rng, (32, 64), NAMES[name])
+    part, moved = PARTS[name]([((32, 32), x.dtype), (x.shape, x.dtype)], x)
+    assert_same(part, x[:, 16:48])
+    assert_same(moved, np.concatenate([x[:, 48:], x[:, 16:]], 1))
 
 
 @pytest.mark.parametrize("types", UNARY, ids="-".join)

@@ -92,14 +92,17 @@ def test_numbers():
 def test_ring(rng, name, cluster, count):
     """Of 25 matrices on two workers, one gets 13: more than four rounds of its ring."""
     x = integers(rng, (count, 128, 64), NAMES[name])
-    (result,) = RINGS[name, cluster](
-        [((count * cluster, 128, 64), x.dtype)],
+    result, learnt = RINGS[name, cluster](
+        [((count * cluster, 128, 64), x.dtype), ((2 * cluster, 2), np.int32)],
         x,
         grid=2 * cluster,
         tiles={0: (128 // cluster, 64), 1: (64, 64)},
     )
     expected = x.astype(np.float32) * np.arange(1, count + 1)[:, None, None]
     assert_same(result, np.repeat(expected, cluster, 0))
+    for block, votes in enumerate(learnt):
+        numbers = range(1 + block // cluster, count + 1, 2)
+        assert (votes == sum(1 << number for number in numbers)).all()
 
 
 # Blocks (or tile rows), heads (or tile columns), batches, heads of a section (or rows

@@ -7,13 +7,24 @@ namespace tk::check {
 namespace {
 
 template <attention::Mask kMask, int kBlockQ, int kBlockKv>
-std::string check_forward(const Attention& s, int blocks, float gain, std::uint64_t seed) {
+std::string check_forward(const Attention& s, int blocks, float gain, std::uint64_t seed,
+                          float value = 1.0f, float step = 0.0f) {
   using Traits = attention::ForwardTraits<bf16, 64, 64, kMask, 0, kBlockQ, kBlockKv, 2>;
   Array<bf16> q("q", s.q_size()), k("k", s.kv_size()), v("v", s.kv_size()), out("out", s.q_size());
   Array<float> lse("lse", s.rows());
   q.fill_normal(1);
   k.fill_normal(2, gain);
-  v.fill_normal(3);
+  v.fill_normal(3, value);
+  // Scores of the first half of the keys are larger by this many powers of two.
+  if (step != 0.0f) {
+    const std::size_t depth = s.head_dim, keys = k.size() / depth;
+    for (std::size_t i = 0; i < q.size(); i += depth)
+      q.data()[i] = interpreter::from_float<bf16>(1);
+    for (std::size_t i = 0; i < keys; ++i) {
+      const float score = i < keys / 2 ? step * kLn2 / s.scale() : 0.0f;
+      k.data()[i * depth] = interpreter::from_float<bf16>(score);
+    }
+  }
   attention::ForwardParams params = {};
   params.q = rows_map(q, s, true, 64);
   params.k = rows_map(k, s, false, kBlockKv);
@@ -68,6 +79,25 @@ std::string check_all(std::uint64_t seed) {
   }
   if (wrong.empty()) {
     wrong = check_forward<Mask::kBand, 192, 128>({1, 210, 301, 1, 1, 64, -113, -73}, 1, 1, seed);
+  }
+  // Scores so far apart that weights overflow or nearly do, and values that large weights would
+  // carry beyond what accumulators hold.
+  if (wrong.empty()) {
+    wrong =
+        check_forward<Mask::kCausal, 192, 128>({1, 400, 400, 2, 1, 64, kNoFirst, 0}, 2, 100, seed);
+  }
+  if (wrong.empty()) {
+    wrong = check_forward<Mask::kNone, 192, 64>({1, 200, 450, 3, 1, 64, kNoFirst, kNoLast}, 2, 60,
+                                                seed);
+  }
+  if (wrong.empty()) {
+    wrong = check_forward<Mask::kNone, 128, 128>({1, 130, 450, 1, 1, 64, kNoFirst, kNoLast}, 1, 10,
+                                                 seed, 1e34f);
+  }
+  // A lane's sixteen weights of a block are some 2^126.6: the correction would be less than 2^-126.
+  if (wrong.empty()) {
+    wrong = check_forward<Mask::kNone, 64, 64>({1, 64, 256, 1, 1, 64, kNoFirst, kNoLast}, 1, 0.1f,
+                                               seed, 1.0f, 122.6f);
   }
   return wrong;
 }

@@ -99,12 +99,13 @@ def _multiply(t, item, parts):
     if dtype.kind == "f" or parts[-1].endswith("x2"):
         return _multiply_floats(t, item, parts)
     mode = parts[1]
-    wide = np.dtype(f"{dtype.kind}{2 * dtype.itemsize}") if dtype.itemsize < 8 else None
+    size = 2 * dtype.itemsize
+    wide = np.dtype(f"{dtype.kind}{size}" if size <= 8 else object)
     kept = wide if mode == "wide" else dtype
     put = t.result(item.operands[0], kept)
     a, b = (t.value(operand, dtype) for operand in item.operands[1:3])
     c = t.value(item.operands[3], kept) if len(item.operands) > 3 else None
-    if wide is None and mode != "lo":
+    if wide.kind == "O" and mode == "wide":
         raise NotImplementedError(item.text)
 
     def run(w):
@@ -113,7 +114,9 @@ def _multiply(t, item, parts):
         else:
             product = np.asarray(a(w)).astype(wide) * np.asarray(b(w)).astype(wide)
             if mode == "hi":
-                product = (product >> wide.type(8 * dtype.itemsize)).astype(dtype)
+                by = 8 * dtype.itemsize
+                by = by if wide.kind == "O" else wide.type(by)
+                product = (product >> by).astype(dtype)
         put(w, full(w, product if c is None else product + c(w)))
 
     return run

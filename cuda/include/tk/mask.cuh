@@ -12,7 +12,7 @@ namespace tk::warpgroup {
 template <typename Tile>
 __device__ __forceinline__ void keep_cols_before(Tile& tile, int end, float value,
                                                  Location at = {}) {
-  for_each(tile, [=](int, int col, float x) { return col < end ? x : value; }, at);
+  keep_before(tile, [=](int) { return end; }, value, at);
 }
 // Keeps rows before `end`.
 template <typename Tile>
@@ -47,10 +47,7 @@ __device__ __forceinline__ void keep_band(Tile& tile, int left, int right, float
 template <typename Tile>
 __device__ __forceinline__ void keep_lower_before(Tile& tile, int diagonal, int end, float value,
                                                   Location at = {}) {
-  for_each(
-      tile,
-      [=](int row, int col, float x) { return col < tk::min(end, row + diagonal + 1) ? x : value; },
-      at);
+  keep_before(tile, [=](int row) { return tk::min(end, row + diagonal + 1); }, value, at);
 }
 // Keeps row < min(end, col - diagonal + 1): an upper triangle that ends at a row.
 template <typename Tile>

@@ -113,6 +113,46 @@ struct MessagePipeline {
   }
 };
 
+// What all consumer warps say together, once: each may set some bits on its way and closes when it
+// is done, and everybody, the producer too, learns which of them any has set.
+template <int kWarps>
+struct Ballot {
+  SharedVec<int, 4> bits_[kWarps];  // a number each, sixteen bytes apart
+  Barrier closed_;
+
+  // One thread calls this.
+  __device__ __forceinline__ void init(Location at = {}) {
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) store_element(bits_[i], 0, 0, at);
+    closed_.init(kWarps, at);
+  }
+  // Every warp of every consumer warpgroup.
+  __device__ __forceinline__ void set(int consumer, uint32 bits, Location at = {}) {
+    const int place = 4 * consumer + warp::index() % 4;
+    const uint32 before = static_cast<uint32>(load_element(bits_[place], 0, at));
+    if (warp::leader()) store_element(bits_[place], 0, static_cast<int>(before | bits), at);
+  }
+  __device__ __forceinline__ void close(Location at = {}) {
+    warp::sync(at);
+    if (warp::leader()) closed_.arrive(at);
+  }
+  // After the last has closed: of a whole warp, and of one thread.
+  __device__ __forceinline__ uint32 wait(Location at = {}) const {
+    closed_.wait(0, at);
+    int all = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) all |= load_element(bits_[i], 0, at);
+    return static_cast<uint32>(all);
+  }
+  __device__ __forceinline__ uint32 wait_by_thread(Location at = {}) const {
+    closed_.wait(0, at);
+    int all = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) all |= load_element_by_thread(bits_[i], 0, at);
+    return static_cast<uint32>(all);
+  }
+};
+
 // The way out: consumers fill a stage, one storing thread takes it to global memory.
 template <int kStages>
 struct StorePipeline {

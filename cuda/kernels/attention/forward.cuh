@@ -2,20 +2,25 @@
 //
 // Online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022), scheduled as in
 // FlashAttention-3 (Shah et al. 2024, sections 3.1 and 3.2).
-// Grid: persistent. A tile is kBlockQ queries of one head; it walks its keys from the last visible
-// block to the first. Causal tiles are taken longest first, by sections of heads that share L2.
-// Roles: a producer warp says what the next tile is and loads rings of q, k and v; kBlockQ / 64
-// consumer warpgroups own 64 queries each, and give back the first blocks of a tile that only the
-// others' queries see. A consumer issues the next block's scores before this block's p v, so that
-// its softmax runs beside the products; where shared memory has room for the next tile's q, across
-// tiles too. The consumers take turns at issuing, so that one's softmax runs beside another's
-// products. A tile's rows of out leave through the memory of its q. Budget at D = 128, 128 x 128, 2
-// stages: 192 KB of shared memory (q and out 64, k and v 128); 160 registers of s, p and o a
-// thread. Limit: tensor cores at D = 128; exp2 as much as they at D = 64.
+// Where all queries see a block, its weights are relative to the maximum of the blocks before it,
+// which is not looked for again (FlashDecoding++, Hong et al. 2023, section 3): whether they grow
+// large shows in their sums, in time to correct them, and a tile in which one overflowed is walked
+// once more, each maximum looked for. Grid: persistent. A tile is kBlockQ queries of one head; it
+// walks its keys from the last visible block to the first. Causal tiles are taken longest first, by
+// sections of heads that share L2. Roles: a producer warp says what the next tile is and loads
+// rings of q, k and v; kBlockQ / 64 consumer warpgroups own 64 queries each, and give back the
+// first blocks of a tile that only the others' queries see. A consumer issues the next block's
+// scores before this block's p v, so that its softmax runs beside the products; where shared memory
+// has room for the next tile's q, across tiles too. The consumers take turns at issuing, so that
+// one's softmax runs beside another's products. A tile's rows of out leave through the memory of
+// its q. Budget at D = 128, 128 x 128, 2 stages: 192 KB of shared memory (q and out 64, k and v
+// 128); 160 registers of s, p and o a thread. Limit: tensor cores at D = 128; exp2 as much as they
+// at D = 64.
 #pragma once
 
 #include "kernels/attention/attention.h"
 #include "kernels/attention/block_map.cuh"
+#include "kernels/attention/forward_walk.cuh"
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/online_softmax.cuh"
 #include "kernels/attention/scores.cuh"
@@ -64,6 +69,7 @@ struct Forward {
       forward_q_stages(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages});
   using QRing = Pipeline<kQStages>;
   using Tiles = MessagePipeline<2, 5>;
+  using Marks = Ballot<4 * kConsumers>;
 
   // A consumer's rows: of q, and at the end of a tile of out.
   union Rows {
@@ -75,6 +81,7 @@ struct Forward {
     KTile k_smem[Traits::kStages];
     VTile v_smem[Traits::kStages];
     Tiles tiles;
+    Marks marks;
     QRing q_ring;
     Ring k_ring, v_ring;
   };
@@ -85,17 +92,17 @@ struct Forward {
   // Whether tiles differ in how many keys they see.
   static constexpr bool kMasked = Traits::kMask != Mask::kNone;
   static constexpr bool kMapped = (kFeatures & kMapFeatures) != 0;
+  // Whether blocks that all queries see are weighed by the maximum of those before.
+  static constexpr bool kKeepsMax = kFeatures == 0;
+  // Of a block's keys, those that are then weighed beside the product p v of the block before. With
+  // three consumers the others' products are enough.
+  static constexpr int kBesideOutput = kConsumers > 2 ? 0 : kBlockKv / 32 * 16;
 
   enum Turn : int { kTurn = kFirstKernelBarrier };  // one for each consumer
 
   using Blocks = BlocksDown<kMapped>;
-  // A tile of queries and the key blocks that some of them may see. As the producer's message, its
-  // last number is negative where no tile is left.
-  struct Place {
-    int first_query, head, batch;
-    int first_block, end_block;
-  };
-  // The same on the way through its key blocks.
+  using Walk = ForwardWalk<Traits>;
+  // A tile on the way through its key blocks.
   struct Tile {
     int first_query, head, batch;
     Blocks keys;                       // from the first that it visits
@@ -104,7 +111,8 @@ struct Forward {
     __device__ __forceinline__ bool empty() const { return !keys.valid(); }
   };
 
-  __device__ __forceinline__ static Tile tile_at(const ForwardParams& params, const Place& place) {
+  __device__ __forceinline__ static Tile tile_at(const ForwardParams& params,
+                                                 const ForwardPlace& place) {
     Tile tile = {place.first_query, place.head, place.batch, {}, 0, 0};
     if constexpr (!kMasked) {
       tile.unmasked_end = bounds_of<kFeatures>(params, place.batch).seqlen_kv / kBlockKv;
@@ -118,59 +126,9 @@ struct Forward {
     return {params.extras.key_map, tile.batch, tile.head, tile.first_query / kBlockQ};
   }
 
-  // The walk over tiles. With a mask the producer's alone: where the next tile lies takes several
-  // divisions, for which consumers would wait between two tiles. Without, it takes few, and all
-  // roles work it out.
-  struct Walk {
-    const ForwardParams& params;
-    grid::SectionedSnake masked;
-    grid::Rounds full;
-
-    __device__ __forceinline__ explicit Walk(const ForwardParams& p) : params(p) {
-      const int worker = grid::block_x(), workers = grid::blocks_x();
-      const int blocks = ceil_div(p.seqlen_q, kBlockQ);
-      if constexpr (kMasked) {
-        masked = {worker, workers, blocks, p.num_heads, p.batch, p.section};
-        masked.start();
-      } else {
-        full = {worker, workers, blocks * p.num_heads * p.batch};
-      }
-    }
-    __device__ __forceinline__ bool valid() const {
-      if constexpr (kMasked) return masked.valid();
-      return full.valid();
-    }
-    __device__ __forceinline__ void next() {
-      if constexpr (kMasked) {
-        masked.next();
-      } else {
-        full.next();
-      }
-    }
-    __device__ __forceinline__ Place place() const {
-      const int blocks = ceil_div(params.seqlen_q, kBlockQ);
-      grid::HeadTile tile;
-      if constexpr (kMasked) {
-        tile = masked.tile();
-        tile.block = blocks - 1 - tile.block;  // the last sees the most keys
-      } else {
-        tile = grid::sequential_tile(full.index(), blocks, params.num_heads);
-      }
-      const int first_query = tile.block * kBlockQ - forward_lead(params.seqlen_q, kBlockQ,
-                                                                  Traits::kMask, Traits::kFeatures);
-      const Bounds bounds = bounds_of<kFeatures>(params, tile.batch);
-      VisibleKeys keys = visible_keys<Traits::kMask>(first_query, kBlockQ, bounds);
-      if constexpr ((kFeatures & kLengths) != 0) {
-        if (first_query >= bounds.seqlen_q) keys = {};
-      }
-      const int end_block = ceil_div(keys.end, kBlockKv);
-      const int first_block = keys.begin < keys.end ? keys.begin / kBlockKv : end_block;
-      return {first_query, tile.head, tile.batch, first_block, end_block};
-    }
-  };
-
   __device__ __forceinline__ static void init(const ForwardParams&, Shared& shared) {
     shared.tiles.init(4 * kConsumers);
+    shared.marks.init();
     shared.q_ring.init(4 * kConsumers);
     shared.k_ring.init(4 * kConsumers);
     shared.v_ring.init(4 * kConsumers);
@@ -184,31 +142,40 @@ struct Forward {
     typename Ring::State kv_state;
     typename Tiles::State tile_state;
     const int group = params.num_heads / params.num_kv_heads;
-    for (Walk walk(params); walk.valid(); walk.next()) {
-      const Place place = walk.place();
-      if constexpr (kMasked) {
-        shared.tiles.send(tile_state, {place.first_query, place.head, place.batch,
-                                       place.first_block, place.end_block});
+    const auto load_tiles = [&](uint32 wanted) {
+      for (Walk walk(params); walk.valid(); walk.next()) {
+        const ForwardPlace place = walk.place();
+        if (kKeepsMax && (wanted & Walk::mark_of(place)) == 0) continue;
+        if constexpr (kMasked) {
+          shared.tiles.send(tile_state, {place.first_query, place.head, place.batch,
+                                         place.first_block, place.end_block});
+        }
+        Tile tile = tile_at(params, place);
+        shared.q_ring.acquire(q_state, kConsumers * QTile::kBytes);
+        for (int i = 0; i < kConsumers; ++i) {
+          tma::load(shared.rows[q_state.stage][i].q_smem, params.q, shared.q_ring.full(q_state),
+                    tma::Keep::kBriefly, 0, tile.first_query + 64 * i, tile.head, tile.batch);
+        }
+        q_state.advance();
+        const int kv_head = tile.head / group;
+        for (; tile.keys.valid(); tile.keys.next(map_row(params, tile)), kv_state.advance()) {
+          const int first_key = tile.keys.block() * kBlockKv;
+          shared.k_ring.acquire(kv_state, KTile::kBytes);
+          tma::load(shared.k_smem[kv_state.stage], params.k, shared.k_ring.full(kv_state),
+                    tma::Keep::kLong, 0, first_key, kv_head, tile.batch);
+          shared.v_ring.acquire(kv_state, VTile::kBytes);
+          tma::load(shared.v_smem[kv_state.stage], params.v, shared.v_ring.full(kv_state),
+                    tma::Keep::kLong, 0, first_key, kv_head, tile.batch);
+        }
       }
-      Tile tile = tile_at(params, place);
-      shared.q_ring.acquire(q_state, kConsumers * QTile::kBytes);
-      for (int i = 0; i < kConsumers; ++i) {
-        tma::load(shared.rows[q_state.stage][i].q_smem, params.q, shared.q_ring.full(q_state),
-                  tma::Keep::kBriefly, 0, tile.first_query + 64 * i, tile.head, tile.batch);
-      }
-      q_state.advance();
-      const int kv_head = tile.head / group;
-      for (; tile.keys.valid(); tile.keys.next(map_row(params, tile)), kv_state.advance()) {
-        const int first_key = tile.keys.block() * kBlockKv;
-        shared.k_ring.acquire(kv_state, KTile::kBytes);
-        tma::load(shared.k_smem[kv_state.stage], params.k, shared.k_ring.full(kv_state),
-                  tma::Keep::kLong, 0, first_key, kv_head, tile.batch);
-        shared.v_ring.acquire(kv_state, VTile::kBytes);
-        tma::load(shared.v_smem[kv_state.stage], params.v, shared.v_ring.full(kv_state),
-                  tma::Keep::kLong, 0, first_key, kv_head, tile.batch);
-      }
+      if constexpr (kMasked) shared.tiles.send(tile_state, {0, 0, 0, 0, -1});
+    };
+    uint32 wanted = ~0u;
+#pragma unroll 1
+    for (int pass = 0; pass < (kKeepsMax ? 2 : 1) && wanted != 0; ++pass) {
+      load_tiles(wanted);
+      if (kKeepsMax && pass == 0) wanted = shared.marks.wait_by_thread();
     }
-    if constexpr (kMasked) shared.tiles.send(tile_state, {0, 0, 0, 0, -1});
   }
 
   __device__ __forceinline__ static void wait_turn(int consumer) {
@@ -254,14 +221,17 @@ struct Forward {
       shared.v_ring.release(v_state);
       v_state.advance();
     };
+    const auto is_masked = [](const Tile& tile, const Blocks& keys) {
+      bool masked = keys.block() >= tile.unmasked_end;
+      if constexpr (Traits::kMask == Mask::kBand) {
+        masked = masked || keys.block() < tile.unmasked_first;
+      }
+      return masked;
+    };
     const auto complete_scores = [&](const Tile& tile, const Blocks& keys) {
       const int block = keys.block(), first_query = tile.first_query + 64 * consumer;
       score_map.apply(s_acc, bias);
-      bool masked = block >= tile.unmasked_end;
-      if constexpr (Traits::kMask == Mask::kBand) {
-        masked = masked || block < tile.unmasked_first;
-      }
-      if (masked) {
+      if (is_masked(tile, keys)) {
         mask_scores<Traits::kMask>(s_acc, first_query, block * kBlockKv,
                                    bounds_of<kFeatures>(params, tile.batch));
       }
@@ -283,6 +253,13 @@ struct Forward {
 
     typename Tiles::State tile_state;
     Walk walk(params);  // without a mask
+    uint32 wanted = ~0u;
+    bool repeats = false;
+    const auto skip = [&] {
+      if constexpr (kKeepsMax) {
+        while (walk.valid() && (wanted & Walk::mark_of(walk.place())) == 0) walk.next();
+      }
+    };
     // The next tile, and whether there is one.
     const auto receive = [&](Tile& next) {
       if constexpr (kMasked) {
@@ -292,6 +269,7 @@ struct Forward {
         next = tile_at(params, {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]});
       } else {
         walk.next();
+        if (repeats) skip();
         if (!walk.valid()) return false;
         next = tile_at(params, walk.place());
       }
@@ -307,120 +285,143 @@ struct Forward {
       if (first_query < 0 || first_query >= bounds.seqlen_q) return 0;
       const VisibleKeys keys = visible_keys<Traits::kMask>(first_query, 64, bounds);
       tile.unmasked_first = ceil_div(keys.all_begin, kBlockKv);
-      tile.unmasked_end = keys.all_end / kBlockKv;
+      // Where some query sees nothing of the first blocks, it has a maximum after the next.
+      tile.unmasked_end = (keys.all_end - 1) / kBlockKv;
       return ceil_div(keys.end, kBlockKv);
     };
     const auto is_hidden = [](const Tile& tile, int own_end) {
       return kMasked && !tile.empty() && tile.keys.block() >= own_end;
     };
 
-    Tile tile;
-    bool valid = kMasked && receive(tile);
-    while (kMasked ? valid : walk.valid()) {
-      if constexpr (!kMasked) tile = tile_at(params, walk.place());
-      const bool visited = !tile.empty();
-      const int own_end = narrow(tile);
-      OnlineSoftmax softmax(unit_log2);
-      shared.q_ring.wait(q_state);
-      // Blocks that others see: all take as many turns. The first has one only beside the last
-      // product of the tile before.
-      bool first = true;
-      for (; is_hidden(tile, own_end); tile.keys.next(map_row(params, tile)), first = false) {
-        if (!first) {
-          wait_turn(consumer);
-          pass_turn(consumer);
+#pragma unroll 1
+    for (;;) {
+      Tile tile;
+      bool valid = kMasked && receive(tile);
+      while (kMasked ? valid : walk.valid()) {
+        if constexpr (!kMasked) tile = tile_at(params, walk.place());
+        const bool visited = !tile.empty();
+        const int own_end = narrow(tile);
+        OnlineSoftmax softmax(unit_log2);
+        shared.q_ring.wait(q_state);
+        // Blocks that others see: all take as many turns. The first has one only beside the last
+        // product of the tile before.
+        bool first = true;
+        for (; is_hidden(tile, own_end); tile.keys.next(map_row(params, tile)), first = false) {
+          if (!first) {
+            wait_turn(consumer);
+            pass_turn(consumer);
+          }
+          shared.k_ring.wait(k_state);
+          release_keys();
+          shared.v_ring.wait(v_state);
+          release_values();
+        }
+        if (tile.empty()) {
+          warp::zero(o_acc);
+          finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
+          q_state.advance();
+          release_rows();
+          valid = receive(tile);
+          if (visited && kQStages > 1 && valid && !tile.empty()) {
+            wait_turn(consumer);
+            pass_turn(consumer);
+          }
+          continue;
         }
         shared.k_ring.wait(k_state);
+        if (!first) wait_turn(consumer);
+        issue_scores(q_state.stage);
+        if (!first) pass_turn(consumer);
+        load_bias(tile, tile.keys);
+        warpgroup::mma_wait<0>(s_acc);
         release_keys();
-        shared.v_ring.wait(v_state);
-        release_values();
-      }
-      if (tile.empty()) {
-        warp::zero(o_acc);
-        finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
-        q_state.advance();
-        release_rows();
-        valid = receive(tile);
-        if (visited && kQStages > 1 && valid && !tile.empty()) {
-          wait_turn(consumer);
-          pass_turn(consumer);
-        }
-        continue;
-      }
-      shared.k_ring.wait(k_state);
-      if (!first) wait_turn(consumer);
-      issue_scores(q_state.stage);
-      if (!first) pass_turn(consumer);
-      load_bias(tile, tile.keys);
-      warpgroup::mma_wait<0>(s_acc);
-      release_keys();
-      complete_scores(tile, tile.keys);
-      softmax.weigh(s_acc);
-      warp::convert(p, s_acc);
+        complete_scores(tile, tile.keys);
+        softmax.start(s_acc);
+        warp::convert(p, s_acc);
 
-      // As long as tiles follow each other without a gap: p holds the weights of a tile's first
-      // visited block.
-      for (bool chained = true; chained;) {
-        bool accumulate = false;
-        Blocks keys = tile.keys;
-        for (keys.next(map_row(params, tile)); keys.valid(); keys.next(map_row(params, tile))) {
-          shared.k_ring.wait(k_state);
-          wait_turn(consumer);
-          issue_scores(q_state.stage);
-          issue_output(accumulate);
-          pass_turn(consumer);
-          accumulate = true;
-          load_bias(tile, keys);
-          warpgroup::mma_wait<1>(s_acc);
-          release_keys();
+        // As long as tiles follow each other without a gap: p holds the weights of a tile's first
+        // visited block.
+        for (bool chained = true; chained;) {
+          bool accumulate = false;
+          Blocks keys = tile.keys;
+          for (keys.next(map_row(params, tile)); keys.valid(); keys.next(map_row(params, tile))) {
+            shared.k_ring.wait(k_state);
+            wait_turn(consumer);
+            issue_scores(q_state.stage);
+            issue_output(accumulate);
+            pass_turn(consumer);
+            accumulate = true;
+            load_bias(tile, keys);
+            warpgroup::mma_wait<1>(s_acc);
+            release_keys();
+            release_rows();
+            const auto wait_output = [&] {
+              warpgroup::mma_wait<0>(o_acc, p);
+              release_values();
+            };
+            bool corrects;
+            if (kKeepsMax && !repeats && !is_masked(tile, keys)) {
+              corrects = softmax.weigh_by_old_max<kBesideOutput>(s_acc, p, wait_output);
+            } else {
+              if constexpr (kConsumers > 2) wait_output();
+              if constexpr (kMasked || kFeatures != 0) complete_scores(tile, keys);
+              corrects = softmax.weigh(s_acc);
+              if constexpr (kConsumers <= 2) {
+                warp::pin(softmax.row_sum);
+                wait_output();
+              }
+              warp::convert(p, s_acc);
+            }
+            if (corrects) warp::mul_rows(o_acc, o_acc, softmax.correction);
+          }
+
           release_rows();
-          complete_scores(tile, keys);
-          const bool corrects = softmax.weigh(s_acc);
-          if constexpr (kConsumers <= 2) warp::pin(softmax.row_sum);
-          warpgroup::mma_wait<0>(o_acc, p);
-          release_values();
-          if (corrects) warp::mul_rows(o_acc, o_acc, softmax.correction);
-          warp::convert(p, s_acc);
+          Tile next = tile;
+          valid = receive(next);
+          const bool linked = kQStages > 1 && valid && !next.empty();
+          chained = linked && !is_hidden(next, narrow(next));
+          auto q_next = q_state;
+          q_next.advance();
+          if (chained) {
+            shared.q_ring.wait(q_next);
+            shared.k_ring.wait(k_state);
+            wait_turn(consumer);
+            issue_scores(q_next.stage);
+            issue_output(accumulate);
+            pass_turn(consumer);
+            load_bias(next, next.keys);
+            warpgroup::mma_wait<1>(s_acc);
+            release_keys();
+            complete_scores(next, next.keys);
+            OnlineSoftmax next_softmax(unit_log2);
+            next_softmax.start(s_acc);
+            if constexpr (kConsumers <= 2) warp::pin(next_softmax.row_sum);
+            warpgroup::mma_wait<0>(o_acc, p);
+            release_values();
+            finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
+            warp::convert(p, s_acc);
+            softmax = next_softmax;
+          } else {
+            if (linked) wait_turn(consumer);
+            issue_output(accumulate);
+            if (linked) pass_turn(consumer);
+            warpgroup::mma_wait<0>(o_acc, p);
+            release_values();
+            finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
+          }
+          tile = next;
+          q_state = q_next;
         }
-
         release_rows();
-        Tile next = tile;
-        valid = receive(next);
-        const bool linked = kQStages > 1 && valid && !next.empty();
-        chained = linked && !is_hidden(next, narrow(next));
-        auto q_next = q_state;
-        q_next.advance();
-        if (chained) {
-          shared.q_ring.wait(q_next);
-          shared.k_ring.wait(k_state);
-          wait_turn(consumer);
-          issue_scores(q_next.stage);
-          issue_output(accumulate);
-          pass_turn(consumer);
-          load_bias(next, next.keys);
-          warpgroup::mma_wait<1>(s_acc);
-          release_keys();
-          complete_scores(next, next.keys);
-          OnlineSoftmax next_softmax(unit_log2);
-          next_softmax.weigh(s_acc);
-          if constexpr (kConsumers <= 2) warp::pin(next_softmax.row_sum);
-          warpgroup::mma_wait<0>(o_acc, p);
-          release_values();
-          finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
-          warp::convert(p, s_acc);
-          softmax = next_softmax;
-        } else {
-          if (linked) wait_turn(consumer);
-          issue_output(accumulate);
-          if (linked) pass_turn(consumer);
-          warpgroup::mma_wait<0>(o_acc, p);
-          release_values();
-          finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
-        }
-        tile = next;
-        q_state = q_next;
       }
-      release_rows();
+      if (!kKeepsMax || repeats) break;
+      shared.marks.close();
+      wanted = shared.marks.wait();
+      if (wanted == 0) break;
+      if (warpgroup::leader()) tma::wait<0>();  // the same rows are written once more
+      repeats = true;
+      walk.start();
+      skip();
     }
   }
 
@@ -439,7 +440,7 @@ struct Forward {
     warp::mul_rows(o_acc, o_acc, inverse_sum);
     OutTile& out_smem = shared.rows[q_stage][consumer].out_smem;
     warpgroup::sync();  // the products of all its warps have read q
-    warpgroup::store(out_smem, o_acc);
+    warpgroup::store_afresh(out_smem, o_acc);
     publish_shared();
     warpgroup::sync();
     if (warpgroup::leader()) {
@@ -450,6 +451,7 @@ struct Forward {
     warpgroup::store(
         GlobalVec<float>{params.lse + row + tile.head, params.seqlen_q, params.num_heads}, lse,
         first_query);
+    if (kKeepsMax && !softmax.holds()) shared.marks.set(consumer, Walk::mark_of(tile));
   }
 };
 

@@ -45,6 +45,16 @@ __device__ __forceinline__ void unary(const KernelParams& params) {
   warp::neg(x, x), out.put(x);
 }
 
+// 32 x 64: columns 16 to 47, and all columns with the last sixteen where the first were.
+template <typename T>
+__device__ __forceinline__ void parts(const KernelParams& params) {
+  RegTile<T, 32, 64> x;
+  warp::load(x, matrix<T>(params, 0), 0, 0);
+  warp::store(matrix<T>(params, 1), warp::part<16, 32>(x), 0, 0);
+  warp::set_part<0>(x, warp::part<48, 16>(x));
+  warp::store(matrix<T>(params, 2), x, 0, 0);
+}
+
 template <typename Dst, typename A, typename B>
 __device__ __forceinline__ void binary(const KernelParams& params) {
   RegTile<A, 32, 16> a;

@@ -158,6 +158,8 @@ __device__ __forceinline__ void numbers(const KernelParams& params) {
 
 // The block template with a ring of three stages in, one of two out and one of messages: y = x
 // times its number from 1 on, for 128 x 64 matrices x; each of a cluster's blocks writes its own y.
+// Of numbers, one consumer votes for the even and the other for the odd: what a block's producer
+// and its consumers learn of it are two integers.
 template <typename T, int kClusterSize_>
 struct RingKernel {
   static constexpr int kClusterSize = kClusterSize_;
@@ -176,7 +178,12 @@ struct RingKernel {
     InRing in_ring;
     OutRing out_ring;
     Messages messages;
+    Ballot<4 * kConsumers> ballot;
   };
+
+  __device__ __forceinline__ static int* learnt(const KernelParams& params) {
+    return data<int>(params, 2) + 2 * grid::block_x();
+  }
 
   __device__ __forceinline__ static grid::Rounds walk(const KernelParams& params) {
     return {grid::block_x() / kClusterSize, grid::blocks_x() / kClusterSize,
@@ -188,6 +195,7 @@ struct RingKernel {
     shared.in_ring.init(4 * kConsumers * kClusterSize);
     shared.out_ring.init(4 * kConsumers);
     shared.messages.init(4 * kConsumers + 1);
+    shared.ballot.init();
   }
 
   __device__ __forceinline__ static void load(const KernelParams& params, Shared& shared) {
@@ -209,6 +217,7 @@ struct RingKernel {
     }
     shared.messages.send(message_state, {-1, 0});
     shared.in_ring.drain(state);
+    learnt(params)[0] = static_cast<int>(shared.ballot.wait_by_thread());
   }
 
   __device__ __forceinline__ static void store(const KernelParams& params, Shared& shared, int) {
@@ -249,11 +258,15 @@ struct RingKernel {
       }
       in_state.advance();
       warp::mul(x, x, static_cast<float>(message[1]));
+      if (message[1] % kConsumers == consumer) shared.ballot.set(consumer, 1u << message[1]);
       shared.out_ring.acquire(out_state);
       warpgroup::store(shared.y_smem[out_state.stage][consumer], x);
       shared.out_ring.hand_over(out_state);
       out_state.advance();
     }
+    shared.ballot.close();
+    const uint32 all = shared.ballot.wait();
+    if (consumer == 0 && warpgroup::leader()) learnt(params)[1] = static_cast<int>(all);
   }
 };
 

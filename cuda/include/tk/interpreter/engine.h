@@ -75,6 +75,7 @@ void read_shared(const Chunks& chunks, const char* what, Location at);
 void read_shared_alone(const Chunks& chunks, const char* what, Location at);
 void write_shared(const Chunks& chunks, const char* what, Location at);
 // The same by one lane, or by several.
+void read_shared_alone(const Chunks& chunks, const char* what, Location at);
 void write_shared_alone(const Chunks& chunks, const char* what, Location at);
 void publish_shared(Location at);
 

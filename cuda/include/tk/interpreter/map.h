@@ -193,4 +193,9 @@ void for_each(PerRow<kN>& rows, F&& f, Location at = {}) {
   warp::for_each(rows, [&](int row, float x) { return f(first + row, x); }, at);
 }
 
+template <typename Tile, typename F>
+void keep_before(Tile& tile, F&& limit, float value, Location at = {}) {
+  for_each(tile, [&](int row, int col, float x) { return col < limit(row) ? x : value; }, at);
+}
+
 }  // namespace tk::warpgroup

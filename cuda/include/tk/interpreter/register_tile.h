@@ -129,5 +129,27 @@ RegTile<T, kRows, kCount> cols(const RegTile<T, kRows, kCols>& tile, int index, 
   }
   return part;
 }
+template <int kFirst, int kCount, typename T, int kRows, int kCols>
+RegTile<T, kRows, kCount> part(const RegTile<T, kRows, kCols>& tile, Location at = {}) {
+  static_assert(kFirst % 16 == 0 && kFirst + kCount <= kCols, "a part is made of whole squares");
+  detail::reading(tile, at);
+  RegTile<T, kRows, kCount> part;
+  detail::writing(part, at);
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCount; ++c) part.data[r][c] = tile.data[r][kFirst + c];
+  }
+  return part;
+}
+template <int kFirst, typename T, int kRows, int kCols, int kCount>
+void set_part(RegTile<T, kRows, kCols>& tile, const RegTile<T, kRows, kCount>& part,
+              Location at = {}) {
+  static_assert(kFirst % 16 == 0 && kFirst + kCount <= kCols, "a part is made of whole squares");
+  detail::reading(part, at);
+  if (!tile.written) detail::reading(tile, at);
+  interpreter::check_registers(&tile, "are overwritten", at);
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCount; ++c) tile.data[r][kFirst + c] = part.data[r][c];
+  }
+}
 }  // namespace warp
 }  // namespace tk

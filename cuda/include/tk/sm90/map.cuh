@@ -217,4 +217,26 @@ __device__ __forceinline__ void for_each(PerRow<kN>& rows, F&& f, Location = {})
   warp::for_each(rows, [&](int row, float x) { return f(first + row, x); });
 }
 
+// Keeps of every row the columns before limit(row). What a lane's columns differ by is taken from
+// the limits, of which it has few, so that all columns are numbers that instructions hold.
+template <typename Tile, typename F>
+__device__ __forceinline__ void keep_before(Tile& tile, F&& limit, float value, Location = {}) {
+  // Not kept in registers from before a loop.
+  const int thread = ptx::fresh_thread_index();
+  const int first = Tile::kRows * (thread >> 5 & 3) + ((thread & 31) >> 2);
+  const int first_col = 2 * (thread & 3);
+#pragma unroll
+  for (int s = 0; s < Tile::kRowSquares; ++s) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int end = limit(first + 16 * s + 8 * h) - first_col;
+#pragma unroll
+      for (int g = 0; g < Tile::kColGroups; ++g) {
+        detail::set_pair(tile, s, g, h, 8 * g < end ? detail::get(tile, s, g, 2 * h) : value,
+                         8 * g + 1 < end ? detail::get(tile, s, g, 2 * h + 1) : value);
+      }
+    }
+  }
+}
+
 }  // namespace tk::warpgroup

@@ -127,5 +127,32 @@ __device__ __forceinline__ RegTile<T, kRows, kCount> cols(const RegTile<T, kRows
   }
   return part;
 }
+// Columns kFirst and on, kCount of them, as a tile, and a tile in their place.
+template <int kFirst, int kCount, typename T, int kRows, int kCols>
+__device__ __forceinline__ RegTile<T, kRows, kCount> part(const RegTile<T, kRows, kCols>& tile,
+                                                          Location = {}) {
+  static_assert(kFirst % 16 == 0 && kFirst + kCount <= kCols, "a part is made of whole squares");
+  RegTile<T, kRows, kCount> part;
+#pragma unroll
+  for (int s = 0; s < part.kRowSquares; ++s) {
+#pragma unroll
+    for (int i = 0; i < part.kRegisters; ++i) {
+      part.data[s][i] = tile.data[s][kFirst / 8 * 4 / tile.kValues + i];
+    }
+  }
+  return part;
+}
+template <int kFirst, typename T, int kRows, int kCols, int kCount>
+__device__ __forceinline__ void set_part(RegTile<T, kRows, kCols>& tile,
+                                         const RegTile<T, kRows, kCount>& part, Location = {}) {
+  static_assert(kFirst % 16 == 0 && kFirst + kCount <= kCols, "a part is made of whole squares");
+#pragma unroll
+  for (int s = 0; s < part.kRowSquares; ++s) {
+#pragma unroll
+    for (int i = 0; i < part.kRegisters; ++i) {
+      tile.data[s][kFirst / 8 * 4 / tile.kValues + i] = part.data[s][i];
+    }
+  }
+}
 }  // namespace warp
 }  // namespace tk

@@ -1,0 +1,80 @@
+// Which tiles of queries a block of the forward pass computes, and which keys they visit.
+#pragma once
+
+#include "kernels/attention/attention.h"
+#include "kernels/attention/mask.cuh"
+#include "tk/tk.cuh"
+
+namespace tk::attention {
+
+// A tile of queries and the key blocks that some of them may see. As the producer's message, its
+// last number is negative where no tile is left.
+struct ForwardPlace {
+  int first_query, head, batch;
+  int first_block, end_block;
+};
+
+// The walk over tiles. With a mask the producer's alone: where the next tile lies takes several
+// divisions, for which consumers would wait between two tiles. Without, it takes few, and all
+// roles work it out.
+template <typename Traits>
+struct ForwardWalk {
+  static constexpr bool kMasked = Traits::kMask != Mask::kNone;
+  static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
+  static constexpr unsigned kFeatures = Traits::kFeatures;
+
+  const ForwardParams& params;
+  grid::SectionedSnake masked;
+  grid::Rounds full;
+
+  __device__ __forceinline__ explicit ForwardWalk(const ForwardParams& p) : params(p) { start(); }
+  __device__ __forceinline__ void start() {
+    const int worker = grid::block_x(), workers = grid::blocks_x();
+    const int blocks = ceil_div(params.seqlen_q, kBlockQ);
+    if constexpr (kMasked) {
+      masked = {worker, workers, blocks, params.num_heads, params.batch, params.section};
+      masked.start();
+    } else {
+      full = {worker, workers, blocks * params.num_heads * params.batch};
+    }
+  }
+  __device__ __forceinline__ bool valid() const {
+    if constexpr (kMasked) return masked.valid();
+    return full.valid();
+  }
+  __device__ __forceinline__ void next() {
+    if constexpr (kMasked) {
+      masked.next();
+    } else {
+      full.next();
+    }
+  }
+  __device__ __forceinline__ ForwardPlace place() const {
+    const int blocks = ceil_div(params.seqlen_q, kBlockQ);
+    grid::HeadTile tile;
+    if constexpr (kMasked) {
+      tile = masked.tile();
+      tile.block = blocks - 1 - tile.block;  // the last sees the most keys
+    } else {
+      tile = grid::sequential_tile(full.index(), blocks, params.num_heads);
+    }
+    const int first_query = tile.block * kBlockQ - forward_lead(params.seqlen_q, kBlockQ,
+                                                                Traits::kMask, Traits::kFeatures);
+    const Bounds bounds = bounds_of<kFeatures>(params, tile.batch);
+    VisibleKeys keys = visible_keys<Traits::kMask>(first_query, kBlockQ, bounds);
+    if constexpr ((kFeatures & kLengths) != 0) {
+      if (first_query >= bounds.seqlen_q) keys = {};
+    }
+    const int end_block = ceil_div(keys.end, kBlockKv);
+    const int first_block = keys.begin < keys.end ? keys.begin / kBlockKv : end_block;
+    return {first_query, tile.head, tile.batch, first_block, end_block};
+  }
+
+  // A tile's bit among those that are to be repeated, which others may share.
+  template <typename Where>
+  __device__ __forceinline__ static uint32 mark_of(const Where& tile) {
+    return 1u << ((tile.first_query / 64 + tile.head + tile.batch) & 31);
+  }
+};
+
+}  // namespace tk::attention
