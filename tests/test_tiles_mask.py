@@ -35,6 +35,7 @@ def test_masks(rng, dtype, first, second, value):
         (first <= COL - ROW) & (second >= COL - ROW),
         (second > COL) & (first >= COL - ROW),
         (second > ROW) & (first <= COL - ROW),
+        first + ROW * (ROW % 3) > COL,
     ]
     expected = np.stack([np.where(kept, x.astype(np.float32), value) for kept in keep])
     (result,) = KERNELS[dtype](

@@ -21,6 +21,8 @@ __device__ __forceinline__ void masks(const KernelParams& params) {
   load(), warpgroup::keep_band(tile, first, second, value), put();
   load(), warpgroup::keep_lower_before(tile, first, second, value), put();
   load(), warpgroup::keep_upper_before(tile, first, second, value), put();
+  load(),
+      warpgroup::keep_before(tile, [=](int row) { return first + row * (row % 3); }, value), put();
 }
 
 // A tile of threes at (scalar 0, scalar 1) of arrays. Buffers: integers of rows and of columns;
