@@ -218,7 +218,7 @@ MUTATIONS = [
     ),
     _forward(
         "tiles whose weights overflowed are not marked",
-        "shared.marks.set(consumer, mark_of(tile));",
+        "shared.marks.set(consumer, Walk::mark_of(tile));",
         ";",
     ),
     _forward(

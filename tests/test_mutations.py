@@ -67,3 +67,9 @@ def test_enough_are_tried():
 def test_mutation_is_caught(mutation, engine):
     outcome = mutate.try_mutation(mutation, engine)
     assert outcome.caught_by, mutation
+
+
+def test_every_mutation_finds_its_place():
+    for mutation in mutations.MUTATIONS:
+        text = (mutate.ROOT / "cuda" / mutation.file).read_text()
+        assert mutation.apply(text) != text, mutation.what
