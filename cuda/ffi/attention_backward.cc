@@ -110,12 +110,16 @@ bool in_waves(const AttentionBackwardKernels& k) {
   return attention::causal_in_waves(k.narrow_head_dim(), k.mask, k.features);
 }
 
+std::int64_t tiles_of(const BackwardCall& call) {
+  const Sizes& s = call.sizes;
+  return ceil_div(s.seqlen_kv, call.kernels.config.block_kv) * s.num_kv_heads * s.batch;
+}
+
 // The grid that attention.h asks for at BackwardParams.
 std::int64_t backward_blocks(const BackwardCall& call, std::int64_t resident) {
-  const Sizes& s = call.sizes;
   const AttentionBackwardKernels& k = call.kernels;
-  const std::int64_t key_blocks = ceil_div(s.seqlen_kv, k.config.block_kv);
-  const std::int64_t tiles = key_blocks * s.num_kv_heads * s.batch;
+  const std::int64_t key_blocks = ceil_div(call.sizes.seqlen_kv, k.config.block_kv);
+  const std::int64_t tiles = tiles_of(call);
   if (in_waves(k)) return std::min(tiles, resident);
   if (tiles_differ(k)) return tiles;
   if (!k.deterministic) return std::min(tiles, resident);
@@ -134,8 +138,7 @@ void settle_mask(BackwardCall* call, const runtime::Device& device) {
   }
   const std::int64_t resident = resident_tiles(*call, device);
   const std::int64_t blocks = backward_blocks(*call, resident);
-  const Sizes& s = call->sizes;
-  const std::int64_t tiles = ceil_div(s.seqlen_kv, k.config.block_kv) * s.num_kv_heads * s.batch;
+  const std::int64_t tiles = tiles_of(*call);
   k.mask = attention::Mask::kCausal;
   if (tiles < 2 * resident || 10 * blocks >= 9 * resident) k.mask = attention::Mask::kNone;
 }
@@ -214,7 +217,7 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.q_blocks = static_cast<int>(ceil_div(s.seqlen_q, config.block_q));
   params.kv_blocks = static_cast<int>(key_blocks);
   params.heads_of_group = static_cast<int>(s.num_heads / s.num_kv_heads);
-  params.tiles = static_cast<int>(key_blocks * s.num_kv_heads * s.batch);
+  params.tiles = static_cast<int>(tiles_of(call));
   params.turn_group = static_cast<int>(std::min(key_blocks, resident));
   params.tile_rows = static_cast<int>(s.num_kv_heads * s.batch);
   if (in_waves(call.kernels)) {
@@ -249,7 +252,7 @@ Status launch_wide(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.lse_log2 = static_cast<const float*>(b.lse_log2.untyped_data());
   set_problem(&params, s, call.extras, options);
   const std::int64_t key_blocks = ceil_div(s.seqlen_kv, config.block_kv);
-  const std::int64_t tiles = key_blocks * s.num_kv_heads * s.batch;
+  const std::int64_t tiles = tiles_of(call);
   params.padded_q = static_cast<int>(s.padded_q());
   params.q_blocks = static_cast<int>(ceil_div(s.seqlen_q, config.block_q));
   params.kv_blocks = static_cast<int>(key_blocks);

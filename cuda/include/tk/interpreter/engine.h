@@ -72,7 +72,6 @@ Chunks chunks_of(uint32 address, int bytes);
 
 // Ordinary accesses by the running warp; other warps may run before they happen.
 void read_shared(const Chunks& chunks, const char* what, Location at);
-void read_shared_alone(const Chunks& chunks, const char* what, Location at);
 void write_shared(const Chunks& chunks, const char* what, Location at);
 // The same by one lane, or by several.
 void read_shared_alone(const Chunks& chunks, const char* what, Location at);
