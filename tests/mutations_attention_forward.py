@@ -36,6 +36,21 @@ MUTATIONS = [
     ),
     _forward("v never released", "shared.v_ring.release(v_state);"),
     _forward("q never released", "shared.q_ring.release(q_done);"),
+    _forward(
+        "q, of one stage, never released",
+        "release_queries();",
+        after="release_rows();\n          release_queries();",
+    ),
+    _forward(
+        "q, of one stage, released before its scores are there",
+        "softmax.start(s_acc);",
+        "softmax.start(s_acc);\n        release_queries();",
+    ),
+    _forward(
+        "rows stored one too far",
+        "o_acc, first_query, 0);",
+        "o_acc, first_query + 1, 0);",
+    ),
     _forward("consumers never turn to the next q", "q_state = q_next;"),
     _forward("the next tile's q not waited for", "shared.q_ring.wait(q_next);"),
     _forward(
@@ -112,7 +127,7 @@ MUTATIONS = [
     _forward("copies of out are not committed", "tma::commit();"),
     _forward(
         "all lanes copy out",
-        "if (warpgroup::leader()) {\n      tma::store",
+        "if (warpgroup::leader()) {\n        tma::store",
         "{\n      tma::store",
     ),
     _forward(

@@ -75,3 +75,21 @@ def test_pairs(rng, at):
     padded = np.zeros((100, 100), f32)
     padded[:30, :34] = x
     assert_same(tile, padded[here])
+
+
+ROUNDED_CASES = [(BF16, 32), (BF16, 64), (FP16, 128)]
+ROUNDED = {case: kernel("runs", "rounded", *case, threads=128) for case in ROUNDED_CASES}
+
+
+@pytest.mark.parametrize("at", [(0, 0), (20, 8), (75, 24)], ids=str)
+@pytest.mark.parametrize("case", ROUNDED_CASES, ids=str)
+def test_rounded(rng, case, at):
+    """In the tile's own order, to the nearest even; what is outside is not written."""
+    name, width = case
+    dtype, (row, col) = NAMES[name], at
+    x = rng.standard_normal((81, width + 16)).astype(np.float32)
+    (moved,) = ROUNDED[case]([(x.shape, dtype)], x, scalars=(row, col))
+    here = np.s_[row : row + 64, col : col + width]
+    expected = np.full(x.shape, 7, dtype)
+    expected[here] = x[here].astype(dtype)
+    assert_same(moved, expected)

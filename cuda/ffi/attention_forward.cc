@@ -109,6 +109,8 @@ Status execute_forward(const Execution& on, const ForwardBuffers& b,
       !status.ok()) {
     return status;
   }
+  params.out_rows = b.out.untyped_data();
+  params.head_dim_v = static_cast<int>(s.head_dim_v);
   params.lse = static_cast<float*>(b.lse.untyped_data());
   set_problem(&params, s, call->extras, options);
   const std::int64_t tiles = ceil_div(s.seqlen_q, config.block_q) * s.num_heads * s.batch;

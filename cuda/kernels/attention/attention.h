@@ -135,6 +135,8 @@ struct ForwardParams {
   int section;  // with a mask: heads, over all batch entries, that are dealt out together
   float scale;
   Extras extras;
+  void* out_rows;  // out itself, [B, T, H, Dv], to be stored to where there is one stage of q
+  int head_dim_v;  // out's own, not a tile's
 };
 
 // Queries that the first tile starts before the first one. A tile that is cut costs nearly what a

@@ -13,9 +13,9 @@
 // scores before this block's p v, so that its softmax runs beside the products; where shared memory
 // has room for the next tile's q, across tiles too. The consumers take turns at issuing, so that
 // one's softmax runs beside another's products. A tile's rows of out leave through the memory of
-// its q. Budget at D = 128, 128 x 128, 2 stages: 192 KB of shared memory (q and out 64, k and v
-// 128); 160 registers of s, p and o a thread. Limit: tensor cores at D = 128; exp2 as much as they
-// at D = 64.
+// its q, or, where it has but one stage, straight from the registers. Budget at D = 128, 128 x 128,
+// 2 stages: 192 KB of shared memory (q and out 64, k and v 128); 160 registers of s, p and o a
+// thread. Limit: tensor cores at D = 128; exp2 as much as they at D = 64.
 #pragma once
 
 #include "kernels/attention/attention.h"
@@ -68,10 +68,13 @@ struct Forward {
   static constexpr int kQStages =
       forward_q_stages(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages});
   using QRing = Pipeline<kQStages>;
+  // Whether out leaves straight from the registers. Then the one stage of q there is room for is
+  // free for the next tile's as soon as the last scores are there.
+  static constexpr bool kOutFromRegisters = kQStages == 1;
   using Tiles = MessagePipeline<2, 5>;
   using Marks = Ballot<4 * kConsumers>;
 
-  // A consumer's rows: of q, and at the end of a tile of out.
+  // A consumer's rows: of q, and at the end of a tile, if it leaves through them, of out.
   union Rows {
     QTile q_smem;
     OutTile out_smem;
@@ -244,11 +247,14 @@ struct Forward {
     };
     // Gives back the memory of the last tile's rows, once they have left.
     const auto release_rows = [&] {
-      if (q_done != q_state) {
+      if (!kOutFromRegisters && q_done != q_state) {
         if (warpgroup::leader()) tma::wait_read<0>();
         shared.q_ring.release(q_done);
         q_done.advance();
       }
+    };
+    const auto release_queries = [&] {
+      if (kOutFromRegisters) shared.q_ring.release(q_state);
     };
 
     typename Tiles::State tile_state;
@@ -319,6 +325,7 @@ struct Forward {
         if (tile.empty()) {
           warp::zero(o_acc);
           finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
+          release_queries();
           q_state.advance();
           release_rows();
           valid = receive(tile);
@@ -376,6 +383,7 @@ struct Forward {
           }
 
           release_rows();
+          release_queries();
           Tile next = tile;
           valid = receive(next);
           const bool linked = kQStages > 1 && valid && !next.empty();
@@ -425,7 +433,7 @@ struct Forward {
     }
   }
 
-  // Completes a tile: the copy engine writes the consumer's rows while it goes on.
+  // Completes a tile: its rows are written while the consumer goes on.
   __device__ __forceinline__ static void finish(const ForwardParams& params, Shared& shared,
                                                 int consumer, int q_stage, Output& o_acc,
                                                 OnlineSoftmax& softmax, const Tile& tile) {
@@ -438,14 +446,23 @@ struct Forward {
     PerRow<16> inverse_sum = softmax.inverse_sum();
     join_sink(lse, inverse_sum, params.extras, tile.batch, tile.head);
     warp::mul_rows(o_acc, o_acc, inverse_sum);
-    OutTile& out_smem = shared.rows[q_stage][consumer].out_smem;
-    warpgroup::sync();  // the products of all its warps have read q
-    warpgroup::store_afresh(out_smem, o_acc);
-    publish_shared();
-    warpgroup::sync();
-    if (warpgroup::leader()) {
-      tma::store(params.out, out_smem, 0, first_query, tile.head, tile.batch);
-      tma::commit();
+    if constexpr (kOutFromRegisters) {
+      const int64 row = static_cast<int64>(tile.batch) * params.seqlen_q * params.num_heads;
+      T* rows = static_cast<T*>(params.out_rows) + (row + tile.head) * params.head_dim_v;
+      warpgroup::store_rounded(
+          GlobalView<T>{rows, params.seqlen_q, params.head_dim_v,
+                        static_cast<int64>(params.num_heads) * params.head_dim_v},
+          o_acc, first_query, 0);
+    } else {
+      OutTile& out_smem = shared.rows[q_stage][consumer].out_smem;
+      warpgroup::sync();  // the products of all its warps have read q
+      warpgroup::store_afresh(out_smem, o_acc);
+      publish_shared();
+      warpgroup::sync();
+      if (warpgroup::leader()) {
+        tma::store(params.out, out_smem, 0, first_query, tile.head, tile.batch);
+        tma::commit();
+      }
     }
     const int64 row = static_cast<int64>(tile.batch) * params.seqlen_q * params.num_heads;
     warpgroup::store(

@@ -54,4 +54,16 @@ __device__ __forceinline__ void pairs(const KernelParams& params) {
   warp::store(matrix<float>(params, 2), x, 0, 0);
 }
 
+// A warpgroup's 64 x kCols tile at (scalar 0, scalar 1) of an array of floats, rounded. Buffers: x;
+// 7s with the tile's roundings at its place.
+template <typename T, int kCols>
+__device__ __forceinline__ void rounded(const KernelParams& params) {
+  const int row = scalar(params, 0), col = scalar(params, 1);
+  if (warp::index() == 0) fill_array<T>(params, 1, 7.0f);
+  block::sync();
+  RegTile<float, 16, kCols> x;
+  warpgroup::load(x, matrix<float>(params, 0), row, col);
+  warpgroup::store_rounded(matrix<T>(params, 1), x, row, col);
+}
+
 }  // namespace tk::tile_test

@@ -38,6 +38,17 @@ void check_pairs(const GlobalView<T>& view, int first_col, Location at) {
                     "moves pairs at once of rows that are not made of whole ones", at);
 }
 
+template <typename T>
+void check_rounded(const GlobalView<T>& view, int first_col, Location at) {
+  const bool aligned = reinterpret_cast<uint64>(view.data) % 16 == 0;
+  if (aligned && view.col_stride == 1 && view.cols % 8 == 0 && first_col % 8 == 0 &&
+      (view.rows <= 1 || view.row_stride % 8 == 0)) {
+    return;
+  }
+  interpreter::fail(interpreter::FaultKind::kOutOfBounds,
+                    "moves eight at once of rows that are not made of whole runs of eight", at);
+}
+
 template <bool kWhole, typename Dst, typename T>
 void load_runs(Dst& dst, const GlobalView<T>& src, int first_row, int first_col, Location at) {
   check_runs<kWhole>(src.data, src.row_stride, src.rows, src.cols, at);
@@ -140,6 +151,14 @@ template <bool kWhole, int kRows, int kCols>
 void store_runs(const GlobalView<float>& dst, const RegTile<float, kRows, kCols>& src, int row,
                 int col, Location at = {}) {
   detail::store_runs<kWhole>(dst, src, row + kRows * detail::warp_of_group(), col, at);
+}
+
+template <typename T, int kRows, int kCols>
+void store_rounded(const GlobalView<T>& dst, const RegTile<float, kRows, kCols>& src, int row,
+                   int col, Location at = {}) {
+  static_assert(kIsHalf<T> && kCols % 32 == 0, "four runs of eight 16-bit values at a time");
+  detail::check_rounded(dst, col, at);
+  store(dst, src, row, col, at);
 }
 
 }  // namespace warpgroup

@@ -106,6 +106,49 @@ __device__ __forceinline__ void store_runs(const GlobalView<T>& dst, const Src& 
   });
 }
 
+// Of four lanes that share a row, each with four words: lane i gets word i of all four, in order.
+__device__ __forceinline__ void transpose_quad(uint32 (&x)[4]) {
+  const int lane = ptx::lane_index();
+#pragma unroll
+  for (int step = 2; step >= 1; step /= 2) {
+    const bool upper = (lane & step) != 0;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int i = step == 2 ? k : 2 * k;
+      uint32 &low = x[i], &high = x[i + step];
+      const uint32 other = ptx::shuffle_xor(upper ? low : high, step);
+      (upper ? low : high) = other;
+    }
+  }
+}
+
+// A warp's tile in its own order, rounded; columns outside the array are whole runs of eight.
+template <typename T, typename Src>
+__device__ __forceinline__ void store_rounded(const GlobalView<T>& dst, const Src& src,
+                                              int first_row, int first_col) {
+  static_assert(kIsHalf<T> && Src::kCols % 32 == 0, "four runs of eight 16-bit values at a time");
+  RegTile<T, Src::kRows, Src::kCols> rounded;
+  warp::convert(rounded, src);
+  const int run = 8 * (ptx::lane_index() & 3);
+#pragma unroll
+  for (int s = 0; s < Src::kRowSquares; ++s) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + row_of(s, 2 * h);
+      T* place = dst.data + row * dst.row_stride + first_col + run;
+      const int cols = row < dst.rows ? dst.cols - first_col - run : 0;
+#pragma unroll
+      for (int c = 0; c < Src::kCols / 32; ++c) {
+        uint32 x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = rounded.data[s][8 * c + 2 * i + h];
+        transpose_quad(x);
+        if (32 * c < cols) ptx::store_global_u32x4(place + 32 * c, x);
+      }
+    }
+  }
+}
+
 }  // namespace detail
 
 namespace warp {
@@ -211,6 +254,15 @@ __device__ __forceinline__ void store_runs(const GlobalView<float>& dst,
                                            const RegTile<float, kRows, kCols>& src, int row,
                                            int col, Location = {}) {
   detail::store_runs<kWhole>(dst, src, row + kRows * (ptx::warp_index() & 3), col);
+}
+
+// A tile's 16-bit roundings, in its own order, sixteen bytes at a time: rows start at multiples of
+// sixteen bytes and are whole runs of eight, and so is `col`.
+template <typename T, int kRows, int kCols>
+__device__ __forceinline__ void store_rounded(const GlobalView<T>& dst,
+                                              const RegTile<float, kRows, kCols>& src, int row,
+                                              int col, Location = {}) {
+  detail::store_rounded(dst, src, row + kRows * (ptx::warp_index() & 3), col);
 }
 
 }  // namespace warpgroup

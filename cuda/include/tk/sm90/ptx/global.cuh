@@ -15,4 +15,10 @@ __device__ __forceinline__ void store_global_u32x2(void* address, uint32 x, uint
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(x), "r"(y) : "memory");
 }
 
+__device__ __forceinline__ void store_global_u32x4(void* address, const uint32 (&x)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(x[0]), "r"(x[1]),
+               "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
 }  // namespace tk::ptx
