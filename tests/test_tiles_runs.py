@@ -78,7 +78,9 @@ def test_pairs(rng, at):
 
 
 ROUNDED_CASES = [(BF16, 32), (BF16, 64), (FP16, 128)]
-ROUNDED = {case: kernel("runs", "rounded", *case, threads=128) for case in ROUNDED_CASES}
+ROUNDED = {
+    case: kernel("runs", "rounded", *case, threads=128) for case in ROUNDED_CASES
+}
 
 
 @pytest.mark.parametrize("at", [(0, 0), (20, 8), (75, 24)], ids=str)
