@@ -49,7 +49,7 @@ def mamba_chunk_scan_combined(
 """
 
 
-@quick_jit
+@jax.jit
 def ssd(segment_ids, *arrays):
     x, dt, A, B, C, D, dt_bias = arrays
     options = {"D": D, "dt_bias": dt_bias, "dt_softplus": True}
@@ -63,7 +63,7 @@ def fake_mamba(x, dt, A, B, C, D, dt_bias, seq_idx, dt_softplus):
     return fake_torch.apply(run, x, dt, A, B, C, D, dt_bias)
 
 
-@quick_jit
+@jax.jit
 def linear_attention(q, k, v, g):
     return tk_jax.linear_attention(q, k, v, log_decay=g, scale=1.0)
 
@@ -73,7 +73,7 @@ def fake_simple_gla(q, k, v, g=None, scale=None):
     return fake_torch.apply(linear_attention, q, k, v, g), None
 
 
-@quick_jit
+@jax.jit
 def based_attention(q, k, v):
     return tk_jax.based_attention(q, k, v, normalize=False)
 
@@ -83,7 +83,7 @@ def fake_based(q, k, v, scale=None, use_norm=True):
     return fake_torch.apply(based_attention, q, k, v)
 
 
-@quick_jit
+@jax.jit
 def hedgehog_attention(q, k, v, q_map, k_map, alpha, beta):
     return tk_jax.hedgehog_attention(q, k, v, q_map, k_map, alpha=alpha, beta=beta)
 
