@@ -340,12 +340,13 @@ class Benchmark:
             for program, call in programs.calls(inputs).items()
         }
         # One direction after another, so that what is compared runs side by side.
-        order = sorted(calls, key=lambda key: ("fwd", "bwd", "both").index(key[1]))
-        seconds = self.measure(
-            {key: calls[key] for key in order},
-            rounds=self.args.rounds,
-            seconds=self.args.seconds,
-        )
+        seconds = {}
+        for direction in ("fwd", "bwd", "both"):
+            compared = {key: calls[key] for key in calls if key[1] == direction}
+            if compared:
+                seconds |= self.measure(
+                    compared, rounds=self.args.rounds, seconds=self.args.seconds
+                )
         return [
             self._row(case, direction, name, programs, seconds)
             for direction in case.directions

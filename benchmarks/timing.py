@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Hashable, Mapping
 
@@ -18,16 +19,18 @@ def measure(
 
     A sample is the wall clock of so many calls dispatched back to back that they take
     about ``seconds``, so that dispatch and the final wait, of some tens of
-    microseconds, do not show. In every round each program runs once, starting with
-    another one than in the round before: a clock that falls as the chip warms up hits
-    all alike.
+    microseconds, do not show. In every round each program runs once, in an order drawn
+    anew, and before its sample as long untimed: a chip at its power limit is as fast as
+    what ran just before lets it be, which is to be the program itself.
     """
     repeats = {name: _repeats(call, seconds) for name, call in calls.items()}
     samples = {name: [] for name in calls}
+    draw = random.Random(0)
     order = list(calls)
-    for start in range(rounds):
-        turn = start % len(order)
-        for name in order[turn:] + order[:turn]:
+    for _ in range(rounds):
+        draw.shuffle(order)
+        for name in order:
+            _run(calls[name], repeats[name])
             samples[name].append(_sample(calls[name], repeats[name]))
     return samples
 
@@ -44,7 +47,11 @@ def _sample(call: Call, repeats: int) -> float:
     if own is not None:
         return own(repeats)
     start = time.perf_counter()
+    _run(call, repeats)
+    return (time.perf_counter() - start) / repeats
+
+
+def _run(call: Call, repeats: int) -> None:
     for index in range(repeats):
         result = call(index)
     jax.block_until_ready(result)
-    return (time.perf_counter() - start) / repeats

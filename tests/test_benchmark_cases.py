@@ -96,7 +96,7 @@ def test_roofline_is_by_flops_or_by_bytes():
     assert results.roofline_fraction(large, "fwd", seconds, "another GPU") is None
 
 
-def test_measure_alternates_and_rotates():
+def test_measure_alternates_in_changing_order():
     order = []
 
     def call(name):
@@ -106,13 +106,23 @@ def test_measure_alternates_and_rotates():
 
         return record
 
-    samples = timing.measure({"a": call("a"), "b": call("b")}, rounds=3, seconds=0)
-    assert {name: len(found) for name, found in samples.items()} == {"a": 3, "b": 3}
+    rounds = 8
+    samples = timing.measure({"a": call("a"), "b": call("b")}, rounds=rounds, seconds=0)
+    assert {name: len(found) for name, found in samples.items()} == {
+        "a": rounds,
+        "b": rounds,
+    }
     assert all(sample > 0 for found in samples.values() for sample in found)
-    # Three calls a sample; the seven before are each program's warm-up and estimate.
-    timed = order[14:]
-    assert [name for name, _ in timed[::3]] == ["a", "b", "b", "a", "a", "b"]
-    assert [index for _, index in timed[:3]] == [0, 1, 2]
+    # Three calls a sample and three untimed ones before it; the first seven are each
+    # program's estimate.
+    runs = order[14:]
+    assert len(runs) == 12 * rounds
+    assert [index for _, index in runs] == 4 * rounds * [0, 1, 2]
+    names = [name for name, _ in runs]
+    turns = [names[at : at + 6] for at in range(0, len(names), 6)]
+    assert all(len(set(turn)) == 1 for turn in turns)
+    pairs = {(a[0], b[0]) for a, b in zip(turns[::2], turns[1::2], strict=True)}
+    assert pairs == {("a", "b"), ("b", "a")}
 
 
 @pytest.mark.parametrize(
