@@ -57,6 +57,9 @@ struct Backward {
   // Whether registers are left for lse from before the scores' product on.
   static constexpr bool kEarlyLse = kBlockQ == 64 && !Map::kCaps && !Map::kAdds &&
                                     (kHeadDim == 64 || (kFeatures & kMaskArray) == 0);
+  // Whether delta then takes lse's registers before dp is waited for: without a mask, it gained
+  // nothing.
+  static constexpr bool kEarlyDelta = kEarlyLse && Traits::kMask != Mask::kNone;
   // Whether dp's product waits until there are registers: a bias beside a cap, segments or a mask,
   // or of fp32.
   static constexpr bool kLateDp =
@@ -114,6 +117,11 @@ struct Backward {
   enum Rendezvous : int {
     kDsWritten = kFirstKernelBarrier,  // all consumers have written their rows of ds
   };
+
+  // In waves, blocks read q and dout at about the same time: at D = 128 dq's sums, which they would
+  // drive out of L2, are to stay there.
+  static constexpr tma::Keep kKeepQueries =
+      QTurns::kInWaves && kHeadDim == 128 ? tma::Keep::kNormal : tma::Keep::kLong;
 
   struct Tile {
     int n;  // key block
@@ -259,12 +267,12 @@ struct Backward {
         const int row = (tile.batch * params.num_heads + head) * params.padded_q + first_query;
         shared.q_ring.acquire(state, QTile::kBytes + QVec::kBytes);
         Barrier& q_full = shared.q_ring.full(state);
-        tma::load(shared.q_smem[state.stage], params.q, q_full, tma::Keep::kLong, 0, first_query,
-                  head, tile.batch);
+        tma::load(shared.q_smem[state.stage], params.q, q_full, kKeepQueries, 0, first_query, head,
+                  tile.batch);
         tma::load(shared.lse_smem[state.stage], params.lse_log2 + row, q_full);
         shared.dout_ring.acquire(state, QTile::kBytes + QVec::kBytes);
         Barrier& dout_full = shared.dout_ring.full(state);
-        tma::load(shared.dout_smem[state.stage], params.dout, dout_full, tma::Keep::kLong, 0,
+        tma::load(shared.dout_smem[state.stage], params.dout, dout_full, kKeepQueries, 0,
                   first_query, head, tile.batch);
         tma::load(shared.delta_smem[state.stage], params.delta + row, dout_full);
         if (QTurns::kInWaves && keys_missing) load_keys();
@@ -426,9 +434,15 @@ struct Backward {
         }
         if constexpr (kLateDp) issue_dp();
 
+        PerCol<kBlockQ> delta;
+        if constexpr (kEarlyDelta) warp::load(delta, shared.delta_smem[state.stage]);
         warpgroup::mma_wait<0>(dp_acc);
-        warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage],
-                       [](float dp, float delta) { return dp - delta; });
+        const auto subtract = [](float dp, float delta) { return dp - delta; };
+        if constexpr (kEarlyDelta) {
+          warp::map_cols(dp_acc, dp_acc, delta, subtract);
+        } else {
+          warp::map_cols(dp_acc, dp_acc, shared.delta_smem[state.stage], subtract);
+        }
         warp::mul(dp_acc, dp_acc, s_acc);
         warp::convert(ds, dp_acc);
         auto& ds_smem = shared.ds_smem[ds_buffer];
