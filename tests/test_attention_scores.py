@@ -139,3 +139,19 @@ def test_beside_what_hides_keys(hidden_by, head_dim):
     for name, x, y in zip(score_cases.NAMES, got, expected, strict=True):
         x, y = (np.asarray(array, np.float32) for array in (x, y))
         np.testing.assert_allclose(x, y, atol=0.02 * np.abs(y).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 1e-46, -1e-40])
+def test_scale_need_not_be_positive_nor_normal(scale):
+    q, k, v, dout, _ = Case(1, 64, 70, 1, 1, 64).inputs()
+
+    def results(implementation):
+        attention = functools.partial(
+            tk_jax.attention, scale=scale, implementation=implementation
+        )
+        out, transpose = jax.vjp(attention, q, k, v)
+        return out, *transpose(dout)
+
+    for x, y in zip(results("interpret"), results("xla"), strict=True):
+        x, y = (np.asarray(array, np.float32) for array in (x, y))
+        np.testing.assert_allclose(x, y, atol=0.02 * np.abs(y).max())
