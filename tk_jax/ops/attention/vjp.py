@@ -18,6 +18,9 @@ from jax.custom_batching import custom_vmap
 from tk_jax import _dispatch, _ffi
 from tk_jax.ops.attention import blocks, config, xla
 
+# Bounds of biases and sinks in the kernels, which count in base 2.
+_LARGEST = 2.0**127
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -261,7 +264,7 @@ def _gradient_of_sinks(sinks, batch, lse, delta):
     if sinks is None:
         return None
     whole = jnp.broadcast_to(sinks, (*batch, sinks.shape[-1])).astype(jnp.float32)
-    score = _fold(whole, 1)[:, None, :]
+    score = _bounded(_fold(whole, 1))[:, None, :]
     # A query without a key whose sink is -inf has neither: lse is -inf.
     p = jnp.where(lse == -jnp.inf, 0, jnp.exp(score - lse))
     ds = -jnp.sum(p * jnp.swapaxes(delta, 1, 2), axis=1)
@@ -321,8 +324,8 @@ def _extra_arrays(extras: config.Extras, batch, q, k, tiles, *, backward):
         *segment_ids,
         mask,
         # One of q's dtype goes as it is, any other in float32.
-        shared(extras.bias, _bias_dtype(extras.bias, q.dtype), 3),
-        shared(extras.sinks, jnp.float32, 1),
+        _bounded(shared(extras.bias, _bias_dtype(extras.bias, q.dtype), 3)),
+        _bounded(shared(extras.sinks, jnp.float32, 1)),
         block_map(transposed=False),
         block_map(transposed=True),
     )
@@ -330,6 +333,18 @@ def _extra_arrays(extras: config.Extras, batch, q, k, tiles, *, backward):
 
 def _bias_dtype(bias, dtype):
     return dtype if bias is None or bias.dtype == dtype else jnp.float32
+
+
+def _bounded(x):
+    """Numbers of which the kernels can take the multiple 1 / ln 2; infinities stay.
+
+    Masks are often added as the least number of a dtype, which has no such multiple:
+    where all that a row has seen is that, its maximum would be -inf and its sum NaN.
+    """
+    if x.dtype == jnp.float16:
+        return x
+    largest = jnp.asarray(_LARGEST, x.dtype)
+    return jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
 
 
 def _fold(x, rank):
