@@ -149,6 +149,18 @@ def test_gradient_of_vmap(in_axes, implementation):
     )
 
 
+def test_vmap_over_nothing():
+    q, k, v = _inputs(dtype=jnp.bfloat16)
+    none = jnp.zeros((0, *q.shape), q.dtype)
+
+    def loss(q, lengths):
+        out = tk_jax.attention(q, k, v, query_seq_lengths=lengths)
+        return jnp.sum(out.astype(jnp.float32))
+
+    gradients = jax.vmap(jax.grad(loss))(none, jnp.zeros((0, 2), jnp.int32))
+    assert gradients.shape == none.shape
+
+
 def test_nested_vmap():
     q, k, v = _inputs(batch=(3, 2))
     gradient = _gradient(None)

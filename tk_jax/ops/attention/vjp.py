@@ -87,7 +87,10 @@ def _chosen(call, kernel, xla_form, differentiated=()):
         *arrays, extras = args
         *batched, extras_batched = in_batched
         arrays = [
-            _repeat(x, axis_size, is_batched)
+            # dlse into which nothing flows stays as it is.
+            jnp.zeros((0,), x.dtype)
+            if x.size == 0 and x.ndim <= 2
+            else _repeat(x, axis_size, is_batched)
             for x, is_batched in zip(arrays, batched, strict=True)
         ]
         extras = extras._replace(
@@ -109,8 +112,6 @@ def _chosen(call, kernel, xla_form, differentiated=()):
 
 def _repeat(x, size, is_batched):
     """[N, *batch, ...] as it is; not mapped, [*batch, ...] -> [size, *batch, ...]"""
-    if x.size == 0 and x.ndim <= 2:  # dlse into which nothing flows.
-        return jnp.zeros((0,), x.dtype)
     return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
 
 
