@@ -9,6 +9,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from tk_jax import _check, _dispatch
 from tk_jax.ops.attention import config, vjp, xla
@@ -74,7 +75,8 @@ def attention(
 
     Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``shard_map``, ``jax.checkpoint``
     (residuals are named ``tk_attention_out`` and ``tk_attention_lse``, see
-    :mod:`tk_jax.checkpoint_policies`) and ``jax.export``. Forward mode and derivatives
+    :mod:`tk_jax.checkpoint_policies`) and ``jax.export``. On a mesh with explicit axes
+    results are split as ``q`` is, with ``Dv`` whole. Forward mode and derivatives
     of higher order need ``implementation="xla"``. ``q``, ``k``, ``v``, ``bias`` and
     ``sinks`` have gradients, summed over the axes that they are broadcast along.
 
@@ -195,14 +197,22 @@ def attention(
 @functools.partial(jax.jit, static_argnums=0)
 def _attention(call, q, k, v, extras):
     with jax.named_scope("tk_jax.attention"):
-        leaves, tree = jax.tree.flatten((q, k, v, extras))
-        q, k, v, extras = tree.unflatten(_dispatch.vary_together(*leaves))
-        if call.choice.cuda == "xla" or q.size == 0:
-            out, lse = xla.attention(call.options, q, k, v, extras)
-            return (out, lse) if call.return_lse else out
-        if call.options.scale < _FLOAT32.tiny:
-            call, q = _with_positive_scale(call, q)
-        return vjp.attention(call, q, k, v, extras)
+        # [..., T, H] of out and lse, with the head dim whole.
+        rows = _dispatch.explicit_spec(q)[:-1]
+        specs = (P(*rows, None), P(*rows)) if call.return_lse else P(*rows, None)
+        run = functools.partial(_run, call)
+        return _dispatch.run_without_explicit_axes(run, specs, q, k, v, extras)
+
+
+def _run(call, q, k, v, extras):
+    leaves, tree = jax.tree.flatten((q, k, v, extras))
+    q, k, v, extras = tree.unflatten(_dispatch.vary_together(*leaves))
+    if call.choice.cuda == "xla" or q.size == 0:
+        out, lse = xla.attention(call.options, q, k, v, extras)
+        return (out, lse) if call.return_lse else out
+    if call.options.scale < _FLOAT32.tiny:
+        call, q = _with_positive_scale(call, q)
+    return vjp.attention(call, q, k, v, extras)
 
 
 def _with_positive_scale(call: vjp.Call, q):
