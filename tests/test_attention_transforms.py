@@ -149,6 +149,19 @@ def test_gradient_of_vmap(in_axes, implementation):
     )
 
 
+@pytest.mark.parametrize("transform", [jax.hessian, lambda f: jax.grad(jax.grad(f))])
+def test_derivatives_of_higher_order_say_what_has_them(transform):
+    x = jnp.ones((4, 1, 8), jnp.bfloat16)
+
+    def loss(scale, **settings):
+        q = (scale * x).astype(x.dtype)
+        return jnp.sum(tk_jax.attention(q, x, x, **settings).astype(jnp.float32))
+
+    with pytest.raises(NotImplementedError, match="use implementation='xla'"):
+        transform(loss)(2.0)
+    assert transform(functools.partial(loss, implementation="xla"))(2.0) == 0
+
+
 def test_vmap_over_nothing():
     q, k, v = _inputs(dtype=jnp.bfloat16)
     none = jnp.zeros((0, *q.shape), q.dtype)

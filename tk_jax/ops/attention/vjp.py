@@ -107,7 +107,17 @@ def _chosen(call, kernel, xla_form, differentiated=()):
         results = run(*arrays, extras)
         return results, jax.tree.map(lambda _: True, results)
 
-    return run
+    once = jax.custom_jvp(run)
+    once.defjvp(_refuse_derivative)
+    return once
+
+
+def _refuse_derivative(primals, tangents):
+    """The rules above are derivatives already; what they call has none."""
+    raise NotImplementedError(
+        "attention: the TK kernel has no derivatives of higher order; "
+        "use implementation='xla'"
+    )
 
 
 def _repeat(x, size, is_batched):
