@@ -162,6 +162,13 @@ def test_derivatives_of_higher_order_say_what_has_them(transform):
     assert transform(functools.partial(loss, implementation="xla"))(2.0) == 0
 
 
+def test_vmap_over_more_than_the_kernels_take():
+    x = jnp.ones((65536, 1, 1, 8), jnp.bfloat16)
+    gradient = jax.grad(lambda q: jnp.sum(jax.vmap(tk_jax.attention)(q, x, x)))
+    np.testing.assert_array_equal(jax.vmap(tk_jax.attention)(x, x, x), x)
+    np.testing.assert_array_equal(gradient(x), 0 * x)
+
+
 def test_vmap_over_nothing():
     q, k, v = _inputs(dtype=jnp.bfloat16)
     none = jnp.zeros((0, *q.shape), q.dtype)

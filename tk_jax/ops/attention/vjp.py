@@ -76,7 +76,7 @@ def _chosen(call, kernel, xla_form, differentiated=()):
     @custom_vmap
     def run(*args):
         return _dispatch.run_chosen(
-            call.choice,
+            _choice_for_batch(call.choice, *args[:2]),
             *args,
             tk=functools.partial(kernel, call.options),
             xla=functools.partial(xla_form, call.options),
@@ -110,6 +110,16 @@ def _chosen(call, kernel, xla_form, differentiated=()):
     once = jax.custom_jvp(run)
     once.defjvp(_refuse_derivative)
     return once
+
+
+def _choice_for_batch(choice, q, k):
+    """The choice again: vmap may have made the batch larger than the caller's."""
+    limit = config.exceeded_limit(q.shape, k.shape)
+    if limit is None or choice.requested is not None:
+        return choice
+    choice = _dispatch.choose("attention", None, limit)
+    _dispatch.warn_of_fallback(choice)
+    return choice
 
 
 def _refuse_derivative(primals, tangents):
