@@ -86,10 +86,19 @@ def test_what_the_kernel_lacks(q, k, message, monkeypatch):
 def test_vmap_that_makes_the_batch_too_large(monkeypatch):
     monkeypatch.setattr(_ffi, "unavailable", lambda: None)
     q = _shape(300, 300, 1, 1, 64)
+
+    def mapped(implementation):
+        return jax.vmap(
+            lambda x: tk_jax.attention(x, x, x, implementation=implementation)
+        )
+
     with pytest.raises(
         NotImplementedError, match=r"a batch of 90000 .* map over fewer"
     ):
-        jax.eval_shape(jax.vmap(lambda x: tk_jax.attention(x, x, x)), q)
+        jax.eval_shape(mapped("tk"), q)
+    assert jax.eval_shape(mapped(None), q).shape == q.shape
+    traced = jax.jit(mapped(None)).trace(q)
+    assert "tk_attention" not in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_the_kernel_without_a_gpu():

@@ -189,6 +189,31 @@ def test_shapes_and_dtypes_that_do_not_fit(q, k, v, message, implementation):
             "attention: scale is array([1., 1.]); expected a finite number",
         ),
         (
+            {"scale": 10**400},
+            ValueError,
+            f"attention: scale is {10**400}; expected a finite number",
+        ),
+        (
+            {"scale": -1e39},
+            ValueError,
+            "attention: scale is -1e+39; expected a finite number of float32",
+        ),
+        (
+            {"scale": np.complex64(1)},
+            TypeError,
+            "attention: scale is of type complex64; expected a Python number",
+        ),
+        (
+            {"scale": np.array(True)},
+            TypeError,
+            "attention: scale is of type ndarray; expected a Python number",
+        ),
+        (
+            {"scale": np.array("big")},
+            TypeError,
+            "attention: scale is of type ndarray; expected a Python number",
+        ),
+        (
             {"scale": "big"},
             TypeError,
             "attention: scale is of type str; expected a Python number",
@@ -270,6 +295,16 @@ def _int32(*shape):
             {"logits_soft_cap": float("inf")},
             ValueError,
             "logits_soft_cap is inf; expected a finite number",
+        ),
+        (
+            {"logits_soft_cap": 1e38},
+            ValueError,
+            "logits_soft_cap is 1e+38; expected a number from 1e-30 to 1e+30",
+        ),
+        (
+            {"logits_soft_cap": 1e-46},
+            ValueError,
+            "logits_soft_cap is 1e-46; expected a number from 1e-30 to 1e+30",
         ),
         (
             {"logits_soft_cap": "30"},
@@ -415,12 +450,30 @@ def test_arguments_that_are_no_arrays(name, value):
 def test_explain_refuses_what_the_call_would():
     with pytest.raises(TypeError, match="unexpected keyword argument 'is_casual'"):
         tk_jax.explain(tk_jax.attention, Q, K, K, is_casual=True)
+    for name, value in (("mask", True), ("query_seq_lengths", [3, 2])):
+        with pytest.raises(TypeError, match=f"{name} is of type .*; expected a jax"):
+            tk_jax.explain(tk_jax.attention, Q, K, K, **{name: value})
+    with pytest.raises(TypeError, match="q is of type list; expected a jax"):
+        tk_jax.explain(tk_jax.attention, [1.0], K, K)
+
+
+def test_explain_takes_numpy_arrays_as_the_call_does():
+    x = np.ones((2, 8, 2, 4))  # float64, and float32 without x64
+    settings = {
+        "query_seq_lengths": np.array([3, 8]),
+        "q_segment_ids": np.zeros((2, 8), int),
+    }
+    assert tk_jax.attention(x, x, x, **settings).dtype == jnp.float32
+    choice = tk_jax.explain(tk_jax.attention, x, x, x, **settings)
+    assert "dtype float32" in choice.reason
 
 
 def test_a_traced_scale():
     q = jnp.ones((1, 4, 2, 64))
     with pytest.raises(TypeError, match="a traced value: multiply the input by it"):
         jax.jit(lambda s: tk_jax.attention(q, q, q, scale=s))(0.5)
+    with pytest.raises(TypeError, match=r"expected a Python number \(a traced value\)"):
+        jax.jit(lambda s: tk_jax.attention(q, q, q, logits_soft_cap=s))(0.5)
 
 
 def test_scale_may_be_any_static_number():

@@ -139,3 +139,50 @@ def test_beside_what_hides_keys(hidden_by, head_dim):
     for name, x, y in zip(score_cases.NAMES, got, expected, strict=True):
         x, y = (np.asarray(array, np.float32) for array in (x, y))
         np.testing.assert_allclose(x, y, atol=0.02 * np.abs(y).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 1e-46, -1e-40])
+def test_scale_need_not_be_positive_nor_normal(scale):
+    q, k, v, dout, _ = Case(1, 64, 70, 1, 1, 64).inputs()
+
+    def results(implementation):
+        attention = functools.partial(
+            tk_jax.attention, scale=scale, implementation=implementation
+        )
+        out, transpose = jax.vjp(attention, q, k, v)
+        return out, *transpose(dout)
+
+    for x, y in zip(results("interpret"), results("xla"), strict=True):
+        x, y = (np.asarray(array, np.float32) for array in (x, y))
+        np.testing.assert_allclose(x, y, atol=0.02 * np.abs(y).max())
+
+
+@pytest.mark.parametrize("sinks", [None, np.finfo(np.float32).min])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_masks_that_are_added_as_the_least_number(dtype, sinks):
+    """Padding at the end, and a row without anything else."""
+    q, k, v, dout, _ = Case(1, 64, 300, 2, 1, 64).inputs()
+    shown = (np.arange(300) < 40) & (np.arange(64) != 3)[:, None]
+    bias = jnp.where(shown, 0, jnp.finfo(dtype).min).astype(dtype)
+    if sinks is not None:
+        sinks = jnp.full(2, sinks)
+        shown &= (np.arange(64) != 5)[:, None]  # sees nothing but a sink
+
+    def results(implementation):
+        def attention(q, k, v, bias, sinks):
+            return tk_jax.attention(
+                q,
+                k,
+                v,
+                bias=bias,
+                sinks=sinks,
+                mask=None if sinks is None else jnp.asarray(shown),
+                implementation=implementation,
+            )
+
+        out, transpose = jax.vjp(attention, q, k, v, bias, sinks)
+        return jax.tree.leaves((out, transpose(dout)))
+
+    for x, y in zip(results("interpret"), results("xla"), strict=True):
+        x, y = (np.asarray(array, np.float32) for array in (x, y))
+        np.testing.assert_allclose(x, y, atol=0.02 * np.abs(y).max())

@@ -142,3 +142,48 @@ def test_sharded_inputs_under_jit(mesh, inputs):
     gradient = jax.jit(jax.grad(_local_loss, (0, 1, 2)))
     sharded = jax.device_put(inputs, NamedSharding(mesh, P("batch")))
     _assert_close(gradient(*sharded), gradient(*inputs))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "spec", [P(), P("batch"), P("batch", None, "heads"), P(None, None, None, "heads")]
+)
+def test_a_mesh_with_explicit_axes(cpu_devices, inputs, spec, implementation, dtype):
+    """What jax.make_mesh makes: types say how arrays are split."""
+    mesh = jax.make_mesh(
+        (4, 2), ("batch", "heads"), (AxisType.Explicit,) * 2, devices=cpu_devices
+    )
+    inputs = [x.astype(dtype) for x in inputs]
+    rows = (*spec, None, None, None)[:3]
+
+    def local(q, k, v):
+        sinks = jnp.zeros(4)
+        out, lse = tk_jax.attention(
+            q, k, v, sinks=sinks, return_lse=True, implementation=implementation
+        )
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(lse), (out, lse)
+
+    gradient = jax.jit(jax.value_and_grad(local, (0, 1, 2), has_aux=True))
+    (value, (out, lse)), gradients = gradient(
+        *jax.device_put(inputs, NamedSharding(mesh, spec))
+    )
+    assert jax.typeof(out).sharding.spec == P(*rows, None)
+    assert jax.typeof(lse).sharding.spec == P(*rows)
+    for x in gradients:
+        assert jax.typeof(x).sharding.spec == P(*spec, *[None] * (4 - len(spec)))
+    (expected_value, results), expected_gradients = gradient(*inputs)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-4)
+    expected = (*results, *expected_gradients)
+    for x, y in zip((out, lse, *gradients), expected, strict=True):
+        x, y = (np.asarray(array, np.float32) for array in (x, y))
+        np.testing.assert_allclose(x, y, atol=1e-4 if dtype == "float32" else 0.03)
+
+
+def test_vmap_over_an_explicit_axis(cpu_devices, inputs):
+    mesh = jax.make_mesh((8,), ("batch",), (AxisType.Explicit,), devices=cpu_devices)
+    split = jax.device_put(inputs, NamedSharding(mesh, P("batch")))
+    mapped = jax.jit(jax.vmap(tk_jax.attention))
+    out = mapped(*split)
+    assert jax.typeof(out).sharding.spec == P("batch", None, None, None)
+    np.testing.assert_allclose(out, mapped(*inputs), atol=1e-5)

@@ -149,6 +149,38 @@ def test_gradient_of_vmap(in_axes, implementation):
     )
 
 
+@pytest.mark.parametrize("transform", [jax.hessian, lambda f: jax.grad(jax.grad(f))])
+def test_derivatives_of_higher_order_say_what_has_them(transform):
+    x = jnp.ones((4, 1, 8), jnp.bfloat16)
+
+    def loss(scale, **settings):
+        q = (scale * x).astype(x.dtype)
+        return jnp.sum(tk_jax.attention(q, x, x, **settings).astype(jnp.float32))
+
+    with pytest.raises(NotImplementedError, match="use implementation='xla'"):
+        transform(loss)(2.0)
+    assert transform(functools.partial(loss, implementation="xla"))(2.0) == 0
+
+
+def test_vmap_over_more_than_the_kernels_take():
+    x = jnp.ones((65536, 1, 1, 8), jnp.bfloat16)
+    gradient = jax.grad(lambda q: jnp.sum(jax.vmap(tk_jax.attention)(q, x, x)))
+    np.testing.assert_array_equal(jax.vmap(tk_jax.attention)(x, x, x), x)
+    np.testing.assert_array_equal(gradient(x), 0 * x)
+
+
+def test_vmap_over_nothing():
+    q, k, v = _inputs(dtype=jnp.bfloat16)
+    none = jnp.zeros((0, *q.shape), q.dtype)
+
+    def loss(q, lengths):
+        out = tk_jax.attention(q, k, v, query_seq_lengths=lengths)
+        return jnp.sum(out.astype(jnp.float32))
+
+    gradients = jax.vmap(jax.grad(loss))(none, jnp.zeros((0, 2), jnp.int32))
+    assert gradients.shape == none.shape
+
+
 def test_nested_vmap():
     q, k, v = _inputs(batch=(3, 2))
     gradient = _gradient(None)

@@ -81,6 +81,25 @@ def test_scale_multiplies_the_scores():
     np.testing.assert_array_equal(got, scaled)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("seqlen_kv", [7, 300, 700])
+def test_scores_of_billions_leave_one_key(seqlen_kv, dtype):
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((1, n, 1, 64)), dtype)
+        for n in (64, seqlen_kv, seqlen_kv)
+    )
+
+    def out_and_dv(attention):
+        out, transpose = jax.vjp(lambda v: attention(q, k, v, scale=1e9), v)
+        return out, *transpose(jnp.ones_like(out))
+
+    got = out_and_dv(functools.partial(tk_jax.attention, implementation="xla"))
+    plain = out_and_dv(jax.nn.dot_product_attention)
+    for x, y in zip(got, plain, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_scale_need_not_be_positive(scale, mask):

@@ -31,6 +31,15 @@ def check_array(op: str, name: str, value) -> jax.Array:
     )
 
 
+def check_shaped(op: str, name: str, value) -> jax.Array | jax.ShapeDtypeStruct:
+    """What has the shape and dtype of ``check_array``'s, or such a shape itself."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return value
+    if isinstance(value, np.ndarray):
+        return jax.eval_shape(jnp.asarray, value)
+    return check_array(op, name, value)
+
+
 def check_shape(
     op: str, name: str, shape: Sequence[int], expected: Sequence[int | str], to_match=""
 ) -> None:
@@ -126,17 +135,30 @@ def check_flag(op: str, name: str, value) -> bool:
 
 def check_finite_number(op: str, name: str, value) -> float:
     """A static, finite number: a traced one cannot be a kernel's setting."""
-    if isinstance(value, bool | jax.core.Tracer) or not isinstance(
-        value, int | float | np.number | np.ndarray | jax.Array
-    ):
-        hint = " (a traced value: multiply the input by it instead)"
+    hint = ""
+    if isinstance(value, jax.core.Tracer):
+        hint = " (a traced value)"
+        if name == "scale":
+            hint = " (a traced value: multiply the input by it instead)"
+    if hint or not _is_real(value):
         raise TypeError(
-            f"{op}: {name} is of type {type(value).__name__}; expected a Python number"
-            + (hint if isinstance(value, jax.core.Tracer) else "")
+            f"{op}: {name} is of type {type(value).__name__}; "
+            f"expected a Python number{hint}"
         )
-    if np.ndim(value) != 0 or not math.isfinite(value):
+    try:
+        number = float(value) if np.ndim(value) == 0 else math.nan
+    except OverflowError:  # an int
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{op}: {name} is {value!r}; expected a finite number")
-    return float(value)
+    return number
+
+
+def _is_real(value) -> bool:
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        dtype = value.dtype
+        return any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.floating))
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def shape_text(shape: Sequence[int | str]) -> str:

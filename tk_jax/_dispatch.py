@@ -24,6 +24,7 @@ import jax
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
 
 from tk_jax import _check, _ffi
 
@@ -181,6 +182,32 @@ def vary_together_in(tree):
     """:func:`vary_together` for all arrays of a tree."""
     leaves, structure = jax.tree.flatten(tree)
     return structure.unflatten(vary_together(*leaves))
+
+
+def explicit_spec(x: jax.Array) -> tuple:
+    """How the axes of ``x`` are split along explicit mesh axes, one entry for each."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (x.ndim - len(spec))
+
+
+def run_without_explicit_axes(run: Callable, specs, *args):
+    """``run(*args)`` on a mesh with explicit axes too, of which ops know no rules.
+
+    Inside, XLA splits arrays by these axes as it likes. ``specs`` is what results are
+    split by outside.
+    """
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args)]
+    for mesh in meshes:
+        types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        explicit = tuple(name for name, kind in types if kind == AxisType.Explicit)
+        if explicit:
+            split = jax.tree.map(
+                lambda spec, mesh=mesh: NamedSharding(mesh, spec),
+                specs,
+                is_leaf=lambda x: isinstance(x, PartitionSpec),
+            )
+            return auto_axes(run, axes=explicit, out_sharding=split)(*args)
+    return run(*args)
 
 
 def explains(op: Callable) -> Callable:

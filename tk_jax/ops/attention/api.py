@@ -9,11 +9,15 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from tk_jax import _check, _dispatch
 from tk_jax.ops.attention import config, vjp, xla
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
+_FLOAT32 = jnp.finfo(jnp.float32)
+# Scores are divided by it, in float32.
+_SOFT_CAPS = (1e-30, 1e30)
 
 
 def attention(
@@ -71,7 +75,8 @@ def attention(
 
     Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``shard_map``, ``jax.checkpoint``
     (residuals are named ``tk_attention_out`` and ``tk_attention_lse``, see
-    :mod:`tk_jax.checkpoint_policies`) and ``jax.export``. Forward mode and derivatives
+    :mod:`tk_jax.checkpoint_policies`) and ``jax.export``. On a mesh with explicit axes
+    results are split as ``q`` is, with ``Dv`` whole. Forward mode and derivatives
     of higher order need ``implementation="xla"``. ``q``, ``k``, ``v``, ``bias`` and
     ``sinks`` have gradients, summed over the axes that they are broadcast along.
 
@@ -101,7 +106,8 @@ def attention(
         out where T = S, and is then ``q_segment_ids``.
       mask: Bool, broadcast to ``[..., H, T, S]``: True where a query may see a key.
       bias: Floating, broadcast to ``[..., H, T, S]``: added to the capped scores.
-      logits_soft_cap: Bounds the scores, before the bias is added. A static number.
+      logits_soft_cap: Bounds the scores, before the bias is added. A static number from
+        1e-30 to 1e30.
       sinks: Floating, broadcast to ``[..., H]``: the score of one more key, whose value
         is zero, that every query of the head sees. Neither scaled nor capped.
       return_lse: Returns ``(out, lse)``. Both are differentiable.
@@ -191,21 +197,31 @@ def attention(
 @functools.partial(jax.jit, static_argnums=0)
 def _attention(call, q, k, v, extras):
     with jax.named_scope("tk_jax.attention"):
-        leaves, tree = jax.tree.flatten((q, k, v, extras))
-        q, k, v, extras = tree.unflatten(_dispatch.vary_together(*leaves))
-        if call.choice.cuda == "xla" or q.size == 0:
-            out, lse = xla.attention(call.options, q, k, v, extras)
-            return (out, lse) if call.return_lse else out
-        if call.options.scale <= 0:
-            call, q = _with_positive_scale(call, q)
-        return vjp.attention(call, q, k, v, extras)
+        # [..., T, H] of out and lse, with the head dim whole.
+        rows = _dispatch.explicit_spec(q)[:-1]
+        specs = (P(*rows, None), P(*rows)) if call.return_lse else P(*rows, None)
+        run = functools.partial(_run, call)
+        return _dispatch.run_without_explicit_axes(run, specs, q, k, v, extras)
+
+
+def _run(call, q, k, v, extras):
+    leaves, tree = jax.tree.flatten((q, k, v, extras))
+    q, k, v, extras = tree.unflatten(_dispatch.vary_together(*leaves))
+    if call.choice.cuda == "xla" or q.size == 0:
+        out, lse = xla.attention(call.options, q, k, v, extras)
+        return (out, lse) if call.return_lse else out
+    if call.options.scale < _FLOAT32.tiny:
+        call, q = _with_positive_scale(call, q)
+    return vjp.attention(call, q, k, v, extras)
 
 
 def _with_positive_scale(call: vjp.Call, q):
     """The same scores: the kernels find the largest score before they scale it."""
-    scale = call.options.scale
-    options = dataclasses.replace(call.options, scale=-scale if scale else 1.0)
-    return dataclasses.replace(call, options=options), -q if scale else 0 * q
+    scale, q = -call.options.scale, -q
+    if scale < _FLOAT32.tiny:  # what is smaller may count as zero
+        scale, q = 1.0, 0 * q
+    options = dataclasses.replace(call.options, scale=scale)
+    return dataclasses.replace(call, options=options), q
 
 
 def _normalise(extras: config.Extras, q_shape, k_shape) -> config.Extras:
@@ -234,7 +250,12 @@ def _normalise(extras: config.Extras, q_shape, k_shape) -> config.Extras:
 def _explain(*args, **kwargs) -> _dispatch.Choice:
     arguments = _SIGNATURE.bind(*args, **kwargs)
     arguments.apply_defaults()
-    return _plan(**arguments.arguments).choice
+    given = arguments.arguments
+    for name, value in given.items():
+        required = name in ("q", "k", "v")
+        if required or (name in config.Extras._fields and value is not None):
+            given[name] = _check.check_shaped("attention", name, value)
+    return _plan(**given).choice
 
 
 _SIGNATURE = inspect.signature(attention)
@@ -266,7 +287,7 @@ def _plan(
         scale = q.shape[-1] ** -0.5
     left, right = _check_window(local_window_size, q.shape[-3] + k.shape[-3])
     options = config.AttentionOptions(
-        scale=_check.check_finite_number("attention", "scale", scale),
+        scale=_check_scale(scale, q.dtype),
         is_causal=_check.check_flag("attention", "is_causal", is_causal),
         bottom_right=causal_align == "bottom_right",
         deterministic=_check.check_flag("attention", "deterministic", deterministic),
@@ -357,6 +378,15 @@ def _check_extras(extras: config.Extras, q_shape, k_shape) -> None:
         )
 
 
+def _check_scale(scale, dtype) -> float:
+    scale = _check.check_finite_number("attention", "scale", scale)
+    if abs(scale) > float(_FLOAT32.max) and jnp.dtype(dtype).name != "float64":
+        raise ValueError(
+            f"attention: scale is {scale!r}; expected a finite number of float32"
+        )
+    return scale
+
+
 def _check_window(window, largest: int) -> tuple[int, int]:
     """(left, right), no wider than what already hides nothing."""
     if window is None:
@@ -386,5 +416,11 @@ def _check_soft_cap(soft_cap) -> float:
     if soft_cap <= 0:
         raise ValueError(
             f"attention: logits_soft_cap is {soft_cap!r}; expected a positive number"
+        )
+    low, high = _SOFT_CAPS
+    if not low <= soft_cap <= high:
+        raise ValueError(
+            f"attention: logits_soft_cap is {soft_cap!r}; "
+            f"expected a number from {low} to {high}"
         )
     return soft_cap

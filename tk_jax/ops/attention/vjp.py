@@ -18,6 +18,9 @@ from jax.custom_batching import custom_vmap
 from tk_jax import _dispatch, _ffi
 from tk_jax.ops.attention import blocks, config, xla
 
+# Bounds of biases and sinks in the kernels, which count in base 2.
+_LARGEST = 2.0**127
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -73,7 +76,7 @@ def _chosen(call, kernel, xla_form, differentiated=()):
     @custom_vmap
     def run(*args):
         return _dispatch.run_chosen(
-            call.choice,
+            _choice_for_batch(call.choice, *args[:2]),
             *args,
             tk=functools.partial(kernel, call.options),
             xla=functools.partial(xla_form, call.options),
@@ -84,7 +87,10 @@ def _chosen(call, kernel, xla_form, differentiated=()):
         *arrays, extras = args
         *batched, extras_batched = in_batched
         arrays = [
-            _repeat(x, axis_size, is_batched)
+            # dlse into which nothing flows stays as it is.
+            jnp.zeros((0,), x.dtype)
+            if x.size == 0 and x.ndim <= 2
+            else _repeat(x, axis_size, is_batched)
             for x, is_batched in zip(arrays, batched, strict=True)
         ]
         extras = extras._replace(
@@ -101,13 +107,31 @@ def _chosen(call, kernel, xla_form, differentiated=()):
         results = run(*arrays, extras)
         return results, jax.tree.map(lambda _: True, results)
 
-    return run
+    once = jax.custom_jvp(run)
+    once.defjvp(_refuse_derivative)
+    return once
+
+
+def _choice_for_batch(choice, q, k):
+    """The choice again: vmap may have made the batch larger than the caller's."""
+    limit = config.exceeded_limit(q.shape, k.shape)
+    if limit is None or choice.requested is not None:
+        return choice
+    choice = _dispatch.choose("attention", None, limit)
+    _dispatch.warn_of_fallback(choice)
+    return choice
+
+
+def _refuse_derivative(primals, tangents):
+    """The rules above are derivatives already; what they call has none."""
+    raise NotImplementedError(
+        "attention: the TK kernel has no derivatives of higher order; "
+        "use implementation='xla'"
+    )
 
 
 def _repeat(x, size, is_batched):
     """[N, *batch, ...] as it is; not mapped, [*batch, ...] -> [size, *batch, ...]"""
-    if x.size == 0 and x.ndim <= 2:  # dlse into which nothing flows.
-        return jnp.zeros((0,), x.dtype)
     return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
 
 
@@ -261,7 +285,7 @@ def _gradient_of_sinks(sinks, batch, lse, delta):
     if sinks is None:
         return None
     whole = jnp.broadcast_to(sinks, (*batch, sinks.shape[-1])).astype(jnp.float32)
-    score = _fold(whole, 1)[:, None, :]
+    score = _bounded(_fold(whole, 1))[:, None, :]
     # A query without a key whose sink is -inf has neither: lse is -inf.
     p = jnp.where(lse == -jnp.inf, 0, jnp.exp(score - lse))
     ds = -jnp.sum(p * jnp.swapaxes(delta, 1, 2), axis=1)
@@ -321,8 +345,8 @@ def _extra_arrays(extras: config.Extras, batch, q, k, tiles, *, backward):
         *segment_ids,
         mask,
         # One of q's dtype goes as it is, any other in float32.
-        shared(extras.bias, _bias_dtype(extras.bias, q.dtype), 3),
-        shared(extras.sinks, jnp.float32, 1),
+        _bounded(shared(extras.bias, _bias_dtype(extras.bias, q.dtype), 3)),
+        _bounded(shared(extras.sinks, jnp.float32, 1)),
         block_map(transposed=False),
         block_map(transposed=True),
     )
@@ -330,6 +354,18 @@ def _extra_arrays(extras: config.Extras, batch, q, k, tiles, *, backward):
 
 def _bias_dtype(bias, dtype):
     return dtype if bias is None or bias.dtype == dtype else jnp.float32
+
+
+def _bounded(x):
+    """Numbers of which the kernels can take the multiple 1 / ln 2; infinities stay.
+
+    Masks are often added as the least number of a dtype, which has no such multiple:
+    where all that a row has seen is that, its maximum would be -inf and its sum NaN.
+    """
+    if x.dtype == jnp.float16:
+        return x
+    largest = jnp.asarray(_LARGEST, x.dtype)
+    return jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
 
 
 def _fold(x, rank):

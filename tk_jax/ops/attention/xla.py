@@ -71,7 +71,7 @@ def forward(options: AttentionOptions, q, k, v, extras: Extras = NO_EXTRAS):
         def step(carry, chunk, block=block, q_block=q_block):
             row_max, row_sum, acc = carry
             index, (k_chunk, v_chunk), extra = chunk
-            s = _dot("ngtd,ncd->ngtc", q_block, k_chunk) * options.scale
+            s = _scores(options, q_block, k_chunk)
             s = block.mask(index, extra, _soft_cap(options, s)[0])
             new_max = jnp.maximum(row_max, s.max(-1))
             # Rows that have seen no key yet: exp(-inf - 0) is 0, not NaN.
@@ -138,8 +138,7 @@ def _tangent(options, q, k, v, extras, out, lse, tq, tk, tv, t_bias, t_sinks):
         @jax.checkpoint
         def terms(chunk, block=block, q_block=q_block, tq_block=tq_block, shift=shift):
             index, (k_chunk, tk_chunk, v_chunk, tv_chunk), extra, t_extra = chunk
-            s = _dot("ngtd,ncd->ngtc", q_block, k_chunk) * options.scale
-            s, slope = _soft_cap(options, s)
+            s, slope = _soft_cap(options, _scores(options, q_block, k_chunk))
             p = jnp.exp(block.mask(index, extra, s) - shift)
             ts = _dot("ngtd,ncd->ngtc", tq_block, k_chunk)
             ts = (ts + _dot("ngtd,ncd->ngtc", q_block, tk_chunk)) * options.scale
@@ -168,6 +167,13 @@ def _tangent(options, q, k, v, extras, out, lse, tq, tk, tv, t_bias, t_sinks):
         t_lses.append(t_lse)
     t_out = grid.unfold_queries(t_outs).astype(out.dtype)
     return t_out, grid.unfold_queries(t_lses)
+
+
+def _scores(options, q, k):
+    """The scaled product of a block's queries and a chunk's keys."""
+    # Rounded once: in a multiply-add with minus a rounded maximum, scores of 2**30
+    # would exceed it by up to 32.
+    return lax.optimization_barrier(_dot("ngtd,ncd->ngtc", q, k) * options.scale)
 
 
 def _soft_cap(options, s):
