@@ -14,6 +14,7 @@ from recurrent_ops import (
     PER_TOKEN,
     SCANNED,
     SCANNED_BY_MOST,
+    SETTINGS,
     call,
     inputs,
     loss,
@@ -70,6 +71,48 @@ def test_vmap_over_each_argument(op):
 
     for got, expected in both(arrays):
         _assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("op", "mapped"),
+    [
+        ("ssd", "z"),
+        ("linear_attention", "q"),
+        ("based_attention", "q"),
+        ("hedgehog_attention", "q"),
+    ],
+)
+def test_gradients_of_what_all_elements_share(op, mapped, monkeypatch):
+    """The final state does not depend on ``mapped``, the output does."""
+    arrays = inputs(op, dtype=jnp.bfloat16)
+    if op == "hedgehog_attention":
+        monkeypatch.setitem(SETTINGS, op, {})  # The window that the kernels take.
+        rng = np.random.default_rng(0)
+        for name in ("q_map", "k_map"):
+            shape = (*arrays[name].shape[:2], 64)
+            arrays[name] = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    x = arrays.pop(mapped)
+    explained = tk_jax.explain(
+        getattr(tk_jax, op), **arrays, **{mapped: x}, **SETTINGS[op]
+    )
+    assert explained.cuda == "tk"  # These have a rule of their own for gradients.
+
+    def total(arrays, x):
+        return loss(op, **arrays, **{mapped: x})
+
+    def together(arrays):
+        return jnp.sum(jax.vmap(total, (None, 0))(arrays, jnp.stack([x, -x])))
+
+    def one_by_one(arrays):
+        return total(arrays, x) + total(arrays, -x)
+
+    got, expected = (jit(jax.grad(fn))(arrays) for fn in (together, one_by_one))
+    jax.tree.map(_assert_close_in_16_bits, got, expected)
+
+
+def _assert_close_in_16_bits(got, expected):
+    got, expected = (np.asarray(x, np.float32) for x in (got, expected))
+    assert np.linalg.norm(got - expected) < 1e-2 * np.linalg.norm(expected) + 1e-5
 
 
 @pytest.mark.parametrize("op", OPS)
