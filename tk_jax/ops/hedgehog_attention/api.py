@@ -275,9 +275,12 @@ def _hedgehog_attention_step(call, inputs):
 
 
 def _as_weight(value):
-    """A Python number as an array; the rest as it is, to be checked."""
+    """A Python number as an array; the rest as it is, to be checked.
+
+    In float64 where that is enabled: inputs may be, and NumPy's is a Python float.
+    """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return jnp.float32(value) if is_number else value
+    return jnp.asarray(value, float) if is_number else value
 
 
 def _plan(
