@@ -158,6 +158,19 @@ def test_export_round_trip(op):
     _assert_close(jit(restored.call)(arrays), fn(arrays), 1e-5)
 
 
+@pytest.mark.parametrize("op", ["based_attention", "hedgehog_attention"])
+def test_export_of_steps_that_take_and_return_named_states(op):
+    arrays = inputs(op)
+    _, state = call(op, **arrays, return_final_state=True)
+    arrays |= {name: arrays[name][:, 0] for name in ("q", "k", "v")} | {"state": state}
+    step = getattr(tk_jax, f"{op}_step")
+    run = jit(lambda arrays: step(**arrays, **SETTINGS[op]))
+    restored = jax.export.deserialize(jax.export.export(run)(arrays).serialize())
+    got, expected = jit(restored.call)(arrays), run(arrays)
+    assert type(got[1]) is type(state)
+    _assert_close(got, expected, 1e-5)
+
+
 def test_layers_in_a_scan_with_remat():
     arrays = inputs("ssd")
     x = arrays.pop("x")
