@@ -148,6 +148,44 @@ def test_shard_map_over_batch_and_heads(op, cpu_devices):
     _assert_close(got, expected)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_shard_map_of_a_state_whose_length_all_heads_share(packed, cpu_devices):
+    """It may leave as it came in, or be a scan's carry: heads have no part in it."""
+    op = "hedgehog_attention"
+    mesh = jax.make_mesh(
+        (2, 2), ("batch", "heads"), (AxisType.Auto,) * 2, devices=cpu_devices[:4]
+    )
+    arrays = inputs(op)
+    tokens, heads = P("batch", None, "heads"), P("heads")
+    specs = {x: tokens if x in PER_TOKEN[op] else heads for x in arrays}
+    if packed:
+        arrays["segment_ids"] = jnp.array([[0, 0, 1, 1, 1], [0, 0, 0, 0, 2]])
+        specs["segment_ids"] = P("batch")
+    sums = P("batch", "heads")
+    state_specs = tk_jax.HedgehogState(sums, sums, tokens, tokens, P("batch"))
+
+    def run(arrays):
+        _, state = call(op, **arrays, return_final_state=True)
+        arrays = {name: x for name, x in arrays.items() if name != "segment_ids"}
+        shared = {n: x for n, x in arrays.items() if n not in PER_TOKEN[op]}
+
+        def step(state, token):
+            out, state = tk_jax.hedgehog_attention_step(
+                *token, **shared, state=state, **SETTINGS[op]
+            )
+            return state, out
+
+        given = tuple(jnp.moveaxis(arrays[name], 1, 0) for name in ("q", "k", "v"))
+        state, out = jax.lax.scan(step, state, given)
+        return jnp.moveaxis(out, 0, 1), state
+
+    sharded = jax.shard_map(
+        run, mesh=mesh, in_specs=(specs,), out_specs=(tokens, state_specs)
+    )
+    got, expected = jit(sharded)(arrays), jit(run)(arrays)
+    _assert_close(got, expected)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_export_round_trip(op):
     """Of the gradient for one op; the others' derivatives are made in the same way."""
