@@ -119,6 +119,20 @@ def test_split_sequence_is_the_whole_one():
             assert relative_rms(x, y) < 1e-13
 
 
+def test_mixing_weights_that_are_python_numbers_keep_their_digits():
+    arrays = _arrays(30) | {"window": 4}
+    del arrays["segment_ids"]
+    with jax.enable_x64(True):
+        expected = tk_jax.hedgehog_attention(
+            **arrays | {"alpha": np.full(4, 0.3), "beta": np.full(4, 0.7)}
+        )
+        for number in (float, np.float64):
+            out = tk_jax.hedgehog_attention(
+                **arrays | {"alpha": number(0.3), "beta": number(0.7)}
+            )
+            assert relative_rms(out, expected) < 1e-14
+
+
 def test_steps_are_the_sequence_even_after_a_packed_row():
     arrays = _arrays(24, packed=True)
     ids = np.zeros((2, 24), np.int32)

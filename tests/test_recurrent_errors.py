@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from recurrent_ops import OPS, SETTINGS, inputs
 
@@ -232,6 +233,15 @@ TYPES = [
     ("linear_attention", "normalize", 1, "of type int; expected a Python bool"),
     ("linear_attention", "scale", "1", "of type str; expected a Python number"),
     ("linear_attention", "q", [1.0], "of type list; expected a jax or numpy array"),
+    ("linear_attention", "v", None, "of type NoneType; expected a jax or numpy array"),
+    ("ssd", "dt", None, "of type NoneType; expected a jax or numpy array"),
+    ("ssd", "z", (1.0, 2.0), "of type tuple; expected a jax or numpy array"),
+    (
+        "hedgehog_attention",
+        "beta",
+        None,
+        "of type NoneType; expected a jax or numpy array",
+    ),
     ("ssd", "dt_softplus", None, "of type NoneType; expected a Python bool"),
     ("ssd", "D", 1.0, "of type float; expected a jax or numpy array"),
     ("ssd", "return_final_state", 0, "of type int; expected a Python bool"),
@@ -278,6 +288,10 @@ def test_values_of_settings(op, settings, message):
         _call(op, {}, settings)
 
 
+def test_an_infinite_limit_of_numpy():
+    assert _call("ssd", {}, {"dt_limit": (0, np.float32("inf"))}).shape == (2, 5, 4, 6)
+
+
 def test_a_limit_that_is_no_pair():
     with pytest.raises(TypeError, match=r"ssd: dt_limit is 1.0; expected a pair"):
         _call("ssd", {}, {"dt_limit": 1.0})
@@ -306,6 +320,19 @@ def test_a_limit_that_is_no_pair():
 def test_states_of_another_kind(op, state, message):
     with pytest.raises(TypeError, match=re.escape(message)):
         _call(op, {"initial_state": state})
+
+
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        ("linear_attention", "one array"),
+        ("based_attention", "a tuple of sums, normalizer"),
+    ],
+)
+def test_a_list_is_no_state(op, expected):
+    message = f"{op}: initial_state is of type list; expected {expected}"
+    with pytest.raises(TypeError, match=_exactly(message)):
+        getattr(tk_jax, op)(**inputs(op) | {"initial_state": [jnp.zeros(3)]})
 
 
 @pytest.mark.parametrize(

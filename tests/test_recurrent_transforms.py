@@ -14,6 +14,7 @@ from recurrent_ops import (
     PER_TOKEN,
     SCANNED,
     SCANNED_BY_MOST,
+    SETTINGS,
     call,
     inputs,
     loss,
@@ -72,6 +73,48 @@ def test_vmap_over_each_argument(op):
         _assert_close(got, expected)
 
 
+@pytest.mark.parametrize(
+    ("op", "mapped"),
+    [
+        ("ssd", "z"),
+        ("linear_attention", "q"),
+        ("based_attention", "q"),
+        ("hedgehog_attention", "q"),
+    ],
+)
+def test_gradients_of_what_all_elements_share(op, mapped, monkeypatch):
+    """The final state does not depend on ``mapped``, the output does."""
+    arrays = inputs(op, dtype=jnp.bfloat16)
+    if op == "hedgehog_attention":
+        monkeypatch.setitem(SETTINGS, op, {})  # The window that the kernels take.
+        rng = np.random.default_rng(0)
+        for name in ("q_map", "k_map"):
+            shape = (*arrays[name].shape[:2], 64)
+            arrays[name] = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    x = arrays.pop(mapped)
+    explained = tk_jax.explain(
+        getattr(tk_jax, op), **arrays, **{mapped: x}, **SETTINGS[op]
+    )
+    assert explained.cuda == "tk"  # These have a rule of their own for gradients.
+
+    def total(arrays, x):
+        return loss(op, **arrays, **{mapped: x})
+
+    def together(arrays):
+        return jnp.sum(jax.vmap(total, (None, 0))(arrays, jnp.stack([x, -x])))
+
+    def one_by_one(arrays):
+        return total(arrays, x) + total(arrays, -x)
+
+    got, expected = (jit(jax.grad(fn))(arrays) for fn in (together, one_by_one))
+    jax.tree.map(_assert_close_in_16_bits, got, expected)
+
+
+def _assert_close_in_16_bits(got, expected):
+    got, expected = (np.asarray(x, np.float32) for x in (got, expected))
+    assert np.linalg.norm(got - expected) < 1e-2 * np.linalg.norm(expected) + 1e-5
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_shard_map_over_batch_and_heads(op, cpu_devices):
     mesh = jax.make_mesh(
@@ -105,6 +148,44 @@ def test_shard_map_over_batch_and_heads(op, cpu_devices):
     _assert_close(got, expected)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_shard_map_of_a_state_whose_length_all_heads_share(packed, cpu_devices):
+    """It may leave as it came in, or be a scan's carry: heads have no part in it."""
+    op = "hedgehog_attention"
+    mesh = jax.make_mesh(
+        (2, 2), ("batch", "heads"), (AxisType.Auto,) * 2, devices=cpu_devices[:4]
+    )
+    arrays = inputs(op)
+    tokens, heads = P("batch", None, "heads"), P("heads")
+    specs = {x: tokens if x in PER_TOKEN[op] else heads for x in arrays}
+    if packed:
+        arrays["segment_ids"] = jnp.array([[0, 0, 1, 1, 1], [0, 0, 0, 0, 2]])
+        specs["segment_ids"] = P("batch")
+    sums = P("batch", "heads")
+    state_specs = tk_jax.HedgehogState(sums, sums, tokens, tokens, P("batch"))
+
+    def run(arrays):
+        _, state = call(op, **arrays, return_final_state=True)
+        arrays = {name: x for name, x in arrays.items() if name != "segment_ids"}
+        shared = {n: x for n, x in arrays.items() if n not in PER_TOKEN[op]}
+
+        def step(state, token):
+            out, state = tk_jax.hedgehog_attention_step(
+                *token, **shared, state=state, **SETTINGS[op]
+            )
+            return state, out
+
+        given = tuple(jnp.moveaxis(arrays[name], 1, 0) for name in ("q", "k", "v"))
+        state, out = jax.lax.scan(step, state, given)
+        return jnp.moveaxis(out, 0, 1), state
+
+    sharded = jax.shard_map(
+        run, mesh=mesh, in_specs=(specs,), out_specs=(tokens, state_specs)
+    )
+    got, expected = jit(sharded)(arrays), jit(run)(arrays)
+    _assert_close(got, expected)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_export_round_trip(op):
     """Of the gradient for one op; the others' derivatives are made in the same way."""
@@ -113,6 +194,19 @@ def test_export_round_trip(op):
     exported = jax.export.export(fn)(arrays)
     restored = jax.export.deserialize(exported.serialize())
     _assert_close(jit(restored.call)(arrays), fn(arrays), 1e-5)
+
+
+@pytest.mark.parametrize("op", ["based_attention", "hedgehog_attention"])
+def test_export_of_steps_that_take_and_return_named_states(op):
+    arrays = inputs(op)
+    _, state = call(op, **arrays, return_final_state=True)
+    arrays |= {name: arrays[name][:, 0] for name in ("q", "k", "v")} | {"state": state}
+    step = getattr(tk_jax, f"{op}_step")
+    run = jit(lambda arrays: step(**arrays, **SETTINGS[op]))
+    restored = jax.export.deserialize(jax.export.export(run)(arrays).serialize())
+    got, expected = jit(restored.call)(arrays), run(arrays)
+    assert type(got[1]) is type(state)
+    _assert_close(got, expected, 1e-5)
 
 
 def test_layers_in_a_scan_with_remat():

@@ -25,6 +25,12 @@ class NormalizedState(NamedTuple):
     normalizer: jax.Array  # [..., H, K]: of keys
 
 
+# So that steps, which take and return it, can be exported.
+jax.export.register_namedtuple_serialization(
+    NormalizedState, serialized_name="tk_jax.NormalizedState"
+)
+
+
 def rounded(x: jax.Array, dtype) -> jax.Array:
     """``x`` as ``dtype`` has it, in its own dtype.
 

@@ -14,20 +14,34 @@ from tk_jax.ops import _chunks
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
+# Arguments that may be None, and those that may be a tuple of arrays.
+_OPTIONAL = ("D", "z", "dt_bias", "log_decay", "initial_state", "segment_ids")
+_STATES = ("state", "initial_state")
+
+
 def as_arrays(op: str, **values):
-    """Arrays, None where there is none; those in a tuple, such as states, too."""
+    """Arrays, None where there is none; those in a tuple of a state, too."""
 
     def as_array(name, value):
-        if value is None:
+        if value is None and name in _OPTIONAL:
             return None
+        if name in _STATES:
+            return as_state(name, value)
+        return _check.check_array(op, name, value)
+
+    def as_state(name, value):
         if isinstance(value, tuple):
-            names = getattr(value, "_fields", range(len(value)))
+            names = getattr(value, "_fields", [None] * len(value))
             items = [
-                as_array(f"{name}.{key}" if isinstance(key, str) else name, item)
-                for key, item in zip(names, value, strict=True)
+                x
+                if x is None
+                else _check.check_array(op, f"{name}.{field}" if field else name, x)
+                for field, x in zip(names, value, strict=True)
             ]
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-        return _check.check_array(op, name, value)
+        if hasattr(value, "shape") or hasattr(value, "__jax_array__"):
+            return _check.check_array(op, name, value)
+        return value  # The check of the state says what is expected.
 
     return [as_array(name, value) for name, value in values.items()]
 

@@ -161,6 +161,7 @@ def _hedgehog_attention(call, inputs):
         final = call.return_final_state
         if inputs.state is not None:
             inputs = inputs._replace(state=HedgehogState(*inputs.state))
+        given = inputs
         inputs = _dispatch.vary_together_in(inputs)
         run_xla = functools.partial(vjp.xla_hedgehog_attention, call.options, final)
         if call.choice.cuda == call.choice.elsewhere:
@@ -170,8 +171,27 @@ def _hedgehog_attention(call, inputs):
                 vjp.kernel_hedgehog_attention, call.options, final
             )
             out, state = differentiable(call.choice, run_tk, run_xla)(inputs)
+        if final:
+            state = state._replace(length=_final_length(given))
         out = checkpoint_name(out, "tk_hedgehog_attention_out")
         return out, checkpoint_name(state, "tk_hedgehog_attention_state")
+
+
+def _final_length(inputs):
+    """As the implementations find it, but from what it depends on alone.
+
+    What they return varies, inside ``shard_map``, over all mesh axes that any array
+    does: over heads too, which it has none of.
+    """
+    *batch, seqlen = inputs.q.shape[:-2]
+    state, ids = inputs.state, inputs.segment_ids
+    length = jnp.zeros(batch, jnp.int32) if state is None else state.length
+    if ids is None:
+        return length + seqlen
+    length, ids = _dispatch.vary_together(length, ids)
+    starts = _chunks.segment_starts(ids, (*batch, seqlen)).reshape(-1, seqlen)
+    positions = xla.token_positions(length.reshape(-1), starts, starts.shape)
+    return positions[:, -1].reshape(batch) + 1
 
 
 def hedgehog_attention_step(
@@ -263,6 +283,7 @@ def hedgehog_attention_step(
 def _hedgehog_attention_step(call, inputs):
     with jax.named_scope("tk_jax.hedgehog_attention_step"):
         inputs = inputs._replace(state=HedgehogState(*inputs.state))
+        length = inputs.state.length + 1  # varies as that of before
         inputs = _dispatch.vary_together_in(inputs)
         run_xla = functools.partial(step.xla_step, call.options)
         if call.choice.cuda == "xla" or inputs.q.size == 0:
@@ -270,14 +291,18 @@ def _hedgehog_attention_step(call, inputs):
         else:
             run_tk = functools.partial(step.kernel_step, call.options)
             out, state = _state_step.run_chosen(call.choice, run_tk, run_xla, inputs)
+        state = state._replace(length=length)
         out = checkpoint_name(out, "tk_hedgehog_attention_out")
         return out, checkpoint_name(state, "tk_hedgehog_attention_state")
 
 
 def _as_weight(value):
-    """A Python number as an array; the rest as it is, to be checked."""
+    """A Python number as an array; the rest as it is, to be checked.
+
+    In float64 where that is enabled: inputs may be, and NumPy's is a Python float.
+    """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return jnp.float32(value) if is_number else value
+    return jnp.asarray(value, float) if is_number else value
 
 
 def _plan(

@@ -67,6 +67,12 @@ class HedgehogState(NamedTuple):
     length: jax.Array  # int32 [...]: how many tokens the sequence has had
 
 
+# So that steps, which take and return it, can be exported.
+jax.export.register_namedtuple_serialization(
+    HedgehogState, serialized_name="tk_jax.HedgehogState"
+)
+
+
 def xla_config(options: HedgehogOptions) -> HedgehogConfig:
     """A window to a step: the scores are three windows wide."""
     return HedgehogConfig(chunk=options.window)

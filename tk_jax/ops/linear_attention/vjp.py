@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 
 from tk_jax import _dispatch
 from tk_jax.ops import _chunks
@@ -36,7 +37,9 @@ def differentiable(choice: _dispatch.Choice, tk: Callable, xla: Callable) -> Cal
 
     @jax.custom_vjp
     def run(arrays):
-        return choose(tk, xla, arrays)
+        results = choose(tk, xla, arrays)
+        # One by one, so that those nobody asks for are not computed.
+        return jax.tree.map(lambda x: _mapped_with(arrays, x), results)
 
     def forward(arrays):
         return run(arrays), arrays
@@ -48,6 +51,28 @@ def differentiable(choice: _dispatch.Choice, tk: Callable, xla: Callable) -> Cal
 
     run.defvjp(forward, backward)
     return run
+
+
+def _mapped_with(arrays, result):
+    """``result``, under vmap mapped where any of the arrays is.
+
+    One that does not depend on what is mapped (the final state on queries) would not
+    be: its gradient would arrive as a sum over the elements, and custom_vjp, which adds
+    up what its rule makes of each element, would count that sum for each of them.
+    """
+
+    @custom_vmap
+    def identity(result, arrays):
+        del arrays
+        return result
+
+    @identity.def_vmap
+    def add_axis(axis_size, in_batched, result, arrays):
+        if not in_batched[0]:
+            result = jnp.broadcast_to(result, (axis_size, *result.shape))
+        return identity(result, arrays), True
+
+    return identity(result, arrays)
 
 
 def _pull_back(function):

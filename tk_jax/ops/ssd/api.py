@@ -7,6 +7,7 @@ import functools
 import math
 
 import jax
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from tk_jax import _check, _dispatch
@@ -373,13 +374,13 @@ def _check_limit(op, dt_limit) -> tuple[float, float]:
         )
     low = _check.check_finite_number(op, "dt_limit[0]", dt_limit[0])
     high = dt_limit[1]
-    if not (isinstance(high, float) and high == math.inf):
+    if not (isinstance(high, float | np.floating) and high == math.inf):
         high = _check.check_finite_number(op, "dt_limit[1]", high)
     if low > high:
         raise ValueError(
             f"{op}: dt_limit is {dt_limit!r}; expected the least number first"
         )
-    return low, high
+    return low, float(high)
 
 
 _dispatch.explain_by_plan(ssd, _plan)
