@@ -126,11 +126,12 @@ struct Ballot {
     for (int i = 0; i < kWarps; ++i) store_element(bits_[i], 0, 0, at);
     closed_.init(kWarps, at);
   }
-  // Every warp of every consumer warpgroup.
+  // Every warp of every consumer warpgroup. What a warp has set it may set again, even when all
+  // have closed.
   __device__ __forceinline__ void set(int consumer, uint32 bits, Location at = {}) {
     const int place = 4 * consumer + warp::index() % 4;
     const uint32 before = static_cast<uint32>(load_element(bits_[place], 0, at));
-    if (warp::leader()) store_element(bits_[place], 0, static_cast<int>(before | bits), at);
+    if (warp::leader()) store_element_if_new(bits_[place], 0, static_cast<int>(before | bits), at);
   }
   __device__ __forceinline__ void close(Location at = {}) {
     warp::sync(at);

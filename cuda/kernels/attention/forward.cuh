@@ -468,6 +468,7 @@ struct Forward {
     warpgroup::store(
         GlobalVec<float>{params.lse + row + tile.head, params.seqlen_q, params.num_heads}, lse,
         first_query);
+    // What does not hold when it is repeated, being no number, did not before.
     if (kKeepsMax && !softmax.holds()) shared.marks.set(consumer, Walk::mark_of(tile));
   }
 };

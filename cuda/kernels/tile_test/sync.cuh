@@ -146,7 +146,7 @@ __device__ __forceinline__ void numbers(const KernelParams& params) {
   if (warpgroup::leader()) {
     for (int i = 0; i < 3; ++i) store_element(shared.numbers, i, take_number(counter));
     wait_for_numbers(counter, 24);
-    store_element(shared.numbers, 3, load_element_by_thread(shared.numbers, 0));
+    store_element_if_new(shared.numbers, 3, load_element_by_thread(shared.numbers, 0));
   }
   warpgroup::sync();
   for (int i = 0; i < 4; ++i) {
@@ -244,6 +244,7 @@ struct RingKernel {
     OutRing::State out_state;
     Messages::State message_state;
     RegTile<T, 16, 64> x;
+    uint32 said = 0;
     for (int message[2];;) {
       shared.messages.receive(message_state, message);
       if (message[0] < 0) break;
@@ -258,13 +259,17 @@ struct RingKernel {
       }
       in_state.advance();
       warp::mul(x, x, static_cast<float>(message[1]));
-      if (message[1] % kConsumers == consumer) shared.ballot.set(consumer, 1u << message[1]);
+      if (message[1] % kConsumers == consumer) {
+        said |= 1u << message[1];
+        shared.ballot.set(consumer, said);
+      }
       shared.out_ring.acquire(out_state);
       warpgroup::store(shared.y_smem[out_state.stage][consumer], x);
       shared.out_ring.hand_over(out_state);
       out_state.advance();
     }
     shared.ballot.close();
+    shared.ballot.set(consumer, said);
     const uint32 all = shared.ballot.wait();
     if (consumer == 0 && warpgroup::leader()) learnt(params)[1] = static_cast<int>(all);
   }

@@ -406,6 +406,10 @@ void store_element(SharedVec<T, kN>& dst, int index, T x, Location at = {}) {
       "stores a number to shared memory", at);
   dst.data[index] = x;
 }
+template <int kN>
+void store_element_if_new(SharedVec<int, kN>& dst, int index, int x, Location at = {}) {
+  if (dst.data[index] != x) store_element(dst, index, x, at);
+}
 template <typename T>
 T load_scalar(const T* address, Location at = {}) {
   const interpreter::GlobalSpan span = {address, sizeof(T)};

@@ -36,6 +36,12 @@ __device__ __forceinline__ void store_element(SharedVec<int, kN>& dst, int index
                                               Location = {}) {
   ptx::store_shared_u32(ptx::shared_address(dst.data) + 4 * index, static_cast<uint32>(x));
 }
+// The same where others may be reading it, if it is not there already.
+template <int kN>
+__device__ __forceinline__ void store_element_if_new(SharedVec<int, kN>& dst, int index, int x,
+                                                     Location = {}) {
+  store_element(dst, index, x);  // the same bits once more are none
+}
 // A number from global memory, the same for whoever asks.
 template <typename T>
 __device__ __forceinline__ T load_scalar(const T* address, Location = {}) {
