@@ -24,7 +24,13 @@ import jax
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, auto_axes
+from jax.sharding import (
+    AxisType,
+    NamedSharding,
+    PartitionSpec,
+    auto_axes,
+    get_abstract_mesh,
+)
 
 from tk_jax import _check, _ffi
 
@@ -190,14 +196,20 @@ def explicit_spec(x: jax.Array) -> tuple:
     return spec + (None,) * (x.ndim - len(spec))
 
 
+def explicit_specs(tree):
+    """:func:`explicit_spec` of each array of a tree, as results may be split by."""
+    return jax.tree.map(lambda x: PartitionSpec(*explicit_spec(x)), tree)
+
+
 def run_without_explicit_axes(run: Callable, specs, *args):
     """``run(*args)`` on a mesh with explicit axes too, of which ops know no rules.
 
     Inside, XLA splits arrays by these axes as it likes. ``specs`` is what results are
     split by outside.
     """
+    # Inside set_mesh, what ops make is on its mesh although arguments may be on none.
     meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(args)]
-    for mesh in meshes:
+    for mesh in (get_abstract_mesh(), *meshes):
         types = zip(mesh.axis_names, mesh.axis_types, strict=True)
         explicit = tuple(name for name, kind in types if kind == AxisType.Explicit)
         if explicit:

@@ -132,7 +132,8 @@ def based_attention_step(
     The arguments are those of that function without the axis T, and its ``final_state``
     is the first ``state``; zeros start a sequence. The state that is returned has the
     shapes and dtype of the one taken: where that is donated (or carried by a scan), it
-    is updated in place, and copied first otherwise.
+    is updated in place, and copied first otherwise. On a mesh with explicit axes it is
+    split as that is, and ``out`` as ``v``.
 
     A TK kernel runs it on Hopper GPUs for bfloat16, float16 and float32, which makes
     the features and reads and writes the state once, XLA operations elsewhere.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from tk_jax import _check, _dispatch
 from tk_jax.ops import _chunks, _state_step
@@ -67,8 +68,10 @@ def hedgehog_attention(
 
     Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``shard_map``, ``jax.checkpoint``
     (the results are named ``tk_hedgehog_attention_out`` and
-    ``tk_hedgehog_attention_state``) and ``jax.export``. Where the kernels support a
-    call, forward mode and derivatives of higher order need ``implementation="xla"``.
+    ``tk_hedgehog_attention_state``) and ``jax.export``. On a mesh with explicit axes
+    ``out`` is split as ``q`` is, with V whole, and the final state by batch and heads
+    of ``k``. Where the kernels support a call, forward mode and derivatives of higher
+    order need ``implementation="xla"``.
 
     Args:
       q: Queries ``[..., T, H, D]``, with any number of leading batch dimensions; in
@@ -158,23 +161,34 @@ def hedgehog_attention(
 @functools.partial(jax.jit, static_argnums=0)
 def _hedgehog_attention(call, inputs):
     with jax.named_scope("tk_jax.hedgehog_attention"):
-        final = call.return_final_state
         if inputs.state is not None:
             inputs = inputs._replace(state=HedgehogState(*inputs.state))
-        given = inputs
-        inputs = _dispatch.vary_together_in(inputs)
-        run_xla = functools.partial(vjp.xla_hedgehog_attention, call.options, final)
-        if call.choice.cuda == call.choice.elsewhere:
-            out, state = run_xla(inputs)  # differentiable to any order
-        else:
-            run_tk = functools.partial(
-                vjp.kernel_hedgehog_attention, call.options, final
-            )
-            out, state = differentiable(call.choice, run_tk, run_xla)(inputs)
-        if final:
-            state = state._replace(length=_final_length(given))
-        out = checkpoint_name(out, "tk_hedgehog_attention_out")
-        return out, checkpoint_name(state, "tk_hedgehog_attention_state")
+        final = None
+        if call.return_final_state:
+            *batch, _, heads, _ = _dispatch.explicit_spec(inputs.k)
+            tokens = P(*batch, None, heads, None)
+            sums = P(*batch, heads, None, None)
+            normalizer = P(*batch, heads, None)
+            final = HedgehogState(sums, normalizer, tokens, tokens, P(*batch))
+        specs = (P(*_dispatch.explicit_spec(inputs.q)[:-1], None), final)
+        run = functools.partial(_run, call)
+        return _dispatch.run_without_explicit_axes(run, specs, inputs)
+
+
+def _run(call, inputs):
+    final = call.return_final_state
+    given = inputs
+    inputs = _dispatch.vary_together_in(inputs)
+    run_xla = functools.partial(vjp.xla_hedgehog_attention, call.options, final)
+    if call.choice.cuda == call.choice.elsewhere:
+        out, state = run_xla(inputs)  # differentiable to any order
+    else:
+        run_tk = functools.partial(vjp.kernel_hedgehog_attention, call.options, final)
+        out, state = differentiable(call.choice, run_tk, run_xla)(inputs)
+    if final:
+        state = state._replace(length=_final_length(given))
+    out = checkpoint_name(out, "tk_hedgehog_attention_out")
+    return out, checkpoint_name(state, "tk_hedgehog_attention_state")
 
 
 def _final_length(inputs):
@@ -212,7 +226,8 @@ def hedgehog_attention_step(
 
     The arguments are those of that function without the axis T, and its ``final_state``
     is the first ``state``; zeros start a sequence. The state that is returned has the
-    shapes and dtypes of the one taken, so that its buffers can be donated.
+    shapes and dtypes of the one taken, so that its buffers can be donated; on a mesh
+    with explicit axes it is split as that is, and ``out`` as ``q``, with V whole.
 
     On Hopper GPUs a TK kernel updates the sums in place for bfloat16, float16 and
     float32, any window and maps, and up to 8 heads of queries to one of keys; another
@@ -283,17 +298,25 @@ def hedgehog_attention_step(
 def _hedgehog_attention_step(call, inputs):
     with jax.named_scope("tk_jax.hedgehog_attention_step"):
         inputs = inputs._replace(state=HedgehogState(*inputs.state))
-        length = inputs.state.length + 1  # varies as that of before
-        inputs = _dispatch.vary_together_in(inputs)
-        run_xla = functools.partial(step.xla_step, call.options)
-        if call.choice.cuda == "xla" or inputs.q.size == 0:
-            out, state = run_xla(inputs)
-        else:
-            run_tk = functools.partial(step.kernel_step, call.options)
-            out, state = _state_step.run_chosen(call.choice, run_tk, run_xla, inputs)
-        state = state._replace(length=length)
-        out = checkpoint_name(out, "tk_hedgehog_attention_out")
-        return out, checkpoint_name(state, "tk_hedgehog_attention_state")
+        rows = _dispatch.explicit_spec(inputs.q)[:-1]
+        # The state's as it comes, so that it can be donated or a scan's carry.
+        specs = (P(*rows, None), _dispatch.explicit_specs(inputs.state))
+        run = functools.partial(_run_step, call)
+        return _dispatch.run_without_explicit_axes(run, specs, inputs)
+
+
+def _run_step(call, inputs):
+    length = inputs.state.length + 1  # varies as that of before
+    inputs = _dispatch.vary_together_in(inputs)
+    run_xla = functools.partial(step.xla_step, call.options)
+    if call.choice.cuda == "xla" or inputs.q.size == 0:
+        out, state = run_xla(inputs)
+    else:
+        run_tk = functools.partial(step.kernel_step, call.options)
+        out, state = _state_step.run_chosen(call.choice, run_tk, run_xla, inputs)
+    state = state._replace(length=length)
+    out = checkpoint_name(out, "tk_hedgehog_attention_out")
+    return out, checkpoint_name(state, "tk_hedgehog_attention_state")
 
 
 def _as_weight(value):

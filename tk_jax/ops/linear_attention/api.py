@@ -51,9 +51,10 @@ def linear_attention(
     Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``shard_map``, ``jax.checkpoint``
     (the results are named ``tk_linear_attention_out`` and
     ``tk_linear_attention_state``, see :mod:`tk_jax.checkpoint_policies`) and
-    ``jax.export``. Where the kernels support a call, forward mode and derivatives of
-    higher order need ``implementation="xla"``. All arrays but ``segment_ids`` have
-    gradients, and the final state is differentiable.
+    ``jax.export``. On a mesh with explicit axes results are split as ``v`` is, the
+    final state with K whole. Where the kernels support a call, forward mode and
+    derivatives of higher order need ``implementation="xla"``. All arrays but
+    ``segment_ids`` have gradients, and the final state is differentiable.
 
     Args:
       q: Queries ``[..., T, G, K]``, with any number of leading batch dimensions; in
@@ -146,7 +147,8 @@ def linear_attention_step(
     The arguments are those of that function without the axis T, and its ``final_state``
     is the first ``state``; zeros start a sequence. The state that is returned has the
     shape and dtype of the one taken: where that is donated (or carried by a scan), it
-    is updated in place, and copied first otherwise.
+    is updated in place, and copied first otherwise. On a mesh with explicit axes it is
+    split as that is, and ``out`` as ``v``.
 
     A TK kernel runs it on Hopper GPUs for bfloat16, float16 and float32 with states of
     any size, which it reads and writes once, XLA operations elsewhere. Derivatives are

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from tk_jax import _check, _dispatch
 from tk_jax.ops import _chunks, _state_step
@@ -100,23 +101,36 @@ def check_state(call: Call, name: str, argument: str, state, q, v, num_axes) -> 
 @functools.partial(jax.jit, static_argnums=0)
 def run(call: Call, q, k, v, log_decay, state, segment_ids):
     """Returns out and the final state, None unless ``call.return_final_state``."""
-    op = call.op
-    with jax.named_scope(f"tk_jax.{op.name}"):
+    with jax.named_scope(f"tk_jax.{call.op.name}"):
         arrays = (q, k, v, log_decay, state, segment_ids)
-        arrays = _dispatch.vary_together_in(arrays)
-        if call.choice.cuda == "xla" or q.size == 0:
-            out, state = _xla(call, arrays)
-        else:
-            out, state = vjp.differentiable(
-                call.choice,
-                tk=functools.partial(_kernels, call),
-                xla=functools.partial(_xla, call),
-            )(arrays)
-        out = checkpoint_name(out, f"tk_{op.name}_out")
-        if not call.return_final_state:
-            return out, None
-        state = checkpoint_name(state, f"tk_{op.name}_state")
-        return out, NormalizedState(*state) if call.options.normalize else state
+        # [..., T, H, V] of out and [..., H, K, V] of the state.
+        *batch, time, heads, columns = _dispatch.explicit_spec(v)
+        final = None
+        if call.return_final_state:
+            final = P(*batch, heads, None, columns)
+            if call.options.normalize:
+                final = NormalizedState(final, P(*batch, heads, None))
+        specs = (P(*batch, time, heads, columns), final)
+        sequence = functools.partial(_run, call)
+        return _dispatch.run_without_explicit_axes(sequence, specs, *arrays)
+
+
+def _run(call, *arrays):
+    op = call.op
+    arrays = _dispatch.vary_together_in(arrays)
+    if call.choice.cuda == "xla" or arrays[0].size == 0:
+        out, state = _xla(call, arrays)
+    else:
+        out, state = vjp.differentiable(
+            call.choice,
+            tk=functools.partial(_kernels, call),
+            xla=functools.partial(_xla, call),
+        )(arrays)
+    out = checkpoint_name(out, f"tk_{op.name}_out")
+    if not call.return_final_state:
+        return out, None
+    state = checkpoint_name(state, f"tk_{op.name}_state")
+    return out, NormalizedState(*state) if call.options.normalize else state
 
 
 def _kernels(call, arrays):
@@ -140,18 +154,28 @@ def _xla(call, arrays):
 @functools.partial(jax.jit, static_argnums=0)
 def run_step(call: Call, q, k, v, log_decay, state):
     """One token, whose arrays have no axis T: out and the next state."""
+    with jax.named_scope(f"tk_jax.{call.op.name}_step"):
+        arrays = (q, k, v, log_decay, state)
+        # The state's as it comes, so that it can be donated or a scan's carry.
+        spec, following = _dispatch.explicit_specs((v, state))
+        if call.options.normalize:
+            following = NormalizedState(*following)
+        step = functools.partial(_run_step, call)
+        return _dispatch.run_without_explicit_axes(step, (spec, following), *arrays)
+
+
+def _run_step(call, *arrays):
     op = call.op
-    with jax.named_scope(f"tk_jax.{op.name}_step"):
-        arrays = _dispatch.vary_together_in((q, k, v, log_decay, state))
-        run_xla = functools.partial(_xla_step, call)
-        if call.choice.cuda == "xla" or v.size == 0:
-            out, state = run_xla(arrays)
-        else:
-            run_tk = functools.partial(_kernel_step, call)
-            out, state = _state_step.run_chosen(call.choice, run_tk, run_xla, arrays)
-        out = checkpoint_name(out, f"tk_{op.name}_out")
-        state = checkpoint_name(state, f"tk_{op.name}_state")
-        return out, NormalizedState(*state) if call.options.normalize else state
+    arrays = _dispatch.vary_together_in(arrays)
+    run_xla = functools.partial(_xla_step, call)
+    if call.choice.cuda == "xla" or arrays[2].size == 0:
+        out, state = run_xla(arrays)
+    else:
+        run_tk = functools.partial(_kernel_step, call)
+        out, state = _state_step.run_chosen(call.choice, run_tk, run_xla, arrays)
+    out = checkpoint_name(out, f"tk_{op.name}_out")
+    state = checkpoint_name(state, f"tk_{op.name}_state")
+    return out, NormalizedState(*state) if call.options.normalize else state
 
 
 def _xla_step(call, arrays):

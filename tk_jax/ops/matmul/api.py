@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from tk_jax import _check, _dispatch
 from tk_jax.ops.matmul import layout, vjp
@@ -40,7 +41,9 @@ def matmul(
     the result: right, but a copy each. Transposed operands are read as they are stored.
 
     Reverse-mode differentiation, ``vmap`` and ``shard_map`` work with every
-    implementation; forward mode and higher orders need ``implementation="xla"``.
+    implementation; forward mode and higher orders need ``implementation="xla"``. On a
+    mesh with explicit axes M is split as in ``a``, N as in ``b`` and leading dimensions
+    as in either; K may be split too.
 
     Args:
       a: ``[..., M, K]``, or ``[..., K, M]`` with ``transpose_a``.
@@ -57,7 +60,8 @@ def matmul(
 
     Raises:
       TypeError: an operand is not an array, or a setting is not static.
-      ValueError: shapes or dtypes do not fit each other, or a dimension is empty.
+      ValueError: shapes or dtypes do not fit each other, a dimension is empty, or
+        an explicit mesh axis would split two dimensions of the result.
       NotImplementedError: ``implementation="tk"`` and the kernel lacks something.
 
     >>> import jax.numpy as jnp, tk_jax
@@ -78,10 +82,52 @@ def matmul(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _matmul(options, choice, a, b):
     with jax.named_scope("tk_jax.matmul"):
-        if choice.cuda == "xla":
-            return vjp.xla_matmul(a, b, options)
-        a, b, shape = layout.fold_batch(a, b, options)
-        return vjp.folded_matmul(a, b, options, choice).reshape(shape)
+        run = functools.partial(_run, options, choice)
+        spec = _result_spec(a, b, options)
+        return _dispatch.run_without_explicit_axes(run, spec, a, b)
+
+
+def _run(options, choice, a, b):
+    if choice.cuda == "xla":
+        return vjp.xla_matmul(a, b, options)
+    a, b, shape = layout.fold_batch(a, b, options)
+    return vjp.folded_matmul(a, b, options, choice).reshape(shape)
+
+
+def _result_spec(a, b, options: MatmulOptions) -> P:
+    """How c is split along explicit mesh axes: as M of a, N of b, the batch of both."""
+    *a_batch, a_first, a_last = _dispatch.explicit_spec(a)
+    *b_batch, b_first, b_last = _dispatch.explicit_spec(b)
+    rows = a_last if options.transpose_a else a_first
+    columns = b_first if options.transpose_b else b_last
+    rank = max(len(a_batch), len(b_batch))
+    batch = []
+    for x, y in zip(
+        [None] * (rank - len(a_batch)) + a_batch,
+        [None] * (rank - len(b_batch)) + b_batch,
+        strict=True,
+    ):
+        batch.append(x if y is None else y)
+        if None not in (x, y) and x != y:
+            raise ValueError(
+                f"matmul: b is split along mesh axes {b_batch} of its leading "
+                f"dimensions; expected those of a, {a_batch}, or none"
+            )
+    spec = (*batch, rows, columns)
+    names = [
+        name
+        for names in spec
+        if names is not None
+        for name in (names if isinstance(names, tuple) else (names,))
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"matmul: mesh axis {name!r} would split two dimensions of the result, "
+                f"{P(*spec)}; expected rows of a, columns of b and leading dimensions "
+                "to be split along different axes (see jax.sharding.reshard)"
+            )
+    return P(*spec)
 
 
 @_dispatch.explains(matmul)

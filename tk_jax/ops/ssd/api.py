@@ -9,6 +9,7 @@ import math
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from tk_jax import _check, _dispatch
 from tk_jax.ops import _chunks, _state_step
@@ -65,10 +66,11 @@ def ssd(
 
     Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``shard_map``, ``jax.checkpoint``
     (the results are named ``tk_ssd_out`` and ``tk_ssd_state``, see
-    :mod:`tk_jax.checkpoint_policies`) and ``jax.export``. Where the kernels support a
-    call, forward mode and derivatives of higher order need ``implementation="xla"``.
-    All arrays but ``segment_ids`` have gradients, and the final state is
-    differentiable.
+    :mod:`tk_jax.checkpoint_policies`) and ``jax.export``. On a mesh with explicit axes
+    results are split as ``x`` is, the final state with N whole. Where the kernels
+    support a call, forward mode and derivatives of higher order need
+    ``implementation="xla"``. All arrays but ``segment_ids`` have gradients, and the
+    final state is differentiable.
 
     Args:
       x: ``[..., T, H, P]``, with any number of leading batch dimensions; in bfloat16,
@@ -154,19 +156,28 @@ def ssd(
 @functools.partial(jax.jit, static_argnums=0)
 def _ssd(call, inputs):
     with jax.named_scope("tk_jax.ssd"):
-        inputs = _dispatch.vary_together_in(inputs)
-        if call.choice.cuda == "xla" or inputs.x.size == 0:
-            y, state = _xla(call, inputs)
-        else:
-            y, state = differentiable(
-                call.choice,
-                tk=functools.partial(_kernels, call),
-                xla=functools.partial(_xla, call),
-            )(inputs)
-        y = checkpoint_name(y, "tk_ssd_out")
-        if not call.return_final_state:
-            return y, None
-        return y, checkpoint_name(state, "tk_ssd_state")
+        # [..., T, H, P] of y and [..., H, P, N] of the state.
+        *batch, time, heads, rows = _dispatch.explicit_spec(inputs.x)
+        final = P(*batch, heads, rows, None) if call.return_final_state else None
+        specs = (P(*batch, time, heads, rows), final)
+        run = functools.partial(_run, call)
+        return _dispatch.run_without_explicit_axes(run, specs, inputs)
+
+
+def _run(call, inputs):
+    inputs = _dispatch.vary_together_in(inputs)
+    if call.choice.cuda == "xla" or inputs.x.size == 0:
+        y, state = _xla(call, inputs)
+    else:
+        y, state = differentiable(
+            call.choice,
+            tk=functools.partial(_kernels, call),
+            xla=functools.partial(_xla, call),
+        )(inputs)
+    y = checkpoint_name(y, "tk_ssd_out")
+    if not call.return_final_state:
+        return y, None
+    return y, checkpoint_name(state, "tk_ssd_state")
 
 
 def _kernels(call, inputs):
@@ -204,7 +215,8 @@ def ssd_step(
     The arguments are those of that function without the axis T, and its ``final_state``
     is the first ``state``; zeros start a sequence. The state that is returned has the
     shape and dtype of the one taken: where that is donated (or carried by a scan), it
-    is updated in place, and copied first otherwise. What mamba-ssm calls
+    is updated in place, and copied first otherwise. On a mesh with explicit axes it is
+    split as that is, and ``y`` as ``x``. What mamba-ssm calls
     ``selective_state_update``, for one dt to a head.
 
     A TK kernel runs it on Hopper GPUs for bfloat16, float16 and float32 with states of
@@ -260,15 +272,22 @@ def ssd_step(
 @functools.partial(jax.jit, static_argnums=0)
 def _ssd_step(call, inputs):
     with jax.named_scope("tk_jax.ssd_step"):
-        inputs = _dispatch.vary_together_in(inputs)
-        run_xla = functools.partial(step.xla_step, call.options)
-        if call.choice.cuda == "xla" or inputs.x.size == 0:
-            y, state = run_xla(inputs)
-        else:
-            run_tk = functools.partial(step.kernel_step, call.options)
-            y, state = _state_step.run_chosen(call.choice, run_tk, run_xla, inputs)
-        y = checkpoint_name(y, "tk_ssd_out")
-        return y, checkpoint_name(state, "tk_ssd_state")
+        # The state's as it comes, so that it can be donated or a scan's carry.
+        specs = _dispatch.explicit_specs((inputs.x, inputs.state))
+        run = functools.partial(_run_step, call)
+        return _dispatch.run_without_explicit_axes(run, specs, inputs)
+
+
+def _run_step(call, inputs):
+    inputs = _dispatch.vary_together_in(inputs)
+    run_xla = functools.partial(step.xla_step, call.options)
+    if call.choice.cuda == "xla" or inputs.x.size == 0:
+        y, state = run_xla(inputs)
+    else:
+        run_tk = functools.partial(step.kernel_step, call.options)
+        y, state = _state_step.run_chosen(call.choice, run_tk, run_xla, inputs)
+    y = checkpoint_name(y, "tk_ssd_out")
+    return y, checkpoint_name(state, "tk_ssd_state")
 
 
 def _plan(
