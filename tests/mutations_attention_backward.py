@@ -3,6 +3,7 @@
 from tests.mutation import Mutation
 
 _BACKWARD = "kernels/attention/backward.cuh"
+_WALK = "kernels/attention/backward_walk.cuh"
 _TURNS = "kernels/attention/turns.cuh"
 _PREPARE = "kernels/attention/backward_prepare.cuh"
 _FINISH = "kernels/attention/backward_finish.cuh"
@@ -87,6 +88,7 @@ MUTATIONS = [
         "every block takes the first tile",
         "take_number(params.next_tile)",
         "(take_number(params.next_tile), 0)",
+        file=_WALK,
     ),
     _backward("no turns", "take_turn(counter, turn);"),
     _backward("the turn is not passed on", "pass_turn(counter);"),
@@ -140,13 +142,15 @@ MUTATIONS = [
     ),
     _backward(
         "queries of a wave that goes down are copied upwards",
-        "int m = walk.turns.wave.up ? first : first + steps - 1;",
+        "int m = turns.wave.up ? first : first + steps - 1;",
         "int m = first;",
+        file=_WALK,
     ),
     _backward(
         "queries of a wave that goes up are copied downwards",
-        "const int way = walk.turns.wave.up ? 1 : -1;",
+        "const int way = turns.wave.up ? 1 : -1;",
         "const int way = -1;",
+        file=_WALK,
     ),
     _backward(
         "tiles are dealt out where another call has stopped",

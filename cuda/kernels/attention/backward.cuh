@@ -20,6 +20,7 @@
 #pragma once
 
 #include "kernels/attention/attention.h"
+#include "kernels/attention/backward_walk.cuh"
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/query_steps.cuh"
 #include "kernels/attention/scores.cuh"
@@ -79,14 +80,13 @@ struct Backward {
   static constexpr int kDqStages = backward_dq_stages(kHeadDim);
   static constexpr int kStorers = Traits::kDeterministic ? kDqStages : 1;
   using DqRing = StorePipeline<kDqStages>;
-  // A tile's place and wave, from the thread that takes it.
-  static constexpr int kNumbers = 6;
-  using Messages = MessagePipeline<2, kNumbers>;
   using Scores = RegTile<float, 16, kBlockQ>;
   using Weights = RegTile<T, 16, kBlockQ>;
   using DkvTile = RegTile<float, 16, kHeadDim>;
   using DqPart = RegTile<float, 16, 64>;
-  using QTurns = Turns<Traits::kMask, kFeatures, kHeadDim, kBlockQ, kBlockKv>;
+  using Walk = BackwardWalk<Traits>;
+  using QTurns = typename Walk::QTurns;
+  using Tile = typename Walk::Tile;
 
   // What leaves a consumer: its part of dq of a step or, at a tile's end, its rows of dv and dk,
   // one after the other where both do not fit.
@@ -108,7 +108,7 @@ struct Backward {
     KvRing k_ring, v_ring;
     Ring q_ring, dout_ring;
     DqRing leaving_ring;
-    Messages messages;
+    typename Walk::Messages messages;
   };
   static_assert(sizeof(Shared) + 1024 <=
                     backward_shared_bytes(kHeadDim, {kBlockQ, kBlockKv, Traits::kStages}),
@@ -122,112 +122,6 @@ struct Backward {
   // drive out of L2, are to stay there.
   static constexpr tma::Keep kKeepQueries =
       QTurns::kInWaves && kHeadDim == 128 ? tma::Keep::kNormal : tma::Keep::kLong;
-
-  struct Tile {
-    int n;  // key block
-    int kv_head, batch;
-  };
-
-  // The walk over tiles, the same for every role. In waves a tile is whoever's comes first: the
-  // loading thread takes its number and tells the others.
-  struct Walk {
-    const BackwardParams& params;
-    QTurns turns;
-    Tile tile;
-    Select<QTurns::kInWaves, typename Messages::State, grid::Rounds> place;
-
-    __device__ __forceinline__ explicit Walk(const BackwardParams& p) : params(p) {
-      turns = {p.q_blocks,
-               p.kv_blocks,
-               p.turn_group,
-               {p.seqlen_q, p.seqlen_kv, p.first_offset, p.last_offset}};
-      // One round before the first.
-      if constexpr (!QTurns::kInWaves) {
-        place = {grid::block_x(), grid::blocks_x(), p.tiles};
-        place.round = -1;
-      }
-    }
-    // To the next tile, if there is one. From here on, turns are those of the tile.
-    template <typename Receive>
-    __device__ __forceinline__ bool next(Receive&& receive) {
-      if constexpr (QTurns::kInWaves) {
-        int numbers[kNumbers];
-        receive(place, numbers);
-        tile = {numbers[0], numbers[1], numbers[2]};
-        turns.wave = {numbers[3], numbers[4], numbers[5] != 0};
-        if (tile.n < 0) return false;
-      } else {
-        place.next();
-        if (!place.valid()) return false;
-        const grid::HeadTile at =
-            grid::sequential_tile(place.index(), params.kv_blocks, params.num_kv_heads);
-        tile = {at.block, at.head, at.batch};
-        // Turns go down the key blocks: whoever others wait for has started before them.
-        if constexpr (QTurns::kDescending && Traits::kDeterministic) {
-          tile.n = params.kv_blocks - 1 - tile.n;
-        }
-      }
-      if constexpr ((kFeatures & kLengths) != 0) {
-        turns.set_bounds(bounds_of<kFeatures>(params, tile.batch));
-      }
-      return true;
-    }
-  };
-  // Consumers' warps; a storing thread counts as one.
-  __device__ __forceinline__ static bool next_tile(Walk& walk, Shared& shared) {
-    return walk.next([&](auto& state, auto& numbers) { shared.messages.receive(state, numbers); });
-  }
-  __device__ __forceinline__ static bool next_tile_of_thread(Walk& walk, Shared& shared) {
-    return walk.next(
-        [&](auto& state, auto& numbers) { shared.messages.receive_by_thread(state, numbers); });
-  }
-
-  // The loading thread: takes the next tile, while the last one is still computed, and tells the
-  // others. Blocks of a wave that goes up wait for those dealt out after them: who is at one must
-  // not be the one to take another, behind its own.
-  __device__ __forceinline__ static bool deal_tile(Walk& walk, Shared& shared, int& wave_dealt) {
-    return walk.next([&](auto& state, auto& numbers) {
-      const BackwardParams& params = walk.params;
-      if (walk.turns.wave.up) wait_for_numbers(params.next_tile, wave_dealt);
-      const int number = take_number(params.next_tile);
-      DealtTile dealt = {-1, 0, {}, 0};
-      if (number < params.tiles) dealt = QTurns::deal(params, number);
-      wave_dealt = dealt.wave_dealt;
-      const int batch = dealt.row / params.num_kv_heads;
-      const int tile[kNumbers] = {dealt.n,        dealt.row - batch * params.num_kv_heads,
-                                  batch,          dealt.wave.first,
-                                  dealt.wave.end, dealt.wave.up};
-#pragma unroll
-      for (int i = 0; i < kNumbers; ++i) numbers[i] = tile[i];
-      shared.messages.send(state, tile);
-    });
-  }
-
-  // The steps of a tile, as query_steps.cuh has them, with fewer registers.
-  template <typename F>
-  __device__ __forceinline__ static void for_each_step(const Walk& walk, const Tile& tile, F&& f) {
-    if constexpr (QTurns::kMapped) {
-      for (MappedSteps s(walk.turns, walk.params, tile.n, tile.kv_head, tile.batch); s.valid();
-           s.next()) {
-        f(s.head, s.q_block());
-      }
-      return;
-    }
-    const int group = walk.params.heads_of_group;
-    const int first = walk.turns.first_q_block(tile.n);
-    const int steps = walk.turns.steps(tile.n);
-    if constexpr (QTurns::kInWaves) {
-      const int way = walk.turns.wave.up ? 1 : -1;
-      int m = walk.turns.wave.up ? first : first + steps - 1;
-      for (int left = steps; left > 0; --left, m += way) {
-        for (int i = 0; i < group; ++i) f(tile.kv_head * group + i, m);
-      }
-      return;
-    }
-    for (int head = tile.kv_head * group; head < (tile.kv_head + 1) * group; ++head) {
-      for (int step = 0; step < steps; ++step) f(head, walk.turns.q_block(first, step));
-    }
-  }
 
   __device__ __forceinline__ static void init(const BackwardParams&, Shared& shared) {
     shared.k_ring.init(4 * kConsumers);
@@ -246,7 +140,7 @@ struct Backward {
     typename KvRing::State kv_state;
     typename Ring::State state;
     int wave_dealt = 0;
-    for (Walk walk(params); deal_tile(walk, shared, wave_dealt);) {
+    for (Walk walk(params); walk.deal(shared.messages, wave_dealt);) {
       const Tile tile = walk.tile;
       const int first_key = tile.n * kBlockKv;
       // After the first q and dout, for which there is room while the last tile's keys are in use,
@@ -262,7 +156,7 @@ struct Backward {
                   first_key, tile.kv_head, tile.batch);
       };
       if constexpr (!QTurns::kInWaves) load_keys();
-      for_each_step(walk, tile, [&](int head, int m) {
+      walk.for_each_step(tile, [&](int head, int m) {
         const int first_query = m * kBlockQ;
         const int row = (tile.batch * params.num_heads + head) * params.padded_q + first_query;
         shared.q_ring.acquire(state, QTile::kBytes + QVec::kBytes);
@@ -293,9 +187,9 @@ struct Backward {
       if (++step == kStorers) step = 0;
       state.advance();
     };
-    for (Walk walk(params); next_tile_of_thread(walk, shared);) {
+    for (Walk walk(params); walk.next_of_thread(shared.messages);) {
       const Tile tile = walk.tile;
-      for_each_step(walk, tile, [&](int head, int m) {
+      walk.for_each_step(tile, [&](int head, int m) {
         if (step == storer) {
           store_step(params, shared, state, walk.turns, tile, head, m);
         }
@@ -368,7 +262,7 @@ struct Backward {
     const auto k_cols = shared.k_smem.template cols<64>(consumer % Traits::kDqCols);
     int ds_buffer = 0;
 
-    for (Walk walk(params); next_tile(walk, shared);) {
+    for (Walk walk(params); walk.next(shared.messages);) {
       const Tile tile = walk.tile;
       const int first_key = tile.n * kBlockKv + 64 * consumer;
       const Bounds& bounds = walk.turns.bounds;
