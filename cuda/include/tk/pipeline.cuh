@@ -94,22 +94,27 @@ struct MessagePipeline {
   // Every consumer warp.
   __device__ __forceinline__ void receive(State& state, int (&numbers)[kNumbers],
                                           Location at = {}) {
-    ring_.wait(state, at);
-#pragma unroll
-    for (int i = 0; i < kNumbers; ++i) numbers[i] = load_element(numbers_[state.stage], i, at);
+    wait(state, numbers, [at](const auto& from, int i) { return load_element(from, i, at); }, at);
     ring_.release(state, at);
     state.advance();
   }
   // A thread that counts as a warp.
   __device__ __forceinline__ void receive_by_thread(State& state, int (&numbers)[kNumbers],
                                                     Location at = {}) {
-    ring_.wait(state, at);
-#pragma unroll
-    for (int i = 0; i < kNumbers; ++i) {
-      numbers[i] = load_element_by_thread(numbers_[state.stage], i, at);
-    }
+    wait(
+        state, numbers,
+        [at](const auto& from, int i) { return load_element_by_thread(from, i, at); }, at);
     ring_.release_by_thread(state, at);
     state.advance();
+  }
+
+ private:
+  template <typename Load>
+  __device__ __forceinline__ void wait(const State& state, int (&numbers)[kNumbers], Load&& load,
+                                       Location at) {
+    ring_.wait(state, at);
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) numbers[i] = load(numbers_[state.stage], i);
   }
 };
 
@@ -139,17 +144,19 @@ struct Ballot {
   }
   // After the last has closed: of a whole warp, and of one thread.
   __device__ __forceinline__ uint32 wait(Location at = {}) const {
-    closed_.wait(0, at);
-    int all = 0;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) all |= load_element(bits_[i], 0, at);
-    return static_cast<uint32>(all);
+    return wait([at](const auto& bits) { return load_element(bits, 0, at); }, at);
   }
   __device__ __forceinline__ uint32 wait_by_thread(Location at = {}) const {
+    return wait([at](const auto& bits) { return load_element_by_thread(bits, 0, at); }, at);
+  }
+
+ private:
+  template <typename Load>
+  __device__ __forceinline__ uint32 wait(Load&& load, Location at) const {
     closed_.wait(0, at);
     int all = 0;
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) all |= load_element_by_thread(bits_[i], 0, at);
+    for (int i = 0; i < kWarps; ++i) all |= load(bits_[i]);
     return static_cast<uint32>(all);
   }
 };

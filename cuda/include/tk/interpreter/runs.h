@@ -27,26 +27,25 @@ void check_runs(const T* data, int64 row_stride, int rows, int cols, Location at
   }
 }
 
+// That an array is made of whole groups of kCount neighbours, which are moved at once.
+template <int kCount, typename T>
+void check_groups(const GlobalView<T>& view, int first_col, const char* otherwise, Location at) {
+  const bool aligned = reinterpret_cast<uint64>(view.data) % (kCount * sizeof(T)) == 0;
+  if (aligned && view.col_stride == 1 && view.cols % kCount == 0 && first_col % kCount == 0 &&
+      (view.rows <= 1 || view.row_stride % kCount == 0)) {
+    return;
+  }
+  interpreter::fail(interpreter::FaultKind::kOutOfBounds, otherwise, at);
+}
 template <typename T>
 void check_pairs(const GlobalView<T>& view, int first_col, Location at) {
-  const bool aligned = reinterpret_cast<uint64>(view.data) % 8 == 0;
-  if (aligned && view.col_stride == 1 && view.cols % 2 == 0 && first_col % 2 == 0 &&
-      (view.rows <= 1 || view.row_stride % 2 == 0)) {
-    return;
-  }
-  interpreter::fail(interpreter::FaultKind::kOutOfBounds,
-                    "moves pairs at once of rows that are not made of whole ones", at);
+  check_groups<2>(view, first_col, "moves pairs at once of rows that are not made of whole ones",
+                  at);
 }
-
 template <typename T>
 void check_rounded(const GlobalView<T>& view, int first_col, Location at) {
-  const bool aligned = reinterpret_cast<uint64>(view.data) % 16 == 0;
-  if (aligned && view.col_stride == 1 && view.cols % 8 == 0 && first_col % 8 == 0 &&
-      (view.rows <= 1 || view.row_stride % 8 == 0)) {
-    return;
-  }
-  interpreter::fail(interpreter::FaultKind::kOutOfBounds,
-                    "moves eight at once of rows that are not made of whole runs of eight", at);
+  check_groups<8>(view, first_col,
+                  "moves eight at once of rows that are not made of whole runs of eight", at);
 }
 
 template <bool kWhole, typename Dst, typename T>
