@@ -480,6 +480,25 @@ def test_explain_checks_and_takes_positions():
         tk_jax.explain(tk_jax.linear_attention_step, x, x, x, x)
 
 
+@pytest.mark.parametrize(
+    ("op", "arguments", "wrong"),
+    [
+        (tk_jax.linear_attention, {"q": None}, "q is of type NoneType"),
+        (tk_jax.linear_attention, {"log_decay": [0.0]}, "log_decay is of type list"),
+        (tk_jax.based_attention, {"v": [[1.0]]}, "v is of type list"),
+        (tk_jax.linear_attention_step, {"k": 1.0}, "k is of type float"),
+    ],
+    ids=str,
+)
+def test_explain_refuses_what_is_no_array(op, arguments, wrong):
+    x = _shape(2, 4, 16)
+    arguments = {"q": x, "k": x, "v": x} | arguments
+    if op is tk_jax.linear_attention_step:
+        arguments["state"] = _shape(2, 4, 16, 16)
+    with pytest.raises(TypeError, match=f"^{op.__name__}: {wrong}; expected a jax or"):
+        tk_jax.explain(op, **arguments)
+
+
 def test_a_gpu_is_told_once(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(_ffi, "unavailable", lambda: None)

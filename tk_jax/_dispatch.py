@@ -235,12 +235,21 @@ def explains(op: Callable) -> Callable:
 def explain_by_plan(op: Callable, plan: Callable) -> None:
     """Answers ``explain(op, ...)`` with ``plan(...).choice``.
 
-    ``plan`` takes the arguments of ``op`` with shapes for arrays, and checks them.
+    ``plan`` takes the arguments of ``op`` with shapes for arrays, and checks them but
+    for being arrays: those whose annotation says no more than that are seen to here.
     """
+    signature = inspect.signature(op)
+    annotations = {name: x.annotation for name, x in signature.parameters.items()}
 
     @explains(op)
     def explainer(*args, **kwargs) -> Choice:
-        bound = inspect.signature(op).bind(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            required = annotations[name] == "jax.Array"
+            optional = annotations[name] == "jax.Array | None"
+            if required or (optional and value is not None):
+                shaped = _check.check_shaped(op.__name__, name, value)
+                bound.arguments[name] = shaped
         return plan(*bound.args, **bound.kwargs).choice
 
 

@@ -1,5 +1,6 @@
 // The target tk_attention_bwd_v1.
 #include <algorithm>
+#include <numbers>
 
 #include "ffi/attention_extras.h"
 #include "ffi/attention_kernels.h"
@@ -20,7 +21,7 @@ using Sizes = AttentionSizes;
 
 struct BackwardBuffers {
   AnyBuffer q, k, v, out, lse, dout, dlse;
-  AnyBuffer dq, dk, dv, delta, lse_log2, dq_acc, dq_order;
+  AnyBuffer dq, dk, dv, delta, scaled_lse, dq_acc, dq_order;
   xffi::RemainingArgs extras;
 };
 
@@ -57,8 +58,8 @@ Status check_backward(const BackwardBuffers& b, const Sizes& s, std::int64_t dq_
        check_dtype("dlse", b.dlse, xffi::DataType::F32),
        check_dims("delta", b.delta, {s.batch, s.num_heads, padded}),
        check_dtype("delta", b.delta, xffi::DataType::F32),
-       check_dims("lse_log2", b.lse_log2, {s.batch, s.num_heads, padded}),
-       check_dtype("lse_log2", b.lse_log2, xffi::DataType::F32),
+       check_dims("scaled_lse", b.scaled_lse, {s.batch, s.num_heads, padded}),
+       check_dtype("scaled_lse", b.scaled_lse, xffi::DataType::F32),
        check_dims("dq_acc", b.dq_acc, {s.batch, s.num_heads, padded, dq_columns}),
        check_dtype("dq_acc", b.dq_acc, xffi::DataType::F32),
        check_dims("dq_order", b.dq_order,
@@ -172,10 +173,12 @@ Status launch_prepare(const runtime::Kernel& kernel, runtime::cuda::Stream strea
   params.dlse =
       b.dlse.element_count() == 0 ? nullptr : static_cast<const float*>(b.dlse.untyped_data());
   params.delta = static_cast<float*>(b.delta.untyped_data());
-  params.lse_log2 = static_cast<float*>(b.lse_log2.untyped_data());
+  params.scaled_lse = static_cast<float*>(b.scaled_lse.untyped_data());
   params.dq_acc = static_cast<float*>(b.dq_acc.untyped_data());
   params.dq_order = static_cast<int*>(b.dq_order.untyped_data());
   if (in_waves(call.kernels)) params.next_tile = static_cast<int*>(b.dq.untyped_data());
+  const bool adds = (call.kernels.features & attention::kBias) != 0;
+  params.lse_factor = adds ? 1.0f : std::numbers::log2e_v<float>;
   params.batch = static_cast<int>(s.batch);
   params.seqlen_q = static_cast<int>(s.seqlen_q);
   params.num_heads = static_cast<int>(s.num_heads);
@@ -205,7 +208,7 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
     return status;
   }
   params.delta = static_cast<const float*>(b.delta.untyped_data());
-  params.lse_log2 = static_cast<const float*>(b.lse_log2.untyped_data());
+  params.scaled_lse = static_cast<const float*>(b.scaled_lse.untyped_data());
   params.dq_acc = static_cast<float*>(b.dq_acc.untyped_data());
   params.dq_order = static_cast<int*>(b.dq_order.untyped_data());
   set_problem(&params, s, call.extras, options);
@@ -249,7 +252,7 @@ Status launch_wide(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
     return status;
   }
   params.delta = static_cast<const float*>(b.delta.untyped_data());
-  params.lse_log2 = static_cast<const float*>(b.lse_log2.untyped_data());
+  params.scaled_lse = static_cast<const float*>(b.scaled_lse.untyped_data());
   set_problem(&params, s, call.extras, options);
   const std::int64_t key_blocks = ceil_div(s.seqlen_kv, config.block_kv);
   const std::int64_t tiles = tiles_of(call);
@@ -280,7 +283,7 @@ Status launch_wide_dq(const runtime::Kernel& kernel, runtime::cuda::Stream strea
     return status;
   }
   params.delta = static_cast<const float*>(b.delta.untyped_data());
-  params.lse_log2 = static_cast<const float*>(b.lse_log2.untyped_data());
+  params.scaled_lse = static_cast<const float*>(b.scaled_lse.untyped_data());
   set_problem(&params, s, call.extras, options);
   params.padded_q = static_cast<int>(s.padded_q());
   const std::int64_t tiles = ceil_div(s.seqlen_q, attention::kWideDqBlockQ) * s.num_heads * s.batch;
@@ -326,7 +329,7 @@ Status execute_backward(const Execution& on, const BackwardBuffers& b,
                   {"dk", b.dk, true},
                   {"dv", b.dv, true},
                   {"delta", b.delta, true},
-                  {"lse_log2", b.lse_log2, true},
+                  {"scaled_lse", b.scaled_lse, true},
                   {"dq_acc", b.dq_acc, true},
                   {"dq_order", b.dq_order, true}},
                  call->extras);
@@ -356,10 +359,10 @@ using Ret = xffi::Result<AnyBuffer>;
 
 xffi::Error backward(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer out,
                      AnyBuffer lse, AnyBuffer dout, AnyBuffer dlse, xffi::RemainingArgs extras,
-                     Ret dq, Ret dk, Ret dv, Ret delta, Ret lse_log2, Ret dq_acc, Ret dq_order,
+                     Ret dq, Ret dk, Ret dv, Ret delta, Ret scaled_lse, Ret dq_acc, Ret dq_order,
                      attention::Options options, attention::BackwardConfig config) {
-  const BackwardBuffers buffers = {q,   k,   v,      out,       lse,     dout,      dlse,  *dq,
-                                   *dk, *dv, *delta, *lse_log2, *dq_acc, *dq_order, extras};
+  const BackwardBuffers buffers = {q,   k,   v,      out,         lse,     dout,      dlse,  *dq,
+                                   *dk, *dv, *delta, *scaled_lse, *dq_acc, *dq_order, extras};
   return run_stage(
       kName, stage,
       [&](const Device& device) { return initialize_backward(device, buffers, options, config); },
@@ -381,7 +384,7 @@ auto bind_backward(Binding binding) {
       .template Ret<AnyBuffer>()  // dk
       .template Ret<AnyBuffer>()  // dv
       .template Ret<AnyBuffer>()  // delta
-      .template Ret<AnyBuffer>()  // lse_log2
+      .template Ret<AnyBuffer>()  // scaled_lse
       .template Ret<AnyBuffer>()  // dq_acc
       .template Ret<AnyBuffer>()  // dq_order
       .template Attr<attention::Options>("options")

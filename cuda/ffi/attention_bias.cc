@@ -17,7 +17,7 @@ constexpr const char* kName = "tk_attention_bwd_bias_v1";
 runtime::KernelTable<KernelKey> kernels;
 
 struct Buffers {
-  AnyBuffer q, k, v, dout, delta, lse_log2;
+  AnyBuffer q, k, v, dout, delta, scaled_lse;
   AnyBuffer dbias;
   xffi::RemainingArgs extras;
 };
@@ -46,8 +46,8 @@ Result<Call> read_call(const Buffers& b, const attention::Options& options) {
            check_dtype("dout", b.dout, b.q.element_type()),
            check_dims("delta", b.delta, {s.batch, s.num_heads, s.padded_q()}),
            check_dtype("delta", b.delta, xffi::DataType::F32),
-           check_dims("lse_log2", b.lse_log2, {s.batch, s.num_heads, s.padded_q()}),
-           check_dtype("lse_log2", b.lse_log2, xffi::DataType::F32),
+           check_dims("scaled_lse", b.scaled_lse, {s.batch, s.num_heads, s.padded_q()}),
+           check_dtype("scaled_lse", b.scaled_lse, xffi::DataType::F32),
            check_dims(
                "dbias", b.dbias,
                {dim(bias, 0), dim(bias, 1), shares_queries ? attention::kBiasBlockQ : s.seqlen_q,
@@ -83,7 +83,7 @@ Status execute(const Execution& on, const Buffers& b, const attention::Options& 
                   {"v", b.v, false},
                   {"dout", b.dout, false},
                   {"delta", b.delta, false},
-                  {"lse_log2", b.lse_log2, false},
+                  {"scaled_lse", b.scaled_lse, false},
                   {"dbias", b.dbias, true}},
                  call->extras);
 
@@ -97,7 +97,7 @@ Status execute(const Execution& on, const Buffers& b, const attention::Options& 
     return status;
   }
   params.delta = static_cast<const float*>(b.delta.untyped_data());
-  params.lse_log2 = static_cast<const float*>(b.lse_log2.untyped_data());
+  params.scaled_lse = static_cast<const float*>(b.scaled_lse.untyped_data());
   params.dbias = b.dbias.untyped_data();
   params.shares_queries = call->shares_queries;
   params.shares_keys = call->shares_keys;
@@ -117,9 +117,9 @@ Status execute(const Execution& on, const Buffers& b, const attention::Options& 
 using Ret = xffi::Result<AnyBuffer>;
 
 xffi::Error call(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer dout,
-                 AnyBuffer delta, AnyBuffer lse_log2, xffi::RemainingArgs extras, Ret dbias,
+                 AnyBuffer delta, AnyBuffer scaled_lse, xffi::RemainingArgs extras, Ret dbias,
                  attention::Options options) {
-  const Buffers buffers = {q, k, v, dout, delta, lse_log2, *dbias, extras};
+  const Buffers buffers = {q, k, v, dout, delta, scaled_lse, *dbias, extras};
   return run_stage(
       kName, stage,
       [&](const Device& device) { return load(kernels, read_call(buffers, options), device); },
@@ -134,7 +134,7 @@ auto bind(Binding binding) {
       .template Arg<AnyBuffer>()  // v
       .template Arg<AnyBuffer>()  // dout
       .template Arg<AnyBuffer>()  // delta
-      .template Arg<AnyBuffer>()  // lse_log2
+      .template Arg<AnyBuffer>()  // scaled_lse
       .RemainingArgs()            // ExtraBuffers
       .template Ret<AnyBuffer>()  // dbias
       .template Attr<attention::Options>("options");

@@ -173,7 +173,7 @@ constexpr int forward_shared_bytes(long head_dim, long head_dim_v, const Forward
 //   prepare, main, finish   up to 128, with D and Dv rounded up alike (narrow_head_dim)
 //   prepare, wide, wide dq  where either is beyond
 // Workspaces, all written before they are read:
-//   delta, lse_log2  fp32 [B, H, padded_queries(T)]
+//   delta, scaled_lse  fp32 [B, H, padded_queries(T)]
 //   dq_acc           fp32 [B, H, padded_queries(T), D], as 64x64 fragments; wide: D is 0
 //   dq_order         int32 [B, H, padded_queries(T) / 64]
 constexpr bool is_wide(long head_dim, long head_dim_v) {
@@ -191,10 +191,11 @@ struct BackwardPrepareParams {
   const float* lse;     // [B, T, H]
   const float* dlse;    // [B, T, H], or null where nothing flows into lse
   float* delta;         // rowsum(out * dout) - dlse; 0 beyond T
-  float* lse_log2;      // lse / ln 2; +inf beyond T and for rows without a key
+  float* scaled_lse;    // lse_factor lse; +inf beyond T and for rows without a key
   float* dq_acc;        // zeroed here, or not
   int* dq_order;        // zeroed here
   int* next_tile;       // zeroed here; null where tiles are not dealt out
+  float lse_factor;     // 1 / ln 2, or 1 where there is a bias (scores.cuh)
   int batch, seqlen_q, num_heads;
   // Columns of dq_acc that are zeroed here, all or none of them: where no block is the first to
   // write a query's dq, as there is no order and every block adds, or as some queries may see no
@@ -223,7 +224,7 @@ struct BackwardParams {
   TensorMap k, v;     // rows = block_kv
   TensorMap dk, dv;   // rows = 64
   const float* delta;
-  const float* lse_log2;
+  const float* scaled_lse;
   float* dq_acc;
   int* dq_order;
   int batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads;
@@ -299,7 +300,7 @@ struct BackwardBiasParams {
   TensorMap q, dout;  // as ForwardParams::q
   TensorMap k, v;     // rows = kBiasBlockKv
   const float* delta;
-  const float* lse_log2;
+  const float* scaled_lse;
   // [bias_batches, bias_heads, T or kBiasBlockQ, S or kBiasBlockKv]: where all queries share a
   // bias, the sum over those that are apart by a multiple of kBiasBlockQ; keys likewise. Of fp32,
   // or where it is not float_result, of the bias's type.
@@ -365,7 +366,7 @@ struct BackwardWideDqParams {
   TensorMap q, dout, dq;  // rows = 64
   TensorMap k, v;         // rows = dq_block_kv
   const float* delta;
-  const float* lse_log2;
+  const float* scaled_lse;
   int batch, seqlen_q, seqlen_kv, num_heads, num_kv_heads;
   int first_offset, last_offset;
   int padded_q;

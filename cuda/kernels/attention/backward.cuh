@@ -163,7 +163,7 @@ struct Backward {
         Barrier& q_full = shared.q_ring.full(state);
         tma::load(shared.q_smem[state.stage], params.q, q_full, kKeepQueries, 0, first_query, head,
                   tile.batch);
-        tma::load(shared.lse_smem[state.stage], params.lse_log2 + row, q_full);
+        tma::load(shared.lse_smem[state.stage], params.scaled_lse + row, q_full);
         shared.dout_ring.acquire(state, QTile::kBytes + QVec::kBytes);
         Barrier& dout_full = shared.dout_ring.full(state);
         tma::load(shared.dout_smem[state.stage], params.dout, dout_full, kKeepQueries, 0,

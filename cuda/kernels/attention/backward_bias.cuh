@@ -180,7 +180,7 @@ struct BackwardBias {
             };
             PerRow<16> lse, delta;
             typename Map::template BiasTile<kBlockKv> bias;
-            warpgroup::load(lse, rows_of(params.lse_log2), first_query, 0.0f);
+            warpgroup::load(lse, rows_of(params.scaled_lse), first_query, 0.0f);
             warpgroup::load(delta, rows_of(params.delta), first_query, 0.0f);
             Map::load_bias(bias, params, batch, head, first_query, first_key);
 
@@ -196,7 +196,7 @@ struct BackwardBias {
               mask_by_arrays<kFeatures>(s_acc, params, batch, head, first_query, first_key);
             }
             warp::map_rows(s_acc, s_acc, lse,
-                           [=](float s, float l) { return math::exp2(s * unit_log2 - l); });
+                           [=](float s, float l) { return Map::power(s, unit_log2, l); });
             warpgroup::mma_wait<0>(dp_acc);
             shared.ring.release(state);
             state.advance();

@@ -1,4 +1,5 @@
-// What the backward pass needs of each query: delta = rowsum(out * dout) - dlse, and lse in base 2.
+// What the backward pass needs of each query: delta = rowsum(out * dout) - dlse, and lse, in base 2
+// where no bias comes to scores.
 //
 // The cotangent of lse enters here alone: d lse / d s is the softmax itself, so it shifts delta.
 // Grid: a block of one warpgroup for 64 queries of one head. Limit: reading out and dout.
@@ -59,7 +60,7 @@ __device__ __forceinline__ void backward_prepare(const BackwardPrepareParams& pa
                     first_query, 0.0f);
   }
 
-  PerRow<16> delta, lse_log2;
+  PerRow<16> delta, scaled_lse;
   warp::fill(delta, 0.0f);
   shared.full.wait(0);
 #pragma unroll 1  // few registers, many blocks: it is loads that take the time
@@ -73,10 +74,11 @@ __device__ __forceinline__ void backward_prepare(const BackwardPrepareParams& pa
   warp::finish_row_sum(delta);
   warp::zip(delta, delta, dlse, [](float sum, float d) { return sum - d; });
   warp::zip(delta, delta, lse, [](float x, float l) { return l == -kInfinity ? 0.0f : x; });
-  warp::map(lse_log2, lse, [](float l) { return l == -kInfinity ? kInfinity : l * kLog2E; });
+  const float factor = params.lse_factor;
+  warp::map(scaled_lse, lse, [=](float l) { return l == -kInfinity ? kInfinity : l * factor; });
   const int size = static_cast<int>(padded);
   warpgroup::store(GlobalVec<float>{params.delta + head_row * padded, size}, delta, first_query);
-  warpgroup::store(GlobalVec<float>{params.lse_log2 + head_row * padded, size}, lse_log2,
+  warpgroup::store(GlobalVec<float>{params.scaled_lse + head_row * padded, size}, scaled_lse,
                    first_query);
 }
 

@@ -182,7 +182,7 @@ struct BackwardWide {
     shared.q_ring.acquire(state, QTile::kBytes + QVec::kBytes);
     Barrier& q_full = shared.q_ring.full(state);
     load_queries<0>(shared.q_smem[state.stage], params.q, q_full, first_query, head, batch);
-    tma::load(shared.lse_smem[state.stage], params.lse_log2 + row, q_full);
+    tma::load(shared.lse_smem[state.stage], params.scaled_lse + row, q_full);
     shared.dout_ring.acquire(state, DoutTile::kBytes + QVec::kBytes);
     Barrier& dout_full = shared.dout_ring.full(state);
     load_queries<kClusterSize - 1>(shared.dout_smem[state.stage], params.dout, dout_full,

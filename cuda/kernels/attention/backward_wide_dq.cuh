@@ -157,7 +157,7 @@ struct BackwardWideDq {
       const int64 row =
           (static_cast<int64>(tile.batch) * params.num_heads + tile.head) * params.padded_q;
       PerRow<16> lse, delta;
-      warpgroup::load(lse, GlobalVec<const float>{params.lse_log2 + row, params.padded_q},
+      warpgroup::load(lse, GlobalVec<const float>{params.scaled_lse + row, params.padded_q},
                       first_query, kInfinity);
       warpgroup::load(delta, GlobalVec<const float>{params.delta + row, params.padded_q},
                       first_query, 0.0f);

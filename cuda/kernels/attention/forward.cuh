@@ -63,6 +63,7 @@ struct Forward {
   using Weights = RegTile<T, 16, kBlockKv>;
   using Output = RegTile<float, 16, kHeadDimV>;
   using Map = ScoreMap<T, Traits::kFeatures>;
+  using Softmax = OnlineSoftmax<Map::kAdds>;
   static constexpr bool kFewRegisters =
       is_wide(kHeadDim, kHeadDimV) && (Map::kAdds || (kFeatures & kMapFeatures) != 0);
   static constexpr int kQStages =
@@ -307,7 +308,7 @@ struct Forward {
         if constexpr (!kMasked) tile = tile_at(params, walk.place());
         const bool visited = !tile.empty();
         const int own_end = narrow(tile);
-        OnlineSoftmax softmax(unit_log2);
+        Softmax softmax(unit_log2);
         shared.q_ring.wait(q_state);
         // Blocks that others see: all take as many turns. The first has one only beside the last
         // product of the tile before.
@@ -368,7 +369,7 @@ struct Forward {
             };
             bool corrects;
             if (kKeepsMax && !repeats && !is_masked(tile, keys)) {
-              corrects = softmax.weigh_by_old_max<kBesideOutput>(s_acc, p, wait_output);
+              corrects = softmax.template weigh_by_old_max<kBesideOutput>(s_acc, p, wait_output);
             } else {
               if constexpr (kConsumers > 2) wait_output();
               if constexpr (kMasked || kFeatures != 0) complete_scores(tile, keys);
@@ -401,7 +402,7 @@ struct Forward {
             warpgroup::mma_wait<1>(s_acc);
             release_keys();
             complete_scores(next, next.keys);
-            OnlineSoftmax next_softmax(unit_log2);
+            Softmax next_softmax(unit_log2);
             next_softmax.start(s_acc);
             if constexpr (kConsumers <= 2) warp::pin(next_softmax.row_sum);
             warpgroup::mma_wait<0>(o_acc, p);
@@ -436,7 +437,7 @@ struct Forward {
   // Completes a tile: its rows are written while the consumer goes on.
   __device__ __forceinline__ static void finish(const ForwardParams& params, Shared& shared,
                                                 int consumer, int q_stage, Output& o_acc,
-                                                OnlineSoftmax& softmax, const Tile& tile) {
+                                                Softmax& softmax, const Tile& tile) {
     const int first_query = tile.first_query + 64 * consumer;
     if (kMasked && first_query < 0) return;  // of a first tile's lead
     if constexpr ((kFeatures & kLengths) != 0) {

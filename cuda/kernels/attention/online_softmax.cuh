@@ -17,6 +17,9 @@
 
 namespace tk::attention {
 
+// With kAnyScores a score may be so large that scale / ln 2 times it is no number: differences are
+// what is multiplied then. Otherwise the multiple and the difference are one operation.
+template <bool kAnyScores>
 struct OnlineSoftmax {
   static constexpr float kSlack = 8.0f;  // in powers of two
   // Sums of a lane's weights of a block: from which on the maximum moves, and beyond which it is
@@ -43,7 +46,7 @@ struct OnlineSoftmax {
     PerRow<16> shift;
     warp::map(shift, row_max, [=](float x) { return shift_of(x, factor); });
     warp::map_rows(scores, scores, shift,
-                   [=](float s, float now) { return math::exp2(s * factor - now); });
+                   [=](float s, float now) { return weight(s, factor, now); });
     warp::fill(row_sum, 0.0f);
     warp::fold_row_sum(row_sum, scores);
     warp::fill(excess, 0.0f);
@@ -62,10 +65,12 @@ struct OnlineSoftmax {
     warp::map(shift, row_max, [=](float x) { return shift_of(x, factor); });
     // From one rounded shift to the next, so one where it stays: what a fused multiply-add keeps of
     // the product would enter the sum anew with every block.
-    warp::zip(correction, before, shift,
-              [=](float old, float now) { return math::exp2(math::mul(old, factor) - now); });
+    warp::zip(correction, before, shift, [=](float old, float now) {
+      if constexpr (kAnyScores) return math::exp2((old - now) * factor);
+      return math::exp2(math::mul(old, factor) - now);
+    });
     warp::map_rows(scores, scores, shift,
-                   [=](float s, float now) { return math::exp2(s * factor - now); });
+                   [=](float s, float now) { return weight(s, factor, now); });
     PerRow<16> block_sum;
     warp::fill(block_sum, 0.0f);
     warp::fold_row_sum(block_sum, scores);
@@ -130,15 +135,21 @@ struct OnlineSoftmax {
     warp::zip(lse, row_max, row_sum, [=](float m, float sum) {
       // Weights are relative to the rounded shift: what it is short of m is in the sum.
       const float shift = shift_of(m, factor);
-      const float rest = m == -kInfinity ? 0.0f : math::fma(m, factor, -shift);
+      const float rest = kAnyScores || m == -kInfinity ? 0.0f : math::fma(m, factor, -shift);
       return math::fma(m, scale, math::log(sum) - rest * kLn2);
     });
     return lse;
   }
 
-  // The exponent of two that weights are relative to; 0 for a row that has seen no key.
+  // What weights are relative to, an exponent of two or, with kAnyScores, a score; 0 for a row that
+  // has seen no key.
   __device__ __forceinline__ static float shift_of(float row_max, float scale_log2) {
-    return row_max == -kInfinity ? 0.0f : math::mul(row_max, scale_log2);
+    if (row_max == -kInfinity) return 0.0f;
+    return kAnyScores ? row_max : math::mul(row_max, scale_log2);
+  }
+  __device__ __forceinline__ static float weight(float score, float scale_log2, float shift) {
+    if constexpr (kAnyScores) return math::exp2((score - shift) * scale_log2);
+    return math::exp2(score * scale_log2 - shift);
   }
 
   // After finish: whether all weights of all of the warp's rows were finite.

@@ -5,6 +5,9 @@
 // The exponential multiplies by a factor anyway. So without a bias the accumulators keep what the
 // product gave, or with a cap hold t: the factor is scale or cap. With a bias they hold scores.
 // Going back, ds is p (dp - delta) times the slope 1 - t^2, which a bias does not have.
+// A bias may be the least number of its type, which masks are often added as: its multiple 1 / ln 2
+// is no number. Beside a bias, what is exponentiated is therefore a difference of scores first, and
+// a multiple of it then; lse comes to the backward pass as it is, and otherwise in base 2.
 // A sink is one more score of every row, without a key and a value.
 // Source: the cap is Gemma 2's (Gemma Team 2024, section 2); sinks after Xiao et al. 2023, section
 // 3, in the form of gpt-oss.
@@ -85,6 +88,12 @@ struct ScoreMap {
     }
   }
 
+  // The weight of a score, in units of 1 / `factor` of a power of two, relative to an lse.
+  __device__ __forceinline__ static float power(float score, float factor, float lse) {
+    if constexpr (kAdds) return math::exp2(math::mul(score - lse, factor));
+    return math::exp2(score * factor - lse);
+  }
+
   // On the way back, in two steps: to what tells hidden scores, which become -inf before the
   // second.
   template <typename Tile, typename Bias>
@@ -96,7 +105,7 @@ struct ScoreMap {
     }
   }
   // And to what ds is a multiple of: p, times the cap's slope. p itself goes to `weights`, rounded.
-  // A column is a query, with its lse in base 2, in shared memory or (without a cap) in registers.
+  // A column is a query, with its lse in shared memory or (without a cap) in registers.
   template <typename Weights, typename Tile, typename Bias, typename Lse>
   __device__ __forceinline__ void weigh(Weights& weights, Tile& scores, const Bias& bias,
                                         const Lse& lse) const {
@@ -104,8 +113,7 @@ struct ScoreMap {
     if constexpr (kCaps) {
       const auto weigh_one = [=](float t, float b, float l, float& p, float& p_slope) {
         const float bounded = math::max(t, -1.0f);  // a hidden score has no slope
-        p = math::exp2(math::fma(t, factor, b * kLog2E - l));
-        if (kAdds && t == -kInfinity) p = 0.0f;  // whatever its bias is
+        p = kAdds ? weight(t, factor, exponent(b, l)) : power(t, factor, l);
         p_slope = p * math::fma(-bounded, bounded, 1.0f);
       };
       if constexpr (kAdds) {
@@ -117,8 +125,7 @@ struct ScoreMap {
                              });
       }
     } else {
-      warp::map_cols(scores, scores, lse,
-                     [=](float s, float l) { return math::exp2(s * factor - l); });
+      warp::map_cols(scores, scores, lse, [=](float s, float l) { return power(s, factor, l); });
       warp::convert(weights, scores);
     }
   }
@@ -132,7 +139,7 @@ struct ScoreMap {
       const float factor = cap * kLog2E;
       warp::zip_cols_twice(slopes, scores, scores, bias, lse,
                            [=](float t, float b, float l, float& p_slope, float& p) {
-                             p = weight(t, factor, b * kLog2E - l);
+                             p = weight(t, factor, exponent(b, l));
                              p_slope = p * slope(t);
                            });
     } else if constexpr (kCaps) {
@@ -145,8 +152,7 @@ struct ScoreMap {
                            });
     } else {
       const float factor = unit * kLog2E;
-      warp::map_cols(scores, scores, lse,
-                     [=](float s, float l) { return math::exp2(s * factor - l); });
+      warp::map_cols(scores, scores, lse, [=](float s, float l) { return power(s, factor, l); });
     }
   }
   // What ds is a multiple of alone, where a row is a query.
@@ -155,7 +161,7 @@ struct ScoreMap {
     static_assert(!kCaps || !kAdds, "a bias is missing");
     const float factor = unit * kLog2E;
     warp::map_rows(scores, scores, lse, [=](float t, float l) {
-      const float p = math::exp2(t * factor - l);
+      const float p = power(t, factor, l);
       if constexpr (!kCaps) return p;
       return p * slope(t);
     });
@@ -167,7 +173,7 @@ struct ScoreMap {
                                              const PerRow<16>& lse) const {
     const float factor = (kCaps ? cap : gain) * kLog2E;
     Tile exponents;
-    warp::map_rows(exponents, bias, lse, [](float b, float l) { return b * kLog2E - l; });
+    warp::map_rows(exponents, bias, lse, exponent);
     warp::zip(scores, scores, exponents, [=](float t, float e) {
       const float p = weight(t, factor, e);
       if constexpr (!kCaps) return p;
@@ -178,7 +184,12 @@ struct ScoreMap {
  private:
   // Zero for a hidden score, whatever its bias is.
   __device__ __forceinline__ static float weight(float t, float factor, float exponent) {
-    return t == -kInfinity ? 0.0f : math::exp2(math::fma(t, factor, exponent));
+    const float p = math::exp2(math::fma(t, factor, exponent));
+    return t == -kInfinity ? 0.0f : p;
+  }
+  // What a bias and an lse come to, in powers of two.
+  __device__ __forceinline__ static float exponent(float bias, float lse) {
+    return math::mul(bias - lse, kLog2E);
   }
   // Of the cap at t = tanh; a hidden score has none.
   __device__ __forceinline__ static float slope(float t) {

@@ -18,7 +18,7 @@ from jax.custom_batching import custom_vmap
 from tk_jax import _dispatch, _ffi
 from tk_jax.ops.attention import blocks, config, xla
 
-# Bounds of biases and sinks in the kernels, which count in base 2.
+# Of sinks in the kernels.
 _LARGEST = 2.0**127
 
 
@@ -201,7 +201,7 @@ def kernel_backward(
     fragments = (*rows[:2], rows[2] // config.FRAGMENT_ROWS)
     workspaces = (
         ("delta", rows, jnp.float32),
-        ("lse_log2", rows, jnp.float32),
+        ("scaled_lse", rows, jnp.float32),
         ("dq_acc", (*rows, narrow or 0), jnp.float32),
         ("dq_order", fragments, jnp.int32),
     )
@@ -228,14 +228,16 @@ def kernel_backward(
         config=tiles,
     )
     dq, dk, dv = (_unfold(x, leading) for x in gradients[:3])
-    delta, lse_log2 = gradients[3:5]
-    dbias = _gradient_of_bias(options, q, k, v, dout, delta, lse_log2, extras, leading)
+    delta, scaled_lse = gradients[3:5]
+    dbias = _gradient_of_bias(
+        options, q, k, v, dout, delta, scaled_lse, extras, leading
+    )
     delta = delta[:, :, :seqlen_q]
     dsinks = _gradient_of_sinks(extras.sinks, leading, lse, delta)
     return dq, dk, dv, dbias, dsinks
 
 
-def _gradient_of_bias(options, q, k, v, dout, delta, lse_log2, extras, batch):
+def _gradient_of_bias(options, q, k, v, dout, delta, scaled_lse, extras, batch):
     """What ``extras.bias`` is, by a pass of its own: XLA drops it where nobody asks."""
     bias = extras.bias
     if bias is None:
@@ -263,7 +265,7 @@ def _gradient_of_bias(options, q, k, v, dout, delta, lse_log2, extras, batch):
         v,
         dout,
         delta,
-        lse_log2,
+        scaled_lse,
         *arrays,
         options=options.for_kernel(),
     )
@@ -345,7 +347,7 @@ def _extra_arrays(extras: config.Extras, batch, q, k, tiles, *, backward):
         *segment_ids,
         mask,
         # One of q's dtype goes as it is, any other in float32.
-        _bounded(shared(extras.bias, _bias_dtype(extras.bias, q.dtype), 3)),
+        shared(extras.bias, _bias_dtype(extras.bias, q.dtype), 3),
         _bounded(shared(extras.sinks, jnp.float32, 1)),
         block_map(transposed=False),
         block_map(transposed=True),
@@ -356,16 +358,13 @@ def _bias_dtype(bias, dtype):
     return dtype if bias is None or bias.dtype == dtype else jnp.float32
 
 
-def _bounded(x):
-    """Numbers of which the kernels can take the multiple 1 / ln 2; infinities stay.
+def _bounded(sinks):
+    """Sinks of which the kernels can take the multiple 1 / ln 2; infinities stay.
 
-    Masks are often added as the least number of a dtype, which has no such multiple:
-    where all that a row has seen is that, its maximum would be -inf and its sum NaN.
+    Where a sink is all that a row sees it is its lse, which the backward pass takes in
+    base 2: of the least number of a dtype there is no such multiple.
     """
-    if x.dtype == jnp.float16:
-        return x
-    largest = jnp.asarray(_LARGEST, x.dtype)
-    return jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
+    return jnp.where(jnp.isinf(sinks), sinks, jnp.clip(sinks, -_LARGEST, _LARGEST))
 
 
 def _fold(x, rank):
