@@ -5,7 +5,9 @@ from tests.mutation import Mutation
 _FORWARD = "kernels/attention/forward.cuh"
 _SOFTMAX = "kernels/attention/online_softmax.cuh"
 _PIPELINE = "include/tk/pipeline.cuh"
-_SKIP = "for (; is_hidden(tile, own_end);"
+_SKIP_TURN = "const auto skip_turn"
+_LEAVE = "const auto leave_block"
+_HIDDEN = "if (others_go_on) {"
 _FIRST = "if (tile.empty()) {"
 _LOOP = "Blocks keys = tile.keys;"
 
@@ -15,7 +17,7 @@ def _forward(what, old, new="", after="", file=_FORWARD):
 
 
 MUTATIONS = [
-    _forward("no wait for q", "shared.q_ring.wait(q_state);"),
+    _forward("no wait for q", "q_ring.wait(q_state);"),
     _forward("no wait for the first k", "shared.k_ring.wait(k_state);", after=_FIRST),
     _forward("no wait for v", "shared.v_ring.wait(v_state);"),
     _forward("scores used before their wait", "warpgroup::mma_wait<0>(s_acc);"),
@@ -35,7 +37,7 @@ MUTATIONS = [
         "release_keys();\n        warpgroup::mma_wait<0>(s_acc);",
     ),
     _forward("v never released", "shared.v_ring.release(v_state);"),
-    _forward("q never released", "shared.q_ring.release(q_done);"),
+    _forward("q never released", "q_ring.release(q_done);"),
     _forward(
         "q, of one stage, never released",
         "release_queries();",
@@ -52,7 +54,7 @@ MUTATIONS = [
         "o_acc, first_query + 1, 0);",
     ),
     _forward("consumers never turn to the next q", "q_state = q_next;"),
-    _forward("the next tile's q not waited for", "shared.q_ring.wait(q_next);"),
+    _forward("the next tile's q not waited for", "q_ring.wait(q_next);"),
     _forward(
         "the next tile's scores from this tile's q",
         "issue_scores(q_next.stage);",
@@ -65,8 +67,8 @@ MUTATIONS = [
     ),
     _forward(
         "too few bytes expected of q",
-        "kConsumers * QTile::kBytes",
-        "QTile::kBytes",
+        "kConsumers / kQRings * QTile::kBytes",
+        "QTile::kBytes / 2",
     ),
     _forward(
         "too many bytes expected of k",
@@ -96,13 +98,13 @@ MUTATIONS = [
     ),
     _forward(
         "one block too many goes unmasked",
-        "tile.unmasked_end = (keys.all_end - 1) / kBlockKv;",
-        "tile.unmasked_end = (keys.all_end - 1) / kBlockKv + 1;",
+        "tile.unmasked_end = (kWalksUp ? keys.all_end : keys.all_end - 1) / kBlockKv;",
+        "tile.unmasked_end = keys.all_end / kBlockKv + 1;",
     ),
     _forward(
         "too few arrivals expected for q",
-        "shared.q_ring.init(4 * kConsumers);",
-        "shared.q_ring.init(kConsumers);",
+        "ring.init(4 * kConsumers / kQRings);",
+        "ring.init(kConsumers / kQRings);",
     ),
     _forward(
         "one arrival too few expected for k",
@@ -141,20 +143,37 @@ MUTATIONS = [
         "return keys.end / kBlockKv;",
     ),
     _forward(
-        "no wait for k that is left out", "shared.k_ring.wait(k_state);", after=_SKIP
+        "no wait for k that is left out", "shared.k_ring.wait(k_state);", after=_LEAVE
     ),
     _forward(
-        "no wait for v that is left out", "shared.v_ring.wait(v_state);", after=_SKIP
+        "no wait for v that is left out", "shared.v_ring.wait(v_state);", after=_LEAVE
     ),
-    _forward("k that is left out is kept", "release_keys();", after=_SKIP),
-    _forward("v that is left out is kept", "release_values();", after=_SKIP),
+    _forward("k that is left out is kept", "release_keys();", after=_LEAVE),
+    _forward("v that is left out is kept", "release_values();", after=_LEAVE),
     _forward(
-        "no turn for a block that is left out", "wait_turn(consumer);", after=_SKIP
+        "no turn for a block that is left out", "wait_turn(consumer);", after=_SKIP_TURN
     ),
     _forward(
         "the turn of a block that is left out is kept",
         "pass_turn(consumer);",
-        after=_SKIP,
+        after=_SKIP_TURN,
+    ),
+    _forward(
+        "what others see after a consumer's last block is kept",
+        "leave_block(has_turn);",
+        ";",
+        after=_HIDDEN,
+    ),
+    _forward(
+        "a turn too many for what others see after a consumer's last block",
+        "bool has_turn = false;",
+        "bool has_turn = true;",
+        after=_HIDDEN,
+    ),
+    _forward(
+        "no turn beside the others' next scores, after blocks that only they see",
+        "if (linked) skip_turn();",
+        after=_HIDDEN,
     ),
     _forward(
         "one turn too many before the first scores",
@@ -163,11 +182,12 @@ MUTATIONS = [
     ),
     _forward(
         "no turn for the last product where the next tile starts without scores",
-        "if (linked) wait_turn(consumer);",
+        "if (takes_turn) wait_turn(consumer);",
     ),
     _forward(
         "no turn for a tile of which a consumer sees nothing",
-        "wait_turn(consumer);",
+        "skip_turn();",
+        ";",
         after="valid = receive(tile);",
     ),
     _forward(

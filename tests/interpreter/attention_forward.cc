@@ -77,6 +77,11 @@ std::string check_all(std::uint64_t seed) {
     wrong =
         check_forward<Mask::kNone, 128, 64>({2, 70, 210, 2, 2, 64, kNoFirst, kNoLast}, 1, 1, seed);
   }
+  // Several blocks that only the second consumer's queries see.
+  if (wrong.empty()) {
+    wrong =
+        check_forward<Mask::kCausal, 128, 16>({1, 150, 150, 2, 1, 64, kNoFirst, 0}, 1, 10, seed);
+  }
   // Consumers before the first query, with queries that see no key, and with blocks to leave out.
   if (wrong.empty()) {
     wrong =

@@ -83,7 +83,20 @@ struct BlocksDown<true> {
   }
 };
 
-// Up from the first block to visit from `begin` on to the last before `end`.
+// Up from the first block to visit to the last before `end`.
+struct BlocksUp {
+  int first, end;
+
+  __device__ __forceinline__ void start(int from, int to, const MapRow&) {
+    first = from;
+    end = to;
+  }
+  __device__ __forceinline__ bool valid() const { return first != end; }
+  __device__ __forceinline__ int block() const { return first; }
+  __device__ __forceinline__ void next(const MapRow&) { ++first; }
+};
+
+// The same with a map: up from the first block to visit from `begin` on to the last before `end`.
 struct MappedBlocksUp {
   int block, end;
   uint32 left, whole;

@@ -6,16 +6,17 @@
 // which is not looked for again (FlashDecoding++, Hong et al. 2023, section 3): whether they grow
 // large shows in their sums, in time to correct them, and a tile in which one overflowed is walked
 // once more, each maximum looked for. Grid: persistent. A tile is kBlockQ queries of one head; it
-// walks its keys from the last visible block to the first. Causal tiles are taken longest first, by
-// sections of heads that share L2. Roles: a producer warp says what the next tile is and loads
-// rings of q, k and v; kBlockQ / 64 consumer warpgroups own 64 queries each, and give back the
-// first blocks of a tile that only the others' queries see. A consumer issues the next block's
-// scores before this block's p v, so that its softmax runs beside the products; where shared memory
-// has room for the next tile's q, across tiles too. The consumers take turns at issuing, so that
-// one's softmax runs beside another's products. A tile's rows of out leave through the memory of
-// its q, or, where it has but one stage, straight from the registers. Budget at D = 128, 128 x 128,
-// 2 stages: 192 KB of shared memory (q and out 64, k and v 128); 160 registers of s, p and o a
-// thread. Limit: tensor cores at D = 128; exp2 as much as they at D = 64.
+// walks its keys from the last visible block to the first or, where a causal mask lets them end at
+// the queries, up to it. Causal tiles are taken longest first, by sections of heads that share L2.
+// Roles: a producer warp says what the next tile is and loads rings of q, k and v; kBlockQ / 64
+// consumer warpgroups own 64 queries each, and give back the blocks at the diagonal's end that only
+// the others' queries see. A consumer issues the next block's scores before this block's p v, so
+// that its softmax runs beside the products; where shared memory has room for the next tile's q,
+// across tiles too. The consumers take turns at issuing, so that one's softmax runs beside
+// another's products. A tile's rows of out leave through the memory of its q, or, where it has but
+// one stage, straight from the registers. Budget at D = 128, 128 x 128, 2 stages: 192 KB of shared
+// memory (q and out 64, k and v 128); 160 registers of s, p and o a thread. Limit: tensor cores at
+// D = 128; exp2 as much as they at D = 64.
 #pragma once
 
 #include "kernels/attention/attention.h"
@@ -54,6 +55,13 @@ struct Forward {
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kConsumers == 2 ? 24 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
 
+  // Whether tiles differ in how many keys they see.
+  static constexpr bool kMasked = Traits::kMask != Mask::kNone;
+  static constexpr bool kMapped = (kFeatures & kMapFeatures) != 0;
+  // Whether tiles walk their keys up. Those of a head, which run together, then load the same
+  // blocks at the same time, and come to new ones one after another, not all at their start.
+  static constexpr bool kWalksUp = Traits::kMask == Mask::kCausal && !kMapped && kConsumers <= 2;
+
   using QTile = SharedTile<T, 64, kHeadDim>;
   using KTile = SharedTile<T, kBlockKv, kHeadDim>;
   using VTile = SharedTile<T, kBlockKv, kHeadDimV>;
@@ -72,6 +80,8 @@ struct Forward {
   // Whether out leaves straight from the registers. Then the one stage of q there is room for is
   // free for the next tile's as soon as the last scores are there.
   static constexpr bool kOutFromRegisters = kQStages == 1;
+  // Then each consumer's rows of q have a ring of their own: whose queries see less goes ahead.
+  static constexpr int kQRings = kOutFromRegisters && kWalksUp ? kConsumers : 1;
   using Tiles = MessagePipeline<2, 5>;
   using Marks = Ballot<4 * kConsumers>;
 
@@ -86,16 +96,13 @@ struct Forward {
     VTile v_smem[Traits::kStages];
     Tiles tiles;
     Marks marks;
-    QRing q_ring;
+    QRing q_rings[kQRings];
     Ring k_ring, v_ring;
   };
   static_assert(sizeof(Shared) + 1024 <=
                     forward_shared_bytes(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages}),
                 "attention.h's forward_shared_bytes covers the kernel's shared memory");
 
-  // Whether tiles differ in how many keys they see.
-  static constexpr bool kMasked = Traits::kMask != Mask::kNone;
-  static constexpr bool kMapped = (kFeatures & kMapFeatures) != 0;
   // Whether blocks that all queries see are weighed by the maximum of those before.
   static constexpr bool kKeepsMax = kFeatures == 0;
   // Of a block's keys, those that are then weighed beside the product p v of the block before. With
@@ -104,7 +111,7 @@ struct Forward {
 
   enum Turn : int { kTurn = kFirstKernelBarrier };  // one for each consumer
 
-  using Blocks = BlocksDown<kMapped>;
+  using Blocks = Select<kWalksUp, BlocksUp, BlocksDown<kMapped>>;
   using Walk = ForwardWalk<Traits>;
   // A tile on the way through its key blocks.
   struct Tile {
@@ -133,7 +140,7 @@ struct Forward {
   __device__ __forceinline__ static void init(const ForwardParams&, Shared& shared) {
     shared.tiles.init(4 * kConsumers);
     shared.marks.init();
-    shared.q_ring.init(4 * kConsumers);
+    for (QRing& ring : shared.q_rings) ring.init(4 * kConsumers / kQRings);
     shared.k_ring.init(4 * kConsumers);
     shared.v_ring.init(4 * kConsumers);
   }
@@ -155,9 +162,10 @@ struct Forward {
                                          place.first_block, place.end_block});
         }
         Tile tile = tile_at(params, place);
-        shared.q_ring.acquire(q_state, kConsumers * QTile::kBytes);
         for (int i = 0; i < kConsumers; ++i) {
-          tma::load(shared.rows[q_state.stage][i].q_smem, params.q, shared.q_ring.full(q_state),
+          QRing& ring = shared.q_rings[i % kQRings];
+          if (i < kQRings) ring.acquire(q_state, kConsumers / kQRings * QTile::kBytes);
+          tma::load(shared.rows[q_state.stage][i].q_smem, params.q, ring.full(q_state),
                     tma::Keep::kBriefly, 0, tile.first_query + 64 * i, tile.head, tile.batch);
         }
         q_state.advance();
@@ -203,6 +211,7 @@ struct Forward {
     Output o_acc;
     typename Map::template BiasTile<kBlockKv> bias;
 
+    QRing& q_ring = shared.q_rings[kQRings == 1 ? 0 : consumer];
     const auto issue_scores = [&](int q_stage) {
       warpgroup::mm_ABt(s_acc, operand<kFewRegisters>(shared.rows[q_stage][consumer].q_smem),
                         shared.k_smem[k_state.stage]);
@@ -250,12 +259,12 @@ struct Forward {
     const auto release_rows = [&] {
       if (!kOutFromRegisters && q_done != q_state) {
         if (warpgroup::leader()) tma::wait_read<0>();
-        shared.q_ring.release(q_done);
+        q_ring.release(q_done);
         q_done.advance();
       }
     };
     const auto release_queries = [&] {
-      if (kOutFromRegisters) shared.q_ring.release(q_state);
+      if (kOutFromRegisters) q_ring.release(q_state);
     };
 
     typename Tiles::State tile_state;
@@ -292,9 +301,22 @@ struct Forward {
       if (first_query < 0 || first_query >= bounds.seqlen_q) return 0;
       const VisibleKeys keys = visible_keys<Traits::kMask>(first_query, 64, bounds);
       tile.unmasked_first = ceil_div(keys.all_begin, kBlockKv);
-      // Where some query sees nothing of the first blocks, it has a maximum after the next.
-      tile.unmasked_end = (keys.all_end - 1) / kBlockKv;
+      // On the way down, a query that sees nothing of the first blocks has a maximum after the
+      // next.
+      tile.unmasked_end = (kWalksUp ? keys.all_end : keys.all_end - 1) / kBlockKv;
       return ceil_div(keys.end, kBlockKv);
+    };
+    const auto skip_turn = [&] {
+      wait_turn(consumer);
+      pass_turn(consumer);
+    };
+    // A block that only others see: all take as many turns.
+    const auto leave_block = [&](bool has_turn) {
+      if (has_turn) skip_turn();
+      shared.k_ring.wait(k_state);
+      release_keys();
+      shared.v_ring.wait(v_state);
+      release_values();
     };
     const auto is_hidden = [](const Tile& tile, int own_end) {
       return kMasked && !tile.empty() && tile.keys.block() >= own_end;
@@ -307,21 +329,13 @@ struct Forward {
       while (kMasked ? valid : walk.valid()) {
         if constexpr (!kMasked) tile = tile_at(params, walk.place());
         const bool visited = !tile.empty();
-        const int own_end = narrow(tile);
+        int own_end = narrow(tile);
         Softmax softmax(unit_log2);
-        shared.q_ring.wait(q_state);
-        // Blocks that others see: all take as many turns. The first has one only beside the last
-        // product of the tile before.
+        q_ring.wait(q_state);
+        // The first block has a turn only beside the last product of the tile before.
         bool first = true;
         for (; is_hidden(tile, own_end); tile.keys.next(map_row(params, tile)), first = false) {
-          if (!first) {
-            wait_turn(consumer);
-            pass_turn(consumer);
-          }
-          shared.k_ring.wait(k_state);
-          release_keys();
-          shared.v_ring.wait(v_state);
-          release_values();
+          leave_block(!first);
         }
         if (tile.empty()) {
           warp::zero(o_acc);
@@ -330,10 +344,7 @@ struct Forward {
           q_state.advance();
           release_rows();
           valid = receive(tile);
-          if (visited && kQStages > 1 && valid && !tile.empty()) {
-            wait_turn(consumer);
-            pass_turn(consumer);
-          }
+          if (visited && kQStages > 1 && valid && !tile.empty()) skip_turn();
           continue;
         }
         shared.k_ring.wait(k_state);
@@ -352,7 +363,9 @@ struct Forward {
         for (bool chained = true; chained;) {
           bool accumulate = false;
           Blocks keys = tile.keys;
-          for (keys.next(map_row(params, tile)); keys.valid(); keys.next(map_row(params, tile))) {
+          for (keys.next(map_row(params, tile));
+               keys.valid() && !(kWalksUp && keys.block() >= own_end);
+               keys.next(map_row(params, tile))) {
             shared.k_ring.wait(k_state);
             wait_turn(consumer);
             issue_scores(q_state.stage);
@@ -388,11 +401,13 @@ struct Forward {
           Tile next = tile;
           valid = receive(next);
           const bool linked = kQStages > 1 && valid && !next.empty();
-          chained = linked && !is_hidden(next, narrow(next));
+          const bool others_go_on = kWalksUp && keys.valid();
+          if (!others_go_on && linked) own_end = narrow(next);
+          chained = !others_go_on && linked && !is_hidden(next, own_end);
           auto q_next = q_state;
           q_next.advance();
           if (chained) {
-            shared.q_ring.wait(q_next);
+            q_ring.wait(q_next);
             shared.k_ring.wait(k_state);
             wait_turn(consumer);
             issue_scores(q_next.stage);
@@ -411,11 +426,20 @@ struct Forward {
             warp::convert(p, s_acc);
             softmax = next_softmax;
           } else {
-            if (linked) wait_turn(consumer);
+            const bool takes_turn = linked || others_go_on;
+            if (takes_turn) wait_turn(consumer);
             issue_output(accumulate);
-            if (linked) pass_turn(consumer);
+            if (takes_turn) pass_turn(consumer);
             warpgroup::mma_wait<0>(o_acc, p);
             release_values();
+            if (others_go_on) {
+              // The first one's turn was the product's.
+              for (bool has_turn = false; keys.valid();
+                   keys.next(map_row(params, tile)), has_turn = true) {
+                leave_block(has_turn);
+              }
+              if (linked) skip_turn();
+            }
             finish(params, shared, consumer, q_state.stage, o_acc, softmax, tile);
           }
           tile = next;
