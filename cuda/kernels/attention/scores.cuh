@@ -113,7 +113,7 @@ struct ScoreMap {
     if constexpr (kCaps) {
       const auto weigh_one = [=](float t, float b, float l, float& p, float& p_slope) {
         const float bounded = math::max(t, -1.0f);  // a hidden score has no slope
-        p = kAdds ? weight(t, factor, exponent(b, l)) : power(t, factor, l);
+        p = kAdds ? weight(t, cap, b, l) : power(t, factor, l);
         p_slope = p * math::fma(-bounded, bounded, 1.0f);
       };
       if constexpr (kAdds) {
@@ -136,10 +136,10 @@ struct ScoreMap {
   __device__ __forceinline__ void weigh_apart(Slopes& slopes, Tile& scores, const Bias& bias,
                                               const SharedVec<float, kN>& lse) const {
     if constexpr (kCaps && kAdds) {
-      const float factor = cap * kLog2E;
+      const float factor = cap;
       warp::zip_cols_twice(slopes, scores, scores, bias, lse,
                            [=](float t, float b, float l, float& p_slope, float& p) {
-                             p = weight(t, factor, exponent(b, l));
+                             p = weight(t, factor, b, l);
                              p_slope = p * slope(t);
                            });
     } else if constexpr (kCaps) {
@@ -171,25 +171,30 @@ struct ScoreMap {
   template <typename Tile, typename Bias>
   __device__ __forceinline__ void weigh_with(Tile& scores, const Bias& bias,
                                              const PerRow<16>& lse) const {
-    const float factor = (kCaps ? cap : gain) * kLog2E;
-    Tile exponents;
-    warp::map_rows(exponents, bias, lse, exponent);
-    warp::zip(scores, scores, exponents, [=](float t, float e) {
-      const float p = weight(t, factor, e);
-      if constexpr (!kCaps) return p;
-      return p * slope(t);
-    });
+    const float factor = kCaps ? cap : gain;
+    const auto weigh = [](float s, float l) { return power(s, kLog2E, l); };
+    const auto add = [=](float t, float b) { return score(t, factor, b); };
+    if constexpr (kCaps) {
+      Tile weights;
+      warp::zip(weights, scores, bias, add);
+      warp::map_rows(weights, weights, lse, weigh);
+      warp::zip(scores, scores, weights, [](float t, float p) { return p * slope(t); });
+    } else {
+      warp::zip(scores, scores, bias, add);
+      warp::map_rows(scores, scores, lse, weigh);
+    }
   }
 
  private:
-  // Zero for a hidden score, whatever its bias is.
-  __device__ __forceinline__ static float weight(float t, float factor, float exponent) {
-    const float p = math::exp2(math::fma(t, factor, exponent));
-    return t == -kInfinity ? 0.0f : p;
+  // Of what has no bias yet. A hidden score stays hidden, whatever its bias is.
+  __device__ __forceinline__ static float score(float t, float factor, float bias) {
+    const float score = math::fma(t, factor, bias);
+    return t == -kInfinity ? t : score;
   }
-  // What a bias and an lse come to, in powers of two.
-  __device__ __forceinline__ static float exponent(float bias, float lse) {
-    return math::mul(bias - lse, kLog2E);
+  // The same and its weight.
+  __device__ __forceinline__ static float weight(float t, float factor, float bias, float lse) {
+    const float p = power(math::fma(t, factor, bias), kLog2E, lse);
+    return t == -kInfinity ? 0.0f : p;
   }
   // Of the cap at t = tanh; a hidden score has none.
   __device__ __forceinline__ static float slope(float t) {
