@@ -33,7 +33,7 @@ class BackwardCall {
         lse("lse", s.rows()),
         dlse("dlse", s.rows()),
         delta("delta", padded_rows),
-        lse_log2("lse_log2", padded_rows),
+        scaled_lse("scaled_lse", padded_rows),
         dq_acc("dq_acc", padded_rows * dq_columns),
         dq_order("dq_order", padded_rows / 64) {
     q.fill_normal(1);
@@ -49,7 +49,7 @@ class BackwardCall {
     for (const Array<bf16>* array : {&q, &k, &v, &out, &dout}) array->give(memory, true);
     for (const Array<bf16>* array : {&dq, &dk, &dv}) array->give(memory, false);
     for (const Array<float>* array : {&lse, &dlse}) array->give(memory, true);
-    for (const Array<float>* array : {&delta, &lse_log2, &dq_acc}) array->give(memory, false);
+    for (const Array<float>* array : {&delta, &scaled_lse, &dq_acc}) array->give(memory, false);
     memory.add("dq_order", dq_order.data(), dq_order.size() * sizeof(int), false);
     launch.seed = seed;
     launch.resident_blocks = kMultiprocessors;
@@ -78,7 +78,8 @@ class BackwardCall {
     params.lse = lse.data();
     params.dlse = dlse.data();
     params.delta = delta.data();
-    params.lse_log2 = lse_log2.data();
+    params.scaled_lse = scaled_lse.data();
+    params.lse_factor = kLog2E;
     params.dq_acc = dq_acc.data();
     params.dq_order = dq_order.data();
     params.next_tile = reinterpret_cast<int*>(dq.data());
@@ -95,7 +96,7 @@ class BackwardCall {
   template <typename Params>
   void set_problem(Params& params) {
     params.delta = delta.data();
-    params.lse_log2 = lse_log2.data();
+    params.scaled_lse = scaled_lse.data();
     params.batch = s.batch;
     params.seqlen_q = s.seqlen_q;
     params.seqlen_kv = s.seqlen_kv;
@@ -131,7 +132,7 @@ class BackwardCall {
   const int padded_q;
   const std::size_t padded_rows;
   Array<bf16> q, k, v, out, dout, dq, dk, dv;
-  Array<float> lse, dlse, delta, lse_log2, dq_acc;
+  Array<float> lse, dlse, delta, scaled_lse, dq_acc;
   Array<int> dq_order;
   const ExactAttention* exact = nullptr;
   interpreter::Memory memory;
