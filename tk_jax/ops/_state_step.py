@@ -140,12 +140,16 @@ def unsupported(
     return None
 
 
-def run_chosen(choice: _dispatch.Choice, tk: Callable, xla: Callable, arrays):
+def run_chosen(
+    choice: _dispatch.Choice, tk: Callable, xla: Callable, arrays, *, empty: bool
+):
     """``tk(arrays)`` or ``xla(arrays)``, as ``choice`` says, for a tree of arrays.
 
     Both have results of the same types, and derivatives are always those of ``xla``, of
-    any order and in either mode.
+    any order and in either mode. Where the results are ``empty`` no kernel is launched.
     """
+    if empty or choice.cuda == "xla":
+        return xla(arrays)
 
     @jax.custom_jvp
     def run(arrays):

@@ -308,12 +308,13 @@ def _hedgehog_attention_step(call, inputs):
 def _run_step(call, inputs):
     length = inputs.state.length + 1  # varies as that of before
     inputs = _dispatch.vary_together_in(inputs)
-    run_xla = functools.partial(step.xla_step, call.options)
-    if call.choice.cuda == "xla" or inputs.q.size == 0:
-        out, state = run_xla(inputs)
-    else:
-        run_tk = functools.partial(step.kernel_step, call.options)
-        out, state = _state_step.run_chosen(call.choice, run_tk, run_xla, inputs)
+    out, state = _state_step.run_chosen(
+        call.choice,
+        functools.partial(step.kernel_step, call.options),
+        functools.partial(step.xla_step, call.options),
+        inputs,
+        empty=inputs.q.size == 0,
+    )
     state = state._replace(length=length)
     out = checkpoint_name(out, "tk_hedgehog_attention_out")
     return out, checkpoint_name(state, "tk_hedgehog_attention_state")

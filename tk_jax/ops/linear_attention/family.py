@@ -167,12 +167,13 @@ def run_step(call: Call, q, k, v, log_decay, state):
 def _run_step(call, *arrays):
     op = call.op
     arrays = _dispatch.vary_together_in(arrays)
-    run_xla = functools.partial(_xla_step, call)
-    if call.choice.cuda == "xla" or arrays[2].size == 0:
-        out, state = run_xla(arrays)
-    else:
-        run_tk = functools.partial(_kernel_step, call)
-        out, state = _state_step.run_chosen(call.choice, run_tk, run_xla, arrays)
+    out, state = _state_step.run_chosen(
+        call.choice,
+        functools.partial(_kernel_step, call),
+        functools.partial(_xla_step, call),
+        arrays,
+        empty=arrays[2].size == 0,
+    )
     out = checkpoint_name(out, f"tk_{op.name}_out")
     state = checkpoint_name(state, f"tk_{op.name}_state")
     return out, NormalizedState(*state) if call.options.normalize else state

@@ -280,12 +280,13 @@ def _ssd_step(call, inputs):
 
 def _run_step(call, inputs):
     inputs = _dispatch.vary_together_in(inputs)
-    run_xla = functools.partial(step.xla_step, call.options)
-    if call.choice.cuda == "xla" or inputs.x.size == 0:
-        y, state = run_xla(inputs)
-    else:
-        run_tk = functools.partial(step.kernel_step, call.options)
-        y, state = _state_step.run_chosen(call.choice, run_tk, run_xla, inputs)
+    y, state = _state_step.run_chosen(
+        call.choice,
+        functools.partial(step.kernel_step, call.options),
+        functools.partial(step.xla_step, call.options),
+        inputs,
+        empty=inputs.x.size == 0,
+    )
     y = checkpoint_name(y, "tk_ssd_out")
     return y, checkpoint_name(state, "tk_ssd_state")
 
