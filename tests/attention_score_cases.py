@@ -262,4 +262,6 @@ CASES = [
         soft_cap=2.0,
         bias="HTS",
     ),
+    # Steps of 48 keys: of a tile's, its first queries do not see the last two.
+    ScoreCase(Case(1, 250, 250, 2, 1, 256, "causal"), bias="TS"),
 ]

@@ -59,8 +59,11 @@ struct Forward {
   static constexpr bool kMasked = Traits::kMask != Mask::kNone;
   static constexpr bool kMapped = (kFeatures & kMapFeatures) != 0;
   // Whether tiles walk their keys up. Those of a head, which run together, then load the same
-  // blocks at the same time, and come to new ones one after another, not all at their start.
-  static constexpr bool kWalksUp = Traits::kMask == Mask::kCausal && !kMapped && kConsumers <= 2;
+  // blocks at the same time, and come to new ones one after another, not all at their start. A
+  // consumer asks for the next tile before it gives back what only the other's queries see: of that
+  // there must be one block at most, and room for it.
+  static constexpr bool kWalksUp = Traits::kMask == Mask::kCausal && !kMapped && kConsumers <= 2 &&
+                                   kBlockKv >= 64 && Traits::kStages >= 2;
 
   using QTile = SharedTile<T, 64, kHeadDim>;
   using KTile = SharedTile<T, kBlockKv, kHeadDim>;
