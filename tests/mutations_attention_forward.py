@@ -143,6 +143,9 @@ MUTATIONS = [
         "return keys.end / kBlockKv;",
     ),
     _forward(
+        "no wait for k that is left out", "shared.k_ring.wait(k_state);", after=_LEAVE
+    ),
+    _forward(
         "no wait for v that is left out", "shared.v_ring.wait(v_state);", after=_LEAVE
     ),
     _forward("k that is left out is kept", "release_keys();", after=_LEAVE),

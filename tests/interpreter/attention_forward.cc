@@ -77,6 +77,10 @@ std::string check_all(std::uint64_t seed) {
     wrong =
         check_forward<Mask::kNone, 128, 64>({2, 70, 210, 2, 2, 64, kNoFirst, kNoLast}, 1, 1, seed);
   }
+  // The same walked down: with the blocks to leave out first.
+  if (wrong.empty()) {
+    wrong = check_forward<Mask::kBand, 128, 64>({1, 200, 200, 2, 1, 64, -200, 0}, 2, 10, seed);
+  }
   // Several blocks that only the second consumer's queries see.
   if (wrong.empty()) {
     wrong =
