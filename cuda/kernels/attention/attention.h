@@ -174,8 +174,8 @@ constexpr int forward_shared_bytes(long head_dim, long head_dim_v, const Forward
 //   prepare, wide, wide dq  where either is beyond
 // Workspaces, all written before they are read:
 //   delta, scaled_lse  fp32 [B, H, padded_queries(T)]
-//   dq_acc           fp32 [B, H, padded_queries(T), D], as 64x64 fragments; wide: D is 0
-//   dq_order         int32 [B, H, padded_queries(T) / 64]
+//   dq_acc             fp32 [B, H, padded_queries(T), D], as 64x64 fragments; wide: D is 0
+//   dq_order           int32 [B, H, padded_queries(T) / 64]
 constexpr bool is_wide(long head_dim, long head_dim_v) {
   return head_dim > 128 || head_dim_v > 128;
 }

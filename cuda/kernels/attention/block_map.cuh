@@ -30,9 +30,8 @@ struct MapRow {
   }
 };
 
-// Down from the last block to visit before `end` to the first from `first` on.
-template <bool kMapped>
-struct BlocksDown {
+// The blocks that are still to visit, where there is no map.
+struct BlocksLeft {
   int first, end;
 
   __device__ __forceinline__ void start(int from, int to, const MapRow&) {
@@ -40,6 +39,11 @@ struct BlocksDown {
     end = to;
   }
   __device__ __forceinline__ bool valid() const { return first != end; }
+};
+
+// Down from the last block to visit before `end` to the first from `first` on.
+template <bool kMapped>
+struct BlocksDown : BlocksLeft {
   __device__ __forceinline__ int block() const { return end - 1; }
   __device__ __forceinline__ void next(const MapRow&) { --end; }
 };
@@ -84,14 +88,7 @@ struct BlocksDown<true> {
 };
 
 // Up from the first block to visit to the last before `end`.
-struct BlocksUp {
-  int first, end;
-
-  __device__ __forceinline__ void start(int from, int to, const MapRow&) {
-    first = from;
-    end = to;
-  }
-  __device__ __forceinline__ bool valid() const { return first != end; }
+struct BlocksUp : BlocksLeft {
   __device__ __forceinline__ int block() const { return first; }
   __device__ __forceinline__ void next(const MapRow&) { ++first; }
 };
