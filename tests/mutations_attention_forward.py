@@ -77,9 +77,9 @@ MUTATIONS = [
     ),
     _forward(
         "the last block of keys is not loaded",
-        "for (; tile.keys.valid(); tile.keys.next(map_row(params, tile)),",
-        "for (tile.keys.next(map_row(params, tile)); tile.keys.valid();\n"
-        "           tile.keys.next(map_row(params, tile)),",
+        "for (; tile.keys.valid(); tile.keys.next(Walk::map_row(params, tile)),",
+        "for (tile.keys.next(Walk::map_row(params, tile)); tile.keys.valid();\n"
+        "           tile.keys.next(Walk::map_row(params, tile)),",
     ),
     _forward(
         "keys loaded one row too far",

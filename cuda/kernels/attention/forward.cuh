@@ -20,7 +20,6 @@
 #pragma once
 
 #include "kernels/attention/attention.h"
-#include "kernels/attention/block_map.cuh"
 #include "kernels/attention/forward_walk.cuh"
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/online_softmax.cuh"
@@ -55,15 +54,11 @@ struct Forward {
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kConsumers == 2 ? 24 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
 
-  // Whether tiles differ in how many keys they see.
-  static constexpr bool kMasked = Traits::kMask != Mask::kNone;
-  static constexpr bool kMapped = (kFeatures & kMapFeatures) != 0;
-  // Whether tiles walk their keys up. Those of a head, which run together, then load the same
-  // blocks at the same time, and come to new ones one after another, not all at their start. A
-  // consumer asks for the next tile before it gives back what only the other's queries see: of that
-  // there must be one block at most, and room for it.
-  static constexpr bool kWalksUp = Traits::kMask == Mask::kCausal && !kMapped && kConsumers <= 2 &&
-                                   kBlockKv >= 64 && Traits::kStages >= 2;
+  using Walk = ForwardWalk<Traits>;
+  using Blocks = typename Walk::Blocks;
+  using Tile = typename Walk::Tile;
+  static constexpr bool kMasked = Walk::kMasked, kMapped = Walk::kMapped;
+  static constexpr bool kWalksUp = Walk::kWalksUp;
 
   using QTile = SharedTile<T, 64, kHeadDim>;
   using KTile = SharedTile<T, kBlockKv, kHeadDim>;
@@ -114,32 +109,6 @@ struct Forward {
 
   enum Turn : int { kTurn = kFirstKernelBarrier };  // one for each consumer
 
-  using Blocks = Select<kWalksUp, BlocksUp, BlocksDown<kMapped>>;
-  using Walk = ForwardWalk<Traits>;
-  // A tile on the way through its key blocks.
-  struct Tile {
-    int first_query, head, batch;
-    Blocks keys;                       // from the first that it visits
-    int unmasked_first, unmasked_end;  // key blocks that all of a consumer's queries see whole
-
-    __device__ __forceinline__ bool empty() const { return !keys.valid(); }
-  };
-
-  __device__ __forceinline__ static Tile tile_at(const ForwardParams& params,
-                                                 const ForwardPlace& place) {
-    Tile tile = {place.first_query, place.head, place.batch, {}, 0, 0};
-    if constexpr (!kMasked) {
-      tile.unmasked_end = bounds_of<kFeatures>(params, place.batch).seqlen_kv / kBlockKv;
-    }
-    tile.keys.start(place.first_block, place.end_block, map_row(params, tile));
-    return tile;
-  }
-
-  // A tile's row of the block map.
-  __device__ __forceinline__ static MapRow map_row(const ForwardParams& params, const Tile& tile) {
-    return {params.extras.key_map, tile.batch, tile.head, tile.first_query / kBlockQ};
-  }
-
   __device__ __forceinline__ static void init(const ForwardParams&, Shared& shared) {
     shared.tiles.init(4 * kConsumers);
     shared.marks.init();
@@ -164,7 +133,7 @@ struct Forward {
           shared.tiles.send(tile_state, {place.first_query, place.head, place.batch,
                                          place.first_block, place.end_block});
         }
-        Tile tile = tile_at(params, place);
+        Tile tile = Walk::tile_at(params, place);
         for (int i = 0; i < kConsumers; ++i) {
           QRing& ring = shared.q_rings[i % kQRings];
           if (i < kQRings) ring.acquire(q_state, kConsumers / kQRings * QTile::kBytes);
@@ -173,7 +142,7 @@ struct Forward {
         }
         q_state.advance();
         const int kv_head = tile.head / group;
-        for (; tile.keys.valid(); tile.keys.next(map_row(params, tile)), kv_state.advance()) {
+        for (; tile.keys.valid(); tile.keys.next(Walk::map_row(params, tile)), kv_state.advance()) {
           const int first_key = tile.keys.block() * kBlockKv;
           shared.k_ring.acquire(kv_state, KTile::kBytes);
           tma::load(shared.k_smem[kv_state.stage], params.k, shared.k_ring.full(kv_state),
@@ -285,12 +254,12 @@ struct Forward {
         int numbers[5];
         shared.tiles.receive(tile_state, numbers);
         if (numbers[4] < 0) return false;
-        next = tile_at(params, {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]});
+        next = Walk::tile_at(params, {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]});
       } else {
         walk.next();
         if (repeats) skip();
         if (!walk.valid()) return false;
-        next = tile_at(params, walk.place());
+        next = Walk::tile_at(params, walk.place());
       }
       return true;
     };
@@ -330,14 +299,15 @@ struct Forward {
       Tile tile;
       bool valid = kMasked && receive(tile);
       while (kMasked ? valid : walk.valid()) {
-        if constexpr (!kMasked) tile = tile_at(params, walk.place());
+        if constexpr (!kMasked) tile = Walk::tile_at(params, walk.place());
         const bool visited = !tile.empty();
         int own_end = narrow(tile);
         Softmax softmax(unit_log2);
         q_ring.wait(q_state);
         // The first block has a turn only beside the last product of the tile before.
         bool first = true;
-        for (; is_hidden(tile, own_end); tile.keys.next(map_row(params, tile)), first = false) {
+        for (; is_hidden(tile, own_end);
+             tile.keys.next(Walk::map_row(params, tile)), first = false) {
           leave_block(!first);
         }
         if (tile.empty()) {
@@ -366,9 +336,9 @@ struct Forward {
         for (bool chained = true; chained;) {
           bool accumulate = false;
           Blocks keys = tile.keys;
-          for (keys.next(map_row(params, tile));
+          for (keys.next(Walk::map_row(params, tile));
                keys.valid() && !(kWalksUp && keys.block() >= own_end);
-               keys.next(map_row(params, tile))) {
+               keys.next(Walk::map_row(params, tile))) {
             shared.k_ring.wait(k_state);
             wait_turn(consumer);
             issue_scores(q_state.stage);
@@ -438,7 +408,7 @@ struct Forward {
             if (others_go_on) {
               // The first one's turn was the product's.
               for (bool has_turn = false; keys.valid();
-                   keys.next(map_row(params, tile)), has_turn = true) {
+                   keys.next(Walk::map_row(params, tile)), has_turn = true) {
                 leave_block(has_turn);
               }
               if (linked) skip_turn();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/attention/attention.h"
+#include "kernels/attention/block_map.cuh"
 #include "kernels/attention/mask.cuh"
 #include "tk/tk.cuh"
 
@@ -19,9 +20,44 @@ struct ForwardPlace {
 // roles work it out.
 template <typename Traits>
 struct ForwardWalk {
-  static constexpr bool kMasked = Traits::kMask != Mask::kNone;
   static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
   static constexpr unsigned kFeatures = Traits::kFeatures;
+
+  // Whether tiles differ in how many keys they see.
+  static constexpr bool kMasked = Traits::kMask != Mask::kNone;
+  static constexpr bool kMapped = (kFeatures & kMapFeatures) != 0;
+  // Whether tiles walk their keys up. Those of a head, which run together, then load the same
+  // blocks at the same time, and come to new ones one after another, not all at their start. A
+  // consumer asks for the next tile before it gives back what only the other's queries see: of that
+  // there must be one block at most, and room for it.
+  static constexpr bool kWalksUp = Traits::kMask == Mask::kCausal && !kMapped &&
+                                   Traits::kConsumers <= 2 && kBlockKv >= 64 &&
+                                   Traits::kStages >= 2;
+
+  using Blocks = Select<kWalksUp, BlocksUp, BlocksDown<kMapped>>;
+  // A tile on the way through its key blocks.
+  struct Tile {
+    int first_query, head, batch;
+    Blocks keys;                       // from the first that it visits
+    int unmasked_first, unmasked_end;  // key blocks that all of a consumer's queries see whole
+
+    __device__ __forceinline__ bool empty() const { return !keys.valid(); }
+  };
+
+  __device__ __forceinline__ static Tile tile_at(const ForwardParams& params,
+                                                 const ForwardPlace& place) {
+    Tile tile = {place.first_query, place.head, place.batch, {}, 0, 0};
+    if constexpr (!kMasked) {
+      tile.unmasked_end = bounds_of<kFeatures>(params, place.batch).seqlen_kv / kBlockKv;
+    }
+    tile.keys.start(place.first_block, place.end_block, map_row(params, tile));
+    return tile;
+  }
+
+  // A tile's row of the block map.
+  __device__ __forceinline__ static MapRow map_row(const ForwardParams& params, const Tile& tile) {
+    return {params.extras.key_map, tile.batch, tile.head, tile.first_query / kBlockQ};
+  }
 
   const ForwardParams& params;
   grid::SectionedSnake masked;
