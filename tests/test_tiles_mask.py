@@ -62,17 +62,20 @@ def test_masks_from_arrays(rng, dtype, shape, at):
     row_ids, col_ids = rng.choice(known, rows), rng.choice(known, cols)
     kept = rng.random(shape) < 0.5
 
+    numbers = rng.integers(-9, 9, shape)
+
     def cut(x):
-        tile = np.zeros((64, 48), bool)
+        tile = np.zeros((64, 48), x.dtype)
         inside = x[row : row + 64, col : col + 48]
         tile[: inside.shape[0], : inside.shape[1]] = inside
         return tile
 
     keep = [row_ids[:, None] == col_ids[None, :], kept, kept.T]
-    expected = np.stack([*(np.where(cut(x), 3, -np.inf) for x in keep), 3 + cut(kept)])
+    added = [3 + cut(kept), 3 + cut(numbers.T)]
+    expected = np.stack([*(np.where(cut(x), 3, -np.inf) for x in keep), *added])
     (result,) = ARRAYS[dtype](
         [(expected.shape, NAMES[dtype])],
-        *(row_ids, col_ids, kept),
+        *(row_ids, col_ids, kept, numbers.astype(NAMES[dtype])),
         scalars=[row, col, -np.inf],
     )
     assert_same(result, expected)

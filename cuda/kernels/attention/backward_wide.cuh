@@ -232,8 +232,7 @@ struct BackwardWide {
         Scores s_acc;
         Weights p;
         Weights slopes;  // with a cap: p times its slope
-        // Widened: values take a register each anyway until all have arrived.
-        Select<Map::kAdds && kLateBias, Scores, typename Map::template BiasTile<kBlockQ>> bias;
+        typename Map::template BiasTile<kBlockQ> bias;
         const auto issue_scores = [&] {
           shared.q_ring.wait(q_state);
           warpgroup::mm_ABt(s_acc, operand<kFewRegisters>(shared.k_smem),
@@ -249,8 +248,12 @@ struct BackwardWide {
           const Step step = take_step(queries);
           const int first_query = step.q_block * kBlockQ;
           const Bounds& bounds = walk.steps.bounds;
-          if constexpr (kLateBias && !Map::kCaps) load_bias(step.head, step.q_block);
-          score_map.begin(s_acc, bias);
+          if constexpr (Map::kAdds && kLateBias && !Map::kCaps) {
+            score_map.apply_transposed_bias(s_acc, params, tile.batch, step.head, first_query,
+                                            tile.first_key);
+          } else {
+            score_map.begin(s_acc, bias);
+          }
           // Keys beyond the arrays are rows that nobody stores; those beyond a length are not.
           bool masked = (kFeatures & kLengths) != 0 && tile.first_key + 64 > bounds.seqlen_kv;
           if constexpr (Traits::kMask != Mask::kNone) {

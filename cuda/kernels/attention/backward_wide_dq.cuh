@@ -168,7 +168,7 @@ struct BackwardWideDq {
       if (!keys.empty()) {
         Scores s_acc, dp_acc;
         Weights ds;
-        Select<Map::kAdds && kLateBias, Scores, typename Map::template BiasTile<kBlockKv>> bias;
+        typename Map::template BiasTile<kBlockKv> bias;
         const auto load_bias = [&] {
           Map::load_bias(bias, params, tile.batch, tile.head, first_query, keys.block() * kBlockKv);
         };
@@ -191,8 +191,8 @@ struct BackwardWideDq {
             }
           }
           if constexpr (kLateBias) {
-            load_bias();
-            score_map.weigh_with(s_acc, bias, lse);
+            score_map.weigh_with_bias(s_acc, params, tile.batch, tile.head, first_query,
+                                      block * kBlockKv, lse);
           } else {
             score_map.weigh(s_acc, lse);
           }

@@ -55,12 +55,7 @@ struct ScoreMap {
   __device__ __forceinline__ static void load_bias(Tile& bias, const Params& params, int batch,
                                                    int head, int first_query, int first_key) {
     if constexpr (kAdds) {
-      const ScoreArray& array = params.extras.bias;
-      warpgroup::load(
-          bias,
-          GlobalView<const BiasElement>{first_of(array, batch, head), params.seqlen_q,
-                                        params.seqlen_kv, array.query_stride, array.key_stride},
-          first_query, first_key);
+      warpgroup::load(bias, bias_of(params, batch, head), first_query, first_key);
     }
   }
   // The same for transposed scores: 64 keys, as rows, and a block of queries.
@@ -69,12 +64,7 @@ struct ScoreMap {
                                                               int batch, int head, int first_query,
                                                               int first_key) {
     if constexpr (kAdds) {
-      const ScoreArray& array = params.extras.bias;
-      warpgroup::load(
-          bias,
-          GlobalView<const BiasElement>{first_of(array, batch, head), params.seqlen_kv,
-                                        params.seqlen_q, array.key_stride, array.query_stride},
-          first_key, first_query);
+      warpgroup::load(bias, transposed_bias_of(params, batch, head), first_key, first_query);
     }
   }
 
@@ -86,6 +76,18 @@ struct ScoreMap {
       const float factor = kCaps ? cap : gain;
       warp::zip(scores, scores, bias, [=](float s, float b) { return math::fma(s, factor, b); });
     }
+  }
+
+  // The same without a cap, of transposed scores, whose bias is read where it is added: not all of
+  // it needs registers at once, but what it takes to arrive is waited for.
+  template <typename Tile, typename Params>
+  __device__ __forceinline__ void apply_transposed_bias(Tile& scores, const Params& params,
+                                                        int batch, int head, int first_query,
+                                                        int first_key) const {
+    static_assert(kAdds && !kCaps, "there is a bias and no cap");
+    const float factor = gain;
+    warpgroup::zip_global(scores, transposed_bias_of(params, batch, head), first_key, first_query,
+                          [=](float s, float b) { return math::fma(s, factor, b); });
   }
 
   // The weight of a score, in units of 1 / `factor` of a power of two, relative to an lse.
@@ -166,22 +168,21 @@ struct ScoreMap {
       return p * slope(t);
     });
   }
-  // The same of scores without their bias: of the product, or of what has been capped. So a bias
-  // can be loaded after what hides scores.
-  template <typename Tile, typename Bias>
-  __device__ __forceinline__ void weigh_with(Tile& scores, const Bias& bias,
-                                             const PerRow<16>& lse) const {
+  // The same of scores without their bias, which is read here: of the product, or of what has been
+  // capped. So a bias comes after what hides scores.
+  template <typename Tile, typename Params>
+  __device__ __forceinline__ void weigh_with_bias(Tile& scores, const Params& params, int batch,
+                                                  int head, int first_query, int first_key,
+                                                  const PerRow<16>& lse) const {
     const float factor = kCaps ? cap : gain;
-    const auto weigh = [](float s, float l) { return power(s, kLog2E, l); };
-    const auto add = [=](float t, float b) { return score(t, factor, b); };
+    Tile weights = scores;
+    warpgroup::zip_global(weights, bias_of(params, batch, head), first_query, first_key,
+                          [=](float t, float b) { return score(t, factor, b); });
+    warp::map_rows(weights, weights, lse, [](float s, float l) { return power(s, kLog2E, l); });
     if constexpr (kCaps) {
-      Tile weights;
-      warp::zip(weights, scores, bias, add);
-      warp::map_rows(weights, weights, lse, weigh);
       warp::zip(scores, scores, weights, [](float t, float p) { return p * slope(t); });
     } else {
-      warp::zip(scores, scores, bias, add);
-      warp::map_rows(scores, scores, lse, weigh);
+      scores = weights;
     }
   }
 
@@ -202,10 +203,20 @@ struct ScoreMap {
     return math::fma(-bounded, bounded, 1.0f);
   }
 
-  __device__ __forceinline__ static const BiasElement* first_of(const ScoreArray& array, int batch,
-                                                                int head) {
-    return static_cast<const BiasElement*>(array.data) + batch * array.batch_stride +
-           head * array.head_stride;
+  // The bias of a head: queries as rows and keys as columns, or the other way round.
+  template <typename Params>
+  __device__ __forceinline__ static GlobalView<const BiasElement> bias_of(const Params& params,
+                                                                          int batch, int head) {
+    const ScoreArray& array = params.extras.bias;
+    return {static_cast<const BiasElement*>(array.data) + batch * array.batch_stride +
+                head * array.head_stride,
+            params.seqlen_q, params.seqlen_kv, array.query_stride, array.key_stride};
+  }
+  template <typename Params>
+  __device__ __forceinline__ static GlobalView<const BiasElement> transposed_bias_of(
+      const Params& params, int batch, int head) {
+    const auto bias = bias_of(params, batch, head);
+    return {bias.data, bias.cols, bias.rows, bias.col_stride, bias.row_stride};
   }
 };
 

@@ -26,8 +26,8 @@ __device__ __forceinline__ void masks(const KernelParams& params) {
 }
 
 // A tile of threes at (scalar 0, scalar 1) of arrays. Buffers: integers of rows and of columns;
-// bytes. Then what is kept where integers are equal, where bytes are set, and by the bytes
-// transposed, scalar 2 elsewhere; threes with the bytes added.
+// bytes; numbers. Then what is kept where integers are equal, where bytes are set, and by the bytes
+// transposed, scalar 2 elsewhere; threes with the bytes added, and with the numbers transposed.
 template <typename T>
 __device__ __forceinline__ void array_masks(const KernelParams& params) {
   const int row = scalar(params, 0), col = scalar(params, 1);
@@ -42,12 +42,18 @@ __device__ __forceinline__ void array_masks(const KernelParams& params) {
   RegTile<T, 16, 48> tile;
   const auto load = [&] { warp::fill(tile, 3.0f); };
   int next = 0;
-  const auto put = [&] { warpgroup::store(matrix<T>(params, 3, next++), tile, 0, 0); };
+  const auto put = [&] { warpgroup::store(matrix<T>(params, 4, next++), tile, 0, 0); };
   load(), warpgroup::keep_equal(tile, integers(0), row, integers(1), col, value), put();
   load(), warpgroup::keep_where(tile, kept, row, col, value), put();
   load(), warpgroup::keep_where(tile, kept_transposed, row, col, value), put();
   load();
   warpgroup::zip_global(tile, kept, row, col, [](float x, uint8 byte) { return x + byte; });
+  put();
+  load();
+  const GlobalView<T> numbers = matrix<T>(params, 3);
+  warpgroup::zip_global(
+      tile, GlobalView<const T>{numbers.data, numbers.cols, numbers.rows, 1, numbers.cols}, row,
+      col, [](float x, float number) { return x + number; });
   put();
 }
 

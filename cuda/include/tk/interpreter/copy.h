@@ -298,7 +298,12 @@ void zip_global(Tile& tile, const GlobalView<const T>& src, int first_row, int f
       [&](int row, int col, float x) {
         row += first_row;
         col += first_col;
-        return f(x, row < src.rows && col < src.cols ? *src.at(row, col) : T(0));
+        const T element = row < src.rows && col < src.cols ? *src.at(row, col) : T{};
+        if constexpr (kSame<T, uint8>) {
+          return f(x, element);
+        } else {
+          return f(x, interpreter::to_float(element));
+        }
       },
       at);
 }

@@ -118,6 +118,16 @@ __device__ __forceinline__ void load_shared_transposed(Dst& dst, const View& src
   }
 }
 
+// What zip_global hands on of an array's element.
+template <typename T>
+__device__ __forceinline__ auto as_operand(T element) {
+  if constexpr (kSame<T, uint8>) {
+    return element;
+  } else {
+    return ptx::to_float(element);
+  }
+}
+
 // Elements outside the array read as zero.
 template <typename Dst, typename T>
 __device__ __forceinline__ void load_global(Dst& dst, const GlobalView<T>& src, int first_row,
@@ -414,6 +424,7 @@ __device__ __forceinline__ void store(const GlobalView<U>& dst, const RegTile<T,
 }
 
 // tile = f(tile, element) with the array's elements at (first_row, first_col) on, 0 outside of it.
+// A number arrives as float, a byte as it is.
 template <typename Tile, typename T, typename F>
 __device__ __forceinline__ void zip_global(Tile& tile, const GlobalView<const T>& src,
                                            int first_row, int first_col, F&& f, Location = {}) {
@@ -429,8 +440,9 @@ __device__ __forceinline__ void zip_global(Tile& tile, const GlobalView<const T>
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const bool inside = row + 8 * h < src.rows;
-      const T x = inside && col < src.cols ? *place : T(0);
-      const T y = inside && col + 1 < src.cols ? *(place + src.col_stride) : T(0);
+      const auto x = detail::as_operand(inside && col < src.cols ? *place : T{});
+      const auto y =
+          detail::as_operand(inside && col + 1 < src.cols ? *(place + src.col_stride) : T{});
       detail::set_pair(tile, 0, g, h, f(detail::get(tile, 0, g, 2 * h), x),
                        f(detail::get(tile, 0, g, 2 * h + 1), y));
       place += 8 * src.row_stride;
