@@ -183,6 +183,90 @@ def test_takes_what_jax_takes():
     )
 
 
+def _case_with_scale(dtype):
+    rng = np.random.default_rng(3)
+    arrays = [
+        jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+        for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, H), (B, T, N, H))
+    ]
+    return arrays[:3], arrays[3]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("mapped", [False, True], ids=["one", "vmap"])
+def test_scale_may_be_traced_and_has_a_gradient(dtype, mapped):
+    arrays, weights = _case_with_scale(dtype)
+    scale = jnp.array([0.9, 0.1, -3.0]) if mapped else jnp.float32(0.9)
+
+    def run(attention):
+        def loss(arrays, scale):
+            out = attention(*arrays, scale=scale, is_causal=True)
+            return jnp.sum((out * weights).astype(jnp.float32)), out
+
+        run = jax.value_and_grad(loss, (0, 1), has_aux=True)
+        run = jax.vmap(run, (None, 0)) if mapped else run
+        return jax.jit(run)(arrays, scale)
+
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == jnp.float32 else {"atol": 0.2}
+    got, expected = run(dot_product_attention), run(jax.nn.dot_product_attention)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(
+            np.float32(x), np.float32(y), **{"rtol": 0.03} | tolerance
+        ),
+        got,
+        expected,
+    )
+    assert jax.tree.map(jax.typeof, got) == jax.tree.map(jax.typeof, expected)
+
+
+def test_scale_that_is_an_array_of_the_default_changes_nothing():
+    arrays, _ = _case_with_scale(jnp.bfloat16)
+    np.testing.assert_array_equal(
+        jax.jit(lambda s: dot_product_attention(*arrays, scale=s))(H**-0.5),
+        dot_product_attention(*arrays),
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"is_causal": None},
+        {"is_causal": 0},
+        {"is_causal": 1},
+        {"is_causal": jnp.array(True)},
+        {"return_residual": None},
+        {"return_residual": 0},
+        {"return_residual": 1},
+        {"local_window_size": np.array([3, 1])},
+        {"local_window_size": jnp.array([3, 1])},
+        {"local_window_size": [3, 1]},
+        {"scale": np.float32(0.25)},
+        {"scale": np.array(0.25)},
+        {"scale": jnp.array(2)},
+    ],
+    ids=str,
+)
+def test_settings_that_jax_takes(settings):
+    arrays, _ = _case_with_scale(jnp.float32)
+    got = dot_product_attention(*arrays, **settings)
+    expected = jax.nn.dot_product_attention(*arrays, **settings)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5),
+        got,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("kind", [np.array, jnp.array], ids=["numpy", "jax"])
+def test_scale_of_another_shape_is_refused(kind):
+    x = jnp.ones((5, 2, 8))
+    message = re.escape("attention: scale has shape (1,); expected a number")
+    with pytest.raises(ValueError, match=message):
+        dot_product_attention(x, x, x, scale=kind([0.3]))
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda s: dot_product_attention(x, x, x, scale=s))(kind([0.3]))
+
+
 @pytest.mark.parametrize(
     ("is_causal", "window", "passed_on"),
     [
@@ -192,6 +276,8 @@ def test_takes_what_jax_takes():
         (False, (3, 1), False),
         (False, 3, False),
         (True, (3, 1), True),
+        (None, np.array([3, 0]), True),
+        (0, np.array([3, 1]), False),
     ],
 )
 def test_cudnn_is_told_that_a_window_without_a_future_is_causal(
@@ -209,6 +295,7 @@ def test_cudnn_is_told_that_a_window_without_a_future_is_causal(
         dot_product_attention(x, x, x, **settings, implementation="cudnn") == "result"
     )
     assert seen.pop("implementation") == "cudnn"
+    window = window.tolist() if isinstance(window, np.ndarray) else window
     assert (seen["is_causal"], seen["local_window_size"]) == (passed_on, window)
 
 

@@ -140,13 +140,17 @@ def check_finite_number(op: str, name: str, value) -> float:
         hint = " (a traced value)"
         if name == "scale":
             hint = " (a traced value: multiply the input by it instead)"
+    if np.ndim(value) and hasattr(value, "shape"):
+        raise ValueError(
+            f"{op}: {name} has shape {shape_text(value.shape)}; expected a number"
+        )
     if hint or not _is_real(value):
         raise TypeError(
             f"{op}: {name} is of type {type(value).__name__}; "
             f"expected a Python number{hint}"
         )
     try:
-        number = float(value) if np.ndim(value) == 0 else math.nan
+        number = float(value)
     except OverflowError:  # an int
         number = math.inf
     if not math.isfinite(number):

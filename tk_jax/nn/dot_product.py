@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn import dot_product_attention as _jax_dot_product_attention
 from jax.typing import ArrayLike
 
@@ -19,7 +20,7 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
@@ -50,7 +51,10 @@ def dot_product_attention(
       value: As ``key``; its head dim may be another.
       bias: Added to the logits; broadcast to ``(B, N, T, S)`` or ``(N, T, S)``.
       mask: Bool: True where a query may see a key; broadcast as ``bias`` is.
-      scale: Multiplies the logits; ``1 / sqrt(H)`` by default. A static number.
+      scale: Multiplies the logits; ``1 / sqrt(H)`` by default. A Python or NumPy number
+        is the kernels' setting. A jax array, such as a learned temperature, may be
+        traced and has a gradient: query is multiplied by ``scale * sqrt(H)`` in float32
+        and rounded to its dtype, once more than with a number.
       is_causal: Query i sees only the keys j <= i.
       query_seq_lengths: int32 ``(B,)``: queries from this one on have the result 0.
       key_value_seq_lengths: int32 ``(B,)``: keys from this one on are not seen.
@@ -84,6 +88,8 @@ def dot_product_attention(
     >>> bool(jnp.allclose(ours, theirs, atol=1e-5))
     True
     """
+    is_causal, return_residual = _flag(is_causal), _flag(return_residual)
+    local_window_size = _window(local_window_size)
     if implementation == "cudnn":
         if not is_causal and _hides_the_future(local_window_size):
             # The same keys, asked for in the way that cuDNN is told about them: without
@@ -104,6 +110,7 @@ def dot_product_attention(
             return_residual=return_residual,
         )
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    query, scale = _fold_scale(query, scale)
     result = attention(
         *(_with_batch(x) for x in (query, key, value)),
         scale=scale,
@@ -122,6 +129,41 @@ def dot_product_attention(
         return result
     out, lse = result
     return out, jax.lax.stop_gradient(lse.astype(key.dtype))
+
+
+def _fold_scale(query, scale):
+    """A scale that is a jax array becomes part of the query, which has a gradient.
+
+    Beside the default scale, so that an array of that value changes no query: one that
+    is learned often starts there.
+    """
+    if isinstance(scale, jax.Array) or hasattr(scale, "__jax_array__"):
+        scale = jnp.asarray(scale)
+    is_number = isinstance(scale, jax.Array) and not scale.ndim
+    real = is_number and any(
+        jnp.issubdtype(scale.dtype, kind) for kind in (jnp.integer, jnp.floating)
+    )
+    if not real or not jnp.issubdtype(query.dtype, jnp.floating) or not query.ndim:
+        return query, scale  # The checks of attention say what is wrong with it.
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    factor = scale.astype(dtype) * query.shape[-1] ** 0.5
+    return (query.astype(dtype) * factor).astype(query.dtype), None
+
+
+def _flag(value):
+    """jax takes None, 0 and 1 for a flag, and arrays."""
+    if value is None or isinstance(value, int):
+        return bool(value)
+    is_array = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+    return bool(value) if is_array and not value.ndim else value
+
+
+def _window(window):
+    """Numbers in place of the arrays that jax takes."""
+    is_array = isinstance(window, np.ndarray | np.generic | jax.Array)
+    if is_array and not isinstance(window, jax.core.Tracer):
+        return window.tolist()
+    return window
 
 
 def _hides_the_future(window) -> bool:
