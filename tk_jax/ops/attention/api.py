@@ -18,6 +18,8 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _FLOAT32 = jnp.finfo(jnp.float32)
 # Scores are divided by it, in float32.
 _SOFT_CAPS = (1e-30, 1e30)
+# Of windows of symbolic sequence lengths: a position plus this fits into 32 bits.
+_WIDEST = 2**30
 
 
 def attention(
@@ -75,10 +77,12 @@ def attention(
 
     Works under ``jit``, ``grad``, ``vmap``, ``scan``, ``shard_map``, ``jax.checkpoint``
     (residuals are named ``tk_attention_out`` and ``tk_attention_lse``, see
-    :mod:`tk_jax.checkpoint_policies`) and ``jax.export``. On a mesh with explicit axes
-    results are split as ``q`` is, with ``Dv`` whole. Forward mode and derivatives
-    of higher order need ``implementation="xla"``. ``q``, ``k``, ``v``, ``bias`` and
-    ``sinks`` have gradients, summed over the axes that they are broadcast along.
+    :mod:`tk_jax.checkpoint_policies`) and ``jax.export``. There, every size but D may
+    be symbolic; such a call runs the XLA implementation, as the kernels' limits cannot
+    be checked. On a mesh with explicit axes results are split as ``q`` is, with ``Dv``
+    whole. Forward mode and derivatives of higher order need ``implementation="xla"``.
+    ``q``, ``k``, ``v``, ``bias`` and ``sinks`` have gradients, summed over the axes
+    that they are broadcast along.
 
     Args:
       q: Queries ``[..., T, H, D]``, with any number of leading batch dimensions; in
@@ -129,7 +133,8 @@ def attention(
     Raises:
       TypeError: an input is not an array, or a setting is not static.
       ValueError: shapes or dtypes do not fit each other, T, S, H, K, D or Dv is zero (a
-        batch may be), T or S is 2**31 or more, or a setting has an unknown value.
+        batch may be), T or S is 2**31 or more, D is symbolic, or a setting has an
+        unknown value.
       NotImplementedError: ``implementation="tk"`` and the kernel lacks something, such
         as a GPU, the dtype, the head dim, an argument, or room for the sizes: B and H
         up to 65535, and B * H * T and B * K * S (with T rounded up to 128) below 2**31.
@@ -322,6 +327,13 @@ def _check_inputs(q, k, v) -> None:
                     f"attention: {name} has shape {_check.shape_text(x.shape)}; "
                     f"expected {axis} to be at least 1"
                 )
+        if config.symbolic_size(x.shape[-1]) and axes[-1] == "D":
+            raise ValueError(
+                f"attention: {name} has shape {_check.shape_text(x.shape)}; "
+                "expected a number for D"
+            )
+        if config.symbolic_size(x.shape[-3]):
+            continue
         if x.shape[-3] > _check.INT32_MAX:
             raise ValueError(
                 f"attention: {name} has shape {_check.shape_text(x.shape)}; "
@@ -400,6 +412,8 @@ def _check_window(window, largest: int) -> tuple[int, int]:
         raise ValueError(
             f"attention: local_window_size is {window!r}; expected no negative number"
         )
+    if config.symbolic_size(largest):
+        largest = _WIDEST
     left, right = (min(int(side), largest) for side in sides)
     return left, right
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 KERNEL_DTYPES = (jnp.bfloat16, jnp.float16)
 # The kernels' grids take up to this many batch elements and heads ...
@@ -333,6 +334,8 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
     """
     if q.dtype not in KERNEL_DTYPES:
         return f"dtype {jnp.dtype(q.dtype).name} (it takes bfloat16 and float16)"
+    if unknown := symbolic_size(*q.shape, *k.shape, *v.shape):
+        return unknown
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     for dim, owner in ((head_dim, ""), (head_dim_v, " of v")):
         if dim % HEAD_DIM_STEP or dim > MAX_HEAD_DIM:
@@ -349,8 +352,18 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
     return exceeded_limit(q.shape, k.shape)
 
 
+def symbolic_size(*sizes) -> str | None:
+    """A size that ``jax.export`` leaves open, in words; limits cannot be checked."""
+    for size in sizes:
+        if not isinstance(size, int | np.integer):
+            return f"the symbolic size {size} (it takes sizes that are numbers)"
+    return None
+
+
 def exceeded_limit(q_shape, k_shape) -> str | None:
     """Which size is beyond the kernels, in words."""
+    if unknown := symbolic_size(*q_shape, *k_shape):
+        return unknown
     *leading, seqlen_q, num_heads, _ = q_shape
     seqlen_kv, num_kv_heads = k_shape[-3:-1]
     batch = math.prod(leading)

@@ -27,7 +27,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from tk_jax.ops.attention.config import NO_SOFT_CAP, AttentionOptions, Extras
+from tk_jax.ops.attention.config import (
+    NO_SOFT_CAP,
+    AttentionOptions,
+    Extras,
+    symbolic_size,
+)
 
 # A step computes BLOCK_Q x CHUNK_KV scores per head, or T / MAX_BLOCKS x CHUNK_KV.
 BLOCK_Q = 512
@@ -194,10 +199,15 @@ class _Grid:
         self.groups = self.num_heads // self.num_kv_heads
         self.options = options
         self.num_chunks = _ceil_div(self.seqlen_kv, CHUNK_KV)
-        self.chunk = _ceil_div(self.seqlen_kv, self.num_chunks)
+        self.chunk = CHUNK_KV
+        if not symbolic_size(self.seqlen_kv):
+            self.chunk = _ceil_div(self.seqlen_kv, self.num_chunks)
         self.folded = math.prod(self.batch) * self.num_kv_heads  # N
 
     def blocks(self, extras: Extras):
+        if symbolic_size(self.seqlen_q):  # Blocks are unrolled: a number of them.
+            yield _Block(self, extras, 0, self.seqlen_q)
+            return
         num_blocks = min(_ceil_div(self.seqlen_q, BLOCK_Q), MAX_BLOCKS)
         size = _ceil_div(self.seqlen_q, num_blocks)
         for first in range(0, self.seqlen_q, size):
@@ -285,6 +295,8 @@ class _Block:
 
     def _chunk_range(self):
         grid, options = self.grid, self.grid.options
+        if symbolic_size(grid.seqlen_q, grid.seqlen_kv):
+            return 0, grid.num_chunks
         begin, end = 0, grid.seqlen_kv
         offset = self._offset()
         if isinstance(offset, int):
