@@ -145,7 +145,7 @@ def _fold_scale(query, scale):
     )
     if not real or not jnp.issubdtype(query.dtype, jnp.floating) or not query.ndim:
         return query, scale  # The checks of attention say what is wrong with it.
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     factor = scale.astype(dtype) * query.shape[-1] ** 0.5
     return (query.astype(dtype) * factor).astype(query.dtype), None
 

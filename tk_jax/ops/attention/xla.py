@@ -152,7 +152,7 @@ def _tangent(options, q, k, v, extras, out, lse, tq, tk, tv, t_bias, t_sinks):
             if t_extra.bias is not None:
                 ts = ts + grid.spread(t_extra.bias.astype(ts.dtype))
             p_ts = p * ts
-            acc = _dot("ngtc,ncd->ngtd", p_ts, v_chunk)
+            acc = _dot("ngtc,ncd->ngtd", p_ts, v_chunk.astype(p_ts.dtype))
             acc = acc + _dot("ngtc,ncd->ngtd", p.astype(v.dtype), tv_chunk)
             return acc, p_ts.sum(-1)
 
@@ -168,7 +168,7 @@ def _tangent(options, q, k, v, extras, out, lse, tq, tk, tv, t_bias, t_sinks):
             sinks = grid.spread_sinks(extras.sinks, t_lse.dtype)
             p_sink = jnp.exp(sinks - shift[..., 0])
             t_lse = t_lse + p_sink * grid.spread_sinks(t_sinks, t_lse.dtype)
-        t_outs.append(acc - t_lse[..., None] * out_block)
+        t_outs.append(acc - t_lse[..., None] * out_block.astype(t_lse.dtype))
         t_lses.append(t_lse)
     t_out = grid.unfold_queries(t_outs).astype(out.dtype)
     return t_out, grid.unfold_queries(t_lses)
@@ -323,10 +323,15 @@ class _Block:
     def _is_visible(self, index, extra: Extras):
         """[*b, H or 1, t, chunk], or fewer axes where it is the same for all."""
         grid, options, extras = self.grid, self.grid.options, self.extras
-        key = index * grid.chunk + lax.broadcasted_iota(jnp.int32, (1, grid.chunk), 1)
-        row = (
-            lax.broadcasted_iota(jnp.int32, (self.end - self.first, 1), 0) + self.first
-        )
+        # All of one rank: jax may be set to refuse to add axes by itself.
+        by_batch = extras._replace(bias=None, sinks=None)
+        same_for_all = all(x is None for x in by_batch)
+        rank = 2 if same_for_all else len(grid.batch) + 3
+        ones = (1,) * (rank - 2)
+        key = lax.broadcasted_iota(jnp.int32, (*ones, 1, grid.chunk), rank - 1)
+        key = index * grid.chunk + key
+        row = (*ones, self.end - self.first, 1)
+        row = lax.broadcasted_iota(jnp.int32, row, rank - 2) + self.first
         visible = key < grid.seqlen_kv
         if options.left is not None:
             visible &= key >= row + self._offset() - options.left
@@ -360,7 +365,7 @@ def _dot(equation, a, b):
 
 
 def _sum_dtype(dtype):
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def _filled(like, shape, value):
