@@ -114,7 +114,13 @@ def test_layers_that_ask_for_weights_are_refused(inputs):
 
 
 @pytest.mark.parametrize(
-    "name", ["precision", "qk_attn_weights_einsum", "attn_weights_value_einsum"]
+    "name",
+    [
+        "precision",
+        "einsum_dot_general",
+        "qk_attn_weights_einsum",
+        "attn_weights_value_einsum",
+    ],
 )
 def test_what_has_no_counterpart_is_refused(name):
     x = jnp.ones((3, 2, 8))
@@ -126,6 +132,37 @@ def test_dtypes_are_promoted():
     x, y = jnp.ones((3, 2, 8), jnp.bfloat16), jnp.ones((3, 2, 8))
     assert attention_fn(x, y, y).dtype == jnp.float32
     assert attention_fn(x, y, y, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_promotion_may_be_another(inputs):
+    nnx = pytest.importorskip("flax.nnx")
+    seen = []
+
+    def promote(arrays, *, dtype):
+        seen.append(dtype)
+        return tuple(x.astype(jnp.bfloat16) for x in arrays)
+
+    x = jnp.ones((3, 2, 8))
+    out = attention_fn(x, x, x, dtype=jnp.float32, promote_dtype=promote)
+    assert out.dtype == jnp.bfloat16 and seen == [jnp.float32]
+    layer = nnx.MultiHeadAttention(
+        HEADS,
+        FEATURES,
+        decode=False,
+        rngs=nnx.Rngs(0),
+        attention_fn=functools.partial(attention_fn, promote_dtype=promote),
+    )
+    assert layer(*inputs).dtype == jnp.float32 and len(seen) == 2
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16], ids=lambda x: x.__name__)
+def test_bias_of_any_dtype(dtype, rng):
+    linen = pytest.importorskip("flax.linen")
+    q, k, v = jnp.asarray(rng.standard_normal((3, 2, 5, HEADS, 8), np.float32))
+    bias = jnp.asarray(rng.integers(-2, 3, (HEADS, 5, 5)), dtype)
+    _assert_close(
+        attention_fn(q, k, v, bias), linen.dot_product_attention(q, k, v, bias)
+    )
 
 
 def _equinox_layers(**settings):
@@ -178,6 +215,35 @@ def test_equinox_layer_takes_settings_and_refuses_dropout(inputs):
         ours(x, x, x, key=jax.random.key(0))
     with pytest.raises(ValueError, match="process_heads returns the shapes"):
         ours(x, x, x, inference=True, process_heads=lambda q, k, v: (q[:1], k, v))
+
+
+def test_equinox_layer_returns_lse(inputs):
+    layer, _ = _equinox_layers()
+    x = inputs[0][0]
+    out, lse = layer(x, x, x, return_lse=True)
+    np.testing.assert_array_equal(out, layer(x, x, x))
+    q, k = (
+        jax.vmap(project)(x).reshape(T, HEADS, -1)
+        for project in (layer.query_proj, layer.key_proj)
+    )
+    scores = jnp.einsum("thd,shd->ths", q, k) * q.shape[-1] ** -0.5
+    _assert_close(lse, jax.nn.logsumexp(scores, -1))
+
+
+@pytest.mark.parametrize("inference", [None, False])
+def test_equinox_layer_has_the_older_name_of_inference(inputs, inference):
+    layers = _equinox_layers(dropout_p=0.25)
+    x = inputs[0][0]
+    outs = []
+    for layer in layers:
+        with pytest.warns(UserWarning, match="deprecated"):
+            outs.append(layer(x, x, x, inference=inference, deterministic=True))
+    _assert_close(*outs)
+    with (
+        pytest.warns(UserWarning, match="deprecated"),
+        pytest.raises(NotImplementedError, match=r"dropout_p is 0\.25"),
+    ):
+        layers[0](x, x, x, inference=True, deterministic=False)
 
 
 def test_example_of_the_equinox_layer_runs():

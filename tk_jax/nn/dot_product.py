@@ -119,7 +119,7 @@ def dot_product_attention(
         query_seq_lengths=_array(query_seq_lengths),
         key_value_seq_lengths=_array(key_value_seq_lengths),
         mask=_array(mask),
-        bias=_floating(_array(bias)),
+        bias=floating(_array(bias)),
         return_lse=return_residual,
         implementation=implementation,
     )
@@ -178,8 +178,8 @@ def _array(x):
     return None if x is None else jnp.asarray(x)
 
 
-def _floating(bias):
-    """jax adds a bias of any dtype."""
+def floating(bias):
+    """jax and flax add a bias of any dtype."""
     if bias is None or jnp.issubdtype(bias.dtype, jnp.floating):
         return bias
     return bias.astype(jnp.float32)

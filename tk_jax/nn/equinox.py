@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import equinox as eqx
@@ -34,9 +35,10 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
         *,
         key: jax.Array | None = None,
         inference: bool | None = None,
+        deterministic: bool | None = None,
         process_heads: Callable | None = None,
         **settings,
-    ) -> jax.Array:
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Attention of one sequence; ``jax.vmap`` maps it over a batch.
 
         Args:
@@ -47,18 +49,25 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
             key.
           key: Taken, as there is no dropout.
           inference: Whether dropout is off, if not as the layer's ``dropout`` says.
+          deterministic: Equinox's older name of ``inference``.
           process_heads: Maps the heads of query, key and value to others of the same
             shapes, such as rotated ones.
-          **settings: Other arguments of :func:`tk_jax.attention`; ``deterministic`` is
-            that function's.
+          **settings: Other arguments of :func:`tk_jax.attention`.
 
         Returns:
-          ``[T, output_size]``.
+          ``[T, output_size]``; with ``return_lse`` also ``lse [T, num_heads]``.
 
         Raises:
           NotImplementedError: dropout is on: there are no weights to drop out.
           TypeError, ValueError: as :func:`tk_jax.attention`.
         """
+        if deterministic is not None:
+            inference = deterministic
+            warnings.warn(
+                "MultiheadAttention: deterministic is deprecated, as in Equinox; use "
+                "inference",
+                stacklevel=2,
+            )
         if inference is None:
             inference = self.dropout.inference
         if self.dropout.p > 0 and not inference:
@@ -82,5 +91,7 @@ class MultiheadAttention(eqx.nn.MultiheadAttention):
                     f"MultiheadAttention: process_heads returns the shapes "
                     f"{[x.shape for x in heads]}; expected {shapes}"
                 )
-        out = attention(*heads, mask=mask, **settings)
-        return jax.vmap(self.output_proj)(out.reshape(out.shape[0], -1))
+        result = attention(*heads, mask=mask, **settings)
+        out, *lse = result if isinstance(result, tuple) else (result,)
+        out = jax.vmap(self.output_proj)(out.reshape(out.shape[0], -1))
+        return (out, *lse) if lse else out

@@ -15,9 +15,12 @@ Settings of :func:`tk_jax.attention` are set beforehand::
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
+from tk_jax.nn.dot_product import floating
 from tk_jax.ops.attention import attention
 
 
@@ -35,9 +38,11 @@ def attention_fn(
     precision: jax.lax.PrecisionLike = None,
     module: object | None = None,
     force_fp32_for_softmax: bool = False,
+    einsum_dot_general: object | None = None,
     qk_attn_weights_einsum: object | None = None,
     attn_weights_value_einsum: object | None = None,
     is_causal: bool = False,
+    promote_dtype: Callable | None = None,
     **settings,
 ) -> jax.Array:
     """``flax``'s ``dot_product_attention`` by :func:`tk_jax.attention`.
@@ -50,7 +55,7 @@ def attention_fn(
       query: ``[..., T, H, D]``, with any number of leading batch dimensions.
       key: ``[..., S, K, D]``, where K divides H.
       value: ``[..., S, K, Dv]``.
-      bias: Added to the scores; broadcast to ``[..., H, T, S]``.
+      bias: Of any dtype, added to the scores; broadcast to ``[..., H, T, S]``.
       mask: Not zero where a query may see a key; broadcast to ``[..., H, T, S]``.
       broadcast_dropout: Taken, as there is no dropout.
       dropout_rng: Taken, as there is no dropout.
@@ -60,9 +65,12 @@ def attention_fn(
       precision: Has to be None: of products in bfloat16 and float16 there is one.
       module: Has to be None: there are no weights to record (``sow_weights``).
       force_fp32_for_softmax: Taken: it always is at least float32.
+      einsum_dot_general: Has to be None: the products are the kernels'.
       qk_attn_weights_einsum: Has to be None, as ``attn_weights_value_einsum``.
       attn_weights_value_einsum: Has to be None.
       is_causal: Query i sees only the keys j <= i.
+      promote_dtype: Called with ``(query, key, value)`` and ``dtype``, as nnx has it;
+        what it returns has to be of one dtype.
       **settings: Other arguments of :func:`tk_jax.attention`.
 
     Raises:
@@ -83,6 +91,7 @@ def attention_fn(
     for name, got in (
         ("precision", precision),
         ("module", module),
+        ("einsum_dot_general", einsum_dot_general),
         ("qk_attn_weights_einsum", qk_attn_weights_einsum),
         ("attn_weights_value_einsum", attn_weights_value_einsum),
     ):
@@ -90,8 +99,13 @@ def attention_fn(
             raise NotImplementedError(
                 f"attention_fn: {name} is of type {type(got).__name__}; expected None"
             )
-    dtype = jnp.result_type(query, key, value) if dtype is None else dtype
-    query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+    if promote_dtype is not None:
+        query, key, value = promote_dtype((query, key, value), dtype=dtype)
+    else:
+        dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+        query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+    if bias is not None:
+        bias = floating(jnp.asarray(bias))
     if mask is not None:
         mask = jnp.asarray(mask).astype(bool)
     return attention(
