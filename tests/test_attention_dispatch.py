@@ -1,5 +1,6 @@
 """Which implementation of attention runs: refusals, fallbacks, warnings, explain."""
 
+import inspect
 import re
 import warnings
 
@@ -10,6 +11,7 @@ import pytest
 
 import tk_jax
 from tk_jax import _dispatch, _ffi
+from tk_jax.nn import dot_product_attention
 
 
 def _shape(*shape, dtype=jnp.bfloat16):
@@ -165,6 +167,20 @@ def test_a_fallback_on_a_gpu_warns_once_per_reason(pretend_gpu, monkeypatch):
     assert all(w.filename == __file__ for w in caught)
 
 
+def test_a_warning_points_at_the_line_that_calls_the_drop_in(pretend_gpu, monkeypatch):
+    monkeypatch.setattr(_Gpu, "compute_capability", "9.0")
+    x = jnp.ones((8, 2, 64))
+    expected = inspect.currentframe().f_lineno + 2
+    with pytest.warns(tk_jax.FallbackWarning) as caught:
+        jax.eval_shape(lambda x: dot_product_attention(x, x, x), x)
+    assert [(w.filename, w.lineno) for w in caught] == [(__file__, expected)]
+    # And in a batch that vmap makes too large, beyond jax's own frames.
+    x = _shape(310, 310, 1, 1, 64)
+    with pytest.warns(tk_jax.FallbackWarning, match="a batch of 96100") as caught:
+        jax.eval_shape(jax.vmap(lambda x: tk_jax.attention(x, x, x)), x)
+    assert [w.filename for w in caught] == [__file__]
+
+
 def test_no_warning_where_xla_was_asked_for_or_no_gpu_is(pretend_gpu, monkeypatch):
     float32 = _shape(1, 8, 2, 64, dtype=jnp.float32)
     with warnings.catch_warnings():
@@ -191,3 +207,36 @@ def test_explain_says_it_in_words():
         tk_jax.explain(jnp.dot, q, q)
     with pytest.raises(ValueError, match="attention: k has shape"):
         tk_jax.explain(tk_jax.attention, q, q[0], q)
+
+
+def test_explain_of_the_drop_in(monkeypatch):
+    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
+    q, k = _shape(128, 8, 64), _shape(96, 2, 64)
+    settings = {
+        "bias": _shape(128, 96),
+        "is_causal": 1,
+        "scale": _shape(dtype=jnp.float32),
+        "query_seq_lengths": jnp.ones(1, jnp.int32),
+        "local_window_size": np.array([3, 0]),
+        "return_residual": None,
+    }
+    choice = tk_jax.explain(dot_product_attention, q, k, k, **settings)
+    assert (choice.cuda, choice.elsewhere) == ("tk", "xla")
+    choice = tk_jax.explain(
+        dot_product_attention, *(np.ones((4, 2, 64), np.float32),) * 3
+    )
+    assert (choice.cuda, choice.elsewhere) == ("xla", "xla")
+    assert "dtype float32" in choice.reason
+    with pytest.raises(ValueError, match="attention: v has shape"):
+        tk_jax.explain(dot_product_attention, q, q, k)
+    with pytest.raises(ValueError, match="implementation is 'cudnn'"):
+        tk_jax.explain(dot_product_attention, q, k, k, implementation="cudnn")
+
+
+@pytest.mark.parametrize("implementation", [None, "tk", "xla"])
+def test_explain_of_an_empty_batch(implementation, monkeypatch):
+    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
+    q = _shape(0, 8, 2, 64)
+    choice = tk_jax.explain(tk_jax.attention, q, q, q, implementation=implementation)
+    assert (choice.cuda, choice.elsewhere) == ("xla", "xla")
+    assert choice.reason == "there is nothing to compute for an empty batch"

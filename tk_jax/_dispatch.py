@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -35,6 +37,12 @@ from jax.sharding import (
 from tk_jax import _check, _ffi
 
 IMPLEMENTATIONS = (None, "tk", "xla", "interpret")
+
+# Folders of code that a warning does not point at.
+_NOT_THE_USERS = tuple(
+    os.path.join(os.path.dirname(os.path.abspath(module.__file__)), "")
+    for module in (_check, jax)
+)
 
 _explainers: dict[Callable, Callable] = {}
 _warned: set[str] = set()
@@ -129,13 +137,20 @@ def warn_of_fallback(choice: Choice) -> None:
     message = f"{choice.op} runs its XLA implementation: {choice.reason}"
     if message not in _warned:
         _warned.add(message)
-        # The frames between: this function, the op, its caller.
         warnings.warn(
             f"{message}. implementation='xla' silences this warning; "
             "implementation='tk' makes it an error.",
             FallbackWarning,
-            stacklevel=3,
+            stacklevel=_stacklevel_of_user(),
         )
+
+
+def _stacklevel_of_user() -> int:
+    """Of a warning of the caller: the line outside this package, and outside jax."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def run_chosen(choice: Choice, *args, tk: Callable, xla: Callable):
@@ -256,9 +271,9 @@ def explain_by_plan(op: Callable, plan: Callable) -> None:
 def explain(op: Callable, *args, **kwargs) -> Choice:
     """Says which implementation a call runs on each platform, and why.
 
-    Takes an op of this package and the arguments of the call, which is checked but not
-    run: ``jax.ShapeDtypeStruct`` may stand for an array. Printing the result shows it
-    in words.
+    Takes an op of this package, or ``tk_jax.nn.dot_product_attention``, and the
+    arguments of the call, which is checked but not run: ``jax.ShapeDtypeStruct`` may
+    stand for an array. Printing the result shows it in words.
 
     >>> import jax, jax.numpy as jnp, tk_jax
     >>> q = jax.ShapeDtypeStruct((2, 128, 8, 64), jnp.float32)

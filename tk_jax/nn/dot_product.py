@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Literal
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from jax.nn import dot_product_attention as _jax_dot_product_attention
 from jax.typing import ArrayLike
 
+from tk_jax import _dispatch
 from tk_jax.ops.attention import attention
 
 
@@ -110,18 +112,21 @@ def dot_product_attention(
             return_residual=return_residual,
         )
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    query, scale = _fold_scale(query, scale)
     result = attention(
-        *(_with_batch(x) for x in (query, key, value)),
-        scale=scale,
-        is_causal=is_causal,
-        local_window_size=local_window_size,
-        query_seq_lengths=_array(query_seq_lengths),
-        key_value_seq_lengths=_array(key_value_seq_lengths),
-        mask=_array(mask),
-        bias=floating(_array(bias)),
-        return_lse=return_residual,
-        implementation=implementation,
+        **_arguments(
+            query,
+            key,
+            value,
+            bias,
+            mask,
+            scale=scale,
+            is_causal=is_causal,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
+            local_window_size=local_window_size,
+            implementation=implementation,
+            return_residual=return_residual,
+        )
     )
     if query.ndim == 3:
         result = jax.tree.map(lambda x: x[0], result)
@@ -129,6 +134,63 @@ def dot_product_attention(
         return result
     out, lse = result
     return out, jax.lax.stop_gradient(lse.astype(key.dtype))
+
+
+def _arguments(
+    query, key, value, bias, mask, *, scale, return_residual, **others
+) -> dict:
+    """The same call of :func:`tk_jax.attention`."""
+    query, scale = _fold_scale(query, scale)
+    for name in ("query_seq_lengths", "key_value_seq_lengths"):
+        others[name] = _array(others[name])
+    return {
+        "q": _with_batch(query),
+        "k": _with_batch(key),
+        "v": _with_batch(value),
+        "scale": scale,
+        "mask": _array(mask),
+        "bias": floating(_array(bias)),
+        "return_lse": return_residual,
+        **others,
+    }
+
+
+@_dispatch.explains(dot_product_attention)
+def _explain(*args, **kwargs) -> _dispatch.Choice:
+    bound = _SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    if given["implementation"] == "cudnn":
+        raise ValueError(
+            "explain: implementation is 'cudnn', which is jax's; expected one of ours"
+        )
+    for name in ("is_causal", "return_residual"):
+        given[name] = _flag(given[name])
+    given["local_window_size"] = _window(given["local_window_size"])
+    arrays = {
+        name: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x)
+        for name, x in given.items()
+        if name in _ARRAYS and x is not None
+    }
+    if isinstance(given["scale"], jax.ShapeDtypeStruct | jax.Array):
+        arrays["scale"] = given["scale"]
+
+    # Under a trace, so that a shape can stand for an array.
+    choices = []
+
+    def trace(arrays):
+        call = _arguments(**{**given, **arrays})
+        choices.append(_dispatch.explain(attention, **call))
+
+    jax.eval_shape(trace, arrays)
+    return choices[0]
+
+
+_SIGNATURE = inspect.signature(dot_product_attention)
+_ARRAYS = (
+    *("query", "key", "value", "bias", "mask"),
+    *("query_seq_lengths", "key_value_seq_lengths"),
+)
 
 
 def _fold_scale(query, scale):

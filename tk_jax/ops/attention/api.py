@@ -259,7 +259,11 @@ def _explain(*args, **kwargs) -> _dispatch.Choice:
         required = name in ("q", "k", "v")
         if required or (name in config.Extras._fields and value is not None):
             given[name] = _check.check_shaped("attention", name, value)
-    return _plan(**given).choice
+    choice = _plan(**given).choice
+    if 0 in given["q"].shape[:-3]:
+        reason = "there is nothing to compute for an empty batch"
+        return dataclasses.replace(choice, cuda="xla", elsewhere="xla", reason=reason)
+    return choice
 
 
 _SIGNATURE = inspect.signature(attention)
