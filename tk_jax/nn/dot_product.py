@@ -42,6 +42,9 @@ def dot_product_attention(
     * A query that sees no key has the result 0 and the residual -inf. There, the result
       is the mean of all values. Queries beyond ``query_seq_lengths`` have the result 0
       in both, and here the residual -inf.
+    * Where all keys of a query have a bias of about -1e7 or less, a mask that is added,
+      gradients differ: the backward pass makes the weights from a float32 residual,
+      which has no digits left for how many such keys there are (``docs/numerics.md``).
     * The softmax of float64 inputs is computed in float64, there in float32.
 
     ``local_window_size`` means what jax's documentation says, with and without
@@ -196,8 +199,8 @@ _ARRAYS = (
 def _fold_scale(query, scale):
     """A scale that is a jax array becomes part of the query, which has a gradient.
 
-    Beside the default scale, so that an array of that value changes no query: one that
-    is learned often starts there.
+    Beside the default scale, so that an array of that value changes no query of 16
+    bits: one that is learned often starts there.
     """
     if isinstance(scale, jax.Array) or hasattr(scale, "__jax_array__"):
         scale = jnp.asarray(scale)
