@@ -156,6 +156,24 @@ def run_chosen(choice: Choice, *args, tk: Callable, xla: Callable):
     return lax.platform_dependent(*args, cuda=tk, default=xla)
 
 
+def without_derivatives(op: str, run: Callable) -> Callable:
+    """``run``, which is a kernel or its derivative, and has none itself.
+
+    For what rules of first order call: a derivative of those is one of second order,
+    of which XLA would say no more than that a call cannot be differentiated.
+    """
+    once = jax.custom_jvp(run)
+
+    @once.defjvp
+    def refuse(primals, tangents):
+        raise NotImplementedError(
+            f"{op}: the TK kernel has no derivatives of higher order; "
+            "use implementation='xla'"
+        )
+
+    return once
+
+
 def run_on_cpu(op: str, run: Callable, *args, other: Callable | None = None):
     """Runs ``run(*args)``, which only the CPU can; other platforms refuse ``op``.
 
