@@ -273,6 +273,25 @@ VALUES = [
         {"dt_limit": (0.0, float("nan"))},
         "dt_limit[1] is nan; expected a finite number",
     ),
+    (
+        "ssd",
+        {"dt_limit": (1e300, float("inf"))},
+        "dt_limit[0] is 1e+300; expected a finite number of float32",
+    ),
+    (
+        "ssd",
+        {"dt_limit": (0, 1e39)},
+        "dt_limit[1] is 1e+39; expected a finite number of float32",
+    ),
+    (
+        "ssd",
+        {"dt_limit": (float("inf"), float("inf"))},
+        "dt_limit[0] is inf; expected a finite number",
+    ),
+    *(
+        (op, {"scale": -1e39}, "scale is -1e+39; expected a finite number of float32")
+        for op in ("linear_attention", "based_attention", "hedgehog_attention")
+    ),
     ("hedgehog_attention", {"window": 0}, "window is 0; expected at least 1"),
     (
         "based_attention",
@@ -288,8 +307,26 @@ def test_values_of_settings(op, settings, message):
         _call(op, {}, settings)
 
 
-def test_an_infinite_limit_of_numpy():
-    assert _call("ssd", {}, {"dt_limit": (0, np.float32("inf"))}).shape == (2, 5, 4, 6)
+@pytest.mark.parametrize("of", [float, np.float32, jnp.float32, np.array])
+def test_limits_that_limit_nothing(of):
+    arrays = inputs("ssd") | {"dt": -inputs("ssd")["dt"]}
+    settings = {"implementation": "xla"}
+    whole = tk_jax.ssd(**arrays, **settings, dt_limit=(-1e30, 1e30))
+    for limit in ((of(-np.inf), of(np.inf)), (of(-1e30), of(np.inf))):
+        got = tk_jax.ssd(**arrays, **settings, dt_limit=limit)
+        np.testing.assert_array_equal(got, whole)
+    half = tk_jax.ssd(**arrays, **settings, dt_limit=(0, of(np.inf)))
+    np.testing.assert_array_equal(half, tk_jax.ssd(**arrays, **settings))
+    assert not np.array_equal(half, whole)
+
+
+def test_numbers_of_float64():
+    """Beside inputs of float64, what float32 cannot hold is a number too."""
+    with jax.enable_x64(True):
+        arrays = jax.tree.map(lambda x: x.astype(jnp.float64), inputs("ssd"))
+        tk_jax.explain(tk_jax.ssd, **arrays, dt_limit=(0, 1e39))
+        q = _shape(5, 1, 8, dtype=jnp.float64)
+        tk_jax.explain(tk_jax.linear_attention, q, q, q, scale=1e39)
 
 
 def test_a_limit_that_is_no_pair():

@@ -394,7 +394,8 @@ def _check_call(op, arrays, window, scale) -> config.HedgehogOptions:
         raise ValueError(f"{op}: window is {window}; expected at least 1")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return config.HedgehogOptions(
-        scale=_check.check_finite_number(op, "scale", scale), window=int(window)
+        scale=_check.check_number_in_sums(op, "scale", scale, q.dtype),
+        window=int(window),
     )
 
 

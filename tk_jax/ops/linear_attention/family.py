@@ -68,7 +68,7 @@ def plan(
     return Call(
         op=op,
         options=LinearAttentionOptions(
-            scale=_check.check_finite_number(name, "scale", scale),
+            scale=_check.check_number_in_sums(name, "scale", scale, q.dtype),
             normalize=normalize,
         ),
         choice=_dispatch.choose(name, implementation, unsupported),
