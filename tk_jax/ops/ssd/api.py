@@ -165,7 +165,7 @@ def _ssd(call, inputs):
 
 def _run(call, inputs):
     inputs = _dispatch.vary_together_in(inputs)
-    if call.choice.cuda == "xla" or inputs.x.size == 0:
+    if call.choice.cuda == "xla":
         y, state = _xla(call, inputs)
     else:
         y, state = differentiable(
@@ -284,7 +284,6 @@ def _run_step(call, inputs):
         functools.partial(step.kernel_step, call.options),
         functools.partial(step.xla_step, call.options),
         inputs,
-        empty=inputs.x.size == 0,
     )
     y = checkpoint_name(y, "tk_ssd_out")
     return y, checkpoint_name(state, "tk_ssd_state")
@@ -316,7 +315,7 @@ def _plan(
     checks.check_segment_ids(op, segment_ids, x.shape[:-2])
     final = _check.check_flag(op, "return_final_state", return_final_state)
     return _make_call(
-        op, x.dtype, dt_softplus, dt_limit, implementation, final, unsupported(C, x)
+        op, x, dt_softplus, dt_limit, implementation, final, unsupported(C, x)
     )
 
 
@@ -340,19 +339,17 @@ def _plan_step(
     _check_arrays(op, x, dt, A, B, C, D, z, dt_bias)
     _check_state(op, "state", state, x, B, 2)
     lacking = _state_step.unsupported(x.shape, B.shape[-1], x.dtype)
-    return _make_call(op, x.dtype, dt_softplus, dt_limit, implementation, True, lacking)
+    return _make_call(op, x, dt_softplus, dt_limit, implementation, True, lacking)
 
 
-def _make_call(
-    op, dtype, dt_softplus, dt_limit, implementation, final, lacking
-) -> Call:
-    low, high = _check_limit(op, dt_limit, dtype)
+def _make_call(op, x, dt_softplus, dt_limit, implementation, final, lacking) -> Call:
+    low, high = _check_limit(op, dt_limit, x.dtype)
     options = config.SsdOptions(
         dt_softplus=_check.check_flag(op, "dt_softplus", dt_softplus),
         dt_min=low,
         dt_max=high,
     )
-    choice = _dispatch.choose(op, implementation, lacking)
+    choice = _dispatch.choose(op, implementation, lacking, empty=0 in x.shape)
     return Call(options=options, choice=choice, return_final_state=final)
 
 
@@ -404,5 +401,5 @@ def _check_limit(op, dt_limit, dtype) -> tuple[float, float]:
     return low, high
 
 
-_dispatch.explain_by_plan(ssd, _plan)
-_dispatch.explain_by_plan(ssd_step, _plan_step)
+checks.explain_by_plan(ssd, _plan)
+checks.explain_by_plan(ssd_step, _plan_step)
