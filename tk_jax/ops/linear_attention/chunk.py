@@ -131,12 +131,12 @@ def attend(features, state: State, q, k, v, decay: Decays, precision=None):
         return jnp.einsum(equation, *operands, precision=precision)
 
     scores = features.weights(product("bigk,bjgk->bgij", q, k))
-    p = scores[:, :, None] * decay.within
-    queries, keys = features.queries(q), features.keys(k)
-    before, after, total = (
-        None if x is None else x.astype(v.dtype)
-        for x in (decay.before, decay.after, decay.total)
+    # Without decays, what is visible is all that these say.
+    within, before, after, total = (
+        None if x is None else x.astype(v.dtype) for x in decay
     )
+    p = scores[:, :, None] * within
+    queries, keys = features.queries(q), features.keys(k)
 
     old = product("bigf,bgrfv->bigrv", queries, state.sums)
     if before is not None:
