@@ -88,7 +88,8 @@ def test_any_batch_with_a_state(batch, packed):
     found = jax.grad(total)
     ids = struct(70, dtype=jnp.int32) if packed else None
     text = lowered(found, (q, k, k, *maps, state[:4]), state[4], ids)
-    assert targets(text) == BACKWARD
+    # In a batch of 0 there is nothing to launch a kernel for.
+    assert targets(text) == ([] if 0 in batch else BACKWARD)
 
 
 def test_packed_documents():

@@ -133,3 +133,21 @@ def test_shared_operand_in_shard_map(rng, cpu_devices):
         np.testing.assert_allclose(
             np.float32(got), np.float32(want), rtol=2**-6, atol=0.25
         )
+
+
+@pytest.mark.parametrize("transform", [jax.hessian, lambda f: jax.grad(jax.grad(f))])
+def test_derivatives_of_higher_order_say_what_has_them(transform):
+    x = jnp.ones((8, 8), BF16)
+
+    def loss(scale, **settings):
+        scaled = (scale * x).astype(x.dtype)
+        return jnp.sum(tk_jax.matmul(scaled, scaled, **settings).astype(jnp.float32))
+
+    message = (
+        "matmul: the TK kernel has no derivatives of higher order; "
+        "use implementation='xla'"
+    )
+    with pytest.raises(NotImplementedError, match=rf"^{message}(\n---|$)"):
+        transform(loss)(2.0)
+    by_xla = transform(functools.partial(loss, implementation="xla"))(2.0)
+    assert by_xla == 2 * 8**3

@@ -273,6 +273,25 @@ VALUES = [
         {"dt_limit": (0.0, float("nan"))},
         "dt_limit[1] is nan; expected a finite number",
     ),
+    (
+        "ssd",
+        {"dt_limit": (1e300, float("inf"))},
+        "dt_limit[0] is 1e+300; expected a finite number of float32",
+    ),
+    (
+        "ssd",
+        {"dt_limit": (0, 1e39)},
+        "dt_limit[1] is 1e+39; expected a finite number of float32",
+    ),
+    (
+        "ssd",
+        {"dt_limit": (float("inf"), float("inf"))},
+        "dt_limit[0] is inf; expected a finite number",
+    ),
+    *(
+        (op, {"scale": -1e39}, "scale is -1e+39; expected a finite number of float32")
+        for op in ("linear_attention", "based_attention", "hedgehog_attention")
+    ),
     ("hedgehog_attention", {"window": 0}, "window is 0; expected at least 1"),
     (
         "based_attention",
@@ -288,8 +307,26 @@ def test_values_of_settings(op, settings, message):
         _call(op, {}, settings)
 
 
-def test_an_infinite_limit_of_numpy():
-    assert _call("ssd", {}, {"dt_limit": (0, np.float32("inf"))}).shape == (2, 5, 4, 6)
+@pytest.mark.parametrize("of", [float, np.float32, jnp.float32, np.array])
+def test_limits_that_limit_nothing(of):
+    arrays = inputs("ssd") | {"dt": -inputs("ssd")["dt"]}
+    settings = {"implementation": "xla"}
+    whole = tk_jax.ssd(**arrays, **settings, dt_limit=(-1e30, 1e30))
+    for limit in ((of(-np.inf), of(np.inf)), (of(-1e30), of(np.inf))):
+        got = tk_jax.ssd(**arrays, **settings, dt_limit=limit)
+        np.testing.assert_array_equal(got, whole)
+    half = tk_jax.ssd(**arrays, **settings, dt_limit=(0, of(np.inf)))
+    np.testing.assert_array_equal(half, tk_jax.ssd(**arrays, **settings))
+    assert not np.array_equal(half, whole)
+
+
+def test_numbers_of_float64():
+    """Beside inputs of float64, what float32 cannot hold is a number too."""
+    with jax.enable_x64(True):
+        arrays = jax.tree.map(lambda x: x.astype(jnp.float64), inputs("ssd"))
+        tk_jax.explain(tk_jax.ssd, **arrays, dt_limit=(0, 1e39))
+        q = _shape(5, 1, 8, dtype=jnp.float64)
+        tk_jax.explain(tk_jax.linear_attention, q, q, q, scale=1e39)
 
 
 def test_a_limit_that_is_no_pair():
@@ -384,119 +421,6 @@ def test_what_kernels_lack(op, implementation, monkeypatch):
     assert (choice.op, choice.cuda, choice.elsewhere) == (op, "xla", "xla")
     assert choice.reason == f"the TK kernel does not support {lacking}"
     assert f"{op} with implementation=None runs" in str(choice)
-
-
-def _half(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-@pytest.mark.parametrize(
-    ("q", "v", "settings", "lacking"),
-    [
-        (
-            _half(1, 8, 1, 257),
-            _half(1, 8, 1, 64),
-            {},
-            "keys of 257 dimensions (it takes up to 256)",
-        ),
-        (
-            _half(1, 8, 1, 64, dtype=jnp.float16),
-            _half(1, 8, 1, 64, dtype=jnp.float16),
-            {"normalize": True},
-            "normalize in float16 (of which the sums may exceed the range)",
-        ),
-        (
-            _half(70000, 8, 1, 64),
-            _half(70000, 8, 1, 64),
-            {},
-            "a batch of 70000 (it takes up to 65535)",
-        ),
-        (
-            _half(1, 2**25, 1, 64),
-            _half(1, 2**25, 64, 64),
-            {},
-            "a B * H * T times slices of 64 values of 2147483648 (it takes up to "
-            "2147483647)",
-        ),
-    ],
-    ids=str,
-)
-def test_what_kernels_of_linear_attention_lack(q, v, settings, lacking, monkeypatch):
-    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
-    choice = tk_jax.explain(tk_jax.linear_attention, q, q, v, **settings)
-    assert choice.reason == f"the TK kernel does not support {lacking}"
-    heads = _half(v.shape[2], dtype=jnp.float32)
-    dt = _half(*v.shape[:3], dtype=jnp.float32)
-    if not settings:
-        choice = tk_jax.explain(tk_jax.ssd, v, dt, heads, q, q)
-        assert choice.reason == f"the TK kernel does not support {lacking}"
-
-
-@pytest.mark.parametrize(
-    ("q", "v", "settings", "lacking"),
-    [
-        (
-            _half(1, 8, 1, 16, dtype=jnp.float16),
-            _half(1, 8, 1, 64, dtype=jnp.float16),
-            {},
-            "normalize in float16 (of which the sums may exceed the range)",
-        ),
-        (
-            _half(70000, 8, 1, 16),
-            _half(70000, 8, 1, 64),
-            {},
-            "a batch of 70000 (it takes up to 65535)",
-        ),
-        (
-            _half(1, 8, 70000, 16),
-            _half(1, 8, 70000, 64),
-            {},
-            "a number of groups of 70000 (it takes up to 65535)",
-        ),
-        (
-            _half(1, 2**25, 1, 16),
-            _half(1, 2**25, 64, 64),
-            {"normalize": False},
-            "a B * H * T times slices of 64 values of 2147483648 (it takes up to "
-            "2147483647)",
-        ),
-    ],
-    ids=str,
-)
-def test_what_kernels_of_based_attention_lack(q, v, settings, lacking, monkeypatch):
-    monkeypatch.setattr(_ffi, "unavailable", lambda: None)
-    choice = tk_jax.explain(tk_jax.based_attention, q, q, v, **settings)
-    assert choice.reason == f"the TK kernel does not support {lacking}"
-
-
-def test_explain_checks_and_takes_positions():
-    x = _shape(2, 4, 8)
-    state = _shape(2, 4, 8, 8)
-    choice = tk_jax.explain(
-        tk_jax.linear_attention_step, x, x, x, state, implementation="xla"
-    )
-    assert choice.reason == "implementation='xla' asks for it"
-    with pytest.raises(ValueError, match=r"state has shape \(2, 4, 8\)"):
-        tk_jax.explain(tk_jax.linear_attention_step, x, x, x, x)
-
-
-@pytest.mark.parametrize(
-    ("op", "arguments", "wrong"),
-    [
-        ("linear_attention", {"q": None}, "q is of type NoneType"),
-        ("linear_attention", {"log_decay": [0.0]}, "log_decay is of type list"),
-        ("based_attention", {"v": [[1.0]]}, "v is of type list"),
-        ("linear_attention_step", {"k": 1.0}, "k is of type float"),
-    ],
-    ids=str,
-)
-def test_explain_refuses_what_is_no_array(op, arguments, wrong):
-    x = _shape(2, 4, 16)
-    arguments = {"q": x, "k": x, "v": x} | arguments
-    if op == "linear_attention_step":
-        arguments["state"] = _shape(2, 4, 16, 16)
-    with pytest.raises(TypeError, match=f"^{op}: {wrong}; expected a jax or"):
-        tk_jax.explain(getattr(tk_jax, op), **arguments)
 
 
 def test_a_gpu_is_told_once(monkeypatch):

@@ -73,6 +73,20 @@ def test_vmap_over_each_argument(op):
         _assert_close(got, expected)
 
 
+def _inputs_of_kernels(op, monkeypatch):
+    """For a call that has the kernels' rule of its own for gradients."""
+    arrays = inputs(op, dtype=jnp.bfloat16)
+    if op == "hedgehog_attention":
+        monkeypatch.setitem(SETTINGS, op, {})  # The window that the kernels take.
+        rng = np.random.default_rng(0)
+        for name in ("q_map", "k_map"):
+            shape = (*arrays[name].shape[:2], 64)
+            arrays[name] = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    explained = tk_jax.explain(getattr(tk_jax, op), **arrays, **SETTINGS[op])
+    assert explained.cuda == "tk"
+    return arrays
+
+
 @pytest.mark.parametrize(
     ("op", "mapped"),
     [
@@ -84,18 +98,8 @@ def test_vmap_over_each_argument(op):
 )
 def test_gradients_of_what_all_elements_share(op, mapped, monkeypatch):
     """The final state does not depend on ``mapped``, the output does."""
-    arrays = inputs(op, dtype=jnp.bfloat16)
-    if op == "hedgehog_attention":
-        monkeypatch.setitem(SETTINGS, op, {})  # The window that the kernels take.
-        rng = np.random.default_rng(0)
-        for name in ("q_map", "k_map"):
-            shape = (*arrays[name].shape[:2], 64)
-            arrays[name] = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    arrays = _inputs_of_kernels(op, monkeypatch)
     x = arrays.pop(mapped)
-    explained = tk_jax.explain(
-        getattr(tk_jax, op), **arrays, **{mapped: x}, **SETTINGS[op]
-    )
-    assert explained.cuda == "tk"  # These have a rule of their own for gradients.
 
     def total(arrays, x):
         return loss(op, **arrays, **{mapped: x})
@@ -276,6 +280,25 @@ def test_forward_mode_and_second_order():
         np.testing.assert_allclose(
             second, (after - 2 * here + before) / step**2, rtol=1e-3
         )
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("transform", [jax.hessian, lambda f: jax.grad(jax.grad(f))])
+def test_derivatives_of_higher_order_say_what_has_them(op, transform, monkeypatch):
+    arrays = _inputs_of_kernels(op, monkeypatch)
+
+    def total(scale, **settings):
+        scaled = jax.tree.map(lambda x: (scale * x).astype(x.dtype), arrays)
+        return loss(op, **scaled, **settings)
+
+    message = (
+        f"{op}: the TK kernel has no derivatives of higher order; "
+        "use implementation='xla'"
+    )
+    with pytest.raises(NotImplementedError, match=rf"^{message}(\n---|$)"):
+        transform(total)(1.0)
+    by_xla = transform(functools.partial(total, implementation="xla"))
+    assert jax.eval_shape(by_xla, 1.0).shape == ()
 
 
 def test_eager_calls_and_jitted_ones_are_the_same():

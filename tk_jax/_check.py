@@ -18,6 +18,7 @@ import numpy as np
 
 # Kernels and the copy engine address each dimension with a signed 32-bit integer.
 INT32_MAX = 2**31 - 1
+_LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 def check_array(op: str, name: str, value) -> jax.Array:
@@ -155,6 +156,24 @@ def check_finite_number(op: str, name: str, value) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{op}: {name} is {value!r}; expected a finite number")
+    return number
+
+
+def check_number_in_sums(
+    op: str, name: str, value, dtype, *, or_infinity: float | None = None
+) -> float:
+    """A static number, finite in float32, or in float64 beside inputs of that.
+
+    ``or_infinity`` is one that may stand for no limit.
+    """
+    static = _is_real(value) and not isinstance(value, jax.core.Tracer)
+    if or_infinity and static and np.ndim(value) == 0 and value == or_infinity:
+        return or_infinity
+    number = check_finite_number(op, name, value)
+    if abs(number) > _LARGEST and jnp.dtype(dtype).name != "float64":
+        raise ValueError(
+            f"{op}: {name} is {number!r}; expected a finite number of float32"
+        )
     return number
 
 

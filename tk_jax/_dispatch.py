@@ -16,7 +16,6 @@ one for the platform at hand is lowered (``jax.lax.platform_dependent``).
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 import sys
 import warnings
@@ -83,10 +82,23 @@ _DESCRIPTIONS = {
     "interpret": "interpret: the TK kernel, run and checked on the CPU",
     "no interpreter": "error: the interpreter runs on the CPU alone",
 }
+_EMPTY = "the TK kernel has nothing to do in a batch of 0"
 
 
-def choose(op: str, implementation: str | None, unsupported: str | None) -> Choice:
-    """Chooses; ``unsupported`` names what the TK kernel lacks for this call, if any."""
+def choose(
+    op: str, implementation: str | None, unsupported: str | None, *, empty: bool = False
+) -> Choice:
+    """Chooses; ``unsupported`` names what the TK kernel lacks for this call, if any.
+
+    Nothing is launched for an ``empty`` batch.
+    """
+    choice = _choose(op, implementation, unsupported)
+    if not empty or choice.cuda == "xla":
+        return choice
+    return dataclasses.replace(choice, cuda="xla", elsewhere="xla", reason=_EMPTY)
+
+
+def _choose(op: str, implementation: str | None, unsupported: str | None) -> Choice:
     _check.check_choice(op, "implementation", implementation, IMPLEMENTATIONS)
     if implementation == "xla":
         return Choice(op, "xla", "xla", "xla", "implementation='xla' asks for it")
@@ -132,7 +144,7 @@ def _choose_interpreter(op: str, unsupported: str | None) -> Choice:
 def warn_of_fallback(choice: Choice) -> None:
     """Warns, once per reason, where a GPU runs XLA although nobody asked for it."""
     fell_back = choice.requested is None and choice.cuda == "xla"
-    if not fell_back or jax.default_backend() != "gpu":
+    if not fell_back or choice.reason == _EMPTY or jax.default_backend() != "gpu":
         return
     message = f"{choice.op} runs its XLA implementation: {choice.reason}"
     if message not in _warned:
@@ -169,6 +181,24 @@ def run_chosen(choice: Choice, *args, tk: Callable, xla: Callable):
     if choice.elsewhere == "interpret":
         return run_on_cpu(choice.op, tk, *args, other=xla)
     return lax.platform_dependent(*args, cuda=tk, default=xla)
+
+
+def without_derivatives(op: str, run: Callable) -> Callable:
+    """``run``, which is a kernel or its derivative, and has none itself.
+
+    For what rules of first order call: a derivative of those is one of second order,
+    of which XLA would say no more than that a call cannot be differentiated.
+    """
+    once = jax.custom_jvp(run)
+
+    @once.defjvp
+    def refuse(primals, tangents):
+        raise NotImplementedError(
+            f"{op}: the TK kernel has no derivatives of higher order; "
+            "use implementation='xla'"
+        )
+
+    return once
 
 
 def run_on_cpu(op: str, run: Callable, *args, other: Callable | None = None):
@@ -245,27 +275,6 @@ def explains(op: Callable) -> Callable:
         return explainer
 
     return register
-
-
-def explain_by_plan(op: Callable, plan: Callable) -> None:
-    """Answers ``explain(op, ...)`` with ``plan(...).choice``.
-
-    ``plan`` takes the arguments of ``op`` with shapes for arrays, and checks them but
-    for being arrays: those whose annotation says no more than that are seen to here.
-    """
-    signature = inspect.signature(op)
-    annotations = {name: x.annotation for name, x in signature.parameters.items()}
-
-    @explains(op)
-    def explainer(*args, **kwargs) -> Choice:
-        bound = signature.bind(*args, **kwargs)
-        for name, value in bound.arguments.items():
-            required = annotations[name] == "jax.Array"
-            optional = annotations[name] == "jax.Array | None"
-            if required or (optional and value is not None):
-                shaped = _check.check_shaped(op.__name__, name, value)
-                bound.arguments[name] = shaped
-        return plan(*bound.args, **bound.kwargs).choice
 
 
 def explain(op: Callable, *args, **kwargs) -> Choice:

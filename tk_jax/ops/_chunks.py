@@ -122,7 +122,8 @@ def unfold(x, batch):
 
 def sum_dtype(dtype):
     """Of gates, states and sums beside inputs of ``dtype``."""
-    return jnp.promote_types(dtype, jnp.float32)
+    # Not jnp.promote_types, which jax.numpy_dtype_promotion("strict") forbids.
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def precision(dtype):

@@ -6,44 +6,77 @@ The ops of whole sequences and their steps for one token have the same axes, but
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
-from tk_jax import _check
+from tk_jax import _check, _dispatch
 from tk_jax.ops import _chunks
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
-# Arguments that may be None, and those that may be a tuple of arrays.
+# Arguments that may be None, those that may be a tuple of arrays, and those that may be
+# a Python number.
 _OPTIONAL = ("D", "z", "dt_bias", "log_decay", "initial_state", "segment_ids")
 _STATES = ("state", "initial_state")
+_WEIGHTS = ("alpha", "beta")
 
 
-def as_arrays(op: str, **values):
-    """Arrays, None where there is none; those in a tuple of a state, too."""
+def as_arrays(op: str, *, check: Callable = _check.check_array, **values):
+    """Arrays, None where there is none; those in a tuple of a state, too.
+
+    With ``check_shaped``, shapes may stand for them.
+    """
 
     def as_array(name, value):
         if value is None and name in _OPTIONAL:
             return None
         if name in _STATES:
             return as_state(name, value)
-        return _check.check_array(op, name, value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in _WEIGHTS and is_number:
+            # In float64 where that is enabled: inputs may be, and NumPy's is a number
+            # of Python.
+            return jnp.asarray(value, float)
+        return check(op, name, value)
 
     def as_state(name, value):
         if isinstance(value, tuple):
             names = getattr(value, "_fields", [None] * len(value))
             items = [
-                x
-                if x is None
-                else _check.check_array(op, f"{name}.{field}" if field else name, x)
+                x if x is None else check(op, f"{name}.{field}" if field else name, x)
                 for field, x in zip(names, value, strict=True)
             ]
             return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
         if hasattr(value, "shape") or hasattr(value, "__jax_array__"):
-            return _check.check_array(op, name, value)
+            return check(op, name, value)
         return value  # The check of the state says what is expected.
 
     return [as_array(name, value) for name, value in values.items()]
+
+
+def explain_by_plan(op: Callable, plan: Callable) -> None:
+    """Answers ``explain(op, ...)`` with ``plan(...).choice``.
+
+    ``plan`` takes the arguments of ``op`` and checks them but for being arrays: that is
+    seen to here as the op does it, and shapes may stand for them.
+    """
+    signature = inspect.signature(op)
+    arrays = {
+        name
+        for name, parameter in signature.parameters.items()
+        if "jax.Array" in parameter.annotation or name in _STATES
+    }
+
+    @_dispatch.explains(op)
+    def explainer(*args, **kwargs) -> _dispatch.Choice:
+        bound = signature.bind(*args, **kwargs)
+        given = {name: x for name, x in bound.arguments.items() if name in arrays}
+        shaped = as_arrays(op.__name__, check=_check.check_shaped, **given)
+        bound.arguments.update(zip(given, shaped, strict=True))
+        return plan(*bound.args, **bound.kwargs).choice
 
 
 def text(name: str, x) -> str:

@@ -140,15 +140,13 @@ def unsupported(
     return None
 
 
-def run_chosen(
-    choice: _dispatch.Choice, tk: Callable, xla: Callable, arrays, *, empty: bool
-):
+def run_chosen(choice: _dispatch.Choice, tk: Callable, xla: Callable, arrays):
     """``tk(arrays)`` or ``xla(arrays)``, as ``choice`` says, for a tree of arrays.
 
     Both have results of the same types, and derivatives are always those of ``xla``, of
-    any order and in either mode. Where the results are ``empty`` no kernel is launched.
+    any order and in either mode.
     """
-    if empty or choice.cuda == "xla":
+    if choice.cuda == "xla":
         return xla(arrays)
 
     @jax.custom_jvp

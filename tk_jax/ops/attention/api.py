@@ -295,7 +295,7 @@ def _plan(
         scale = q.shape[-1] ** -0.5
     left, right = _check_window(local_window_size, q.shape[-3] + k.shape[-3])
     options = config.AttentionOptions(
-        scale=_check_scale(scale, q.dtype),
+        scale=_check.check_number_in_sums("attention", "scale", scale, q.dtype),
         is_causal=_check.check_flag("attention", "is_causal", is_causal),
         bottom_right=causal_align == "bottom_right",
         deterministic=_check.check_flag("attention", "deterministic", deterministic),
@@ -391,15 +391,6 @@ def _check_extras(extras: config.Extras, q_shape, k_shape) -> None:
             "attention: q_segment_ids is given and kv_segment_ids is not; "
             f"expected both, as T is {seqlen_q} and S is {seqlen_kv}"
         )
-
-
-def _check_scale(scale, dtype) -> float:
-    scale = _check.check_finite_number("attention", "scale", scale)
-    if abs(scale) > float(_FLOAT32.max) and jnp.dtype(dtype).name != "float64":
-        raise ValueError(
-            f"attention: scale is {scale!r}; expected a finite number of float32"
-        )
-    return scale
 
 
 def _check_window(window, largest: int) -> tuple[int, int]:

@@ -107,9 +107,7 @@ def _chosen(call, kernel, xla_form, differentiated=()):
         results = run(*arrays, extras)
         return results, jax.tree.map(lambda _: True, results)
 
-    once = jax.custom_jvp(run)
-    once.defjvp(_refuse_derivative)
-    return once
+    return _dispatch.without_derivatives("attention", run)
 
 
 def _choice_for_batch(choice, q, k):
@@ -120,14 +118,6 @@ def _choice_for_batch(choice, q, k):
     choice = _dispatch.choose("attention", None, limit)
     _dispatch.warn_of_fallback(choice)
     return choice
-
-
-def _refuse_derivative(primals, tangents):
-    """The rules above are derivatives already; what they call has none."""
-    raise NotImplementedError(
-        "attention: the TK kernel has no derivatives of higher order; "
-        "use implementation='xla'"
-    )
 
 
 def _repeat(x, size, is_batched):

@@ -232,5 +232,5 @@ def _check_feature_dim(op, q) -> None:
         )
 
 
-_dispatch.explain_by_plan(based_attention, _plan)
-_dispatch.explain_by_plan(based_attention_step, _plan_step)
+checks.explain_by_plan(based_attention, _plan)
+checks.explain_by_plan(based_attention_step, _plan_step)

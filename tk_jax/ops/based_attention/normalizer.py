@@ -28,8 +28,9 @@ def added(k, starts, segment: int):
     is_left = jnp.ones((batch, seqlen), bool)
     is_left = jnp.pad(is_left, [(0, 0), (0, missing)]).reshape(batch, -1, segment)
     if starts is not None:
-        starts = jnp.pad(starts, [(0, 0), (0, missing)]).reshape(batch, -1, segment)
-        later = jnp.cumsum(starts[..., ::-1].astype(jnp.int32), axis=-1)[..., ::-1]
+        starts = jnp.pad(starts.astype(jnp.int32), [(0, 0), (0, missing)])
+        starts = starts.reshape(batch, -1, segment)
+        later = jnp.cumsum(starts[..., ::-1], axis=-1)[..., ::-1]
         is_left &= later - starts == 0
     is_left = is_left.astype(jnp.float32)
     k = jnp.pad(k, [(0, 0), (0, missing), (0, 0), (0, 0)])

@@ -135,8 +135,8 @@ def hedgehog_attention(
         v=v,
         q_map=q_map,
         k_map=k_map,
-        alpha=_as_weight(alpha),
-        beta=_as_weight(beta),
+        alpha=alpha,
+        beta=beta,
         initial_state=initial_state,
         segment_ids=segment_ids,
     )
@@ -276,8 +276,8 @@ def hedgehog_attention_step(
         v=v,
         q_map=q_map,
         k_map=k_map,
-        alpha=_as_weight(alpha),
-        beta=_as_weight(beta),
+        alpha=alpha,
+        beta=beta,
         state=state,
     )
     inputs = xla.Inputs(*arrays, segment_ids=None)
@@ -313,20 +313,10 @@ def _run_step(call, inputs):
         functools.partial(step.kernel_step, call.options),
         functools.partial(step.xla_step, call.options),
         inputs,
-        empty=inputs.q.size == 0,
     )
     state = state._replace(length=length)
     out = checkpoint_name(out, "tk_hedgehog_attention_out")
     return out, checkpoint_name(state, "tk_hedgehog_attention_state")
-
-
-def _as_weight(value):
-    """A Python number as an array; the rest as it is, to be checked.
-
-    In float64 where that is enabled: inputs may be, and NumPy's is a Python float.
-    """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return jnp.asarray(value, float) if is_number else value
 
 
 def _plan(
@@ -348,14 +338,15 @@ def _plan(
     """Checks everything but that arrays are arrays, for which shapes can stand."""
     op = "hedgehog_attention"
     checks.check_first(op, "q", q, "T, H, D")
-    arrays = (q, k, v, q_map, k_map, _as_weight(alpha), _as_weight(beta))
+    arrays = (q, k, v, q_map, k_map, alpha, beta)
     final = _check.check_flag(op, "return_final_state", return_final_state)
     options = _check_call(op, arrays, window, scale)
     if initial_state is not None:
         _check_state(op, "initial_state", initial_state, k, v, q_map, window, 3)
     checks.check_segment_ids(op, segment_ids, q.shape[:-2])
     lacking = config.unsupported(options, q, k, v, q_map, initial_state is not None)
-    return Call(options, _dispatch.choose(op, implementation, lacking), final)
+    choice = _dispatch.choose(op, implementation, lacking, empty=0 in q.shape)
+    return Call(options, choice, final)
 
 
 def _plan_step(
@@ -374,13 +365,14 @@ def _plan_step(
 ) -> Call:
     op = "hedgehog_attention_step"
     checks.check_first(op, "q", q, "H, D")
-    arrays = (q, k, v, q_map, k_map, _as_weight(alpha), _as_weight(beta))
+    arrays = (q, k, v, q_map, k_map, alpha, beta)
     options = _check_call(op, arrays, window, scale)
     _check_state(op, "state", state, k, v, q_map, window, 2)
     lacking = _state_step.unsupported(
         v.shape, 2 * q_map.shape[-1], v.dtype, queries=q.shape[-2] // k.shape[-2]
     )
-    return Call(options, _dispatch.choose(op, implementation, lacking), True)
+    choice = _dispatch.choose(op, implementation, lacking, empty=0 in q.shape)
+    return Call(options, choice, True)
 
 
 def _check_call(op, arrays, window, scale) -> config.HedgehogOptions:
@@ -394,7 +386,8 @@ def _check_call(op, arrays, window, scale) -> config.HedgehogOptions:
         raise ValueError(f"{op}: window is {window}; expected at least 1")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return config.HedgehogOptions(
-        scale=_check.check_finite_number(op, "scale", scale), window=int(window)
+        scale=_check.check_number_in_sums(op, "scale", scale, q.dtype),
+        window=int(window),
     )
 
 
@@ -433,5 +426,5 @@ def _check_state(op, name, state, k, v, q_map, window, num_axes) -> None:
         _check.check_dtype(op, f"{name}.{field}", x.dtype, dtype)
 
 
-_dispatch.explain_by_plan(hedgehog_attention, _plan)
-_dispatch.explain_by_plan(hedgehog_attention_step, _plan_step)
+checks.explain_by_plan(hedgehog_attention, _plan)
+checks.explain_by_plan(hedgehog_attention_step, _plan_step)

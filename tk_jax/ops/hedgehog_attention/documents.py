@@ -54,8 +54,8 @@ def find_tiles(positions) -> Tiles:
     windows = _at(window, rows).reshape(*first.shape, config.CHUNK) - first[:, :, None]
     windows = jnp.where(row < tokens[:, :, None], windows, -1)
     of_first_window = jnp.sum(windows == 0, axis=-1, dtype=jnp.int32)
-    flags = (position >= 2 * config.CHUNK) * config.FAR_TILE
-    flags += (of_first_window == config.CHUNK) * config.ONE_WINDOW
+    flags = jnp.where(position >= 2 * config.CHUNK, config.FAR_TILE, 0)
+    flags |= jnp.where(of_first_window == config.CHUNK, config.ONE_WINDOW, 0)
     continued = jnp.where(position >= config.CHUNK, of_first_window, 0)
     numbers = [jnp.where(is_tile, first, 0), tokens, continued, flags]
     documents = calls.Documents(

@@ -215,7 +215,7 @@ def _xla_windows(options: HedgehogOptions, tokens: Tokens) -> Seen:
     def latest(window, token):
         """The latest tokens, [B, 2 window, K, ..], with the new one."""
         window = jnp.concatenate([window[:, 1:], token[:, None]], axis=1)
-        steps_back = jnp.arange(2 * options.window - 1, -1, -1)
+        steps_back = jnp.arange(2 * options.window - 1, -1, -1, dtype=jnp.int32)
         own = steps_back <= tokens.length[:, None]
         return jnp.where(own[..., None, None], window, 0)
 
@@ -253,7 +253,7 @@ def _features(y):
 def _visible(options, position):
     """Which of the latest tokens are near and which far, bool [B, 1, 1, 2 window]."""
     position = position[:, None]
-    steps_back = jnp.arange(2 * options.window - 1, -1, -1)
+    steps_back = jnp.arange(2 * options.window - 1, -1, -1, dtype=jnp.int32)
     seen = steps_back <= position
     window = options.window
     near = seen & (position // window - (position - steps_back) // window <= 1)

@@ -179,7 +179,8 @@ def _final_state(
         length = xla.token_positions(length, starts, starts.shape)[:, -1] + 1
     # Of the tokens here, those before the latest two windows, as far as they are there
     # and of the last segment.
-    is_token = jnp.arange(_WINDOWS + seqlen) >= _WINDOWS + seqlen - length[:, None]
+    token = jnp.arange(_WINDOWS + seqlen, dtype=jnp.int32)
+    is_token = token >= _WINDOWS + seqlen - length[:, None]
     is_token = is_token[..., None, None]
     dtype = _chunks.sum_dtype(k.dtype)
     product = functools.partial(jnp.einsum, precision=_chunks.precision(k.dtype))

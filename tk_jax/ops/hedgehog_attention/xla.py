@@ -146,10 +146,10 @@ class _Step:
     def attend(self, carry, q, k, v, phi_k, positions):
         window = self.options.window
         alpha, beta = self.mixing
-        order = jnp.arange(q.shape[1])
+        order = jnp.arange(q.shape[1], dtype=jnp.int32)
         # How far back each key is: those before the segment are further than the query
         # is into it.
-        distance = 2 * window + order[:, None] - jnp.arange(k.shape[1])
+        distance = 2 * window + order[:, None] - jnp.arange(k.shape[1], dtype=jnp.int32)
         at = positions[..., None]
         seen = (distance >= 0) & (distance <= at)
         near = seen & (at // window - (at - distance) // window <= 1)
@@ -184,7 +184,7 @@ def _final_state(options, carry: _Carry) -> HedgehogState:
     """With zeros for what belongs to another segment than the last token."""
     length = carry.positions[:, -1] + 1
     is_old = (length > 2 * options.window)[:, None, None]
-    steps_back = jnp.arange(2 * options.window - 1, -1, -1)
+    steps_back = jnp.arange(2 * options.window - 1, -1, -1, dtype=jnp.int32)
     own = (steps_back < length[:, None])[..., None, None]
     return HedgehogState(
         jnp.where(is_old[..., None], carry.sums, 0),

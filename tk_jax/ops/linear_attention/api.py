@@ -247,5 +247,5 @@ def _check_log_decay(op, log_decay, v) -> None:
         checks.check_gate(op, "log_decay", log_decay, shapes, checks.text("v", v))
 
 
-_dispatch.explain_by_plan(linear_attention, _plan)
-_dispatch.explain_by_plan(linear_attention_step, _plan_step)
+checks.explain_by_plan(linear_attention, _plan)
+checks.explain_by_plan(linear_attention_step, _plan_step)

@@ -10,7 +10,9 @@ where F is K, or what a feature map makes of K. This is the chunkwise form of Ya
 al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (2023),
 section 3, with the scalar decay of Dao and Gu, "Transformers are SSMs" (2024), section
 6. Its derivative is JAX's own: every exponent is a difference that is masked before the
-exponential, so that the gradient of a decay is a sum of rows minus one of columns.
+exponential, so that the gradient of a decay is a sum of rows minus one of columns. What
+no decay lies between is masked too: the gradient of its exponent would be in both sums,
+and where decays are strong, all that is left of one without it is far smaller.
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ def decays(log_decay, starts, seqlen: int) -> Decays:
     """
     order = jnp.arange(seqlen)
     visible = order[:, None] >= order
+    itself, is_last = order[:, None] == order, order == seqlen - 1
     if starts is not None:
         segment = jnp.cumsum(starts.astype(jnp.int32), axis=1)[:, None, None]
         visible = visible & (segment[..., :, None] == segment[..., None, :])
@@ -80,8 +83,9 @@ def decays(log_decay, starts, seqlen: int) -> Decays:
         return Decays(visible, segment == 0, segment == last, last[..., 0] == 0)
     sums = _Sums(log_decay)
     within = sums.difference(sums.at[..., :, None], sums.at[..., None, :])
+    within = jnp.where(itself, 0, within)
     before = sums.difference(sums.at, None)
-    after = sums.difference(sums.at[..., -1:], sums.at)
+    after = jnp.where(is_last, 0, sums.difference(sums.at[..., -1:], sums.at))
     total = before[..., -1]
     if starts is not None:
         before = _masked(segment == 0, before)
@@ -127,12 +131,12 @@ def attend(features, state: State, q, k, v, decay: Decays, precision=None):
         return jnp.einsum(equation, *operands, precision=precision)
 
     scores = features.weights(product("bigk,bjgk->bgij", q, k))
-    p = scores[:, :, None] * decay.within
-    queries, keys = features.queries(q), features.keys(k)
-    before, after, total = (
-        None if x is None else x.astype(v.dtype)
-        for x in (decay.before, decay.after, decay.total)
+    # Without decays, what is visible is all that these say.
+    within, before, after, total = (
+        None if x is None else x.astype(v.dtype) for x in decay
     )
+    p = scores[:, :, None] * within
+    queries, keys = features.queries(q), features.keys(k)
 
     old = product("bigf,bgrfv->bigrv", queries, state.sums)
     if before is not None:

@@ -68,10 +68,10 @@ def plan(
     return Call(
         op=op,
         options=LinearAttentionOptions(
-            scale=_check.check_finite_number(name, "scale", scale),
+            scale=_check.check_number_in_sums(name, "scale", scale, q.dtype),
             normalize=normalize,
         ),
-        choice=_dispatch.choose(name, implementation, unsupported),
+        choice=_dispatch.choose(name, implementation, unsupported, empty=0 in q.shape),
         return_final_state=_check.check_flag(
             name, "return_final_state", return_final_state
         ),
@@ -118,7 +118,7 @@ def run(call: Call, q, k, v, log_decay, state, segment_ids):
 def _run(call, *arrays):
     op = call.op
     arrays = _dispatch.vary_together_in(arrays)
-    if call.choice.cuda == "xla" or arrays[0].size == 0:
+    if call.choice.cuda == "xla":
         out, state = _xla(call, arrays)
     else:
         out, state = vjp.differentiable(
@@ -172,7 +172,6 @@ def _run_step(call, *arrays):
         functools.partial(_kernel_step, call),
         functools.partial(_xla_step, call),
         arrays,
-        empty=arrays[2].size == 0,
     )
     out = checkpoint_name(out, f"tk_{op.name}_out")
     state = checkpoint_name(state, f"tk_{op.name}_state")

@@ -31,24 +31,24 @@ def differentiable(choice: _dispatch.Choice, tk: Callable, xla: Callable) -> Cal
         def unflattened(function):
             return lambda *leaves: function(*structure.unflatten(leaves))
 
-        return _dispatch.run_chosen(
-            choice, *leaves, tk=unflattened(tk), xla=unflattened(xla)
+        run = functools.partial(
+            _dispatch.run_chosen, choice, tk=unflattened(tk), xla=unflattened(xla)
         )
+        return _dispatch.without_derivatives(choice.op, run)(*leaves)
 
-    @jax.custom_vjp
-    def run(arrays):
-        results = choose(tk, xla, arrays)
+    def results(arrays):
         # One by one, so that those nobody asks for are not computed.
-        return jax.tree.map(lambda x: _mapped_with(arrays, x), results)
+        return jax.tree.map(lambda x: _mapped_with(arrays, x), choose(tk, xla, arrays))
 
     def forward(arrays):
-        return run(arrays), arrays
+        return results(arrays), arrays
 
     def backward(arrays, cotangents):
         gradients = choose(_pull_back(tk), _pull_back(xla), arrays, cotangents)
         leaves, structure = jax.tree.flatten(arrays)
         return (structure.unflatten(_fill(gradients, [None] * len(leaves), leaves)),)
 
+    run = jax.custom_vjp(results)
     run.defvjp(forward, backward)
     return run
 

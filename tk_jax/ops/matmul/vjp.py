@@ -84,17 +84,14 @@ def _summed(x, y, options, shape, run) -> jax.Array:
 
 
 def _run(a, b, options, choice) -> jax.Array:
-    return _multiply(
-        functools.partial(
-            _dispatch.run_chosen,
-            choice,
-            tk=functools.partial(_launch, options=options, config=None),
-            xla=functools.partial(xla_matmul, options=options),
-        ),
-        a,
-        b,
-        options,
+    run = functools.partial(
+        _dispatch.run_chosen,
+        choice,
+        tk=functools.partial(_launch, options=options, config=None),
+        xla=functools.partial(xla_matmul, options=options),
     )
+    multiply = functools.partial(_multiply, run, options=options)
+    return _dispatch.without_derivatives("matmul", multiply)(a, b)
 
 
 def kernel_matmul(

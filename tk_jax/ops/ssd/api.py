@@ -7,7 +7,6 @@ import functools
 import math
 
 import jax
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
@@ -84,8 +83,8 @@ def ssd(
       z: ``[..., T, H, P]`` in the dtype of ``x``.
       dt_bias: ``[H]``, in any floating dtype.
       dt_softplus: As above.
-      dt_limit: The least and the largest step; static numbers, the second may be
-        ``inf``.
+      dt_limit: The least and the largest step; static numbers. ``-inf`` and ``inf``
+        limit nothing.
       initial_state: h before the first token, ``[..., H, P, N]`` in float32 (float64
         for float64 inputs); zeros by default.
       return_final_state: Returns ``(y, final_state)``, the state after the last token,
@@ -166,7 +165,7 @@ def _ssd(call, inputs):
 
 def _run(call, inputs):
     inputs = _dispatch.vary_together_in(inputs)
-    if call.choice.cuda == "xla" or inputs.x.size == 0:
+    if call.choice.cuda == "xla":
         y, state = _xla(call, inputs)
     else:
         y, state = differentiable(
@@ -285,7 +284,6 @@ def _run_step(call, inputs):
         functools.partial(step.kernel_step, call.options),
         functools.partial(step.xla_step, call.options),
         inputs,
-        empty=inputs.x.size == 0,
     )
     y = checkpoint_name(y, "tk_ssd_out")
     return y, checkpoint_name(state, "tk_ssd_state")
@@ -317,7 +315,7 @@ def _plan(
     checks.check_segment_ids(op, segment_ids, x.shape[:-2])
     final = _check.check_flag(op, "return_final_state", return_final_state)
     return _make_call(
-        op, dt_softplus, dt_limit, implementation, final, unsupported(C, x)
+        op, x, dt_softplus, dt_limit, implementation, final, unsupported(C, x)
     )
 
 
@@ -341,17 +339,17 @@ def _plan_step(
     _check_arrays(op, x, dt, A, B, C, D, z, dt_bias)
     _check_state(op, "state", state, x, B, 2)
     lacking = _state_step.unsupported(x.shape, B.shape[-1], x.dtype)
-    return _make_call(op, dt_softplus, dt_limit, implementation, True, lacking)
+    return _make_call(op, x, dt_softplus, dt_limit, implementation, True, lacking)
 
 
-def _make_call(op, dt_softplus, dt_limit, implementation, final, lacking) -> Call:
-    low, high = _check_limit(op, dt_limit)
+def _make_call(op, x, dt_softplus, dt_limit, implementation, final, lacking) -> Call:
+    low, high = _check_limit(op, dt_limit, x.dtype)
     options = config.SsdOptions(
         dt_softplus=_check.check_flag(op, "dt_softplus", dt_softplus),
         dt_min=low,
         dt_max=high,
     )
-    choice = _dispatch.choose(op, implementation, lacking)
+    choice = _dispatch.choose(op, implementation, lacking, empty=0 in x.shape)
     return Call(options=options, choice=choice, return_final_state=final)
 
 
@@ -386,22 +384,22 @@ def _check_state(op, name, state, x, B, num_axes) -> None:
     checks.check_state(op, name, state, shape, x.dtype, to_match)
 
 
-def _check_limit(op, dt_limit) -> tuple[float, float]:
+def _check_limit(op, dt_limit, dtype) -> tuple[float, float]:
     if not isinstance(dt_limit, tuple | list) or len(dt_limit) != 2:
         raise TypeError(
             f"{op}: dt_limit is {dt_limit!r}; expected a pair of numbers, (least, "
             "largest)"
         )
-    low = _check.check_finite_number(op, "dt_limit[0]", dt_limit[0])
-    high = dt_limit[1]
-    if not (isinstance(high, float | np.floating) and high == math.inf):
-        high = _check.check_finite_number(op, "dt_limit[1]", high)
+    low, high = (
+        _check.check_number_in_sums(op, f"dt_limit[{i}]", x, dtype, or_infinity=none)
+        for i, (x, none) in enumerate(zip(dt_limit, (-math.inf, math.inf), strict=True))
+    )
     if low > high:
         raise ValueError(
             f"{op}: dt_limit is {dt_limit!r}; expected the least number first"
         )
-    return low, float(high)
+    return low, high
 
 
-_dispatch.explain_by_plan(ssd, _plan)
-_dispatch.explain_by_plan(ssd_step, _plan_step)
+checks.explain_by_plan(ssd, _plan)
+checks.explain_by_plan(ssd_step, _plan_step)
