@@ -173,34 +173,26 @@ _FORWARD_MASKED = {
 }
 # Two diagonals take even more, of three consumers.
 _FORWARD_BAND = {(64, 64): _FORWARD_MIXED}
-# And so do features, whatever the mask: by the larger of the head dims. The first that
-# a call has all of, if it is for the head dim.
+# And so do features, whatever the mask: by the larger of the head dims.
 _FORWARD_FEATURES = {
-    frozenset({"bias", "mask"}): {
-        128: AttentionForwardConfig(block_q=128, block_kv=80, stages=2),
-        192: AttentionForwardConfig(block_q=128, block_kv=48, stages=2),
-    },
-    frozenset({"bias", "segments"}): {
-        128: AttentionForwardConfig(block_q=128, block_kv=80, stages=2),
-    },
-    frozenset({"bias"}): {
+    "bias": {
         64: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
         128: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
         192: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
         256: AttentionForwardConfig(block_q=128, block_kv=48, stages=2),
     },
-    frozenset({"mask"}): {
+    "mask": {
         64: _FORWARD_MIXED,
         128: AttentionForwardConfig(block_q=128, block_kv=112, stages=2),
         192: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
         256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
     },
-    frozenset({"segments"}): {
+    "segments": {
         64: _FORWARD_MIXED,
         128: _FORWARD_MIXED,
         256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
     },
-    frozenset({"softcap"}): {
+    "softcap": {
         256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
     },
 }
@@ -248,8 +240,8 @@ def forward_config(
 ) -> AttentionForwardConfig:
     """``mask`` is one of KERNEL_MASKS; the head dims are those of arrays."""
     tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
-    for names, tiles in _FORWARD_FEATURES.items():
-        if names <= features and max(tile) in tiles:
+    for feature, tiles in _FORWARD_FEATURES.items():
+        if feature in features and max(tile) in tiles:
             return tiles[max(tile)]
     few_keys = mask == "causal" and seqlen_kv <= _FEW_CAUSAL_KEYS
     if few_keys and tile in _FORWARD_FEW_CAUSAL_KEYS:
