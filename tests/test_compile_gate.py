@@ -143,8 +143,6 @@ _WIDE_SETS = (
 )
 for _index, (_names, _masks) in enumerate(_WIDE_SETS):
     for _dims in ((192, 128), (256, 256)):
-        if "bias" in _names and {"segments", "mask"} & {*_names} and 256 in _dims:
-            continue  # config.unsupported
         for _mask in _masks:
             for _spec in _with_features(_names, _dims[0], _mask, _dims[1]):
                 if "Traits<" in _spec["function"]:

@@ -295,12 +295,8 @@ struct Backward {
         };
         if constexpr (!kLateDp) issue_dp();
 
-        const auto load_bias = [&] {
-          Map::load_transposed_bias(bias, params, tile.batch, steps.head, first_query, first_key);
-        };
-        if constexpr (!Map::kCaps) load_bias();
         warpgroup::mma_wait<kLateDp ? 0 : 1>(s_acc);
-        score_map.begin(s_acc, bias);
+        score_map.begin_transposed(s_acc, params, tile.batch, steps.head, first_query, first_key);
         bool masked = ragged;
         if constexpr (Traits::kMask != Mask::kNone) {
           masked = masked || first_query + bounds.last_offset < first_key + 63;
@@ -320,7 +316,9 @@ struct Backward {
                                                  first_key);
           }
         }
-        if constexpr (Map::kCaps) load_bias();  // beside tanh there are no registers for it
+        if constexpr (Map::kCaps) {
+          Map::load_transposed_bias(bias, params, tile.batch, steps.head, first_query, first_key);
+        }
         if constexpr (kEarlyLse) {
           score_map.weigh(p, s_acc, bias, lse);
         } else {

@@ -179,13 +179,11 @@ struct BackwardBias {
               return GlobalVec<const float>{values + row * params.padded_q, params.padded_q};
             };
             PerRow<16> lse, delta;
-            typename Map::template BiasTile<kBlockKv> bias;
             warpgroup::load(lse, rows_of(params.scaled_lse), first_query, 0.0f);
             warpgroup::load(delta, rows_of(params.delta), first_query, 0.0f);
-            Map::load_bias(bias, params, batch, head, first_query, first_key);
 
             warpgroup::mma_wait<1>(s_acc);
-            score_map.apply(s_acc, bias);
+            score_map.apply_bias(s_acc, params, batch, head, first_query, first_key);
             if (!whole) {
               mask_scores<Traits::kMask>(s_acc, first_query, first_key, bounds);
               if constexpr ((kFeatures & kLengths) != 0) {

@@ -72,9 +72,6 @@ struct BackwardWide {
   using Steps = Turns<Traits::kMask, kFeatures, kHeadDim, kBlockQ, kBlockKv>;
   // No turns: heads one after another, which takes fewer registers.
   using Queries = Select<Steps::kMapped, MappedSteps, CountedSteps<Steps>>;
-  // Whether a bias is loaded where it is added: for all of it to arrive beside the scores' product
-  // there are no registers.
-  static constexpr bool kLateBias = Map::kCaps || Steps::kMapped || kHeadDimV == 256;
 
   struct Shared {
     KTile k_smem;  // at a tile's end, dk and dv on their way out
@@ -239,21 +236,13 @@ struct BackwardWide {
                             shared.q_smem[q_state.stage]);
           warpgroup::mma_commit();
         };
-        const auto load_bias = [&](int head, int q_block) {
-          Map::load_transposed_bias(bias, params, tile.batch, head, q_block * kBlockQ,
-                                    tile.first_key);
-        };
         // Scores become weights.
         const auto weigh = [&] {
           const Step step = take_step(queries);
           const int first_query = step.q_block * kBlockQ;
           const Bounds& bounds = walk.steps.bounds;
-          if constexpr (Map::kAdds && kLateBias && !Map::kCaps) {
-            score_map.apply_transposed_bias(s_acc, params, tile.batch, step.head, first_query,
-                                            tile.first_key);
-          } else {
-            score_map.begin(s_acc, bias);
-          }
+          score_map.begin_transposed(s_acc, params, tile.batch, step.head, first_query,
+                                     tile.first_key);
           // Keys beyond the arrays are rows that nobody stores; those beyond a length are not.
           bool masked = (kFeatures & kLengths) != 0 && tile.first_key + 64 > bounds.seqlen_kv;
           if constexpr (Traits::kMask != Mask::kNone) {
@@ -275,7 +264,10 @@ struct BackwardWide {
                                                    first_query, tile.first_key);
             }
           }
-          if constexpr (kLateBias && Map::kCaps) load_bias(step.head, step.q_block);
+          if constexpr (Map::kCaps) {
+            Map::load_transposed_bias(bias, params, tile.batch, step.head, first_query,
+                                      tile.first_key);
+          }
           score_map.weigh_apart(slopes, s_acc, bias, shared.lse_smem[q_state.stage]);
           release(shared.q_ring, q_state);
           q_state.advance();
@@ -301,7 +293,6 @@ struct BackwardWide {
           dout_state.advance();
         };
         issue_scores();
-        if constexpr (!kLateBias) load_bias(queries.head, queries.q_block());
         warpgroup::mma_wait<0>(s_acc);
         weigh();
         warp::convert(p, s_acc);
@@ -309,7 +300,6 @@ struct BackwardWide {
           share_weights();
           issue_scores();
           issue_sum();
-          if constexpr (!kLateBias) load_bias(queries.head, queries.q_block());
           warpgroup::mma_wait<1>(s_acc);
           weigh();
           if constexpr (kPinWeights) warp::pin(s_acc);

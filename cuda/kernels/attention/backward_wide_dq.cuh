@@ -48,7 +48,7 @@ struct BackwardWideDq {
   static constexpr int kConsumerRegisters = kMapped ? 232 : 240;
   using Map = ScoreMap<T, kFeatures>;
   static constexpr bool kFewRegisters = kMapped || Map::kAdds;
-  // Whether a bias is loaded where it is added, after the scores are masked.
+  // Whether a bias is added after the scores are masked, which takes fewer registers.
   static constexpr bool kLateBias = Map::kAdds && (Map::kCaps || kMapped);
 
   // Whether the exponentials have to run beside dq's and dp's products: the compiler puts them
@@ -168,17 +168,14 @@ struct BackwardWideDq {
       if (!keys.empty()) {
         Scores s_acc, dp_acc;
         Weights ds;
-        typename Map::template BiasTile<kBlockKv> bias;
-        const auto load_bias = [&] {
-          Map::load_bias(bias, params, tile.batch, tile.head, first_query, keys.block() * kBlockKv);
-        };
         // Scores become weights.
         const auto weigh = [&] {
           const int block = keys.block();
-          if constexpr (!kLateBias) {
-            score_map.apply(s_acc, bias);
-          } else if constexpr (Map::kCaps) {
-            score_map.begin(s_acc, bias);
+          if constexpr (Map::kAdds && !kLateBias) {
+            score_map.apply_bias(s_acc, params, tile.batch, tile.head, first_query,
+                                 block * kBlockKv);
+          } else {
+            score_map.apply_cap(s_acc);
           }
           if (tile.template masked<Traits::kMask>(block)) {
             mask_scores<Traits::kMask>(s_acc, first_query, block * kBlockKv,
@@ -209,7 +206,6 @@ struct BackwardWideDq {
         shared.v_ring.wait(v_state);
         warpgroup::mm_ABt(dp_acc, operand<kFewRegisters>(dout_smem), shared.v_smem[v_state.stage]);
         warpgroup::mma_commit();
-        if constexpr (!kLateBias) load_bias();
         warpgroup::mma_wait<1>(s_acc);
         weigh();
         warpgroup::mma_wait<0>(dp_acc);
@@ -229,7 +225,6 @@ struct BackwardWideDq {
           warpgroup::mm_ABt(dp_acc, operand<kFewRegisters>(dout_smem),
                             shared.v_smem[v_state.stage]);
           warpgroup::mma_commit();
-          if constexpr (!kLateBias) load_bias();
           warpgroup::mma_wait<2>(s_acc);
           weigh();
           if constexpr (kPinWeights) warp::pin(s_acc);

@@ -101,6 +101,10 @@ struct Forward {
                     forward_shared_bytes(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages}),
                 "attention.h's forward_shared_bytes covers the kernel's shared memory");
 
+  // Whether a bias is read where it is added: one of 16 bits would wait to be packed, and one of
+  // fp32 arrives beside the scores' product.
+  static constexpr bool kLateBias = Map::kAdds && (kFeatures & kFloatBias) == 0;
+
   // Whether blocks that all queries see are weighed by the maximum of those before.
   static constexpr bool kKeepsMax = kFeatures == 0;
   // Of a block's keys, those that are then weighed beside the product p v of the block before. With
@@ -190,8 +194,9 @@ struct Forward {
       warpgroup::mma_commit();
     };
     const auto load_bias = [&](const Tile& tile, const Blocks& keys) {
-      Map::load_bias(bias, params, tile.batch, tile.head, tile.first_query + 64 * consumer,
-                     keys.block() * kBlockKv);
+      if constexpr (!kLateBias)
+        Map::load_bias(bias, params, tile.batch, tile.head, tile.first_query + 64 * consumer,
+                       keys.block() * kBlockKv);
     };
     const auto release_keys = [&] {
       shared.k_ring.release(k_state);
@@ -215,7 +220,12 @@ struct Forward {
     };
     const auto complete_scores = [&](const Tile& tile, const Blocks& keys) {
       const int block = keys.block(), first_query = tile.first_query + 64 * consumer;
-      score_map.apply(s_acc, bias);
+      if constexpr (kLateBias) {
+        score_map.apply_bias(s_acc, params, tile.batch, tile.head, tile.first_query + 64 * consumer,
+                             keys.block() * kBlockKv);
+      } else {
+        score_map.apply(s_acc, bias);
+      }
       if (is_masked(tile, keys)) {
         mask_scores<Traits::kMask>(s_acc, first_query, block * kBlockKv,
                                    bounds_of<kFeatures>(params, tile.batch));

@@ -71,25 +71,27 @@ struct ScoreMap {
   // The product becomes scores, in units of `unit`.
   template <typename Tile, typename Bias>
   __device__ __forceinline__ void apply(Tile& scores, const Bias& bias) const {
-    if constexpr (kCaps) warp::accurate_tanh(scores, scores, gain);
+    apply_cap(scores);
     if constexpr (kAdds) {
       const float factor = kCaps ? cap : gain;
       warp::zip(scores, scores, bias, [=](float s, float b) { return math::fma(s, factor, b); });
     }
   }
-
-  // The same without a cap, of transposed scores, whose bias is read where it is added: not all of
-  // it needs registers at once, but what it takes to arrive is waited for.
+  // As far as a cap goes.
+  template <typename Tile>
+  __device__ __forceinline__ void apply_cap(Tile& scores) const {
+    if constexpr (kCaps) warp::accurate_tanh(scores, scores, gain);
+  }
+  // The same, the bias read where it is added: not all of it needs registers at once, and nothing
+  // has to wait for it before.
   template <typename Tile, typename Params>
-  __device__ __forceinline__ void apply_transposed_bias(Tile& scores, const Params& params,
-                                                        int batch, int head, int first_query,
-                                                        int first_key) const {
-    static_assert(kAdds && !kCaps, "there is a bias and no cap");
-    const float factor = gain;
-    warpgroup::zip_global(scores, transposed_bias_of(params, batch, head), first_key, first_query,
+  __device__ __forceinline__ void apply_bias(Tile& scores, const Params& params, int batch,
+                                             int head, int first_query, int first_key) const {
+    apply_cap(scores);
+    const float factor = kCaps ? cap : gain;
+    warpgroup::zip_global(scores, bias_of(params, batch, head), first_query, first_key,
                           [=](float s, float b) { return math::fma(s, factor, b); });
   }
-
   // The weight of a score, in units of 1 / `factor` of a power of two, relative to an lse.
   __device__ __forceinline__ static float power(float score, float factor, float lse) {
     if constexpr (kAdds) return math::exp2(math::mul(score - lse, factor));
@@ -97,13 +99,16 @@ struct ScoreMap {
   }
 
   // On the way back, in two steps: to what tells hidden scores, which become -inf before the
-  // second.
-  template <typename Tile, typename Bias>
-  __device__ __forceinline__ void begin(Tile& scores, const Bias& bias) const {
+  // second. With a cap that is tanh alone: the slope needs it without the bias.
+  template <typename Tile, typename Params>
+  __device__ __forceinline__ void begin_transposed(Tile& scores, const Params& params, int batch,
+                                                   int head, int first_query, int first_key) const {
     if constexpr (kCaps) {
-      warp::accurate_tanh(scores, scores, gain);  // the slope needs it without the bias
-    } else {
-      apply(scores, bias);
+      apply_cap(scores);
+    } else if constexpr (kAdds) {
+      const float factor = gain;
+      warpgroup::zip_global(scores, transposed_bias_of(params, batch, head), first_key, first_query,
+                            [=](float s, float b) { return math::fma(s, factor, b); });
     }
   }
   // And to what ds is a multiple of: p, times the cap's slope. p itself goes to `weights`, rounded.
@@ -113,9 +118,10 @@ struct ScoreMap {
                                         const Lse& lse) const {
     const float factor = (kCaps ? cap : unit) * kLog2E;
     if constexpr (kCaps) {
+      const float range = cap;
       const auto weigh_one = [=](float t, float b, float l, float& p, float& p_slope) {
         const float bounded = math::max(t, -1.0f);  // a hidden score has no slope
-        p = kAdds ? weight(t, cap, b, l) : power(t, factor, l);
+        p = kAdds ? weight(t, range, b, l) : power(t, factor, l);
         p_slope = p * math::fma(-bounded, bounded, 1.0f);
       };
       if constexpr (kAdds) {

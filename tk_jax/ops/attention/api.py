@@ -69,9 +69,8 @@ def attention(
 
     The TK kernel runs on NVIDIA Hopper GPUs for bfloat16 and float16 with head dims D
     and Dv that are multiples of 8 up to 256, and takes all of these; blocks that are
-    masked as a whole are skipped. With a head dim beyond 192 it takes no bias beside
-    segment ids or a mask. Everything else, and every other platform, runs an XLA
-    implementation of the same maths, also in linear memory. Where a GPU runs that
+    masked as a whole are skipped. Everything else, and every other platform, runs an
+    XLA implementation of the same maths, also in linear memory. Where a GPU runs that
     although nobody asked for it, a :class:`tk_jax.FallbackWarning` says why, once per
     reason; :func:`tk_jax.explain` tells beforehand.
 

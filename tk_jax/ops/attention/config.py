@@ -226,8 +226,6 @@ KERNEL_EXTRAS = (
     "bias",
     "sinks",
 )
-# Up to this one there are registers for a bias beside segment ids or a mask.
-MAX_HEAD_DIM_OF_BOTH = 192
 # Their masks, and so their specialisations: keys up to a diagonal, or between two.
 KERNEL_MASKS = ("none", "causal", "band")
 
@@ -344,11 +342,6 @@ def unsupported(options: AttentionOptions, q, k, v, extras: Extras) -> str | Non
     for name, value in extras._asdict().items():
         if value is not None and name not in KERNEL_EXTRAS:
             return name
-    if extras.bias is not None and max(head_dim, head_dim_v) > MAX_HEAD_DIM_OF_BOTH:
-        for name in ("q_segment_ids", "mask"):
-            if getattr(extras, name) is not None:
-                limit = MAX_HEAD_DIM_OF_BOTH
-                return f"bias beside {name} with head dims beyond {limit}"
     return exceeded_limit(q.shape, k.shape)
 
 
