@@ -271,7 +271,7 @@ struct Backward {
       DkvTile dk_acc, dv_acc;
       DqPart dq_acc;
       Weights p, ds;
-      // Widened where registers are few: values take one each anyway until all have arrived.
+      // Beside a cap. Widened where registers are few: values take one each until all are there.
       Select<kLateDp, RegTile<float, 16, kBlockQ>, typename Map::template BiasTile<kBlockQ>> bias;
       warp::zero(dk_acc);
       warp::zero(dv_acc);

@@ -101,8 +101,8 @@ struct Forward {
                     forward_shared_bytes(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages}),
                 "attention.h's forward_shared_bytes covers the kernel's shared memory");
 
-  // Whether a bias is read where it is added: one of 16 bits would wait to be packed, and one of
-  // fp32 arrives beside the scores' product.
+  // Whether a bias is read where it is added. As a tile, one of 16 bits waits to be packed, while
+  // one of fp32 arrives beside the scores' product.
   static constexpr bool kLateBias = Map::kAdds && (kFeatures & kFloatBias) == 0;
 
   // Whether blocks that all queries see are weighed by the maximum of those before.

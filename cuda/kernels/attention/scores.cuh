@@ -58,7 +58,7 @@ struct ScoreMap {
       warpgroup::load(bias, bias_of(params, batch, head), first_query, first_key);
     }
   }
-  // The same for transposed scores: 64 keys, as rows, and a block of queries.
+  // The same for transposed scores, 64 keys as rows and a block of queries, beside a cap.
   template <typename Tile, typename Params>
   __device__ __forceinline__ static void load_transposed_bias(Tile& bias, const Params& params,
                                                               int batch, int head, int first_query,
@@ -82,8 +82,8 @@ struct ScoreMap {
   __device__ __forceinline__ void apply_cap(Tile& scores) const {
     if constexpr (kCaps) warp::accurate_tanh(scores, scores, gain);
   }
-  // The same, the bias read where it is added: not all of it needs registers at once, and nothing
-  // has to wait for it before.
+  // As apply, with the bias read where it is added: the loads are spread over the instructions
+  // before, not all of it needs registers at once, and nothing packs it.
   template <typename Tile, typename Params>
   __device__ __forceinline__ void apply_bias(Tile& scores, const Params& params, int batch,
                                              int head, int first_query, int first_key) const {
@@ -92,6 +92,7 @@ struct ScoreMap {
     warpgroup::zip_global(scores, bias_of(params, batch, head), first_query, first_key,
                           [=](float s, float b) { return math::fma(s, factor, b); });
   }
+
   // The weight of a score, in units of 1 / `factor` of a power of two, relative to an lse.
   __device__ __forceinline__ static float power(float score, float factor, float lse) {
     if constexpr (kAdds) return math::exp2(math::mul(score - lse, factor));
