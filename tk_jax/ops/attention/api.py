@@ -258,11 +258,7 @@ def _explain(*args, **kwargs) -> _dispatch.Choice:
         required = name in ("q", "k", "v")
         if required or (name in config.Extras._fields and value is not None):
             given[name] = _check.check_shaped("attention", name, value)
-    choice = _plan(**given).choice
-    if 0 in given["q"].shape[:-3]:
-        reason = "there is nothing to compute for an empty batch"
-        return dataclasses.replace(choice, cuda="xla", elsewhere="xla", reason=reason)
-    return choice
+    return _plan(**given).choice
 
 
 _SIGNATURE = inspect.signature(attention)
@@ -303,9 +299,12 @@ def _plan(
         soft_cap=_check_soft_cap(logits_soft_cap),
     )
     unsupported = config.unsupported(options, q, k, v, extras)
+    choice = _dispatch.choose(
+        "attention", implementation, unsupported, empty=0 in q.shape[:-3]
+    )
     return vjp.Call(
         options=options,
-        choice=_dispatch.choose("attention", implementation, unsupported),
+        choice=choice,
         return_lse=_check.check_flag("attention", "return_lse", return_lse),
     )
 
