@@ -1,6 +1,7 @@
 """What attention's arguments mean, and which of them have a kernel."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -214,7 +215,10 @@ def test_a_fallback_on_a_gpu_warns_of_the_argument(monkeypatch):
     assert tk_jax.explain(tk_jax.attention, x, x, x, bias=bias).cuda == "tk"
     assert tk_jax.explain(tk_jax.attention, x, x, x, mask=mask).cuda == "tk"
     ids = jax.ShapeDtypeStruct((BATCH, T), jnp.int32)
-    for both in ({"mask": mask}, {"q_segment_ids": ids}):
+    for dim, both in itertools.product(
+        (256, 192), ({"mask": mask}, {"q_segment_ids": ids})
+    ):
+        x = jax.ShapeDtypeStruct((BATCH, T, HEADS, dim), jnp.bfloat16)
         choice = tk_jax.explain(tk_jax.attention, x, x, x, bias=bias, **both)
         assert choice.cuda == "tk"
     odd = jax.ShapeDtypeStruct((BATCH, T, HEADS, 68), jnp.bfloat16)

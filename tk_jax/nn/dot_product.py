@@ -12,6 +12,7 @@ from jax.nn import dot_product_attention as _jax_dot_product_attention
 from jax.typing import ArrayLike
 
 from tk_jax import _dispatch
+from tk_jax.ops._chunks import sum_dtype
 from tk_jax.ops.attention import attention
 
 
@@ -95,42 +96,23 @@ def dot_product_attention(
     """
     is_causal, return_residual = _flag(is_causal), _flag(return_residual)
     local_window_size = _window(local_window_size)
+    settings = {
+        "scale": scale,
+        "is_causal": is_causal,
+        "query_seq_lengths": query_seq_lengths,
+        "key_value_seq_lengths": key_value_seq_lengths,
+        "local_window_size": local_window_size,
+        "implementation": implementation,
+        "return_residual": return_residual,
+    }
     if implementation == "cudnn":
         if not is_causal and _hides_the_future(local_window_size):
             # The same keys, asked for in the way that cuDNN is told about them: without
             # the causal mask, jax's cuDNN path lets queries see later keys.
-            is_causal = True
-        return _jax_dot_product_attention(
-            query,
-            key,
-            value,
-            bias,
-            mask,
-            scale=scale,
-            is_causal=is_causal,
-            query_seq_lengths=query_seq_lengths,
-            key_value_seq_lengths=key_value_seq_lengths,
-            local_window_size=local_window_size,
-            implementation=implementation,
-            return_residual=return_residual,
-        )
+            settings["is_causal"] = True
+        return _jax_dot_product_attention(query, key, value, bias, mask, **settings)
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    result = attention(
-        **_arguments(
-            query,
-            key,
-            value,
-            bias,
-            mask,
-            scale=scale,
-            is_causal=is_causal,
-            query_seq_lengths=query_seq_lengths,
-            key_value_seq_lengths=key_value_seq_lengths,
-            local_window_size=local_window_size,
-            implementation=implementation,
-            return_residual=return_residual,
-        )
-    )
+    result = attention(**_arguments(query, key, value, bias, mask, **settings))
     if query.ndim == 3:
         result = jax.tree.map(lambda x: x[0], result)
     if not return_residual:
@@ -210,7 +192,7 @@ def _fold_scale(query, scale):
     )
     if not real or not jnp.issubdtype(query.dtype, jnp.floating) or not query.ndim:
         return query, scale  # The checks of attention say what is wrong with it.
-    dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
+    dtype = sum_dtype(query.dtype)
     factor = scale.astype(dtype) * query.shape[-1] ** 0.5
     return (query.astype(dtype) * factor).astype(query.dtype), None
 

@@ -194,9 +194,10 @@ struct Forward {
       warpgroup::mma_commit();
     };
     const auto load_bias = [&](const Tile& tile, const Blocks& keys) {
-      if constexpr (!kLateBias)
+      if constexpr (!kLateBias) {
         Map::load_bias(bias, params, tile.batch, tile.head, tile.first_query + 64 * consumer,
                        keys.block() * kBlockKv);
+      }
     };
     const auto release_keys = [&] {
       shared.k_ring.release(k_state);

@@ -88,9 +88,7 @@ struct ScoreMap {
   __device__ __forceinline__ void apply_bias(Tile& scores, const Params& params, int batch,
                                              int head, int first_query, int first_key) const {
     apply_cap(scores);
-    const float factor = kCaps ? cap : gain;
-    warpgroup::zip_global(scores, bias_of(params, batch, head), first_query, first_key,
-                          [=](float s, float b) { return math::fma(s, factor, b); });
+    add(scores, bias_of(params, batch, head), first_query, first_key);
   }
 
   // The weight of a score, in units of 1 / `factor` of a power of two, relative to an lse.
@@ -107,9 +105,7 @@ struct ScoreMap {
     if constexpr (kCaps) {
       apply_cap(scores);
     } else if constexpr (kAdds) {
-      const float factor = gain;
-      warpgroup::zip_global(scores, transposed_bias_of(params, batch, head), first_key, first_query,
-                            [=](float s, float b) { return math::fma(s, factor, b); });
+      add(scores, transposed_bias_of(params, batch, head), first_key, first_query);
     }
   }
   // And to what ds is a multiple of: p, times the cap's slope. p itself goes to `weights`, rounded.
@@ -194,6 +190,14 @@ struct ScoreMap {
   }
 
  private:
+  // A bias to what is capped, or to the product.
+  template <typename Tile>
+  __device__ __forceinline__ void add(Tile& scores, const GlobalView<const BiasElement>& bias,
+                                      int row, int col) const {
+    const float factor = kCaps ? cap : gain;
+    warpgroup::zip_global(scores, bias, row, col,
+                          [=](float s, float b) { return math::fma(s, factor, b); });
+  }
   // Of what has no bias yet. A hidden score stays hidden, whatever its bias is.
   __device__ __forceinline__ static float score(float t, float factor, float bias) {
     const float score = math::fma(t, factor, bias);

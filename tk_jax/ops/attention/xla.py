@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from tk_jax.ops._chunks import sum_dtype
 from tk_jax.ops.attention.config import (
     NO_SOFT_CAP,
     AttentionOptions,
@@ -361,17 +362,13 @@ def _per_batch(x):
 
 
 def _dot(equation, a, b):
-    return jnp.einsum(equation, a, b, preferred_element_type=_sum_dtype(a.dtype))
-
-
-def _sum_dtype(dtype):
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=sum_dtype(a.dtype))
 
 
 def _filled(like, shape, value):
     """An array to sum in that varies over the same manual mesh axes as ``like``."""
     axes = tuple(jax.typeof(like).manual_axis_type.varying)
-    filled = jnp.full(shape, value, _sum_dtype(like.dtype))
+    filled = jnp.full(shape, value, sum_dtype(like.dtype))
     return lax.pcast(filled, axes, to="varying") if axes else filled
 
 
