@@ -87,7 +87,7 @@ class Variant:
             return attention_vjp.kernel_forward(options, q, k, v, tiles=forward)[0]
 
         def attention_fwd(q, k, v):
-            out, lse = attention_vjp.kernel_forward(options, q, k, v, tiles=forward)
+            out, lse, _ = attention_vjp.kernel_forward(options, q, k, v, tiles=forward)
             return out, (q, k, v, out, lse)
 
         def attention_bwd(residuals, dout):

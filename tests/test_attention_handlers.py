@@ -53,6 +53,10 @@ class Shape:
         return "float32", self.q[1][:3]
 
     @property
+    def lse_rest(self):  # without a bias
+        return "float32", [self.batch, 0, self.num_heads]
+
+    @property
     def workspaces(self):
         padded = attention.padded_queries(self.seqlen_q)
         rows = [self.batch, self.num_heads, padded]
@@ -78,7 +82,7 @@ def forward(shape=Shape(), args=None, rets=None, config=None, **which):
     return Call(
         "tk_attention_fwd_v1",
         args or [shape.q, shape.k, shape.v],
-        rets or [shape.out, shape.lse],
+        rets or [shape.out, shape.lse, shape.lse_rest],
         {
             "options": options(**which),
             "config": dataclasses.asdict(default) | (config or {}),
@@ -188,6 +192,15 @@ def test_backward_launches_of_wide_heads():
 
 
 _Q = Shape()
+# Lengths, segment ids and a mask that are not there, a bias, no sinks and no maps.
+_BIAS_ALONE = [
+    *[("int32", [0])] * 2,
+    *[("int32", [0, 0])] * 2,
+    ("bool", [0, 0, 0, 0]),
+    ("bfloat16", [1, 8, 1000, 1100]),
+    ("float32", [0, 0]),
+    *[("int32", [0, 0, 0, 0, 0])] * 2,
+]
 
 
 @pytest.mark.parametrize(
@@ -214,14 +227,24 @@ _Q = Shape()
             "k has FFI data type 10; expected 16",
         ),
         (
-            forward(rets=[("bfloat16", [2, 999, 8, 64]), _Q.lse]),
+            forward(rets=[("bfloat16", [2, 999, 8, 64]), _Q.lse, _Q.lse_rest]),
             _INVALID,
             "out has shape (2, 999, 8, 64); expected (2, 1000, 8, 64)",
         ),
         (
-            forward(rets=[_Q.q, ("float32", [2, 8, 1000])]),
+            forward(rets=[_Q.q, ("float32", [2, 8, 1000]), _Q.lse_rest]),
             _INVALID,
             "lse has shape (2, 8, 1000); expected (2, 1000, 8)",
+        ),
+        (
+            forward(rets=[_Q.q, _Q.lse, _Q.lse]),
+            _INVALID,
+            "lse_rest has shape (2, 1000, 8); expected (2, 0, 8)",
+        ),
+        (
+            forward(args=[_Q.q, _Q.k, _Q.v, *_BIAS_ALONE]),
+            _INVALID,
+            "lse_rest has shape (2, 0, 8); expected (2, 1000, 8)",
         ),
         (
             forward(Shape(num_kv_heads=3)),
@@ -266,7 +289,11 @@ def test_attention_refusals(call, code, message):
 def test_head_dim_is_refused():
     call = forward(
         args=[("bfloat16", [2, 9, 8, 264]), *[("bfloat16", [2, 9, 2, 264])] * 2],
-        rets=[("bfloat16", [2, 9, 8, 264]), ("float32", [2, 9, 8])],
+        rets=[
+            ("bfloat16", [2, 9, 8, 264]),
+            ("float32", [2, 9, 8]),
+            ("float32", [2, 0, 8]),
+        ],
     )
     for each in (call, backward(Shape(head_dim=264))):
         (answer,) = Gpu().run(each)

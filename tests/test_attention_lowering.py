@@ -122,12 +122,21 @@ def test_settings_reach_the_call():
 def test_operands_and_results(return_lse, dlse):
     text = _lowered(_gradient(return_lse=return_lse), Q, K, K)
     q, k = "2x160x8x64xbf16", "2x224x2x64xbf16"
-    assert _types(text, FORWARD) == [[q, k, k], [q, "2x160x8xf32"]]
+    assert _types(text, FORWARD) == [[q, k, k], [q, "2x160x8xf32", "2x0x8xf32"]]
     operands, results = _types(text, BACKWARD)
     assert operands == [q, k, k, q, "2x160x8xf32", q, dlse]
     rows = "2x8x256"  # T rounded up to 128.
     workspaces = [f"{rows}xf32", f"{rows}xf32", f"{rows}x64xf32", "2x8x4xi32"]
     assert results == [q, k, k, *workspaces]
+
+
+def test_beside_a_bias_what_rounding_took_off_lse_is_a_result():
+    def run(q, k, bias):
+        return tk_jax.attention(q, k, k, bias=bias)
+
+    bias = jax.ShapeDtypeStruct((8, T, K.shape[1]), jnp.bfloat16)
+    _, (_, lse, lse_rest) = _types(_lowered(run, Q, K, bias), FORWARD)
+    assert lse == lse_rest == "2x160x8xf32"
 
 
 def _types(text, target):

@@ -21,7 +21,7 @@ using Sizes = AttentionSizes;
 
 struct ForwardBuffers {
   AnyBuffer q, k, v;
-  AnyBuffer out, lse;
+  AnyBuffer out, lse, lse_rest;  // the last of size 0 without a bias
   xffi::RemainingArgs extras;
 };
 
@@ -39,23 +39,26 @@ Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Optio
   const auto sizes = read_sizes(b.q, b.k, b.v, *extras, options);
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
+  const unsigned features = features_of(*extras, options);
+  const std::int64_t rests = (features & attention::kBias) != 0 ? s.seqlen_q : 0;
   if (Status status =
           first_error({check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim_v}),
                        check_dtype("out", b.out, b.q.element_type()),
                        check_dims("lse", b.lse, {s.batch, s.seqlen_q, s.num_heads}),
                        check_dtype("lse", b.lse, xffi::DataType::F32),
+                       check_dims("lse_rest", b.lse_rest, {s.batch, rests, s.num_heads}),
+                       check_dtype("lse_rest", b.lse_rest, xffi::DataType::F32),
                        check_maps(*extras, s, {config.block_q, config.block_kv}, std::nullopt)});
       !status.ok()) {
     return status.error();
   }
   const auto empty = is_empty(s, /*backward=*/false);
   if (!empty.ok()) return empty.error();
-  return ForwardCall{
-      s,
-      *extras,
-      {s.dtype, attention::tile_head_dim(s.head_dim), attention::tile_head_dim(s.head_dim_v),
-       mask_of(options), features_of(*extras, options), config},
-      *empty};
+  return ForwardCall{s,
+                     *extras,
+                     {s.dtype, attention::tile_head_dim(s.head_dim),
+                      attention::tile_head_dim(s.head_dim_v), mask_of(options), features, config},
+                     *empty};
 }
 
 // choose_section, which takes some microseconds: calls come again and again in the same sizes.
@@ -97,7 +100,8 @@ Status execute_forward(const Execution& on, const ForwardBuffers& b,
                   {"k", b.k, false},
                   {"v", b.v, false},
                   {"out", b.out, true},
-                  {"lse", b.lse, true}},
+                  {"lse", b.lse, true},
+                  {"lse_rest", b.lse_rest, true}},
                  call->extras);
 
   const Sizes& s = call->sizes;
@@ -112,6 +116,7 @@ Status execute_forward(const Execution& on, const ForwardBuffers& b,
   params.out_rows = b.out.untyped_data();
   params.head_dim_v = static_cast<int>(s.head_dim_v);
   params.lse = static_cast<float*>(b.lse.untyped_data());
+  params.lse_rest = static_cast<float*>(b.lse_rest.untyped_data());
   set_problem(&params, s, call->extras, options);
   const std::int64_t tiles = ceil_div(s.seqlen_q, config.block_q) * s.num_heads * s.batch;
   const std::int64_t blocks = std::min<std::int64_t>(on.device.multiprocessors, tiles);
@@ -124,8 +129,9 @@ Status execute_forward(const Execution& on, const ForwardBuffers& b,
 using Ret = xffi::Result<AnyBuffer>;
 
 xffi::Error forward(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, xffi::RemainingArgs extras,
-                    Ret out, Ret lse, attention::Options options, attention::ForwardConfig config) {
-  const ForwardBuffers buffers = {q, k, v, *out, *lse, extras};
+                    Ret out, Ret lse, Ret lse_rest, attention::Options options,
+                    attention::ForwardConfig config) {
+  const ForwardBuffers buffers = {q, k, v, *out, *lse, *lse_rest, extras};
   return run_stage(
       kName, stage,
       [&](const Device& device) {
@@ -143,6 +149,7 @@ auto bind_forward(Binding binding) {
       .RemainingArgs()            // ExtraBuffers
       .template Ret<AnyBuffer>()  // out
       .template Ret<AnyBuffer>()  // lse
+      .template Ret<AnyBuffer>()  // lse_rest, or of size 0
       .template Attr<attention::Options>("options")
       .template Attr<attention::ForwardConfig>("config");
 }

@@ -137,6 +137,10 @@ struct ForwardParams {
   Extras extras;
   void* out_rows;  // out itself, [B, T, H, Dv], to be stored to where there is one stage of q
   int head_dim_v;  // out's own, not a tile's
+  // [B, T, H], with a bias: what rounding took off lse. Weights made from lse alone are too large
+  // by its exponential, which matters where all keys of a query have a bias of -1e5 or less, as
+  // masks that are added have.
+  float* lse_rest;
 };
 
 // Queries that the first tile starts before the first one. A tile that is cut costs nearly what a

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "kernels/attention/attention.h"
+#include "kernels/attention/online_softmax.cuh"
 #include "tk/tk.cuh"
 
 namespace tk::attention {
@@ -231,13 +232,19 @@ struct ScoreMap {
   }
 };
 
+// The sink of a head, for each row.
+__device__ __forceinline__ PerRow<16> sink_of(const Extras& extras, int batch, int head) {
+  const float* sink_gmem = extras.sinks + batch * extras.sinks_batch_stride + head;
+  PerRow<16> sink;
+  warpgroup::load(sink, GlobalVec<const float>{sink_gmem, 64, 0}, 0, 0.0f);
+  return sink;
+}
+
 // The sink of a head joins softmaxes that are complete without it: lse, and 1 / row_sum.
 __device__ __forceinline__ void join_sink(PerRow<16>& lse, PerRow<16>& inverse_sum,
                                           const Extras& extras, int batch, int head) {
   if (extras.sinks == nullptr) return;
-  const float* sink_gmem = extras.sinks + batch * extras.sinks_batch_stride + head;
-  PerRow<16> sink, share;
-  warpgroup::load(sink, GlobalVec<const float>{sink_gmem, 64, 0}, 0, 0.0f);
+  PerRow<16> sink = sink_of(extras, batch, head), share;
   // Relative to the larger of both, 0 where neither is a number.
   const auto power = [](float x, float other) {
     const float top = math::max(x, other);
@@ -251,6 +258,31 @@ __device__ __forceinline__ void join_sink(PerRow<16>& lse, PerRow<16>& inverse_s
   warp::zip(lse, lse, sink, [=](float keys, float s) {
     return math::max(keys, s) + math::log(power(keys, s) + power(s, keys));
   });
+}
+
+// The same beside a bias, where it may take lse_rest to tell how many keys there are. Apart: where
+// there is no bias, other code at a tile's end makes the compiler order the loop before it anew.
+__device__ __forceinline__ void join_sink(PerRow<16>& lse, PerRow<16>& lse_rest,
+                                          PerRow<16>& inverse_sum, const Extras& extras, int batch,
+                                          int head) {
+  if (extras.sinks == nullptr) return;
+  PerRow<16> sink = sink_of(extras, batch, head), top, keys_part, sink_part, log_total;
+  warp::zip(top, lse, sink, [](float keys, float s) { return math::max(keys, s); });
+  const auto power = [](float x, float top) {
+    return math::exp2((x - (top == -kInfinity ? 0.0f : top)) * kLog2E);
+  };
+  warp::zip(keys_part, lse, top, power);
+  warp::zip(keys_part, keys_part, lse_rest,
+            [](float part, float rest) { return part * math::exp2(rest * kLog2E); });
+  warp::zip(sink_part, sink, top, power);
+  warp::zip(log_total, keys_part, sink_part, [](float x, float y) { return math::log(x + y); });
+  warp::zip(keys_part, keys_part, sink_part, [](float part, float other) {
+    const float total = part + other;
+    return total == 0.0f ? 0.0f : part / total;
+  });
+  warp::zip(inverse_sum, inverse_sum, keys_part, [](float x, float share) { return x * share; });
+  warp::zip(lse, top, log_total, [](float x, float y) { return x + y; });
+  lse_rest = rounding_of(lse, top, log_total);
 }
 
 }  // namespace tk::attention

@@ -211,7 +211,7 @@ def _attention(call, q, k, v, extras):
 def _run(call, q, k, v, extras):
     q, k, v, extras = _dispatch.vary_together_in((q, k, v, extras))
     if call.choice.cuda == "xla":
-        out, lse = xla.attention(call.options, q, k, v, extras)
+        out, lse, _ = xla.attention(call.options, q, k, v, extras)
         return (out, lse) if call.return_lse else out
     if call.options.scale < _FLOAT32.tiny:
         call, q = _with_positive_scale(call, q)

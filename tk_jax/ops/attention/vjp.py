@@ -12,7 +12,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
 from tk_jax import _dispatch, _ffi
@@ -34,24 +33,27 @@ class Call:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(call: Call, q, k, v, extras: config.Extras):
     """Returns out, or (out, lse) with ``call.return_lse``."""
-    out, lse = _forward(call, q, k, v, extras)
+    out, lse, _ = _forward(call, q, k, v, extras)
     return (out, lse) if call.return_lse else out
 
 
 def _attention_fwd(call, q, k, v, extras):
-    out, lse = _forward(call, q, k, v, extras)
-    out = checkpoint_name(out, "tk_attention_out")
-    lse = checkpoint_name(lse, "tk_attention_lse")
-    return ((out, lse) if call.return_lse else out), (q, k, v, out, lse, extras)
+    results = _forward(call, q, k, v, extras)
+    out, lse, _ = results = xla.named(results)
+    return ((out, lse) if call.return_lse else out), (q, k, v, results, extras)
 
 
 def _attention_bwd(call, residuals, cotangents):
+    q, k, v, (out, lse, lse_rest), extras = residuals
     # Of size 0: nothing flows into lse.
     nothing = jnp.zeros((0,), jnp.float32)
     dout, dlse = cotangents if call.return_lse else (cotangents, nothing)
-    dq, dk, dv, dbias, dsinks = _backward(
-        call, *residuals[:-1], dout, dlse, residuals[-1]
-    )
+    if lse_rest is not None:
+        # Every gradient is linear in these two and in the weights, which are made from
+        # lse alone.
+        dout = xla.corrected(dout, lse_rest)
+        dlse = xla.corrected(dlse, lse_rest) if call.return_lse else nothing
+    dq, dk, dv, dbias, dsinks = _backward(call, q, k, v, out, lse, dout, dlse, extras)
     return dq, dk, dv, config.Extras(bias=dbias, sinks=dsinks)
 
 
@@ -134,12 +136,13 @@ def kernel_forward(
     *,
     tiles: config.AttentionForwardConfig | None = None,
 ):
-    """Returns out [..., T, H, Dv] and lse [..., T, H]. ``tiles`` is for tuning."""
+    """As ``xla.forward``. ``tiles`` is for tuning."""
     _check_supported(options, q, k, v, extras)
     batch = q.shape[:-3]
     q, k, v = (_fold(x, 3) for x in (q, k, v))
     types = jax.typeof(q)
     rows = q.shape[:-1]
+    rests = rows if extras.bias is not None else (rows[0], 0, rows[2])
     tiles = tiles or config.forward_config(
         q.shape[-1],
         v.shape[-1],
@@ -147,11 +150,12 @@ def kernel_forward(
         options.mask,
         config.features(options, extras),
     )
-    out, lse = _ffi.call(
+    out, lse, lse_rest = _ffi.call(
         "tk_attention_fwd_v1",
         (
             types.update(shape=(*rows, v.shape[-1])),
             types.update(shape=rows, dtype=jnp.dtype(jnp.float32)),
+            types.update(shape=rests, dtype=jnp.dtype(jnp.float32)),
         ),
         q,
         k,
@@ -160,7 +164,9 @@ def kernel_forward(
         options=options.for_kernel(),
         config=tiles,
     )
-    return _unfold(out, batch), _unfold(lse, batch)
+    if extras.bias is None:
+        return _unfold(out, batch), _unfold(lse, batch), None
+    return tuple(_unfold(x, batch) for x in (out, lse, lse_rest))
 
 
 def kernel_backward(

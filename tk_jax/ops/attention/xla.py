@@ -46,7 +46,7 @@ NO_EXTRAS = Extras()
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attention(options: AttentionOptions, q, k, v, extras: Extras = NO_EXTRAS):
-    """Returns out [..., T, H, Dv], lse [..., T, H]; differentiable to any order."""
+    """As ``forward``, differentiable to any order."""
     return forward(options, q, k, v, extras)
 
 
@@ -54,23 +54,50 @@ def attention(options: AttentionOptions, q, k, v, extras: Extras = NO_EXTRAS):
 def _attention_jvp(options, primals, tangents):
     q, k, v, extras = primals
     tq, tk, tv, t_extras = tangents
-    out, lse = attention(options, q, k, v, extras)
-    out = checkpoint_name(out, "tk_attention_out")
-    lse = checkpoint_name(lse, "tk_attention_lse")
+    results = out, lse, lse_rest = named(attention(options, q, k, v, extras))
     # The checkpoint keeps q, k, v, out and lse for the backward pass, not their padded
     # and chunked copies.
     tangent = jax.checkpoint(functools.partial(_tangent, options))
     linear = (tq, tk, tv, t_extras.bias, t_extras.sinks)
-    return (out, lse), tangent(q, k, v, extras, out, lse, *linear)
+    tangents = tangent(q, k, v, extras, out, lse, *linear)
+    if lse_rest is None:
+        return results, (*tangents, None)
+    # They are linear in the weights, which are made from lse alone.
+    tangents = [corrected(x, lse_rest) for x in tangents]
+    return results, (*tangents, jnp.zeros_like(lse_rest))
+
+
+def named(results):
+    """The results of ``forward``, by the names that ``checkpoint_policies`` save."""
+    names = ("tk_attention_out", "tk_attention_lse", "tk_attention_lse")
+    return tuple(
+        None if x is None else checkpoint_name(x, name)
+        for x, name in zip(results, names, strict=True)
+    )
+
+
+def corrected(x, lse_rest):
+    """[..., T, H] or [..., T, H, Dv], linear in weights of exp(s - lse), for the exact.
+
+    Unless lse is far from zero, where it has no digits left for how many keys it is the
+    sum over, 16-bit numbers remain the same in every bit.
+    """
+    ones = (1,) * (x.ndim - lse_rest.ndim)
+    share = jnp.exp(-lse_rest).reshape(*lse_rest.shape, *ones)
+    return (x.astype(share.dtype) * share).astype(x.dtype)
 
 
 def forward(options: AttentionOptions, q, k, v, extras: Extras = NO_EXTRAS):
-    """Returns out [..., T, H, Dv] and lse [..., T, H]."""
+    """Returns out [..., T, H, Dv], lse [..., T, H] and lse_rest [..., T, H].
+
+    lse_rest is what rounding took off lse. It matters beside a bias, which may be -1e9
+    for all keys of a query, and is None without one.
+    """
     grid = _Grid(options, q.shape, k.shape)
     q_rows = grid.fold_queries(q)
     keys = (grid.fold_keys(k), grid.fold_keys(v))
     chunked = grid.chunk_extras(extras)
-    outs, lses = [], []
+    outs, lses, rests = [], [], []
     for block in grid.blocks(extras):
         q_block = block.take_rows(q_rows)
 
@@ -101,9 +128,12 @@ def forward(options: AttentionOptions, q, k, v, extras: Extras = NO_EXTRAS):
         (row_max, row_sum, acc), _ = lax.scan(step, start, visited)
         has_key = row_sum != 0
         outs.append(acc / jnp.where(has_key, row_sum, 1)[..., None])
-        lses.append(jnp.where(has_key, row_max + jnp.log(row_sum), -jnp.inf))
+        log_sum = jnp.log(jnp.where(has_key, row_sum, 1))
+        lses.append(jnp.where(has_key, row_max + log_sum, -jnp.inf))
+        rests.append(jnp.where(has_key, _rounding_of(lses[-1], row_max, log_sum), 0))
     out = grid.unfold_queries(outs).astype(q.dtype)
-    return out, grid.unfold_queries(lses)
+    lse_rest = None if extras.bias is None else grid.unfold_queries(rests)
+    return out, grid.unfold_queries(lses), lse_rest
 
 
 def backward(
@@ -173,6 +203,13 @@ def _tangent(options, q, k, v, extras, out, lse, tq, tk, tv, t_bias, t_sinks):
         t_lses.append(t_lse)
     t_out = grid.unfold_queries(t_outs).astype(out.dtype)
     return t_out, grid.unfold_queries(t_lses)
+
+
+def _rounding_of(total, a, b):
+    """What rounding took off total = a + b: fast two-sum, Dekker 1971."""
+    a_is_larger = abs(a) > abs(b)
+    larger, smaller = jnp.where(a_is_larger, a, b), jnp.where(a_is_larger, b, a)
+    return larger - total + smaller
 
 
 def _scores(options, q, k):
