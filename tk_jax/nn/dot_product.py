@@ -43,9 +43,6 @@ def dot_product_attention(
     * A query that sees no key has the result 0 and the residual -inf. There, the result
       is the mean of all values. Queries beyond ``query_seq_lengths`` have the result 0
       in both, and here the residual -inf.
-    * Where all keys of a query have a bias of about -1e7 or less, a mask that is added,
-      gradients differ: the backward pass makes the weights from a float32 residual,
-      which has no digits left for how many such keys there are (``docs/numerics.md``).
     * The softmax of float64 inputs is computed in float64, there in float32.
 
     ``local_window_size`` means what jax's documentation says, with and without
