@@ -60,6 +60,20 @@ EXTENSION_SOURCES = [
     "ffi/module.cc",
 ]
 
+# The headers among the device sources that these include: the extension knows with which it was built.
+HOST_HEADERS = [
+    "include/tk/kernel_params.h",
+    "include/tk/product_columns.h",
+    "include/tk/tensor_map.h",
+    "kernels/attention/attention.h",
+    "kernels/attention/sections.h",
+    "kernels/based_attention/based_attention.h",
+    "kernels/hedgehog_attention/hedgehog_attention.h",
+    "kernels/linear_attention/linear_attention.h",
+    "kernels/matmul/matmul.h",
+    "kernels/state_step/state_step.h",
+]
+
 # The interpreter itself, which knows no op.
 INTERPRETER_SOURCES = [
     "interpreter/accesses.cc",

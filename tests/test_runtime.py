@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import shutil
 
 import extension_process
 import pytest
@@ -200,6 +201,59 @@ def test_missing_sources():
     )
     assert "the kernels' sources cannot be read at /nowhere/include" in done.stderr
     assert "Reinstall tk_jax" in done.stderr
+
+
+# In place of the first, the second: as many bytes, but not at the same offsets.
+_OTHER_ORDER = ("int m, n, k, batch;", "int batch, m, n, k;")
+_COMPILE = {
+    "_extension": "print(extension.compile(spec)['origin'])",
+    "_interpreter": """
+from tk_jax import _interpreter as interpreter
+interpreter.set_source_root(setup["source_root"])
+interpreter.compile([{"header": "", "params_type": "tk::KernelParams"} | spec])
+print("compiled")
+""",
+}
+
+
+def compile_from(sources, *, module="_extension", **environment):
+    return extension_process.run(
+        _COMPILE[module],
+        source_root=sources,
+        environment={"TK_JAX_CACHE_DIR": "off"} | environment,
+        check=False,
+    )
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A copy of the device sources, to change."""
+    copy = tmp_path / "cuda"
+    for part in ("include", "kernels"):
+        shutil.copytree(_ffi.source_root() / part, copy / part)
+    return copy
+
+
+@pytest.mark.parametrize("module", _COMPILE)
+def test_header_that_handlers_were_not_built_with(sources, module):
+    header = sources / "kernels" / "matmul" / "matmul.h"
+    built_with = header.read_bytes()
+    assert built_with.count(_OTHER_ORDER[0].encode()) == 1
+    header.write_bytes(built_with.replace(*(x.encode() for x in _OTHER_ORDER)))
+    # Whatever compiler there is.
+    done = compile_from(sources, module=module, TK_JAX_NVRTC="/nowhere")
+    assert f"{header} has changed since tk_jax was built" in done.stderr
+    assert "Build tk_jax again (`pip install --editable" in done.stderr
+    header.write_bytes(built_with)
+    done = compile_from(sources, module=module)
+    assert (done.stdout, done.stderr) == ("compiled\n", "")
+
+
+@pytest.mark.parametrize("name", ["kernels/matmul/kernel.cuh", "include/tk/location.h"])
+def test_header_of_kernels_alone_may_change(sources, name):
+    with (sources / name).open("a") as file:
+        file.write("// changed\n")
+    assert compile_from(sources).stdout == "compiled\n"
 
 
 # -- The driver ------------------------------------------------------------------------

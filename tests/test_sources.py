@@ -1,9 +1,11 @@
 """CMake and Bazel build the same: what each compiles into the two modules."""
 
 import ast
+import hashlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,8 +19,8 @@ SHARED = "handlers"
 
 
 @pytest.fixture(scope="module")
-def cmake(tmp_path_factory) -> dict[str, dict[str, str]]:
-    """{target: {source below cuda/: command}}, asked of CMake itself."""
+def cmake_folder(tmp_path_factory) -> pathlib.Path:
+    """What CMake has configured."""
     folder = tmp_path_factory.mktemp("cmake")
     subprocess.run(
         [
@@ -32,8 +34,14 @@ def cmake(tmp_path_factory) -> dict[str, dict[str, str]]:
         capture_output=True,
         env=os.environ | {"PATH": f"{_programs()}{os.pathsep}{os.environ['PATH']}"},
     )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cmake(cmake_folder) -> dict[str, dict[str, str]]:
+    """{target: {source below cuda/: command}}, asked of CMake itself."""
     targets = {name: {} for name in (*MODULES, SHARED)}
-    for entry in json.loads((folder / "compile_commands.json").read_text()):
+    for entry in json.loads((cmake_folder / "compile_commands.json").read_text()):
         # CMakeFiles/_extension.dir/cuda/ffi/module.cc.o
         _, target, *path = pathlib.PurePath(entry["output"]).with_suffix("").parts
         if path[0] == "cuda":
@@ -66,7 +74,7 @@ def rules() -> dict[str, dict]:
 
     names = {"glob": lambda *_, **__: [], "load": rule_less, "package": rule_less}
     names |= dict.fromkeys(("cc_library", "filegroup"), rule)
-    names |= {"exports_files": rule_less} | lists()
+    names |= dict.fromkeys(("exports_files", "genrule"), rule_less) | lists()
     exec((ROOT / "cuda" / "BUILD.bazel").read_text(), names)
     return found
 
@@ -113,12 +121,38 @@ def test_nothing_is_compiled_twice(cmake):
 def test_every_source_is_in_one_list():
     listed = [path for paths in lists().values() for path in paths]
     assert len(listed) == len(set(listed))
+    headers = lists()["HOST_HEADERS"]
     found = {
         path.relative_to(ROOT / "cuda").as_posix()
         for path in (ROOT / "cuda").rglob("*.cc")
     }
-    assert found == set(listed)
+    assert found | set(headers) == set(listed)
     assert all(paths == sorted(paths) for paths in lists().values())
+
+
+def includes(path: pathlib.Path) -> set[str]:
+    """The device headers that a file includes, and that those include."""
+    names = re.findall(r'^#include "((?:kernels|tk)/.*)"', path.read_text(), re.M)
+    below = {f"include/{x}" if x.startswith("tk/") else x for x in names}
+    return below.union(*(includes(ROOT / "cuda" / name) for name in below))
+
+
+def test_host_headers_are_those_that_handlers_include():
+    files = [x for part in ("ffi", "runtime") for x in (ROOT / "cuda" / part).iterdir()]
+    assert lists()["HOST_HEADERS"] == sorted(set().union(*map(includes, files)))
+
+
+def test_cmake_writes_digests_of_host_headers_and_does_so_again(cmake_folder):
+    written = (cmake_folder / "generated" / "ffi" / "host_headers.inc").read_text()
+    inputs = (cmake_folder / "CMakeFiles" / "Makefile.cmake").read_text()
+    expected = ""
+    for name in lists()["HOST_HEADERS"]:
+        path = ROOT / "cuda" / name
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        expected += f'{{"{name}", "{digest}"}},\n'
+        # A change of it configures once more.
+        assert f'"{path}"' in inputs
+    assert written == expected
 
 
 @pytest.mark.skipif("TEST_SRCDIR" not in os.environ, reason="Bazel makes the list")

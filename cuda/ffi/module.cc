@@ -10,6 +10,7 @@
 #include "ffi/based_attention_kernels.h"
 #include "ffi/handlers.h"
 #include "ffi/hedgehog_attention_kernels.h"
+#include "ffi/host_headers.h"
 #include "ffi/kernel_settings.h"
 #include "ffi/linear_attention_kernels.h"
 #include "ffi/matmul_kernels.h"
@@ -382,6 +383,7 @@ nb::dict cache_info() {
 NB_MODULE(_extension, module) {
   using namespace nb::literals;
   module.doc() = "FFI targets of tk_jax, and the runtime behind them.";
+  runtime::set_host_headers(kHostHeaders);
   module.def("registrations", &registrations, "{target: {stage: capsule}}");
   module.def("ffi_api_version",
              [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });

@@ -10,18 +10,12 @@
 namespace tk::runtime {
 namespace {
 
-Result<std::string> source_root() {
-  std::string root = settings().source_root;
-  if (root.empty()) {
+Result<std::string> shipped_key(const KernelSpec& spec) {
+  const Settings now = settings();
+  if (now.source_root.empty()) {
     return Error{ErrorKind::kInternal, "the kernels' source folder was never set"};
   }
-  return root;
-}
-
-Result<std::string> shipped_key(const KernelSpec& spec) {
-  const auto root = source_root();
-  if (!root.ok()) return root.error();
-  const auto sources = source_digest(*root);
+  const auto sources = source_digest(now);
   if (!sources.ok()) return sources.error();
   Sha256 hash;
   hash.update_field(*sources);

@@ -46,6 +46,13 @@ std::string outside_include(const std::string& text) {
   return "";
 }
 
+// A header that is not listed is the kernels' alone.
+bool is_changed(std::span<const HostHeader> headers, std::string_view path, std::string_view text) {
+  const auto found = std::find_if(headers.begin(), headers.end(),
+                                  [&](const HostHeader& header) { return header.path == path; });
+  return found != headers.end() && found->digest != sha256_hex(text);
+}
+
 Error invalid(const KernelSpec& spec, const std::string& what) {
   return {ErrorKind::kInvalidArgument, "kernel " + spec.symbol + ": " + what};
 }
@@ -117,7 +124,8 @@ std::vector<std::string> compile_options() {
       "--generate-line-info", "--ptxas-options=-v",        "--ptxas-options=--warn-on-spills"};
 }
 
-Result<std::string> source_digest(const std::string& root) {
+Result<std::string> source_digest(const Settings& settings) {
+  const std::string& root = settings.source_root;
   std::vector<std::string> paths;
   for (const char* part : {"include", "kernels"}) {
     std::error_code error;
@@ -142,7 +150,16 @@ Result<std::string> source_digest(const std::string& root) {
     if (!file) {
       return Error{ErrorKind::kFailedPrecondition, "cannot read the kernel source " + path};
     }
-    hash.update_field(fs::path(path).lexically_relative(root).string());
+    const std::string name = fs::path(path).lexically_relative(root).string();
+    if (is_changed(settings.host_headers, name, text)) {
+      return Error{ErrorKind::kFailedPrecondition,
+                   path +
+                       " has changed since tk_jax was built: kernels compiled from it would not "
+                       "read their parameters as tk_jax passes them. Build tk_jax again "
+                       "(`pip install --editable '.[test]'`, or `pip install .`, in the source "
+                       "folder) or reinstall it."};
+    }
+    hash.update_field(name);
     hash.update_field(text);
   }
   return hash.hex_digest();

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/settings.h"
 #include "runtime/status.h"
 
 namespace tk::runtime {
@@ -36,7 +37,9 @@ std::string translation_unit(const KernelSpec& spec);
 // The compiler's options, apart from include folders.
 std::vector<std::string> compile_options();
 
-// A digest of every header below <root>/include and <root>/kernels.
-Result<std::string> source_digest(const std::string& root);
+// A digest of every header below <source_root>/include and <source_root>/kernels. An error where
+// one of the host's headers is not as it was: kernels would read their parameters at other places
+// than handlers write them to.
+Result<std::string> source_digest(const Settings& settings);
 
 }  // namespace tk::runtime

@@ -28,6 +28,11 @@ void set_source_root(std::string path) {
   storage().source_root = std::move(path);
 }
 
+void set_host_headers(std::span<const HostHeader> headers) {
+  std::lock_guard lock(mutex);
+  storage().host_headers = headers;
+}
+
 void set_shipped_dirs(std::vector<std::string> folders) {
   std::lock_guard lock(mutex);
   storage().shipped_dirs = std::move(folders);

@@ -200,7 +200,7 @@ Status compile_specialisations(std::span<const KernelSpec> specs) {
   if (folder.path.empty()) {
     return Error{ErrorKind::kInternal, std::string("no temporary folder: ") + std::strerror(errno)};
   }
-  const auto sources = runtime::source_digest(runtime::settings().source_root);
+  const auto sources = runtime::source_digest(runtime::settings());
   if (!sources.ok()) return sources.error();
   const std::string text = translation_unit(specs);
   runtime::Sha256 hash;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "ffi/handlers.h"
+#include "ffi/host_headers.h"
 #include "ffi/spec_dict.h"
 #include "interpreter/ffi/compile.h"
 #include "interpreter/ffi/options.h"
@@ -61,6 +62,7 @@ void set_stand_in(const nb::object& run) {
 NB_MODULE(_interpreter, module) {
   using namespace nb::literals;
   module.doc() = "The FFI targets of tk_jax for the CPU: kernels run in the interpreter.";
+  runtime::set_host_headers(kHostHeaders);
   module.def(
       "registrations",
       [] {
