@@ -59,25 +59,57 @@ def _inputs(case):
     return arrays, cotangents, settings
 
 
-def _plain(q, k, v, bias, sinks, *, is_causal=False, logits_soft_cap=None):
-    """out and lse, with scores and softmax in float32, of float64 inputs in that."""
-    wide = jnp.promote_types(jnp.float32, q.dtype)
-    dot = functools.partial(
-        jnp.einsum, precision="highest", preferred_element_type=wide
-    )
-    k, v = (jnp.repeat(x, q.shape[2], 2) for x in (k, v))
-    s = jax.lax.optimization_barrier(dot("bthd,bshd->bhts", q, k) * SCALE)
+def _dot(equation, a, b):
+    wide = jnp.promote_types(jnp.float32, a.dtype)
+    return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=wide)
+
+
+def _scores(q, k, bias, *, is_causal=False, logits_soft_cap=None):
+    """[B, H, T, S] in float32, of float64 inputs in that."""
+    k = jnp.repeat(k, q.shape[2], 2)
+    s = jax.lax.optimization_barrier(_dot("bthd,bshd->bhts", q, k) * SCALE)
     if logits_soft_cap is not None:
         s = logits_soft_cap * jnp.tanh(s / logits_soft_cap)
-    s = jax.lax.optimization_barrier(s + bias.astype(wide))
+    s = jax.lax.optimization_barrier(s + bias.astype(s.dtype))
     if is_causal:
         s = jnp.where(jnp.tril(jnp.ones(s.shape[-2:], bool)), s, -jnp.inf)
+    return s
+
+
+def _softmax(s, sinks):
+    """The weights of the keys, that of the sink in the end if there is one, and lse."""
     if sinks is not None:
-        column = jnp.broadcast_to(sinks.astype(wide)[:, None, None], (*s.shape[:-1], 1))
+        column = jnp.broadcast_to(
+            sinks.astype(s.dtype)[:, None, None], (*s.shape[:3], 1)
+        )
         s = jnp.concatenate([s, column], -1)
-    p = jax.nn.softmax(s)[..., : k.shape[1]]
-    out = dot("bhts,bshd->bthd", p.astype(v.dtype), v).astype(q.dtype)
-    return out, jnp.swapaxes(jax.nn.logsumexp(s, -1), 1, 2)
+    return jax.nn.softmax(s), jnp.swapaxes(jax.nn.logsumexp(s, -1), 1, 2)
+
+
+def _plain(q, k, v, bias, sinks, **settings):
+    """out and lse, for plain differentiation."""
+    p, lse = _softmax(_scores(q, k, bias, **settings), sinks)
+    v = jnp.repeat(v, q.shape[2], 2)
+    p = p[..., : k.shape[1]].astype(v.dtype)
+    return _dot("bhts,bshd->bthd", p, v).astype(q.dtype), lse
+
+
+def _low_precision(settings, q, k, v, bias, sinks, dout, dlse):
+    """Results and gradients with what kernels round rounded: p, ds, and delta's out."""
+    dtype = q.dtype
+    s, transpose = jax.vjp(functools.partial(_scores, **settings), q, k, bias)
+    p, lse = _softmax(s, sinks)
+    keys_p = p[..., : k.shape[1]]
+    values = jnp.repeat(v, q.shape[2], 2)
+    out = _dot("bhts,bshd->bthd", keys_p.astype(dtype), values).astype(dtype)
+    delta = (out.astype(p.dtype) * dout.astype(p.dtype)).sum(-1) - dlse
+    delta = jnp.swapaxes(delta, 1, 2)[..., None]
+    ds = keys_p * (_dot("bthd,bshd->bhts", dout, values) - delta)
+    dq, dk, _ = transpose(ds.astype(dtype).astype(ds.dtype))
+    dv = _dot("bhts,bthd->bshd", keys_p.astype(dtype), dout)
+    dv = dv.sum(2, keepdims=True).astype(dtype)
+    dsinks = None if sinks is None else -(p[..., -1:] * delta).sum((0, 2, 3))
+    return out, lse, dq, dk, dv, transpose(ds)[2], dsinks
 
 
 def _attention(implementation, settings):
@@ -121,7 +153,7 @@ def test_results_and_gradients(case, implementation):
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(exact_dtype), arrays)
         exact = jax.tree.map(np.asarray, _results(plain, wide, cotangents))
-    low = _results(plain, arrays, cotangents)
+    low = jax.jit(functools.partial(_low_precision, settings))(*arrays, *cotangents)
     got = _results(_attention(implementation, settings), arrays, cotangents)
     for name, x, y, z in zip(NAMES, got, exact, low, strict=True):
         assert (x is None) == (y is None), name
