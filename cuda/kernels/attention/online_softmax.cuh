@@ -17,18 +17,6 @@
 
 namespace tk::attention {
 
-// What rounding took off lse = a + b (Dekker 1971, fast two-sum), 0 where that is -inf.
-__device__ __forceinline__ PerRow<16> rounding_of(const PerRow<16>& lse, const PerRow<16>& a,
-                                                  const PerRow<16>& b) {
-  PerRow<16> larger, smaller, rest;
-  warp::zip(larger, a, b, [](float x, float y) { return math::abs(x) > math::abs(y) ? x : y; });
-  warp::zip(smaller, a, b, [](float x, float y) { return math::abs(x) > math::abs(y) ? y : x; });
-  warp::zip(rest, larger, lse, [](float x, float sum) { return x - sum; });
-  warp::zip(rest, rest, smaller, [](float x, float y) { return x + y; });
-  warp::zip(rest, rest, lse, [](float x, float sum) { return sum == -kInfinity ? 0.0f : x; });
-  return rest;
-}
-
 // With kAnyScores a score may be so large that scale / ln 2 times it is no number: differences are
 // what is multiplied then. Otherwise the multiple and the difference are one operation.
 template <bool kAnyScores>
@@ -153,13 +141,15 @@ struct OnlineSoftmax {
     return lse;
   }
 
-  // After finish: what rounding took off lse. Of scores that are all huge it is all that tells how
-  // many there are.
+  // After finish: what rounding took off lse = row_max + ln(row_sum), where that matters to the
+  // last bit: of scores that are all huge it is all that tells how many there are.
   __device__ __forceinline__ PerRow<16> lse_rest(const PerRow<16>& lse) const {
     static_assert(kAnyScores, "row_max counts as the scores do");
-    PerRow<16> log_sum;
-    warp::map(log_sum, row_sum, [](float sum) { return math::log(sum); });
-    return rounding_of(lse, row_max, log_sum);
+    PerRow<16> rest;
+    warp::zip(rest, row_max, lse, [](float m, float sum) { return m - sum; });
+    warp::zip(rest, rest, row_sum,
+              [](float x, float sum) { return sum == 0.0f ? 0.0f : x + math::log(sum); });
+    return rest;
   }
 
   // What weights are relative to, an exponent of two or, with kAnyScores, a score; 0 for a row that

@@ -260,29 +260,25 @@ __device__ __forceinline__ void join_sink(PerRow<16>& lse, PerRow<16>& inverse_s
   });
 }
 
-// The same beside a bias, where it may take lse_rest to tell how many keys there are. Apart: where
-// there is no bias, other code at a tile's end makes the compiler order the loop before it anew.
-__device__ __forceinline__ void join_sink(PerRow<16>& lse, PerRow<16>& lse_rest,
+// The same beside a bias, where lse alone need not tell how many keys there are. Apart: where there
+// is no bias, other code at a tile's end makes the compiler order the loop before it anew.
+__device__ __forceinline__ void join_sink(OnlineSoftmax<true>& softmax, PerRow<16>& lse,
                                           PerRow<16>& inverse_sum, const Extras& extras, int batch,
                                           int head) {
   if (extras.sinks == nullptr) return;
-  PerRow<16> sink = sink_of(extras, batch, head), top, keys_part, sink_part, log_total;
-  warp::zip(top, lse, sink, [](float keys, float s) { return math::max(keys, s); });
+  PerRow<16> sink = sink_of(extras, batch, head), top, keys_part;
   const auto power = [](float x, float top) {
     return math::exp2((x - (top == -kInfinity ? 0.0f : top)) * kLog2E);
   };
-  warp::zip(keys_part, lse, top, power);
-  warp::zip(keys_part, keys_part, lse_rest,
-            [](float part, float rest) { return part * math::exp2(rest * kLog2E); });
-  warp::zip(sink_part, sink, top, power);
-  warp::zip(log_total, keys_part, sink_part, [](float x, float y) { return math::log(x + y); });
-  warp::zip(keys_part, keys_part, sink_part, [](float part, float other) {
-    const float total = part + other;
-    return total == 0.0f ? 0.0f : part / total;
-  });
-  warp::zip(inverse_sum, inverse_sum, keys_part, [](float x, float share) { return x * share; });
-  warp::zip(lse, top, log_total, [](float x, float y) { return x + y; });
-  lse_rest = rounding_of(lse, top, log_total);
+  warp::zip(top, softmax.row_max, sink, [](float keys, float s) { return math::max(keys, s); });
+  warp::zip(keys_part, softmax.row_max, top, power);
+  warp::zip(sink, sink, top, power);
+  warp::zip(softmax.row_sum, softmax.row_sum, keys_part, [](float x, float y) { return x * y; });
+  warp::zip(softmax.row_sum, softmax.row_sum, sink, [](float x, float y) { return x + y; });
+  softmax.row_max = top;
+  warp::zip(inverse_sum, keys_part, softmax.row_sum,
+            [](float part, float total) { return total == 0.0f ? 0.0f : part / total; });
+  warp::zip(lse, top, softmax.row_sum, [](float x, float sum) { return x + math::log(sum); });
 }
 
 }  // namespace tk::attention
