@@ -6,6 +6,7 @@ over. Plain differentiation of a softmax does not need them.
 
 import functools
 
+import attention_score_cases as score_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,6 @@ import tk_jax
 from tk_jax.ops.attention import xla
 
 IMPLEMENTATIONS = ["xla", "interpret", pytest.param("tk", marks=pytest.mark.gpu)]
-NAMES = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
 SCALE = 0.125  # Of products of small integers: scores are exact, beside -2**20 too.
 # T, S, head dims of q and k and of v, dtype, the bias's dtype, its value for hidden
 # keys, and settings.
@@ -155,7 +155,7 @@ def test_results_and_gradients(case, implementation):
         exact = jax.tree.map(np.asarray, _results(plain, wide, cotangents))
     low = jax.jit(functools.partial(_low_precision, settings))(*arrays, *cotangents)
     got = _results(_attention(implementation, settings), arrays, cotangents)
-    for name, x, y, z in zip(NAMES, got, exact, low, strict=True):
+    for name, x, y, z in zip(score_cases.NAMES, got, exact, low, strict=True):
         assert (x is None) == (y is None), name
         if x is not None:
             assert_close(x, y, z, what=f"{case} {name}")

@@ -453,11 +453,7 @@ struct Forward {
     }
     PerRow<16> lse = softmax.finish(Map(params.scale, params.extras).unit);
     PerRow<16> inverse_sum = softmax.inverse_sum();
-    if constexpr (Map::kAdds) {
-      join_sink(softmax, lse, inverse_sum, params.extras, tile.batch, tile.head);
-    } else {
-      join_sink(lse, inverse_sum, params.extras, tile.batch, tile.head);
-    }
+    join_sink(softmax, lse, inverse_sum, params.extras, tile.batch, tile.head);
     const auto store_rows = [&](float* values, const PerRow<16>& rows) {
       const int64 row = static_cast<int64>(tile.batch) * params.seqlen_q * params.num_heads;
       warpgroup::store(

@@ -141,8 +141,8 @@ struct OnlineSoftmax {
     return lse;
   }
 
-  // After finish: what rounding took off lse = row_max + ln(row_sum), where that matters to the
-  // last bit: of scores that are all huge it is all that tells how many there are.
+  // After finish: what rounding took off lse = row_max + ln(row_sum), exact where row_max is the
+  // larger. Of scores that are all huge it is all that tells how many there are.
   __device__ __forceinline__ PerRow<16> lse_rest(const PerRow<16>& lse) const {
     static_assert(kAnyScores, "row_max counts as the scores do");
     PerRow<16> rest;

@@ -241,8 +241,9 @@ __device__ __forceinline__ PerRow<16> sink_of(const Extras& extras, int batch, i
 }
 
 // The sink of a head joins softmaxes that are complete without it: lse, and 1 / row_sum.
-__device__ __forceinline__ void join_sink(PerRow<16>& lse, PerRow<16>& inverse_sum,
-                                          const Extras& extras, int batch, int head) {
+__device__ __forceinline__ void join_sink(const OnlineSoftmax<false>&, PerRow<16>& lse,
+                                          PerRow<16>& inverse_sum, const Extras& extras, int batch,
+                                          int head) {
   if (extras.sinks == nullptr) return;
   PerRow<16> sink = sink_of(extras, batch, head), share;
   // Relative to the larger of both, 0 where neither is a number.
