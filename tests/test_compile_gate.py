@@ -73,6 +73,8 @@ def _with_features(names, head_dim, mask, head_dim_v=None):
     head_dim_v = head_dim_v or head_dim
     extension = _ffi.extension()
     features = frozenset(names)
+    # The forward pass has kernels for a bias that it reads in pairs.
+    paired = [["pairedbias"], []] if "bias" in features else [[]]
     for dtype in ("bfloat16", "float16"):
         settings = {
             "dtype": dtype,
@@ -81,12 +83,13 @@ def _with_features(names, head_dim, mask, head_dim_v=None):
             "mask": mask,
             "features": list(names),
         }
-        for keys in (1, attention_config.MAX_ROWS):
+        for keys, more in itertools.product((1, attention_config.MAX_ROWS), paired):
             config = attention_config.forward_config(
-                head_dim, head_dim_v, keys, mask, features
+                head_dim, head_dim_v, keys, mask, features.union(more)
             )
             yield from extension.attention_forward_specs(
-                **settings, config=dataclasses.asdict(config)
+                **settings | {"features": [*names, *more]},
+                config=dataclasses.asdict(config),
             )
         config = attention_config.backward_config(head_dim, head_dim_v, features)
         for deterministic in (True, False):

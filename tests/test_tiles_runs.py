@@ -77,6 +77,26 @@ def test_pairs(rng, at):
     assert_same(tile, padded[here])
 
 
+GROUP_PAIRS_CASES = [(BF16, 48), (FP16, 96), (FLOAT, 32)]
+GROUP_PAIRS = {
+    case: kernel("runs", "group_pairs", *case, threads=128)
+    for case in GROUP_PAIRS_CASES
+}
+
+
+@pytest.mark.parametrize("at", [(0, 0), (20, 6), (75, 48), (90, 0)], ids=str)
+@pytest.mark.parametrize("case", GROUP_PAIRS_CASES, ids=str)
+def test_pairs_of_a_warpgroup(rng, case, at):
+    """Of any type; what is outside reads as zero."""
+    name, width = case
+    row, col = at
+    x = rng.standard_normal((82, 54)).astype(NAMES[name])
+    (tile,) = GROUP_PAIRS[case]([((64, width), np.float32)], x, scalars=(row, col))
+    padded = np.zeros((200, 200), np.float32)
+    padded[:82, :54] = x.astype(np.float32)
+    assert_same(tile, padded[row : row + 64, col : col + width])
+
+
 ROUNDED_CASES = [(BF16, 32), (BF16, 64), (FP16, 128)]
 ROUNDED = {
     case: kernel("runs", "rounded", *case, threads=128) for case in ROUNDED_CASES

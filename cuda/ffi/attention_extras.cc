@@ -136,6 +136,10 @@ bool has_float_bias(const ExtraBuffers& extras) {
   return extras.bias && extras.bias->element_type() == xffi::DataType::F32;
 }
 
+bool has_paired_bias(const ExtraBuffers& extras) {
+  return extras.bias && dim(*extras.bias, 3) % 2 == 0;
+}
+
 Status check_maps(const ExtraBuffers& extras, const AttentionSizes& s, const MapBlock& key_map,
                   const std::optional<MapBlock>& query_map) {
   const bool mapped = extras.q_segments || extras.mask;

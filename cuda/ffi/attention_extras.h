@@ -54,6 +54,8 @@ struct ExtraBuffers {
 };
 
 bool has_float_bias(const ExtraBuffers& extras);
+// Whether one load may read two neighbouring keys of it: rows of an even length, one after another.
+bool has_paired_bias(const ExtraBuffers& extras);
 
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args);
 Status check_extras(const ExtraBuffers& extras, const AttentionSizes& sizes);

@@ -39,7 +39,8 @@ Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Optio
   const auto sizes = read_sizes(b.q, b.k, b.v, *extras, options);
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
-  const unsigned features = features_of(*extras, options);
+  unsigned features = features_of(*extras, options);
+  if (has_paired_bias(*extras)) features |= attention::kPairedBias;
   const std::int64_t rests = (features & attention::kBias) != 0 ? s.seqlen_q : 0;
   if (Status status =
           first_error({check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim_v}),

@@ -6,8 +6,8 @@ namespace tk::ffi {
 namespace {
 
 // Of the bits of attention::Feature, in order.
-constexpr const char* kFeatureNames[] = {"lengths", "segments", "mask",
-                                         "bias",    "softcap",  "floatbias"};
+constexpr const char* kFeatureNames[] = {"lengths", "segments",  "mask",      "bias",
+                                         "softcap", "floatbias", "pairedbias"};
 
 constexpr int kFragmentThreads = attention::kWarpgroupThreads;  // of prepare and finish
 

@@ -29,12 +29,13 @@ constexpr Mask mask_of(const Options& options) {
 
 // What a kernel is compiled for beyond its mask, as bits.
 enum Feature : unsigned {
-  kLengths = 1,     // Extras::query_lengths, kv_lengths
-  kSegments = 2,    // Extras::q_segments, kv_segments
-  kMaskArray = 4,   // Extras::mask
-  kBias = 8,        // Extras::bias
-  kSoftCap = 16,    // Extras::soft_cap
-  kFloatBias = 32,  // with kBias: it is of fp32, not of q's type
+  kLengths = 1,      // Extras::query_lengths, kv_lengths
+  kSegments = 2,     // Extras::q_segments, kv_segments
+  kMaskArray = 4,    // Extras::mask
+  kBias = 8,         // Extras::bias
+  kSoftCap = 16,     // Extras::soft_cap
+  kFloatBias = 32,   // with kBias: it is of fp32, not of q's type
+  kPairedBias = 64,  // with kBias, of the forward pass: its rows are whole pairs of keys
 };
 // Those that may leave a query without a key, wherever its diagonals are.
 constexpr unsigned kHidingFeatures = kLengths | kSegments | kMaskArray;

@@ -101,9 +101,13 @@ struct Forward {
                     forward_shared_bytes(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages}),
                 "attention.h's forward_shared_bytes covers the kernel's shared memory");
 
-  // Whether a bias is read where it is added. As a tile, one of 16 bits waits to be packed, while
-  // one of fp32 arrives beside the scores' product.
-  static constexpr bool kLateBias = Map::kAdds && (kFeatures & kFloatBias) == 0;
+  // Whether a bias is read where it is added. Pairs and numbers of fp32 are registers of a tile as
+  // they come, and do so beside the scores' product; single ones of 16 bits would wait there to be
+  // packed.
+  static constexpr bool kLateBias = Map::kAdds && !Map::kPairs && (kFeatures & kFloatBias) == 0;
+  // Whether it is asked for before the turn. Three consumers have others' work to wait beside, and
+  // run more evenly when they ask after it.
+  static constexpr bool kEarlyBias = Map::kPairs && kConsumers <= 2;
 
   // Whether blocks that all queries see are weighed by the maximum of those before.
   static constexpr bool kKeepsMax = kFeatures == 0;
@@ -193,8 +197,8 @@ struct Forward {
                         shared.k_smem[k_state.stage]);
       warpgroup::mma_commit();
     };
-    const auto load_bias = [&](const Tile& tile, const Blocks& keys) {
-      if constexpr (!kLateBias) {
+    const auto load_bias = [&](bool early, const Tile& tile, const Blocks& keys) {
+      if (!kLateBias && early == kEarlyBias) {
         Map::load_bias(bias, params, tile.batch, tile.head, tile.first_query + 64 * consumer,
                        keys.block() * kBlockKv);
       }
@@ -331,11 +335,12 @@ struct Forward {
           if (visited && kQStages > 1 && valid && !tile.empty()) skip_turn();
           continue;
         }
+        load_bias(true, tile, tile.keys);
         shared.k_ring.wait(k_state);
         if (!first) wait_turn(consumer);
         issue_scores(q_state.stage);
         if (!first) pass_turn(consumer);
-        load_bias(tile, tile.keys);
+        load_bias(false, tile, tile.keys);
         warpgroup::mma_wait<0>(s_acc);
         release_keys();
         complete_scores(tile, tile.keys);
@@ -350,13 +355,14 @@ struct Forward {
           for (keys.next(Walk::map_row(params, tile));
                keys.valid() && !(kWalksUp && keys.block() >= own_end);
                keys.next(Walk::map_row(params, tile))) {
+            load_bias(true, tile, keys);
             shared.k_ring.wait(k_state);
             wait_turn(consumer);
             issue_scores(q_state.stage);
             issue_output(accumulate);
             pass_turn(consumer);
             accumulate = true;
-            load_bias(tile, keys);
+            load_bias(false, tile, keys);
             warpgroup::mma_wait<1>(s_acc);
             release_keys();
             release_rows();
@@ -391,13 +397,14 @@ struct Forward {
           auto q_next = q_state;
           q_next.advance();
           if (chained) {
+            load_bias(true, next, next.keys);
             q_ring.wait(q_next);
             shared.k_ring.wait(k_state);
             wait_turn(consumer);
             issue_scores(q_next.stage);
             issue_output(accumulate);
             pass_turn(consumer);
-            load_bias(next, next.keys);
+            load_bias(false, next, next.keys);
             warpgroup::mma_wait<1>(s_acc);
             release_keys();
             complete_scores(next, next.keys);

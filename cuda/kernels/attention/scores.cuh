@@ -36,6 +36,7 @@ template <typename T, unsigned kFeatures>
 struct ScoreMap {
   static constexpr bool kCaps = (kFeatures & kSoftCap) != 0;
   static constexpr bool kAdds = (kFeatures & kBias) != 0;
+  static constexpr bool kPairs = (kFeatures & kPairedBias) != 0;
   using BiasElement = Select<(kFeatures & kFloatBias) != 0, float, T>;
   template <int kCols>
   using BiasTile = Select<kAdds, RegTile<BiasElement, 16, kCols>, Nothing>;
@@ -56,7 +57,11 @@ struct ScoreMap {
   __device__ __forceinline__ static void load_bias(Tile& bias, const Params& params, int batch,
                                                    int head, int first_query, int first_key) {
     if constexpr (kAdds) {
-      warpgroup::load(bias, bias_of(params, batch, head), first_query, first_key);
+      if constexpr (kPairs) {
+        warpgroup::load_pairs(bias, bias_of(params, batch, head), first_query, first_key);
+      } else {
+        warpgroup::load(bias, bias_of(params, batch, head), first_query, first_key);
+      }
     }
   }
   // The same for transposed scores, 64 keys as rows and a block of queries, beside a cap.

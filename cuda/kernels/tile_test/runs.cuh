@@ -54,6 +54,18 @@ __device__ __forceinline__ void pairs(const KernelParams& params) {
   warp::store(matrix<float>(params, 2), x, 0, 0);
 }
 
+// A warpgroup's 64 x kCols tile at (scalar 0, scalar 1) of an array of the tile's type, moved in
+// pairs. Buffers: x; the tile.
+template <typename T, int kCols>
+__device__ __forceinline__ void group_pairs(const KernelParams& params) {
+  const GlobalView<T> x_gmem = matrix<T>(params, 0);
+  RegTile<T, 16, kCols> x;
+  warpgroup::load_pairs(
+      x, GlobalView<const T>{x_gmem.data, x_gmem.rows, x_gmem.cols, x_gmem.row_stride},
+      scalar(params, 0), scalar(params, 1));
+  warpgroup::store(matrix<float>(params, 1), x, 0, 0);
+}
+
 // A warpgroup's 64 x kCols tile at (scalar 0, scalar 1) of an array of floats, rounded. Buffers: x;
 // 7s with the tile's roundings at its place.
 template <typename T, int kCols>

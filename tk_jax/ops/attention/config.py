@@ -103,15 +103,23 @@ class Extras(NamedTuple):
     sinks: jax.Array | None = None  # floating [*b, H]
 
 
-def features(options: AttentionOptions, extras: Extras) -> frozenset[str]:
-    """What a call's kernels are compiled for beyond its mask (Feature in C++)."""
+def features(options: AttentionOptions, extras: Extras, dtype) -> frozenset[str]:
+    """What a call's kernels are compiled for beyond its mask (Feature in C++).
+
+    ``dtype`` is that of q.
+    """
+    bias = extras.bias
     lengths = (extras.query_seq_lengths, extras.key_value_seq_lengths)
     names = {
         "lengths": any(x is not None for x in lengths),
         "segments": extras.q_segment_ids is not None,
         "mask": extras.mask is not None,
-        "bias": extras.bias is not None,
+        "bias": bias is not None,
         "softcap": options.soft_cap != NO_SOFT_CAP,
+        # Any other dtype than q's goes to the kernels in float32.
+        "floatbias": bias is not None and bias.dtype != dtype,
+        # The forward kernel reads two keys at once.
+        "pairedbias": bias is not None and bias.shape[-1] % 2 == 0,
     }
     return frozenset(name for name, wanted in names.items() if wanted)
 
@@ -174,29 +182,78 @@ _FORWARD_MASKED = {
 }
 # Two diagonals take even more, of three consumers.
 _FORWARD_BAND = {(64, 64): _FORWARD_MIXED}
-# And so do features, whatever the mask: by the larger of the head dims.
-_FORWARD_FEATURES = {
-    "bias": {
-        64: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
-        128: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
-        192: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
-        256: AttentionForwardConfig(block_q=128, block_kv=48, stages=2),
-    },
-    "mask": {
-        64: _FORWARD_MIXED,
-        128: AttentionForwardConfig(block_q=128, block_kv=112, stages=2),
-        192: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
-        256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
-    },
-    "segments": {
-        64: _FORWARD_MIXED,
-        128: _FORWARD_MIXED,
-        256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
-    },
-    "softcap": {
-        256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
-    },
-}
+# And so do features: the first of these that a call has all of, and that has tiles for
+# both head dims, for the larger one beside a mask (one of KERNEL_MASKS), or for that.
+_FORWARD_FEATURES = (
+    # A bias in pairs is a tile of half as many registers as scores, one of fp32 of as
+    # many. The maps of segments and masks are those of documents' ends, too: they are
+    # finer in tiles of 128 queries than of 192.
+    (
+        {"pairedbias", "floatbias"},
+        {
+            64: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+            128: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+            192: AttentionForwardConfig(block_q=128, block_kv=80, stages=2),
+            256: AttentionForwardConfig(block_q=128, block_kv=48, stages=2),
+        },
+    ),
+    (
+        {"pairedbias", "mask"},
+        {
+            64: _FORWARD_MIXED,
+            128: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+            192: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+            256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+        },
+    ),
+    ({"pairedbias", "segments"}, {64: _FORWARD_MIXED}),
+    (
+        {"pairedbias", "softcap"},
+        {64: AttentionForwardConfig(block_q=192, block_kv=80, stages=2)},
+    ),
+    (
+        {"pairedbias"},
+        {
+            64: AttentionForwardConfig(block_q=192, block_kv=96, stages=2),
+            128: _FORWARD_MIXED,
+            192: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+            (192, 128): AttentionForwardConfig(block_q=128, block_kv=112, stages=2),
+            256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+            (256, "none"): _FORWARD[256, 256],
+        },
+    ),
+    # Read number by number.
+    (
+        {"bias"},
+        {
+            64: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+            128: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+            192: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+            256: AttentionForwardConfig(block_q=128, block_kv=48, stages=2),
+        },
+    ),
+    (
+        {"mask"},
+        {
+            64: _FORWARD_MIXED,
+            128: AttentionForwardConfig(block_q=128, block_kv=112, stages=2),
+            192: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+            256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+        },
+    ),
+    (
+        {"segments"},
+        {
+            64: _FORWARD_MIXED,
+            128: _FORWARD_MIXED,
+            256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+        },
+    ),
+    (
+        {"softcap"},
+        {256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2)},
+    ),
+)
 # By narrow_head_dim.
 _BACKWARD = {
     64: AttentionBackwardConfig(block_q=128, block_kv=128, stages=2),
@@ -239,9 +296,11 @@ def forward_config(
 ) -> AttentionForwardConfig:
     """``mask`` is one of KERNEL_MASKS; the head dims are those of arrays."""
     tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
-    for feature, tiles in _FORWARD_FEATURES.items():
-        if feature in features and max(tile) in tiles:
-            return tiles[max(tile)]
+    larger = max(tile)
+    for needed, tiles in _FORWARD_FEATURES:
+        for key in (tile, (larger, mask), larger):
+            if needed <= features and key in tiles:
+                return tiles[key]
     few_keys = mask == "causal" and seqlen_kv <= _FEW_CAUSAL_KEYS
     if few_keys and tile in _FORWARD_FEW_CAUSAL_KEYS:
         return _FORWARD_FEW_CAUSAL_KEYS[tile]
@@ -253,7 +312,6 @@ def forward_config(
         return _FORWARD_MANY_KEYS[tile]
     if tile in _FORWARD:
         return _FORWARD[tile]
-    larger = max(tile)
     return _FORWARD_MIXED if larger <= 128 else _FORWARD[larger, larger]
 
 

@@ -148,7 +148,7 @@ def kernel_forward(
         v.shape[-1],
         k.shape[1],
         options.mask,
-        config.features(options, extras),
+        config.features(options, extras, q.dtype),
     )
     out, lse, lse_rest = _ffi.call(
         "tk_attention_fwd_v1",
@@ -207,7 +207,7 @@ def kernel_backward(
         for _, shape, dtype in workspaces
     ]
     tiles = tiles or config.backward_config(
-        head_dim, v.shape[-1], config.features(options, extras)
+        head_dim, v.shape[-1], config.features(options, extras, q.dtype)
     )
     gradients = _ffi.call(
         "tk_attention_bwd_v1",

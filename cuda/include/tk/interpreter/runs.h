@@ -153,6 +153,13 @@ void store_runs(const GlobalView<float>& dst, const RegTile<float, kRows, kCols>
 }
 
 template <typename T, int kRows, int kCols>
+void load_pairs(RegTile<T, kRows, kCols>& dst, const GlobalView<const T>& src, int row, int col,
+                Location at = {}) {
+  detail::check_pairs(src, col, at);
+  load(dst, src, row, col, at);
+}
+
+template <typename T, int kRows, int kCols>
 void store_rounded(const GlobalView<T>& dst, const RegTile<float, kRows, kCols>& src, int row,
                    int col, Location at = {}) {
   static_assert(kIsHalf<T> && kCols % 32 == 0, "four runs of eight 16-bit values at a time");

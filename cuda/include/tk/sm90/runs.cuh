@@ -1,4 +1,4 @@
-// Moves of float tiles between registers and global memory, sixteen bytes at a time.
+// Moves of float tiles between registers and global memory, sixteen bytes at a time, and of pairs.
 //
 // A lane of a register tile has pairs of neighbouring columns, which would be moved as eight bytes.
 // Here the columns of every sixteen are exchanged so that its two pairs are four in a row of the
@@ -118,6 +118,34 @@ __device__ __forceinline__ void transpose_quad(uint32 (&x)[4]) {
       uint32 &low = x[i], &high = x[i + step];
       const uint32 other = ptx::shuffle_xor(upper ? low : high, step);
       (upper ? low : high) = other;
+    }
+  }
+}
+
+// A warp's tile in its own order, of the array's type or of float.
+template <typename Dst, typename T>
+__device__ __forceinline__ void load_pairs(Dst& dst, const GlobalView<T>& src, int first_row,
+                                           int first_col) {
+  constexpr bool kPacked = kIsHalf<typename Dst::T>;
+  using Pair = Select<kPacked, uint32, float2>;
+  const int col = first_col + col_of(0, 0);
+#pragma unroll
+  for (int s = 0; s < Dst::kRowSquares; ++s) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      // One address, from which all the row's pairs are a number of bytes known beforehand.
+      const int row = first_row + row_of(s, 2 * h);
+      const auto* pairs = reinterpret_cast<const Pair*>(src.data + row * src.row_stride + col);
+      const int cols = row < src.rows ? src.cols - col : 0;
+#pragma unroll
+      for (int g = 0; g < Dst::kColGroups; ++g) {
+        const Pair pair = 8 * g < cols ? pairs[4 * g] : Pair{};
+        if constexpr (kPacked) {
+          dst.data[s][2 * g + h] = pair;
+        } else {
+          set_pair(dst, s, g, h, pair.x, pair.y);
+        }
+      }
     }
   }
 }
@@ -254,6 +282,14 @@ __device__ __forceinline__ void store_runs(const GlobalView<float>& dst,
                                            const RegTile<float, kRows, kCols>& src, int row,
                                            int col, Location = {}) {
   detail::store_runs<kWhole>(dst, src, row + kRows * (ptx::warp_index() & 3), col);
+}
+
+// Two at a time, as a warp does, of any type that tiles have.
+template <typename T, int kRows, int kCols>
+__device__ __forceinline__ void load_pairs(RegTile<T, kRows, kCols>& dst,
+                                           const GlobalView<const T>& src, int row, int col,
+                                           Location = {}) {
+  detail::load_pairs(dst, src, row + kRows * (ptx::warp_index() & 3), col);
 }
 
 // A tile's 16-bit roundings, in its own order, sixteen bytes at a time: rows start at multiples of
