@@ -105,9 +105,10 @@ struct Forward {
   // they come, and do so beside the scores' product; single ones of 16 bits would wait there to be
   // packed.
   static constexpr bool kLateBias = Map::kAdds && !Map::kPairs && (kFeatures & kFloatBias) == 0;
-  // Whether it is asked for before the turn. Three consumers have others' work to wait beside, and
-  // run more evenly when they ask after it.
-  static constexpr bool kEarlyBias = Map::kPairs && kConsumers <= 2;
+  // When a tile of it is asked for. Three consumers have others' work to wait beside, and run more
+  // evenly when they ask after their turn.
+  enum BiasLoad { kBeforeTurn, kAfterTurn };
+  static constexpr BiasLoad kBiasLoad = Map::kPairs && kConsumers <= 2 ? kBeforeTurn : kAfterTurn;
 
   // Whether blocks that all queries see are weighed by the maximum of those before.
   static constexpr bool kKeepsMax = kFeatures == 0;
@@ -197,8 +198,8 @@ struct Forward {
                         shared.k_smem[k_state.stage]);
       warpgroup::mma_commit();
     };
-    const auto load_bias = [&](bool early, const Tile& tile, const Blocks& keys) {
-      if (!kLateBias && early == kEarlyBias) {
+    const auto load_bias = [&](BiasLoad now, const Tile& tile, const Blocks& keys) {
+      if (!kLateBias && now == kBiasLoad) {
         Map::load_bias(bias, params, tile.batch, tile.head, tile.first_query + 64 * consumer,
                        keys.block() * kBlockKv);
       }
@@ -335,12 +336,12 @@ struct Forward {
           if (visited && kQStages > 1 && valid && !tile.empty()) skip_turn();
           continue;
         }
-        load_bias(true, tile, tile.keys);
+        load_bias(kBeforeTurn, tile, tile.keys);
         shared.k_ring.wait(k_state);
         if (!first) wait_turn(consumer);
         issue_scores(q_state.stage);
         if (!first) pass_turn(consumer);
-        load_bias(false, tile, tile.keys);
+        load_bias(kAfterTurn, tile, tile.keys);
         warpgroup::mma_wait<0>(s_acc);
         release_keys();
         complete_scores(tile, tile.keys);
@@ -355,14 +356,14 @@ struct Forward {
           for (keys.next(Walk::map_row(params, tile));
                keys.valid() && !(kWalksUp && keys.block() >= own_end);
                keys.next(Walk::map_row(params, tile))) {
-            load_bias(true, tile, keys);
+            load_bias(kBeforeTurn, tile, keys);
             shared.k_ring.wait(k_state);
             wait_turn(consumer);
             issue_scores(q_state.stage);
             issue_output(accumulate);
             pass_turn(consumer);
             accumulate = true;
-            load_bias(false, tile, keys);
+            load_bias(kAfterTurn, tile, keys);
             warpgroup::mma_wait<1>(s_acc);
             release_keys();
             release_rows();
@@ -397,14 +398,14 @@ struct Forward {
           auto q_next = q_state;
           q_next.advance();
           if (chained) {
-            load_bias(true, next, next.keys);
+            load_bias(kBeforeTurn, next, next.keys);
             q_ring.wait(q_next);
             shared.k_ring.wait(k_state);
             wait_turn(consumer);
             issue_scores(q_next.stage);
             issue_output(accumulate);
             pass_turn(consumer);
-            load_bias(false, next, next.keys);
+            load_bias(kAfterTurn, next, next.keys);
             warpgroup::mma_wait<1>(s_acc);
             release_keys();
             complete_scores(next, next.keys);
