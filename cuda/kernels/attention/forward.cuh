@@ -111,7 +111,7 @@ struct Forward {
   static constexpr BiasLoad kBiasLoad = Map::kPairs && kConsumers <= 2 ? kBeforeTurn : kAfterTurn;
 
   // Whether blocks that all queries see are weighed by the maximum of those before.
-  static constexpr bool kKeepsMax = kFeatures == 0;
+  static constexpr bool kKeepsMax = kFeatures == 0 || (kFeatures == kSoftCap && kConsumers <= 2);
   // Of a block's keys, those that are then weighed beside the product p v of the block before. With
   // three consumers the others' products are enough.
   static constexpr int kBesideOutput = kConsumers > 2 ? 0 : kBlockKv / 32 * 16;
@@ -373,6 +373,7 @@ struct Forward {
             };
             bool corrects;
             if (kKeepsMax && !repeats && !is_masked(tile, keys)) {
+              score_map.apply(s_acc, bias);
               corrects = softmax.template weigh_by_old_max<kBesideOutput>(s_acc, p, wait_output);
             } else {
               if constexpr (kConsumers > 2) wait_output();

@@ -29,15 +29,13 @@ __device__ __forceinline__ void unary(const KernelParams& params) {
   warp::map(y, x, [](float v) { return math::mul(v, 0.3f) + 1.0f; }), out.put(y);
   warp::map(y, x, [](float v) { return math::max_nan(v, 1.0f); }), out.put(y);
   warp::map(y, x, [](float v) { return math::accurate_tanh(v); }), out.put(y);
-  warp::map(y, x, [](float v) { return math::small_tanh(0.09f * v); }), out.put(y);
+  warp::map(y, x, [](float v) { return math::small_tanh(0.06f * v); }), out.put(y);
   warp::accurate_tanh(y, x, 0.5f), out.put(y);
-  warp::accurate_tanh(y, x, 0.09f), out.put(y);
+  warp::accurate_tanh(y, x, 0.06f), out.put(y);
   warp::map(y, x, [](float v) { return math::softplus(v); }), out.put(y);
   warp::map(y, x, [](float v) { return math::sigmoid(v); }), out.put(y);
   // The first square of sixteen rows has an infinity, the second has not.
-  warp::map_either(
-      y, x, [](float v) { return math::abs(v) < 9.0f; }, [](float v) { return v + 1.0f; },
-      [](float v) { return v - 1.0f; });
+  warp::map_within(y, x, 9.0f, [](float v) { return v + 1.0f; }, [](float v) { return v - 1.0f; });
   out.put(y);
   warp::fill(y, params.scalars[0]), out.put(y);
   warp::zero(y), out.put(y);

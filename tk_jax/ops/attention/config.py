@@ -249,9 +249,15 @@ _FORWARD_FEATURES = (
             256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
         },
     ),
+    ({"softcap", "lengths"}, {(64, "causal"): _FORWARD[64, 64]}),
     (
         {"softcap"},
-        {256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2)},
+        {
+            (64, "none"): AttentionForwardConfig(block_q=192, block_kv=112, stages=2),
+            (64, "causal"): AttentionForwardConfig(block_q=192, block_kv=112, stages=2),
+            128: _FORWARD_MIXED,
+            256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+        },
     ),
 )
 # By narrow_head_dim.

@@ -37,9 +37,9 @@ void map(Dst& dst, const Src& src, F&& f, Location at = {}) {
   detail_map::assign(dst, [&](int r, int c) { return f(detail_map::value(src, r, c)); });
 }
 
-template <typename Dst, typename Src, typename Test, typename F, typename G>
-void map_either(Dst& dst, const Src& src, Test&& test, F&& f, G&& g, Location at = {}) {
-  static_assert(detail::kSameShape<Dst, Src>, "map_either needs tiles of one shape");
+template <typename Dst, typename Src, typename F, typename G>
+void map_within(Dst& dst, const Src& src, float limit, F&& f, G&& g, Location at = {}) {
+  static_assert(detail::kSameShape<Dst, Src>, "map_within needs tiles of one shape");
   using T = typename Dst::T;
   detail::reading(src, at);
   detail::writing(dst, at);
@@ -47,7 +47,8 @@ void map_either(Dst& dst, const Src& src, Test&& test, F&& f, G&& g, Location at
     for (int first_col = 0; first_col < Dst::kCols; first_col += 16) {
       bool all = true;
       for (int i = 0; i < 256; ++i) {
-        all = all && test(detail_map::value(src, first_row + i / 16, first_col + i % 16));
+        const float x = detail_map::value(src, first_row + i / 16, first_col + i % 16);
+        all = all && !(std::abs(x) > limit);
       }
       for (int i = 0; i < 256; ++i) {
         const int row = first_row + i / 16, col = first_col + i % 16;

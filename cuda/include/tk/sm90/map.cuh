@@ -26,40 +26,55 @@ __device__ __forceinline__ void map(Dst& dst, const Src& src, F&& f, Location = 
   });
 }
 
-// Of every 16 x 16 square, dst = f(src) if test(src) holds for all of its values, otherwise
-// dst = g(src). Lanes decide together, so the two should differ in nothing but their cost.
-template <typename Dst, typename Src, typename Test, typename F, typename G>
-__device__ __forceinline__ void map_either(Dst& dst, const Src& src, Test&& test, F&& f, G&& g,
+// Of every 16 x 16 square, dst = f(src) if none of its values is larger than limit, whatever its
+// sign, otherwise dst = g(src). Lanes decide together, first for the whole tile, so the two should
+// differ in nothing but their cost. NaN is not larger.
+template <typename Dst, typename Src, typename F, typename G>
+__device__ __forceinline__ void map_within(Dst& dst, const Src& src, float limit, F&& f, G&& g,
                                            Location = {}) {
-  static_assert(detail::kSameShape<Dst, Src>, "map_either needs tiles of one shape");
+  static_assert(detail::kSameShape<Dst, Src>, "map_within needs tiles of one shape");
   const auto square = [&](int s, int c, auto&& function) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       function(s, 2 * c + (i >> 1), i & 1);
     }
   };
+  const auto each_square = [&](auto&& function) {
 #pragma unroll
-  for (int s = 0; s < Src::kRowSquares; ++s) {
+    for (int s = 0; s < Src::kRowSquares; ++s) {
 #pragma unroll
-    for (int c = 0; c < Src::kCols / 16; ++c) {
-      bool fails = false;
-      square(s, c, [&](int s, int group, int h) {
-        fails = fails || !test(detail::get(src, s, group, 2 * h)) ||
-                !test(detail::get(src, s, group, 2 * h + 1));
-      });
-      const auto assign = [&](auto&& function) {
-        square(s, c, [&](int s, int group, int h) {
-          detail::set_pair(dst, s, group, h, function(detail::get(src, s, group, 2 * h)),
-                           function(detail::get(src, s, group, 2 * h + 1)));
-        });
-      };
-      if (ptx::any(fails)) {
-        assign(g);
-      } else {
-        assign(f);
+      for (int c = 0; c < Src::kCols / 16; ++c) {
+        function(s, c);
       }
     }
+  };
+  const auto assign = [&](int s, int c, auto&& function) {
+    square(s, c, [&](int s, int group, int h) {
+      detail::set_pair(dst, s, group, h, function(detail::get(src, s, group, 2 * h)),
+                       function(detail::get(src, s, group, 2 * h + 1)));
+    });
+  };
+  const auto raise = [&](float& largest, int s, int c) {
+    square(s, c, [&](int s, int group, int h) {
+      largest = ptx::max(largest, ptx::abs(detail::get(src, s, group, 2 * h)));
+      largest = ptx::max(largest, ptx::abs(detail::get(src, s, group, 2 * h + 1)));
+    });
+  };
+  float largest[2] = {};  // two, as each waits for the one before
+  each_square([&](int s, int c) { raise(largest[c & 1], s, c); });
+  if (!ptx::any(ptx::max(largest[0], largest[1]) > limit)) {
+    each_square([&](int s, int c) { assign(s, c, f); });
+    return;
   }
+  each_square([&](int s, int c) {
+    float largest = 0.0f;
+    raise(largest, s, c);
+    if (ptx::any(largest > limit)) {
+      assign(s, c, g);
+    } else {
+      assign(s, c, f);
+    }
+  });
 }
 
 // dst = f(a, b), value by value.
