@@ -61,6 +61,13 @@ LARGE = [
         kv_lengths=(790, 500),
     ),
     MaskedCase(40, 129, 257, 8, 2, 64, kv_lengths=tuple(range(0, 240, 6))),
+    # Enough key blocks for two rounds: they are dealt out one by one.
+    MaskedCase(
+        *(6, 520, 1100, 6, 6, 128),
+        q_lengths=(520, 1, 300, 0, 64, 511),
+        kv_lengths=(1100, 1024, 5, 300, 0, 700),
+    ),
+    MaskedCase(9, 300, 900, 8, 4, 64, kv_lengths=tuple(range(900, 0, -100))),
 ]
 
 

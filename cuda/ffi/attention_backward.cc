@@ -129,19 +129,23 @@ std::int64_t backward_blocks(const BackwardCall& call, std::int64_t resident) {
 }
 
 // In a fixed order and without a mask, blocks of whole heads run together. Where these leave a
-// tenth of the multiprocessors idle, the causal kernel, told that every query sees all keys, is
-// better: it deals tiles out one by one.
+// tenth of the multiprocessors idle, or may do so because elements have lengths, the causal kernel,
+// told that every query sees all keys, is better: it deals tiles out one by one.
 void settle_mask(BackwardCall* call, const runtime::Device& device) {
   AttentionBackwardKernels& k = call->kernels;
   if (call->empty || k.wide() || !k.deterministic || k.mask != attention::Mask::kNone ||
-      (k.features & attention::kHidingFeatures) != 0) {
+      (k.features & attention::kMapFeatures) != 0) {
     return;
   }
   const std::int64_t resident = resident_tiles(*call, device);
   const std::int64_t blocks = backward_blocks(*call, resident);
   const std::int64_t tiles = tiles_of(*call);
-  k.mask = attention::Mask::kCausal;
-  if (tiles < 2 * resident || 10 * blocks >= 9 * resident) k.mask = attention::Mask::kNone;
+  const bool lengths =
+      (k.features & attention::kLengths) != 0 &&
+      attention::causal_in_waves(k.narrow_head_dim(), attention::Mask::kCausal, k.features);
+  if (tiles >= 2 * resident && (lengths || 10 * blocks < 9 * resident)) {
+    k.mask = attention::Mask::kCausal;
+  }
 }
 
 Status initialize_backward(const Device& device, const BackwardBuffers& buffers,
@@ -213,7 +217,10 @@ Status launch_main(const runtime::Kernel& kernel, runtime::cuda::Stream stream,
   params.dq_order = static_cast<int*>(b.dq_order.untyped_data());
   set_problem(&params, s, call.extras, options);
   // Of a mask that hides nothing: settle_mask.
-  if (call.kernels.mask != mask_of(options)) params.last_offset = static_cast<int>(s.seqlen_kv);
+  if (call.kernels.mask != mask_of(options)) {
+    params.last_offset = params.extras.window_last = static_cast<int>(s.seqlen_kv);
+    params.extras.bottom_right = false;
+  }
   const std::int64_t key_blocks = ceil_div(s.seqlen_kv, config.block_kv);
   const std::int64_t resident = resident_tiles(call, device);
   params.padded_q = static_cast<int>(s.padded_q());
