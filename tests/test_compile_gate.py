@@ -73,8 +73,8 @@ def _with_features(names, head_dim, mask, head_dim_v=None):
     head_dim_v = head_dim_v or head_dim
     extension = _ffi.extension()
     features = frozenset(names)
-    # The forward pass has kernels for a bias that it reads in pairs.
-    paired = [["pairedbias"], []] if "bias" in features else [[]]
+    # The forward pass has kernels for each way to read a bias.
+    ways = [["tiledbias"], ["pairedbias"], []] if "bias" in features else [[]]
     for dtype in ("bfloat16", "float16"):
         settings = {
             "dtype": dtype,
@@ -83,7 +83,7 @@ def _with_features(names, head_dim, mask, head_dim_v=None):
             "mask": mask,
             "features": list(names),
         }
-        for keys, more in itertools.product((1, attention_config.MAX_ROWS), paired):
+        for keys, more in itertools.product((1, attention_config.MAX_ROWS), ways):
             config = attention_config.forward_config(
                 head_dim, head_dim_v, keys, mask, features.union(more)
             )

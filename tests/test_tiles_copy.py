@@ -193,3 +193,20 @@ def test_fragments(rng, cols):
     # Their order is the library's own, but it holds every value once.
     assert_same(np.sort(sums), np.sort((x + y).ravel()))
     assert_same(np.sort(copies), np.sort(y.ravel()))
+
+
+ZIP_SHARED_CASES = [(BF16, 48), (FP16, 64), (BF16, 112), (FLOAT, 80)]
+ZIP_SHARED = {
+    case: kernel("copy", "zip_shared", *case, threads=128, shared=True)
+    for case in ZIP_SHARED_CASES
+}
+
+
+@pytest.mark.parametrize("case", ZIP_SHARED_CASES, ids=str)
+def test_zip_with_a_shared_tile(rng, case):
+    """With panels of each width."""
+    name, width = case
+    x = rng.standard_normal((64, width)).astype(NAMES[name])
+    y = rng.standard_normal((64, width)).astype(np.float32)
+    (got,) = ZIP_SHARED[case]([((64, width), np.float32)], x, y)
+    np.testing.assert_allclose(got, 2 * y + x.astype(np.float32), rtol=1e-6, atol=1e-6)

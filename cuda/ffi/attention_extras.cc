@@ -97,6 +97,8 @@ attention::BlockMap block_map(const std::optional<AnyBuffer>& buffer) {
   return map;
 }
 
+int bias_bytes(const ExtraBuffers& extras) { return has_float_bias(extras) ? 4 : 2; }
+
 }  // namespace
 
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args) {
@@ -136,8 +138,27 @@ bool has_float_bias(const ExtraBuffers& extras) {
   return extras.bias && extras.bias->element_type() == xffi::DataType::F32;
 }
 
-bool has_paired_bias(const ExtraBuffers& extras) {
-  return extras.bias && dim(*extras.bias, 3) % 2 == 0;
+unsigned bias_reading(const ExtraBuffers& extras) {
+  if (!extras.bias) return 0;
+  const std::int64_t queries = dim(*extras.bias, 2), keys = dim(*extras.bias, 3);
+  if (queries > 1 && keys * bias_bytes(extras) % 16 == 0) return attention::kTiledBias;
+  return keys % 2 == 0 ? attention::kPairedBias : 0u;
+}
+
+Status encode_bias(TensorMap* map, const ExtraBuffers& extras, std::int64_t block_kv) {
+  const AnyBuffer& bias = *extras.bias;
+  const int bytes = bias_bytes(extras);
+  const runtime::DataType dtype = has_float_bias(extras) ? runtime::DataType::kFloat32
+                                  : bias.element_type() == xffi::DataType::BF16
+                                      ? runtime::DataType::kBFloat16
+                                      : runtime::DataType::kFloat16;
+  const std::int64_t dims[] = {dim(bias, 3), dim(bias, 2), dim(bias, 1), dim(bias, 0)};
+  const std::int64_t row = dims[0] * bytes, head = dims[1] * row;
+  const std::int64_t strides[] = {row, head, dims[2] * head};
+  const std::int64_t box[] = {panel_columns(static_cast<int>(block_kv), bytes), 64, 1, 1};
+  return runtime::encode_tensor_map(
+      map, bias.untyped_data(),
+      {dtype, dims, strides, box, swizzle_bytes(static_cast<int>(block_kv), bytes)});
 }
 
 Status check_maps(const ExtraBuffers& extras, const AttentionSizes& s, const MapBlock& key_map,

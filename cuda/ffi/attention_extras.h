@@ -54,8 +54,10 @@ struct ExtraBuffers {
 };
 
 bool has_float_bias(const ExtraBuffers& extras);
-// Whether one load may read two neighbouring keys of it: rows of an even length, one after another.
-bool has_paired_bias(const ExtraBuffers& extras);
+// How the forward pass reads a bias, as a Feature: through the copy engine, two neighbouring keys
+// at once, or 0.
+unsigned bias_reading(const ExtraBuffers& extras);
+Status encode_bias(TensorMap* map, const ExtraBuffers& extras, std::int64_t block_kv);
 
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args);
 Status check_extras(const ExtraBuffers& extras, const AttentionSizes& sizes);

@@ -39,8 +39,7 @@ Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Optio
   const auto sizes = read_sizes(b.q, b.k, b.v, *extras, options);
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
-  unsigned features = features_of(*extras, options);
-  if (has_paired_bias(*extras)) features |= attention::kPairedBias;
+  const unsigned features = features_of(*extras, options) | bias_reading(*extras);
   const std::int64_t rests = (features & attention::kBias) != 0 ? s.seqlen_q : 0;
   if (Status status =
           first_error({check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim_v}),
@@ -113,6 +112,11 @@ Status execute_forward(const Execution& on, const ForwardBuffers& b,
                                    encode_rows(&params.out, b.out, s, 64)});
       !status.ok()) {
     return status;
+  }
+  if ((call->kernel.features & attention::kTiledBias) != 0) {
+    if (Status status = encode_bias(&params.bias, call->extras, config.block_kv); !status.ok()) {
+      return status;
+    }
   }
   params.out_rows = b.out.untyped_data();
   params.head_dim_v = static_cast<int>(s.head_dim_v);

@@ -7,7 +7,7 @@ namespace {
 
 // Of the bits of attention::Feature, in order.
 constexpr const char* kFeatureNames[] = {"lengths", "segments",  "mask",      "bias",
-                                         "softcap", "floatbias", "pairedbias"};
+                                         "softcap", "floatbias", "tiledbias", "pairedbias"};
 
 constexpr int kFragmentThreads = attention::kWarpgroupThreads;  // of prepare and finish
 
@@ -104,7 +104,7 @@ Result<KernelSpec> AttentionForwardKernel::spec() const {
                   std::to_string(config.block_kv) + ", " + std::to_string(config.stages) + ">>";
   spec.params_type = "tk::attention::ForwardParams";
   spec.threads = attention::forward_threads(config.block_q);
-  spec.shared_bytes = attention::forward_shared_bytes(head_dim, head_dim_v, config);
+  spec.shared_bytes = attention::forward_shared_bytes(head_dim, head_dim_v, config, features);
   return checked(std::move(spec));
 }
 

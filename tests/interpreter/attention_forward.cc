@@ -55,7 +55,7 @@ std::string check_forward(const Attention& s, int blocks, float gain, std::uint6
   launch.params = &params;
   launch.grid[0] = blocks;
   launch.threads = attention::forward_threads(kBlockQ);
-  launch.shared_bytes = attention::forward_shared_bytes(64, 64, {kBlockQ, kBlockKv, kStages});
+  launch.shared_bytes = attention::forward_shared_bytes(64, 64, {kBlockQ, kBlockKv, kStages}, 0);
   launch.seed = seed;
   if (const auto report = interpreter::run(launch, memory)) return report->text();
 
@@ -66,7 +66,7 @@ std::string check_forward(const Attention& s, int blocks, float gain, std::uint6
 }
 
 constexpr int kManyStages = 13;
-static_assert(attention::forward_q_stages(64, 64, {128, 64, kManyStages}) == 1, "of q one stage");
+static_assert(attention::forward_q_stages(64, 64, {128, 64, kManyStages}, 0) == 1, "of q one stage");
 
 // The gain makes scores large enough for running sums to need corrections.
 std::string check_all(std::uint64_t seed) {

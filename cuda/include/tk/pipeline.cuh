@@ -53,6 +53,12 @@ struct Pipeline {
     warp::sync(at);
     if (warp::leader()) empty_[state.stage].arrive(at);
   }
+  // The same of a stage that lanes have read into registers, as loads do: the copy that comes next
+  // would otherwise overtake reads that are still under way.
+  __device__ __forceinline__ void release_read(const State& state, Location at = {}) {
+    publish_shared(at);
+    release(state, at);
+  }
   // The same, of a thread that is all that uses the stage, or waits for those who do.
   __device__ __forceinline__ void release_by_thread(const State& state, Location at = {}) {
     empty_[state.stage].arrive(at);

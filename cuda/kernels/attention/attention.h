@@ -29,13 +29,16 @@ constexpr Mask mask_of(const Options& options) {
 
 // What a kernel is compiled for beyond its mask, as bits.
 enum Feature : unsigned {
-  kLengths = 1,      // Extras::query_lengths, kv_lengths
-  kSegments = 2,     // Extras::q_segments, kv_segments
-  kMaskArray = 4,    // Extras::mask
-  kBias = 8,         // Extras::bias
-  kSoftCap = 16,     // Extras::soft_cap
-  kFloatBias = 32,   // with kBias: it is of fp32, not of q's type
-  kPairedBias = 64,  // with kBias, of the forward pass: its rows are whole pairs of keys
+  kLengths = 1,     // Extras::query_lengths, kv_lengths
+  kSegments = 2,    // Extras::q_segments, kv_segments
+  kMaskArray = 4,   // Extras::mask
+  kBias = 8,        // Extras::bias
+  kSoftCap = 16,    // Extras::soft_cap
+  kFloatBias = 32,  // with kBias: it is of fp32, not of q's type
+  // With kBias, of the forward pass, one of them at most: the copy engine brings it, as rows of
+  // whole 16 bytes that queries do not share; or its rows are whole pairs of keys.
+  kTiledBias = 64,
+  kPairedBias = 128,
 };
 // Those that may leave a query without a key, wherever its diagonals are.
 constexpr unsigned kHidingFeatures = kLengths | kSegments | kMaskArray;
@@ -142,6 +145,9 @@ struct ForwardParams {
   // by its exponential, which matters where all keys of a query have a bias of -1e5 or less, as
   // masks that are added have.
   float* lse_rest;
+  // With kTiledBias: dimensions (S, T, H or 1, B or 1) of the row-major array. Boxes: 64 rows of as
+  // many columns as a panel of a shared tile has that is block_kv wide.
+  TensorMap bias;
 };
 
 // Queries that the first tile starts before the first one. A tile that is cut costs nearly what a
@@ -156,21 +162,25 @@ constexpr int forward_threads(long block_q) {
 }
 // Shared memory that a block can have.
 constexpr long kMaxSharedBytes = 227 * 1024;
-// Head dims of tiles. Stages of k and v, and of q, through whose memory out leaves.
+// Head dims of tiles. Stages of k and v, of q, through whose memory out leaves, and one of a bias.
 constexpr int forward_shared_bytes(long head_dim, long head_dim_v, const ForwardConfig& config,
-                                   int q_stages) {
+                                   unsigned features, int q_stages) {
   const long rows = q_stages * config.block_q;
+  const long bias_bytes = (features & kTiledBias) == 0 ? 0 : (features & kFloatBias) != 0 ? 4 : 2;
   return static_cast<int>(2 * (rows * (head_dim > head_dim_v ? head_dim : head_dim_v) +
-                               config.stages * config.block_kv * (head_dim + head_dim_v))) +
+                               config.stages * config.block_kv * (head_dim + head_dim_v)) +
+                          bias_bytes * config.block_q * config.block_kv) +
          kSharedSlack;
 }
 // With two, a tile's last product runs beside the next tile's first.
-constexpr int forward_q_stages(long head_dim, long head_dim_v, const ForwardConfig& config) {
-  return forward_shared_bytes(head_dim, head_dim_v, config, 2) <= kMaxSharedBytes ? 2 : 1;
+constexpr int forward_q_stages(long head_dim, long head_dim_v, const ForwardConfig& config,
+                               unsigned features) {
+  return forward_shared_bytes(head_dim, head_dim_v, config, features, 2) <= kMaxSharedBytes ? 2 : 1;
 }
-constexpr int forward_shared_bytes(long head_dim, long head_dim_v, const ForwardConfig& config) {
-  return forward_shared_bytes(head_dim, head_dim_v, config,
-                              forward_q_stages(head_dim, head_dim_v, config));
+constexpr int forward_shared_bytes(long head_dim, long head_dim_v, const ForwardConfig& config,
+                                   unsigned features) {
+  return forward_shared_bytes(head_dim, head_dim_v, config, features,
+                              forward_q_stages(head_dim, head_dim_v, config, features));
 }
 
 // -- Backward -------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ struct Forward {
   static constexpr bool kFewRegisters =
       is_wide(kHeadDim, kHeadDimV) && (Map::kAdds || (kFeatures & kMapFeatures) != 0);
   static constexpr int kQStages =
-      forward_q_stages(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages});
+      forward_q_stages(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages}, kFeatures);
   using QRing = Pipeline<kQStages>;
   // Whether out leaves straight from the registers. Then the one stage of q there is room for is
   // free for the next tile's as soon as the last scores are there.
@@ -88,23 +88,33 @@ struct Forward {
     QTile q_smem;
     OutTile out_smem;
   };
+  // A bias that the copy engine brings: each consumer's rows, which it gives back by itself.
+  using BiasTile = SharedTile<typename Map::BiasElement, 64, kBlockKv>;
+  using BiasRing = Pipeline<1>;
+  struct BiasTiles {
+    BiasTile of[kConsumers];
+  };
   struct Shared {
     Rows rows[kQStages][kConsumers];
     KTile k_smem[Traits::kStages];
     VTile v_smem[Traits::kStages];
+    Select<Map::kTiles, BiasTiles, Nothing> bias_smem;
     Tiles tiles;
     Marks marks;
     QRing q_rings[kQRings];
     Ring k_ring, v_ring;
+    BiasRing bias_rings[kConsumers];
   };
-  static_assert(sizeof(Shared) + 1024 <=
-                    forward_shared_bytes(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages}),
+  static_assert(sizeof(Shared) + 1024 <= forward_shared_bytes(kHeadDim, kHeadDimV,
+                                                              {kBlockQ, kBlockKv, Traits::kStages},
+                                                              kFeatures),
                 "attention.h's forward_shared_bytes covers the kernel's shared memory");
 
   // Whether a bias is read where it is added. Pairs and numbers of fp32 are registers of a tile as
   // they come, and do so beside the scores' product; single ones of 16 bits would wait there to be
   // packed.
-  static constexpr bool kLateBias = Map::kAdds && !Map::kPairs && (kFeatures & kFloatBias) == 0;
+  static constexpr bool kLateBias =
+      Map::kAdds && !Map::kTiles && !Map::kPairs && (kFeatures & kFloatBias) == 0;
   // When a tile of it is asked for. Three consumers have others' work to wait beside, and run more
   // evenly when they ask after their turn.
   enum BiasLoad { kBeforeTurn, kAfterTurn };
@@ -124,16 +134,34 @@ struct Forward {
     for (QRing& ring : shared.q_rings) ring.init(4 * kConsumers / kQRings);
     shared.k_ring.init(4 * kConsumers);
     shared.v_ring.init(4 * kConsumers);
+    if constexpr (Map::kTiles) {
+      for (BiasRing& ring : shared.bias_rings) ring.init(4);
+    }
   }
 
   __device__ __forceinline__ static void load(const ForwardParams& params, Shared& shared) {
     tma::prefetch(params.q);
     tma::prefetch(params.k);
     tma::prefetch(params.v);
+    if constexpr (Map::kTiles) tma::prefetch(params.bias);
     typename QRing::State q_state;
     typename Ring::State kv_state;
+    typename BiasRing::State bias_state;
     typename Tiles::State tile_state;
     const int group = params.num_heads / params.num_kv_heads;
+    const auto load_bias = [&](auto& state, const Tile& tile, int first_key) {
+      if constexpr (Map::kTiles) {
+        const ScoreArray& array = params.extras.bias;
+        for (int i = 0; i < kConsumers; ++i) {
+          BiasRing& ring = shared.bias_rings[i];
+          ring.acquire(state, BiasTile::kBytes);
+          tma::load(shared.bias_smem.of[i], params.bias, ring.full(state), tma::Keep::kNormal,
+                    first_key, tile.first_query + 64 * i, array.head_stride == 0 ? 0 : tile.head,
+                    array.batch_stride == 0 ? 0 : tile.batch);
+        }
+        state.advance();
+      }
+    };
     const auto load_tiles = [&](uint32 wanted) {
       for (Walk walk(params); walk.valid(); walk.next()) {
         const ForwardPlace place = walk.place();
@@ -156,6 +184,7 @@ struct Forward {
           shared.k_ring.acquire(kv_state, KTile::kBytes);
           tma::load(shared.k_smem[kv_state.stage], params.k, shared.k_ring.full(kv_state),
                     tma::Keep::kLong, 0, first_key, kv_head, tile.batch);
+          load_bias(bias_state, tile, first_key);
           shared.v_ring.acquire(kv_state, VTile::kBytes);
           tma::load(shared.v_smem[kv_state.stage], params.v, shared.v_ring.full(kv_state),
                     tma::Keep::kLong, 0, first_key, kv_head, tile.batch);
@@ -184,6 +213,7 @@ struct Forward {
                                                  int consumer) {
     typename QRing::State q_state, q_done;  // the tile at hand; the first that holds its memory
     typename Ring::State k_state, v_state;
+    typename BiasRing::State bias_state;
     const Map score_map(params.scale, params.extras);
     const float unit_log2 = score_map.unit * kLog2E;
     if (consumer == kConsumers - 1) pass_turn(consumer);  // the first turn is the first consumer's
@@ -203,6 +233,10 @@ struct Forward {
         Map::load_bias(bias, params, tile.batch, tile.head, tile.first_query + 64 * consumer,
                        keys.block() * kBlockKv);
       }
+    };
+    const auto release_bias = [&] {
+      shared.bias_rings[consumer].release_read(bias_state);
+      bias_state.advance();
     };
     const auto release_keys = [&] {
       shared.k_ring.release(k_state);
@@ -226,7 +260,11 @@ struct Forward {
     };
     const auto complete_scores = [&](const Tile& tile, const Blocks& keys) {
       const int block = keys.block(), first_query = tile.first_query + 64 * consumer;
-      if constexpr (kLateBias) {
+      if constexpr (Map::kTiles) {
+        shared.bias_rings[consumer].wait(bias_state);
+        score_map.apply_shared(s_acc, shared.bias_smem.of[consumer]);
+        release_bias();
+      } else if constexpr (kLateBias) {
         score_map.apply_bias(s_acc, params, tile.batch, tile.head, tile.first_query + 64 * consumer,
                              keys.block() * kBlockKv);
       } else {
@@ -303,6 +341,10 @@ struct Forward {
       if (has_turn) skip_turn();
       shared.k_ring.wait(k_state);
       release_keys();
+      if constexpr (Map::kTiles) {
+        shared.bias_rings[consumer].wait(bias_state);
+        release_bias();
+      }
       shared.v_ring.wait(v_state);
       release_values();
     };
@@ -373,7 +415,7 @@ struct Forward {
             };
             bool corrects;
             if (kKeepsMax && !repeats && !is_masked(tile, keys)) {
-              score_map.apply(s_acc, bias);
+              score_map.apply_cap(s_acc);
               corrects = softmax.template weigh_by_old_max<kBesideOutput>(s_acc, p, wait_output);
             } else {
               if constexpr (kConsumers > 2) wait_output();

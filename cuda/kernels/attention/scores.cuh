@@ -37,9 +37,10 @@ struct ScoreMap {
   static constexpr bool kCaps = (kFeatures & kSoftCap) != 0;
   static constexpr bool kAdds = (kFeatures & kBias) != 0;
   static constexpr bool kPairs = (kFeatures & kPairedBias) != 0;
+  static constexpr bool kTiles = (kFeatures & kTiledBias) != 0;
   using BiasElement = Select<(kFeatures & kFloatBias) != 0, float, T>;
   template <int kCols>
-  using BiasTile = Select<kAdds, RegTile<BiasElement, 16, kCols>, Nothing>;
+  using BiasTile = Select<kAdds && !kTiles, RegTile<BiasElement, 16, kCols>, Nothing>;
 
   float gain;  // of the product, at first
   float cap;   // of what has been capped
@@ -56,7 +57,7 @@ struct ScoreMap {
   template <typename Tile, typename Params>
   __device__ __forceinline__ static void load_bias(Tile& bias, const Params& params, int batch,
                                                    int head, int first_query, int first_key) {
-    if constexpr (kAdds) {
+    if constexpr (kAdds && !kTiles) {
       if constexpr (kPairs) {
         warpgroup::load_pairs(bias, bias_of(params, batch, head), first_query, first_key);
       } else {
@@ -82,6 +83,13 @@ struct ScoreMap {
       const float factor = kCaps ? cap : gain;
       warp::zip(scores, scores, bias, [=](float s, float b) { return math::fma(s, factor, b); });
     }
+  }
+  // The same with a bias in shared memory.
+  template <typename Tile, typename Bias>
+  __device__ __forceinline__ void apply_shared(Tile& scores, const Bias& bias) const {
+    apply_cap(scores);
+    const float factor = kCaps ? cap : gain;
+    warpgroup::zip_shared(scores, bias, [=](float s, float b) { return math::fma(s, factor, b); });
   }
   // As far as a cap goes.
   template <typename Tile>

@@ -262,4 +262,22 @@ __device__ __forceinline__ void fragments(const KernelParams& params) {
   warpgroup::store(matrix<float>(params, 5), y, 0, 0);
 }
 
+// A warpgroup's 64 x kCols tile of floats, twice it plus a shared tile of another type. Buffers: x
+// of that type, y; the sum.
+template <typename T, int kCols>
+__device__ __forceinline__ void zip_shared(const KernelParams& params) {
+  struct Shared {
+    SharedTile<T, 64, kCols> x_smem;
+  };
+  auto& x_smem = shared_memory<Shared>().x_smem;
+  RegTile<T, 16, kCols> x;
+  warpgroup::load(x, matrix<T>(params, 0), 0, 0);
+  warpgroup::store(x_smem, x);
+  warpgroup::sync();
+  RegTile<float, 16, kCols> y;
+  warpgroup::load(y, matrix<float>(params, 1), 0, 0);
+  warpgroup::zip_shared(y, x_smem, [](float y, float x) { return 2.0f * y + x; });
+  warpgroup::store(matrix<float>(params, 2), y, 0, 0);
+}
+
 }  // namespace tk::tile_test

@@ -110,6 +110,11 @@ def features(options: AttentionOptions, extras: Extras, dtype) -> frozenset[str]
     """
     bias = extras.bias
     lengths = (extras.query_seq_lengths, extras.key_value_seq_lengths)
+    tiled = (
+        bias is not None
+        and bias.shape[-2] > 1
+        and bias.shape[-1] * (2 if bias.dtype == dtype else 4) % 16 == 0
+    )
     names = {
         "lengths": any(x is not None for x in lengths),
         "segments": extras.q_segment_ids is not None,
@@ -118,8 +123,10 @@ def features(options: AttentionOptions, extras: Extras, dtype) -> frozenset[str]
         "softcap": options.soft_cap != NO_SOFT_CAP,
         # Any other dtype than q's goes to the kernels in float32.
         "floatbias": bias is not None and bias.dtype != dtype,
-        # The forward kernel reads two keys at once.
-        "pairedbias": bias is not None and bias.shape[-1] % 2 == 0,
+        # The copy engine brings the forward kernel rows of whole 16 bytes, which may be
+        # queries' own alone; or it reads two keys at once.
+        "tiledbias": tiled,
+        "pairedbias": bias is not None and not tiled and bias.shape[-1] % 2 == 0,
     }
     return frozenset(name for name, wanted in names.items() if wanted)
 
@@ -185,9 +192,52 @@ _FORWARD_BAND = {(64, 64): _FORWARD_MIXED}
 # And so do features: the first of these that a call has all of, and that has tiles for
 # both head dims, for the larger one beside a mask (one of KERNEL_MASKS), or for that.
 _FORWARD_FEATURES = (
+    # A bias that the copy engine brings takes shared memory, but few registers. The
+    # maps of segments and masks are those of documents' ends, too: they are finer in
+    # tiles of 128 queries than of 192.
+    (
+        {"tiledbias", "mask"},
+        {
+            64: _FORWARD_MIXED,
+            128: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+            192: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+            256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+        },
+    ),
+    ({"tiledbias", "segments"}, {64: _FORWARD_MIXED}),
+    (
+        {"tiledbias", "softcap", "floatbias"},
+        {64: AttentionForwardConfig(block_q=128, block_kv=96, stages=2)},
+    ),
+    (
+        {"tiledbias", "softcap"},
+        {64: AttentionForwardConfig(block_q=192, block_kv=96, stages=2)},
+    ),
+    (
+        {"tiledbias", "lengths"},
+        {(64, "band"): AttentionForwardConfig(block_q=192, block_kv=96, stages=2)},
+    ),
+    (
+        {"tiledbias", "floatbias"},
+        {
+            64: AttentionForwardConfig(block_q=192, block_kv=96, stages=2),
+            128: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+            192: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+            (192, 128): AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+            256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+        },
+    ),
+    (
+        {"tiledbias"},
+        {
+            64: AttentionForwardConfig(block_q=192, block_kv=128, stages=2),
+            128: _FORWARD_MIXED,
+            192: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+            256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+        },
+    ),
     # A bias in pairs is a tile of half as many registers as scores, one of fp32 of as
-    # many. The maps of segments and masks are those of documents' ends, too: they are
-    # finer in tiles of 128 queries than of 192.
+    # many.
     (
         {"pairedbias", "floatbias"},
         {

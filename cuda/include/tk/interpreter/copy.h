@@ -287,6 +287,13 @@ void store(const GlobalView<U>& dst, const RegTile<T, kRows, kCols>& src, int ro
   detail::store_global(dst, src, row + kRows * detail::warp_of_group(), col, at);
 }
 
+template <typename Tile, typename Shared, typename F>
+void zip_shared(Tile& tile, const Shared& src, F&& f, Location at = {}) {
+  RegTile<typename Shared::T, Tile::kRows, Tile::kCols> loaded;
+  load(loaded, src, at);
+  warp::zip(tile, tile, loaded, f, at);
+}
+
 template <typename Tile, typename T, typename F>
 void zip_global(Tile& tile, const GlobalView<const T>& src, int first_row, int first_col, F&& f,
                 Location at = {}) {
