@@ -11,6 +11,7 @@ _TYPES = {
     "bool": 1,
     "int32": 4,
     "int64": 5,
+    "uint32": 8,
     "float16": 10,
     "float32": 11,
     "bfloat16": 16,

@@ -192,20 +192,71 @@ def test_backward_launches_of_wide_heads():
 
 
 _Q = Shape()
-# Lengths, segment ids and a mask that are not there, a bias, no sinks and no maps.
+# Lengths, segment ids and masks that are not there, a bias, no sinks and no maps.
 _BIAS_ALONE = [
     *[("int32", [0])] * 2,
     *[("int32", [0, 0])] * 2,
-    ("bool", [0, 0, 0, 0]),
+    *[("uint32", [0, 0, 0, 0])] * 2,
     ("bfloat16", [1, 8, 1000, 1100]),
     ("float32", [0, 0]),
     *[("int32", [0, 0, 0, 0, 0])] * 2,
 ]
 
 
+# A mask's bits for blocks of 192 queries and 128 keys, transposed ones, and its map.
+_BITS = ("uint32", [1, 8, 36, 1152])
+_NO_BITS = ("uint32", [0, 0, 0, 0])
+
+
+def _masked(bits, transposed_bits=_NO_BITS, query_map=None):
+    return [
+        *[("int32", [0])] * 2,
+        *[("int32", [0, 0])] * 2,
+        *[bits, transposed_bits],
+        ("bfloat16", [0, 0, 0, 0]),
+        ("float32", [0, 0]),
+        ("int32", [1, 8, 6, 1, 2]),
+        query_map or ("int32", [0, 0, 0, 0, 0]),
+    ]
+
+
+def test_a_mask_of_whole_blocks_is_launched():
+    calls = [
+        forward(args=[_Q.q, _Q.k, _Q.v, *_masked((dtype, shape))])
+        for dtype, shape in (_BITS, ("uint32", [2, 1, 1, 1152]), ("uint32", [1] * 4))
+    ]
+    for _, ran in launched(Gpu(), *calls):
+        assert grids(ran) == {"tk_attention_fwd_d64_mask_bf16": [2 * 8 * 6, 1, 1]}
+
+
 @pytest.mark.parametrize(
     ("call", "code", "message"),
     [
+        (
+            forward(args=[_Q.q, _Q.k, _Q.v, *_masked(("bool", _BITS[1]))]),
+            _INVALID,
+            "mask has FFI data type 1; expected 8",
+        ),
+        (
+            forward(args=[_Q.q, _Q.k, _Q.v, *_masked(("uint32", [1, 8, 35, 1152]))]),
+            _INVALID,
+            "mask has shape (1, 8, 35, 1152); axis 2 must have size 1 or 36",
+        ),
+        (
+            forward(args=[_Q.q, _Q.k, _Q.v, *_masked(("uint32", [1, 8, 36, 1000]))]),
+            _INVALID,
+            "mask has shape (1, 8, 36, 1000); axis 3 must have size 1 or 1152",
+        ),
+        (
+            forward(args=[_Q.q, _Q.k, _Q.v, *_masked(_NO_BITS, _BITS)]),
+            _INVALID,
+            "mask is missing",
+        ),
+        (
+            forward(args=[_Q.q, _Q.k, _Q.v, *_masked(_BITS, _BITS)]),
+            _INVALID,
+            "transposed_mask is there, and nobody reads it",
+        ),
         (
             forward(args=[("bfloat16", [2, 1000, 512]), _Q.k, _Q.k]),
             _INVALID,

@@ -23,6 +23,12 @@ _LARGER = [
     ScoreCase(Case(2, 1000, 777, 8, 2, 128), bias="BHTS", bias_dtype="float32"),
     ScoreCase(Case(3, 1025, 1025, 4, 2, 128, "causal"), bias="TS", sinks="H"),
     ScoreCase(Case(2, 1100, 900, 4, 4, 64), bias="BS", soft_cap=4.0),
+    # Rows of whole 16 bytes.
+    ScoreCase(Case(2, 1025, 1000, 8, 2, 64, "causal"), bias="HTS"),
+    ScoreCase(Case(2, 700, 776, 8, 4, 128), bias="BTS", soft_cap=4.0),
+    ScoreCase(Case(2, 1000, 1000, 4, 2, 256, "causal"), bias="BHTS"),
+    ScoreCase(Case(2, 900, 1100, 4, 4, 64), bias="HTS", bias_dtype="float32"),
+    ScoreCase(Case(1, 800, 1156, 4, 4, 256), bias="TS", bias_dtype="float32"),
 ]
 
 

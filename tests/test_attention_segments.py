@@ -8,7 +8,7 @@ import pytest
 from attention_masks import NAMES, MaskedCase
 
 import tk_jax
-from tk_jax.ops.attention.blocks import block_map
+from tk_jax.ops.attention.blocks import block_map, mask_bits
 
 SMALL = [
     MaskedCase(2, 300, 300, 2, 1, 64, "causal", documents=4),
@@ -215,7 +215,7 @@ def test_twenty_runs_are_equal_in_every_bit(case):
             assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
 
 
-# -- Block maps ------------------------------------------------------------------------
+# -- Block maps and bits ---------------------------------------------------------------
 
 
 def _unpacked(words, columns):
@@ -226,26 +226,71 @@ def _unpacked(words, columns):
     return bits[..., :columns].astype(bool)
 
 
+SHAPES = [(2, 3, 75, 1111), (1, 1, 1, 1111), (1, 3, 75, 1), (2, 1, 1, 1), (1, 1, 75, 9)]
+
+
+def _masks(rng, shape):
+    return (rng.random(shape) < 0.002) | (rng.random((*shape[:3], 1)) < 0.7)
+
+
+def _seqlens(shape):
+    return 75, 9 if shape[3] == 9 else 1111
+
+
+@pytest.mark.parametrize("of_keys", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(
-    "shape", [(2, 3, 75, 1111), (1, 1, 1, 1111), (1, 3, 75, 1), (2, 1, 1, 1)], ids=str
-)
-def test_map_of_a_mask(shape, transposed, rng):
-    blocks, seqlens = (16, 32), (75, 1111)
-    sizes = (5, 35)
-    mask = (rng.random(shape) < 0.002) | (rng.random((*shape[:3], 1)) < 0.7)
-    words = block_map(seqlens, blocks, None, jnp.asarray(mask), transposed=transposed)
+@pytest.mark.parametrize("blocks", [(32, 16), (64, 80), (128, 96)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_map_of_a_mask(shape, blocks, transposed, of_keys, rng):
+    seqlens = _seqlens(shape)
+    sizes = [-(-n // block) for n, block in zip(seqlens, blocks, strict=True)]
+    mask = _masks(rng, shape)
+    bits = mask_bits(jnp.asarray(mask), blocks, transposed=of_keys)
+    words = block_map(
+        seqlens, blocks, None, bits, transposed=transposed, of_keys=of_keys
+    )
     whole_mask = np.broadcast_to(mask, (*shape[:2], *seqlens))
     expected = np.zeros((2, *shape[:2], *sizes), bool)
     for i in range(sizes[0]):
+        rows = slice(blocks[0] * i, blocks[0] * (i + 1))
         for j in range(sizes[1]):
-            block = whole_mask[
-                ..., 16 * i : 16 * (i + 1), 32 * j : 32 * (j + 1)
-            ].reshape(*shape[:2], -1)
+            columns = slice(blocks[1] * j, blocks[1] * (j + 1))
+            block = whole_mask[..., rows, columns].reshape(*shape[:2], -1)
             expected[:, ..., i, j] = block.any(-1), block.all(-1)
     if transposed:
         expected = expected.swapaxes(-1, -2)
-    np.testing.assert_array_equal(_unpacked(words, expected.shape[-1]), expected)
+    unpacked = _unpacked(words, expected.shape[-1])
+    np.testing.assert_array_equal(np.broadcast_to(unpacked, expected.shape), expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("blocks", [(64, 80), (192, 128)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_of_a_mask(shape, blocks, transposed, rng):
+    mask, seqlens = _masks(rng, shape), _seqlens(shape)
+    words = np.asarray(mask_bits(jnp.asarray(mask), blocks, transposed=transposed))
+    whole = [-(-n // block) * block for n, block in zip(seqlens, blocks, strict=True)]
+    seen = np.zeros((*shape[:2], *whole), bool)
+    seen[:, :, : seqlens[0], : seqlens[1]] = mask
+    if transposed:
+        seen, shape, whole = (
+            seen.swapaxes(2, 3),
+            (*shape[:2], *shape[:1:-1]),
+            whole[::-1],
+        )
+    rows, columns = whole
+    num_words = 1 if shape[3] == 1 else -(-columns // 32)
+    assert words.shape == (*shape[:2], num_words, 1 if shape[2] == 1 else rows)
+    words = np.broadcast_to(words, (*shape[:2], -(-columns // 32), rows))
+    bits = words[:, :, :, None] >> np.arange(32, dtype=np.uint32)[:, None] & 1
+    bits = bits.reshape(*shape[:2], -1, rows).swapaxes(2, 3).astype(bool)
+    # Of what is shared, all places are the same, also beyond the mask.
+    own = slice(seqlens[1] if shape[3] == 1 else None)
+    if transposed:
+        own = slice(seqlens[0] if shape[3] == 1 else None)
+    if shape[2] == 1:
+        bits, seen = bits[:, :, :1], seen[:, :, :1]
+    np.testing.assert_array_equal(bits[..., own][..., :columns], seen[..., own])
 
 
 def test_map_of_segments():
@@ -266,7 +311,8 @@ def test_map_of_segments():
 def test_maps_of_both():
     ids = jnp.repeat(jnp.arange(2), 64)[None]
     mask = jnp.ones((1, 4, 128, 128), bool).at[0, 2, :64].set(False)
-    words = block_map((128, 128), (64, 64), (ids, ids), mask)
+    bits = mask_bits(mask, (64, 64))
+    words = block_map((128, 128), (64, 64), (ids, ids), bits)
     visited, whole = _unpacked(words, 2)
     expected = np.broadcast_to(np.eye(2, dtype=bool), (1, 4, 2, 2)).copy()
     expected[0, 2, 0] = False

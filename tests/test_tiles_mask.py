@@ -10,6 +10,10 @@ KERNELS = {name: kernel("mask", "masks", name, threads=128) for name in (FLOAT, 
 ARRAYS = {
     name: kernel("mask", "array_masks", name, threads=128) for name in (FLOAT, BF16)
 }
+BITS = {
+    (name, cols): kernel("mask", "bit_masks", name, cols, threads=128)
+    for name, cols in [(FLOAT, n) for n in (16, 32, 48, 80, 96, 128)] + [(BF16, 64)]
+}
 ROW, COL = np.ogrid[:64, :48]
 
 
@@ -70,12 +74,36 @@ def test_masks_from_arrays(rng, dtype, shape, at):
         tile[: inside.shape[0], : inside.shape[1]] = inside
         return tile
 
-    keep = [row_ids[:, None] == col_ids[None, :], kept, kept.T]
+    equal = cut(row_ids[:, None] == col_ids[None, :])
     added = [3 + cut(kept), 3 + cut(numbers.T)]
-    expected = np.stack([*(np.where(cut(x), 3, -np.inf) for x in keep), *added])
+    expected = np.stack([np.where(equal, 3, -np.inf), *added])
     (result,) = ARRAYS[dtype](
         [(expected.shape, NAMES[dtype])],
         *(row_ids, col_ids, kept, numbers.astype(NAMES[dtype])),
         scalars=[row, col, -np.inf],
     )
     assert_same(result, expected)
+
+
+@pytest.mark.parametrize("shares", [None, "words", "rows"])
+@pytest.mark.parametrize(("dtype", "cols"), BITS)
+def test_masks_from_bits(rng, dtype, cols, shares):
+    # Tiles side by side: where their columns are not whole words, each second one
+    # starts in the middle of one.
+    for row, tile in ((0, 0), (5, 1), (9, 2), (64, 3)):
+        first = cols * tile
+        words = rng.integers(0, 2**32, (-(-(first + cols) // 32), row + 64), np.uint32)
+        seen = words
+        if shares == "words":
+            seen = np.broadcast_to(words[:1], words.shape)
+        elif shares == "rows":
+            seen = np.broadcast_to(words[:, :1], words.shape)
+        bits = seen[:, None, :] >> np.arange(32, dtype=np.uint32)[:, None] & 1
+        bits = bits.reshape(-1, seen.shape[1]).T
+        kept = bits[row : row + 64, first : first + cols]
+        expected = np.where(kept, 3, -np.inf)
+        scalars = [row, first, -np.inf, {None: 0, "words": 1, "rows": 2}[shares]]
+        (result,) = BITS[dtype, cols](
+            [(expected.shape, NAMES[dtype])], words, scalars=scalars
+        )
+        assert_same(result, expected)

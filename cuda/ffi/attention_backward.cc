@@ -84,8 +84,10 @@ Result<BackwardCall> read_backward(const BackwardBuffers& b, const attention::Op
   const MapBlock block = {config.block_q, config.block_kv};
   const MapBlock dq_block =
       kernels.wide() ? MapBlock{attention::kWideDqBlockQ, config.dq_block_kv} : block;
-  if (Status status = first_error(
-          {check_backward(b, s, sum_columns(kernels)), check_maps(*extras, s, dq_block, block)});
+  const auto mask_block = kernels.wide() ? std::optional(dq_block) : std::nullopt;
+  if (Status status = first_error({check_backward(b, s, sum_columns(kernels)),
+                                   check_maps(*extras, s, dq_block, block),
+                                   check_masks(*extras, s, mask_block, block)});
       !status.ok()) {
     return status.error();
   }

@@ -52,7 +52,9 @@ Result<Call> read_call(const Buffers& b, const attention::Options& options) {
                "dbias", b.dbias,
                {dim(bias, 0), dim(bias, 1), shares_queries ? attention::kBiasBlockQ : s.seqlen_q,
                 shares_keys ? attention::kBiasBlockKv : s.seqlen_kv}),
-           check_dtype("dbias", b.dbias, needs_float ? xffi::DataType::F32 : bias.element_type())});
+           check_dtype("dbias", b.dbias, needs_float ? xffi::DataType::F32 : bias.element_type()),
+           check_masks(*extras, s, MapBlock{attention::kBiasBlockQ, attention::kBiasBlockKv},
+                       std::nullopt)});
       !status.ok()) {
     return status.error();
   }

@@ -20,6 +20,7 @@ constexpr Argument kArguments[] = {
     {"q_segments", &ExtraBuffers::q_segments},
     {"kv_segments", &ExtraBuffers::kv_segments},
     {"mask", &ExtraBuffers::mask},
+    {"transposed_mask", &ExtraBuffers::transposed_mask},
     {"bias", &ExtraBuffers::bias},
     {"sinks", &ExtraBuffers::sinks},
     {"key_map", &ExtraBuffers::key_map},
@@ -35,6 +36,16 @@ Status check_array(const char* name, const std::optional<AnyBuffer>& buffer, xff
                    std::initializer_list<std::int64_t> dims) {
   if (!buffer) return {};
   return first_error({check_dims(name, *buffer, dims), check_dtype(name, *buffer, dtype)});
+}
+
+// Of an axis that all share: 0.
+void set_strides(long* const (&strides)[4], const AnyBuffer& buffer) {
+  long stride = 1;
+  for (int axis = 3; axis >= 0; --axis) {
+    const long size = dim(buffer, axis);
+    *strides[axis] = size == 1 ? 0 : stride;
+    stride *= size;
+  }
 }
 
 // Every axis is whole or, shared by all, of size 1.
@@ -57,18 +68,39 @@ Status check_shared(const char* name, const std::optional<AnyBuffer>& buffer, xf
   return {};
 }
 
+bool has_mask(const ExtraBuffers& extras) { return extras.mask || extras.transposed_mask; }
+
+Status check_mask(const char* name, const std::optional<AnyBuffer>& buffer, bool masked,
+                  const AttentionSizes& s, const std::optional<MapBlock>& block, bool transposed) {
+  const bool needed = masked && block;
+  if (buffer.has_value() != needed) {
+    return invalid(std::string(name) + (needed ? " is missing" : " is there, and nobody reads it"));
+  }
+  if (!needed || block->queries < 1 || block->keys < 1) return {};  // the spec is refused
+  std::int64_t rows = ceil_div(s.seqlen_q, block->queries) * block->queries;
+  std::int64_t columns = ceil_div(s.seqlen_kv, block->keys) * block->keys;
+  if (transposed) std::swap(rows, columns);
+  return check_shared(name, buffer, xffi::DataType::U32,
+                      {s.batch, s.num_heads, ceil_div(columns, 32), rows});
+}
+
+attention::MaskBits mask_bits(const std::optional<AnyBuffer>& buffer) {
+  attention::MaskBits bits = {};
+  if (!buffer) return bits;
+  bits.words = static_cast<const unsigned*>(buffer->untyped_data());
+  long* const strides[] = {&bits.batch_stride, &bits.head_stride, &bits.word_stride,
+                           &bits.row_stride};
+  set_strides(strides, *buffer);
+  return bits;
+}
+
 attention::ScoreArray score_array(const std::optional<AnyBuffer>& buffer) {
   attention::ScoreArray array = {};
   if (!buffer) return array;
   array.data = buffer->untyped_data();
   long* const strides[] = {&array.batch_stride, &array.head_stride, &array.query_stride,
                            &array.key_stride};
-  long stride = 1;
-  for (int axis = 3; axis >= 0; --axis) {
-    const long size = dim(*buffer, axis);
-    *strides[axis] = size == 1 ? 0 : stride;
-    stride *= size;
-  }
+  set_strides(strides, *buffer);
   return array;
 }
 
@@ -127,8 +159,6 @@ Status check_extras(const ExtraBuffers& extras, const AttentionSizes& s) {
        check_array("kv_lengths", extras.kv_lengths, xffi::DataType::S32, {s.batch}),
        check_array("q_segments", extras.q_segments, xffi::DataType::S32, {s.batch, s.seqlen_q}),
        check_array("kv_segments", extras.kv_segments, xffi::DataType::S32, {s.batch, s.seqlen_kv}),
-       check_shared("mask", extras.mask, xffi::DataType::PRED,
-                    {s.batch, s.num_heads, s.seqlen_q, s.seqlen_kv}),
        check_shared("bias", extras.bias, has_float_bias(extras) ? xffi::DataType::F32 : dtype,
                     {s.batch, s.num_heads, s.seqlen_q, s.seqlen_kv}),
        check_shared("sinks", extras.sinks, xffi::DataType::F32, {s.batch, s.num_heads})});
@@ -163,10 +193,19 @@ Status encode_bias(TensorMap* map, const ExtraBuffers& extras, std::int64_t bloc
 
 Status check_maps(const ExtraBuffers& extras, const AttentionSizes& s, const MapBlock& key_map,
                   const std::optional<MapBlock>& query_map) {
-  const bool mapped = extras.q_segments || extras.mask;
+  const bool mapped = extras.q_segments || has_mask(extras);
   return first_error({check_map("key_map", extras.key_map, mapped, s, key_map, false),
                       check_map("query_map", extras.query_map, mapped && query_map, s,
                                 query_map.value_or(MapBlock{}), true)});
+}
+
+Status check_masks(const ExtraBuffers& extras, const AttentionSizes& s,
+                   const std::optional<MapBlock>& mask,
+                   const std::optional<MapBlock>& transposed_mask) {
+  const bool masked = has_mask(extras);
+  return first_error(
+      {check_mask("mask", extras.mask, masked, s, mask, false),
+       check_mask("transposed_mask", extras.transposed_mask, masked, s, transposed_mask, true)});
 }
 
 void declare_arrays(std::initializer_list<CallArray> arrays, const ExtraBuffers& extras) {
@@ -181,7 +220,7 @@ unsigned features_of(const ExtraBuffers& extras, const attention::Options& optio
   unsigned features = 0;
   if (extras.query_lengths || extras.kv_lengths) features |= attention::kLengths;
   if (extras.q_segments) features |= attention::kSegments;
-  if (extras.mask) features |= attention::kMaskArray;
+  if (has_mask(extras)) features |= attention::kMaskArray;
   if (extras.bias) features |= attention::kBias;
   if (has_float_bias(extras)) features |= attention::kFloatBias;
   if (options.soft_cap != 0) features |= attention::kSoftCap;
@@ -198,7 +237,8 @@ attention::Extras kernel_extras(const ExtraBuffers& extras, const AttentionSizes
   params.bottom_right = options.bottom_right;
   params.q_segments = data_of<int>(extras.q_segments);
   params.kv_segments = data_of<int>(extras.kv_segments);
-  params.mask = score_array(extras.mask);
+  params.mask = mask_bits(extras.mask);
+  params.transposed_mask = mask_bits(extras.transposed_mask);
   params.bias = score_array(extras.bias);
   params.key_map = block_map(extras.key_map);
   params.query_map = block_map(extras.query_map);

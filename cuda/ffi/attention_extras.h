@@ -46,9 +46,10 @@ struct AttentionSizes {
 struct ExtraBuffers {
   std::optional<AnyBuffer> query_lengths, kv_lengths;  // int32 [B]
   std::optional<AnyBuffer> q_segments, kv_segments;    // int32 [B, T], [B, S]
-  std::optional<AnyBuffer> mask;                       // bool [B or 1, H or 1, T or 1, S or 1]
-  std::optional<AnyBuffer> bias;                       // of q's dtype or float32, the same
-  std::optional<AnyBuffer> sinks;                      // float32 [B or 1, H]
+  // uint32 [B or 1, H or 1, words or 1, rows or 1]: attention::MaskBits.
+  std::optional<AnyBuffer> mask, transposed_mask;
+  std::optional<AnyBuffer> bias;   // of q's dtype or float32 [B or 1, H or 1, T or 1, S or 1]
+  std::optional<AnyBuffer> sinks;  // float32 [B or 1, H]
   // int32 [B or 1, H or 1, blocks, ceil(blocks / 32), 2], of pairs MapWord: attention::BlockMap.
   std::optional<AnyBuffer> key_map, query_map;
 };
@@ -61,13 +62,19 @@ Status encode_bias(TensorMap* map, const ExtraBuffers& extras, std::int64_t bloc
 
 Result<ExtraBuffers> read_extras(const xffi::RemainingArgs& args);
 Status check_extras(const ExtraBuffers& extras, const AttentionSizes& sizes);
-// Queries and keys of a block of a map: those of the tiles of the kernel that walks it.
+// Queries and keys of a block of a map, and of a mask: those of the tiles of the kernel that reads
+// it.
 struct MapBlock {
   std::int64_t queries, keys;
 };
 // Maps are there where they are needed, and of their size. A forward pass has no query_map.
 Status check_maps(const ExtraBuffers& extras, const AttentionSizes& sizes, const MapBlock& key_map,
                   const std::optional<MapBlock>& query_map);
+// A mask's bits are there for the kernels that read them, given the blocks of these, as often as
+// they do; of whole blocks.
+Status check_masks(const ExtraBuffers& extras, const AttentionSizes& sizes,
+                   const std::optional<MapBlock>& mask,
+                   const std::optional<MapBlock>& transposed_mask);
 
 // What a call's kernels may touch: its other arrays, and these.
 void declare_arrays(std::initializer_list<CallArray> arrays, const ExtraBuffers& extras);

@@ -40,6 +40,7 @@ Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Optio
   if (!sizes.ok()) return sizes.error();
   const Sizes& s = *sizes;
   const unsigned features = features_of(*extras, options) | bias_reading(*extras);
+  const MapBlock block = {config.block_q, config.block_kv};
   const std::int64_t rests = (features & attention::kBias) != 0 ? s.seqlen_q : 0;
   if (Status status =
           first_error({check_dims("out", b.out, {s.batch, s.seqlen_q, s.num_heads, s.head_dim_v}),
@@ -48,7 +49,8 @@ Result<ForwardCall> read_forward(const ForwardBuffers& b, const attention::Optio
                        check_dtype("lse", b.lse, xffi::DataType::F32),
                        check_dims("lse_rest", b.lse_rest, {s.batch, rests, s.num_heads}),
                        check_dtype("lse_rest", b.lse_rest, xffi::DataType::F32),
-                       check_maps(*extras, s, {config.block_q, config.block_kv}, std::nullopt)});
+                       check_maps(*extras, s, block, std::nullopt),
+                       check_masks(*extras, s, block, std::nullopt)});
       !status.ok()) {
     return status.error();
   }

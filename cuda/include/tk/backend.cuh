@@ -6,6 +6,7 @@
 
 #ifdef TK_INTERPRETER
 #include "tk/interpreter/barrier.h"
+#include "tk/interpreter/bits.h"
 #include "tk/interpreter/copy.h"
 #include "tk/interpreter/map.h"
 #include "tk/interpreter/mma.h"
@@ -18,6 +19,7 @@
 #include "tk/interpreter/triangle.h"
 #else
 #include "tk/sm90/barrier.cuh"
+#include "tk/sm90/bits.cuh"
 #include "tk/sm90/copy.cuh"
 #include "tk/sm90/elements.cuh"
 #include "tk/sm90/fragments.cuh"

@@ -19,6 +19,17 @@ struct GlobalView {
   }
 };
 
+// Bits of a matrix, in words of 32 neighbouring columns, the lowest bit first. Strides in words.
+struct BitView {
+  const uint32* data;
+  int64 row_stride;
+  int64 word_stride;
+
+  __device__ __forceinline__ const uint32* at(int row, int word) const {
+    return data + row * row_stride + word * word_stride;
+  }
+};
+
 // A vector with any stride.
 template <typename T_>
 struct GlobalVec {

@@ -75,15 +75,5 @@ __device__ __forceinline__ void keep_equal(Tile& tile, const GlobalVec<const int
       },
       at);
 }
-// Keeps where the element at (first_row + row, first_col + col) of an array of bytes is not zero;
-// what is outside of the array is.
-template <typename Tile>
-__device__ __forceinline__ void keep_where(Tile& tile, const GlobalView<const uint8>& kept,
-                                           int first_row, int first_col, float value,
-                                           Location at = {}) {
-  zip_global(
-      tile, kept, first_row, first_col, [=](float x, uint8 byte) { return byte != 0 ? x : value; },
-      at);
-}
 
 }  // namespace tk::warpgroup

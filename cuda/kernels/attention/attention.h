@@ -31,7 +31,7 @@ constexpr Mask mask_of(const Options& options) {
 enum Feature : unsigned {
   kLengths = 1,     // Extras::query_lengths, kv_lengths
   kSegments = 2,    // Extras::q_segments, kv_segments
-  kMaskArray = 4,   // Extras::mask
+  kMaskArray = 4,   // Extras::mask, transposed_mask
   kBias = 8,        // Extras::bias
   kSoftCap = 16,    // Extras::soft_cap
   kFloatBias = 32,  // with kBias: it is of fp32, not of q's type
@@ -49,6 +49,14 @@ constexpr unsigned kMapFeatures = kSegments | kMaskArray;
 struct ScoreArray {
   const void* data;
   long batch_stride, head_stride, query_stride, key_stride;  // in elements
+};
+
+// Bits of a mask: an array [B, H, words, rows], whose bit c % 32 of word c / 32 says whether a row
+// sees column c. It is as large as whole tiles are, zero beyond its own; shared along an axis whose
+// stride is 0.
+struct MaskBits {
+  const unsigned* words;
+  long batch_stride, head_stride, word_stride, row_stride;  // in words
 };
 
 // Which blocks of queries and keys meet, for segments and a mask. A word is 32 blocks of a row, the
@@ -70,12 +78,13 @@ struct Extras {
   // With lengths, what the offsets of Params are at position 0, and whether lengths move positions.
   int window_first, window_last;
   bool bottom_right;
-  const int* q_segments;   // [B, T]
-  const int* kv_segments;  // [B, S]
-  ScoreArray mask;         // of bytes, 0 or 1
-  BlockMap key_map;        // of query blocks over key blocks, with segments or a mask
-  BlockMap query_map;      // of key blocks over query blocks, the same in the backward pass
-                           // (wide: of the tiles of dq's kernel and of the other one)
+  const int* q_segments;     // [B, T]
+  const int* kv_segments;    // [B, S]
+  MaskBits mask;             // of queries over keys, for kernels whose scores have these rows
+  MaskBits transposed_mask;  // of keys over queries, the same
+  BlockMap key_map;          // of query blocks over key blocks, with segments or a mask
+  BlockMap query_map;        // of key blocks over query blocks, the same in the backward pass
+                             // (wide: of the tiles of dq's kernel and of the other one)
   ScoreArray bias;
   const float* sinks;       // [B, H] or [H]
   long sinks_batch_stride;  // H or 0

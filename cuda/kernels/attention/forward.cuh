@@ -120,6 +120,10 @@ struct Forward {
   enum BiasLoad { kBeforeTurn, kAfterTurn };
   static constexpr BiasLoad kBiasLoad = Map::kPairs && kConsumers <= 2 ? kBeforeTurn : kAfterTurn;
 
+  // Whether a mask's bits are asked for before the scores' turn. Three consumers have no registers
+  // for them to arrive in.
+  static constexpr bool kEarlyBits = (kFeatures & kMaskArray) != 0 && kConsumers <= 2;
+
   // Whether blocks that all queries see are weighed by the maximum of those before.
   static constexpr bool kKeepsMax = kFeatures == 0 || (kFeatures == kSoftCap && kConsumers <= 2);
   // Of a block's keys, those that are then weighed beside the product p v of the block before. With
@@ -221,12 +225,20 @@ struct Forward {
     Weights p;
     Output o_acc;
     typename Map::template BiasTile<kBlockKv> bias;
+    TileBits<kFeatures, kBlockKv> bits;
 
     QRing& q_ring = shared.q_rings[kQRings == 1 ? 0 : consumer];
     const auto issue_scores = [&](int q_stage) {
       warpgroup::mm_ABt(s_acc, operand<kFewRegisters>(shared.rows[q_stage][consumer].q_smem),
                         shared.k_smem[k_state.stage]);
       warpgroup::mma_commit();
+    };
+    const auto load_early_bits = [&](const Tile& tile, const Blocks& keys) {
+      if constexpr (kEarlyBits) {
+        if (keys.is_whole()) return;
+        load_bits<kFeatures>(bits, params.extras.mask, tile.batch, tile.head,
+                             tile.first_query + 64 * consumer, keys.block() * kBlockKv);
+      }
     };
     const auto load_bias = [&](BiasLoad now, const Tile& tile, const Blocks& keys) {
       if (!kLateBias && now == kBiasLoad) {
@@ -276,8 +288,11 @@ struct Forward {
       }
       if constexpr (kMapped) {
         if (!keys.is_whole()) {
-          mask_by_arrays<kFeatures>(s_acc, params, tile.batch, tile.head, first_query,
-                                    block * kBlockKv);
+          if constexpr (!kEarlyBits) {
+            load_bits<kFeatures>(bits, params.extras.mask, tile.batch, tile.head, first_query,
+                                 block * kBlockKv);
+          }
+          mask_by_arrays<kFeatures>(s_acc, bits, params, tile.batch, first_query, block * kBlockKv);
         }
       }
     };
@@ -378,6 +393,7 @@ struct Forward {
           if (visited && kQStages > 1 && valid && !tile.empty()) skip_turn();
           continue;
         }
+        load_early_bits(tile, tile.keys);
         load_bias(kBeforeTurn, tile, tile.keys);
         shared.k_ring.wait(k_state);
         if (!first) wait_turn(consumer);
@@ -398,6 +414,7 @@ struct Forward {
           for (keys.next(Walk::map_row(params, tile));
                keys.valid() && !(kWalksUp && keys.block() >= own_end);
                keys.next(Walk::map_row(params, tile))) {
+            load_early_bits(tile, keys);
             load_bias(kBeforeTurn, tile, keys);
             shared.k_ring.wait(k_state);
             wait_turn(consumer);
@@ -441,6 +458,7 @@ struct Forward {
           auto q_next = q_state;
           q_next.advance();
           if (chained) {
+            load_early_bits(next, next.keys);
             load_bias(kBeforeTurn, next, next.keys);
             q_ring.wait(q_next);
             shared.k_ring.wait(k_state);

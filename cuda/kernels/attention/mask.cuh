@@ -41,8 +41,9 @@ __device__ __forceinline__ GlobalVec<const int> key_segments(const Params& param
   const int64 first = static_cast<int64>(batch) * params.seqlen_kv;
   return {params.extras.kv_segments + first, params.seqlen_kv};
 }
-__device__ __forceinline__ const uint8* mask_of_head(const ScoreArray& mask, int batch, int head) {
-  return static_cast<const uint8*>(mask.data) + batch * mask.batch_stride + head * mask.head_stride;
+__device__ __forceinline__ BitView bits_of_head(const MaskBits& mask, int batch, int head) {
+  return {mask.words + batch * mask.batch_stride + head * mask.head_stride, mask.row_stride,
+          mask.word_stride};
 }
 
 // The keys from begin to end that some query of a tile sees, and those that all of them see.
@@ -104,23 +105,37 @@ __device__ __forceinline__ void mask_transposed_scores(Tile& scores, int first_q
   }
 }
 
+// A mask's bits for a tile of scores, where there is a mask.
+struct NoBits {};
+template <unsigned kFeatures, int kCols>
+using TileBits = Select<(kFeatures & kMaskArray) != 0, RegBits<kCols>, NoBits>;
+
+template <unsigned kFeatures, typename Bits>
+__device__ __forceinline__ void load_bits(Bits& bits, const MaskBits& mask, int batch, int head,
+                                          int first_row, int first_col) {
+  if constexpr ((kFeatures & kMaskArray) != 0) {
+    warpgroup::load(bits, bits_of_head(mask, batch, head), first_row, first_col);
+  }
+}
+
 // What segments and a mask hide, in a block that is not visible as a whole.
-template <unsigned kFeatures, typename Tile, typename Params>
-__device__ __forceinline__ void mask_by_arrays(Tile& scores, const Params& params, int batch,
-                                               int head, int first_query, int first_key) {
+template <unsigned kFeatures, typename Tile, typename Bits, typename Params>
+__device__ __forceinline__ void mask_by_arrays(Tile& scores, const Bits& bits, const Params& params,
+                                               int batch, int first_query, int first_key) {
   if constexpr ((kFeatures & kSegments) != 0) {
     warpgroup::keep_equal(scores, query_segments(params, batch), first_query,
                           key_segments(params, batch), first_key, -kInfinity);
   }
-  if constexpr ((kFeatures & kMaskArray) != 0) {
-    const ScoreArray& mask = params.extras.mask;
-    warpgroup::keep_where(
-        scores,
-        GlobalView<const uint8>{mask_of_head(mask, batch, head), params.seqlen_q, params.seqlen_kv,
-                                mask.query_stride, mask.key_stride},
-        first_query, first_key, -kInfinity);
-  }
+  if constexpr ((kFeatures & kMaskArray) != 0) warp::keep_where(scores, bits, -kInfinity);
 }
+template <unsigned kFeatures, typename Tile, typename Params>
+__device__ __forceinline__ void mask_by_arrays(Tile& scores, const Params& params, int batch,
+                                               int head, int first_query, int first_key) {
+  TileBits<kFeatures, Tile::kCols> bits;
+  load_bits<kFeatures>(bits, params.extras.mask, batch, head, first_query, first_key);
+  mask_by_arrays<kFeatures>(scores, bits, params, batch, first_query, first_key);
+}
+// The same for transposed scores.
 template <unsigned kFeatures, typename Tile, typename Params>
 __device__ __forceinline__ void mask_transposed_by_arrays(Tile& scores, const Params& params,
                                                           int batch, int head, int first_query,
@@ -130,12 +145,9 @@ __device__ __forceinline__ void mask_transposed_by_arrays(Tile& scores, const Pa
                           query_segments(params, batch), first_query, -kInfinity);
   }
   if constexpr ((kFeatures & kMaskArray) != 0) {
-    const ScoreArray& mask = params.extras.mask;
-    warpgroup::keep_where(
-        scores,
-        GlobalView<const uint8>{mask_of_head(mask, batch, head), params.seqlen_kv, params.seqlen_q,
-                                mask.key_stride, mask.query_stride},
-        first_key, first_query, -kInfinity);
+    TileBits<kFeatures, Tile::kCols> bits;
+    load_bits<kFeatures>(bits, params.extras.transposed_mask, batch, head, first_key, first_query);
+    warp::keep_where(scores, bits, -kInfinity);
   }
 }
 

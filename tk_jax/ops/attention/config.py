@@ -195,16 +195,25 @@ _FORWARD_FEATURES = (
     # A bias that the copy engine brings takes shared memory, but few registers. The
     # maps of segments and masks are those of documents' ends, too: they are finer in
     # tiles of 128 queries than of 192.
+    ({"tiledbias", "segments"}, {64: _FORWARD_MIXED}),
     (
-        {"tiledbias", "mask"},
+        {"tiledbias", "mask", "floatbias"},
         {
-            64: _FORWARD_MIXED,
+            64: AttentionForwardConfig(block_q=192, block_kv=96, stages=2),
             128: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
             192: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
             256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
         },
     ),
-    ({"tiledbias", "segments"}, {64: _FORWARD_MIXED}),
+    (
+        {"tiledbias", "mask"},
+        {
+            64: AttentionForwardConfig(block_q=192, block_kv=96, stages=2),
+            128: _FORWARD_MIXED,
+            192: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
+            256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+        },
+    ),
     (
         {"tiledbias", "softcap", "floatbias"},
         {64: AttentionForwardConfig(block_q=128, block_kv=96, stages=2)},
@@ -282,13 +291,15 @@ _FORWARD_FEATURES = (
             256: AttentionForwardConfig(block_q=128, block_kv=48, stages=2),
         },
     ),
+    ({"mask", "segments"}, {64: _FORWARD_MIXED}),
     (
         {"mask"},
         {
-            64: _FORWARD_MIXED,
-            128: AttentionForwardConfig(block_q=128, block_kv=112, stages=2),
+            (64, "band"): _FORWARD_MIXED,
+            64: _FORWARD[64, 64],
+            128: _FORWARD_MIXED,
             192: AttentionForwardConfig(block_q=128, block_kv=96, stages=2),
-            256: AttentionForwardConfig(block_q=128, block_kv=64, stages=2),
+            256: _FORWARD[256, 256],
         },
     ),
     (
@@ -321,7 +332,6 @@ _BACKWARD_ONE_CONSUMER = AttentionBackwardConfig(block_q=64, block_kv=64, stages
 _BACKWARD_FEATURES = {
     "bias": {64: _BACKWARD_ONE_CONSUMER},
     "softcap": {64: _BACKWARD_ONE_CONSUMER},
-    "mask": {64: _BACKWARD_ONE_CONSUMER},
 }
 # Shared memory of a block, and how much of it attention.h keeps for other things.
 _SHARED_BYTES = 227 * 1024

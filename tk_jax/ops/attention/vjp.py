@@ -17,6 +17,8 @@ from jax.custom_batching import custom_vmap
 from tk_jax import _dispatch, _ffi
 from tk_jax.ops.attention import blocks, config, xla
 
+# Where a bias is in what _extra_arrays returns.
+_BIAS = 6
 # Of sinks in the kernels.
 _LARGEST = 2.0**127
 
@@ -239,7 +241,7 @@ def _gradient_of_bias(options, q, k, v, dout, delta, scaled_lse, extras, batch):
     if bias is None:
         return None
     arrays = _extra_arrays(extras, batch, q, k, None, backward=True)
-    given = arrays[config.Extras._fields.index("bias")]
+    given = arrays[_BIAS]
     batches, heads, seqlen_q, seqlen_kv = given.shape
     # Where all queries or all keys share it, a block of sums: see BackwardBiasParams.
     rows = config.BIAS_BLOCK_Q if seqlen_q == 1 else seqlen_q
@@ -295,9 +297,10 @@ def _gradient_of_sinks(sinks, batch, lse, delta):
 def _extra_arrays(extras: config.Extras, batch, q, k, tiles, *, backward):
     """What the kernels take after their other arguments: nothing, or all of these.
 
-    The extras in their order, with one batch axis, and maps of the blocks of ``tiles``:
-    of query blocks over key blocks, and in the backward pass the other way round; none
-    without ``tiles``. Of size 0 where there is none.
+    The extras in their order, with one batch axis, the mask as bits, and maps of the
+    blocks of ``tiles``: of query blocks over key blocks, and in the backward pass the
+    other way round; none without ``tiles``, for a bias's gradient. Of size 0 where
+    there is none.
     """
     if all(x is None for x in extras):
         return ()
@@ -320,28 +323,48 @@ def _extra_arrays(extras: config.Extras, batch, q, k, tiles, *, backward):
         whole(extras.kv_segment_ids, jnp.int32, 1),
     )
     mask = shared(extras.mask, jnp.bool_, 3)
+    # Of the kernel whose rows are queries, and of the one whose rows are keys: in the
+    # backward pass of narrow heads that is the only one.
+    block = transposed_block = None
+    if tiles is None:
+        block = (config.BIAS_BLOCK_Q, config.BIAS_BLOCK_KV)
+    elif not backward:
+        block = (tiles.block_q, tiles.block_kv)
+    else:
+        transposed_block = (tiles.block_q, tiles.block_kv)
+        if tiles.dq_block_kv:
+            block = (config.WIDE_DQ_BLOCK_Q, tiles.dq_block_kv)
+
+    def mask_bits(block, transposed):
+        if block is None or mask.size == 0:
+            return jnp.zeros((0,) * 4, jnp.uint32)
+        return blocks.mask_bits(mask, block, transposed=transposed)
+
+    bits = mask_bits(block, transposed=False)
+    transposed_bits = mask_bits(transposed_block, transposed=True)
 
     def block_map(transposed):
         has_segments, has_mask = extras.q_segment_ids is not None, mask.size != 0
         mapped = tiles is not None and (has_segments or has_mask)
         if not mapped or (transposed and not backward):
             return jnp.zeros((0,) * 5, jnp.int32)
-        block = (tiles.block_q, tiles.block_kv)
-        if backward and tiles.dq_block_kv and not transposed:
-            block = (config.WIDE_DQ_BLOCK_Q, tiles.dq_block_kv)
+        of_keys = transposed or block is None
+        own_bits = transposed_bits if of_keys else bits
         return blocks.block_map(
             (q.shape[1], k.shape[1]),
-            block,
+            transposed_block if of_keys else block,
             segment_ids if has_segments else None,
-            mask if has_mask else None,
+            own_bits if has_mask else None,
             transposed=transposed,
+            of_keys=of_keys,
         )
 
     return (
         whole(extras.query_seq_lengths, jnp.int32, 0),
         whole(extras.key_value_seq_lengths, jnp.int32, 0),
         *segment_ids,
-        mask,
+        bits,
+        transposed_bits,
         # One of q's dtype goes as it is, any other in float32.
         shared(extras.bias, _bias_dtype(extras.bias, q.dtype), 3),
         _bounded(shared(extras.sinks, jnp.float32, 1)),

@@ -40,6 +40,10 @@ __device__ __forceinline__ float mul(float x, float y) { return __fmul_rn(x, y);
 __device__ __forceinline__ int highest_bit(uint32 x) { return 31 - __clz(static_cast<int>(x)); }
 __device__ __forceinline__ int lowest_bit(uint32 x) { return __ffs(static_cast<int>(x)) - 1; }
 __device__ __forceinline__ int count_bits(uint32 x) { return __popc(x); }
+// The upper word's bits follow on the lower one's; the word that starts at bit `by` < 32 of both.
+__device__ __forceinline__ uint32 funnel_shift_right(uint32 low, uint32 high, int by) {
+  return __funnelshift_r(low, high, static_cast<uint32>(by));
+}
 // A number if either is one.
 __device__ __forceinline__ float max(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ float min(float a, float b) { return fminf(a, b); }
