@@ -239,11 +239,14 @@ CASES = [
     ScoreCase(Case(3, 67, 200, 2, 1, 64, "causal"), bias="BS"),
     ScoreCase(Case(2, 150, 130, 2, 2, 64, "bottom_right"), bias="HT"),
     ScoreCase(Case(2, 65, 65, 2, 1, 64, "full"), bias=""),
+    # Rows of whole 16 bytes, which the copy engine brings.
+    ScoreCase(Case(2, 70, 136, 2, 1, 128, "causal"), bias="BHTS"),
+    ScoreCase(Case(1, 130, 72, 2, 1, 256, "full", "fp16"), soft_cap=2.0, bias="HTS"),
     ScoreCase(Case(2, 140, 97, 4, 2, 128, "full"), bias="BTS", bias_dtype="float32"),
-    ScoreCase(Case(1, 97, 140, 4, 2, 64, window=(40, 20)), bias="HTS", sinks="H"),
+    ScoreCase(Case(1, 97, 136, 4, 2, 64, window=(40, 20)), bias="HTS", sinks="H"),
     ScoreCase(Case(1, 130, 70, 2, 1, 128, "causal"), soft_cap=2.0, bias="HTS"),
     ScoreCase(
-        Case(2, 65, 150, 4, 2, 64, "full", "fp16"),
+        Case(2, 65, 152, 4, 2, 64, "full", "fp16"),
         soft_cap=5.0,
         sinks="BH",
         bias="BHTS",

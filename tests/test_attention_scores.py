@@ -163,8 +163,8 @@ def test_scale_need_not_be_positive_nor_normal(scale):
 @pytest.mark.parametrize("head_dim", [64, 192])
 def test_masks_that_are_added_as_the_least_number(dtype, sinks, soft_cap, head_dim):
     """Padding at the end, and a row without anything else."""
-    q, k, v, dout, _ = Case(1, 64, 300, 2, 1, head_dim).inputs()
-    shown = (np.arange(300) < 40) & (np.arange(64) != 3)[:, None]
+    q, k, v, dout, _ = Case(1, 64, 304, 2, 1, head_dim).inputs()
+    shown = (np.arange(304) < 40) & (np.arange(64) != 3)[:, None]
     bias = jnp.where(shown, 0, jnp.finfo(dtype).min).astype(dtype)
     bias = bias.at[7, 280].set(jnp.finfo(dtype).max)  # all the weight of its row
     if sinks is not None:

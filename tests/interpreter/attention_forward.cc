@@ -66,7 +66,8 @@ std::string check_forward(const Attention& s, int blocks, float gain, std::uint6
 }
 
 constexpr int kManyStages = 13;
-static_assert(attention::forward_q_stages(64, 64, {128, 64, kManyStages}, 0) == 1, "of q one stage");
+static_assert(attention::forward_q_stages(64, 64, {128, 64, kManyStages}, 0) == 1,
+              "of q one stage");
 
 // The gain makes scores large enough for running sums to need corrections.
 std::string check_all(std::uint64_t seed) {
