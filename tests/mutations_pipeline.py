@@ -49,7 +49,12 @@ MUTATIONS = [
         "full_[i].init(2, at);",
         file=_PIPELINE,
     ),
-    _in_backward("dq filled without a fence", "publish_shared(at);", file=_PIPELINE),
+    _in_backward(
+        "dq filled without a fence",
+        "publish_shared(at);",
+        after="struct StorePipeline",
+        file=_PIPELINE,
+    ),
     _in_backward(
         "a stage of dq filled too early",
         "empty_[state.stage].wait(state.phase ^ 1, at);",

@@ -32,4 +32,5 @@
 #include "tk/sm90/runs.cuh"
 #include "tk/sm90/tma.cuh"
 #include "tk/sm90/triangle.cuh"
+#include "tk/sm90/zip.cuh"
 #endif

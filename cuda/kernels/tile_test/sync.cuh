@@ -251,9 +251,10 @@ struct RingKernel {
       shared.in_ring.wait(in_state);
       warpgroup::load(x, shared.x_smem[in_state.stage].template rows<64>(consumer));
       if constexpr (kClusterSize > 1) {
-        shared.in_ring.release(in_state);
+        shared.in_ring.release_read(in_state);
         shared.in_ring.release(in_state, rank() ^ 1);
       } else {
+        publish_shared();
         warp::sync();
         if (warp::leader()) shared.in_ring.release_by_thread(in_state);
       }
