@@ -32,7 +32,7 @@ class Arrays:
         self.added = floats(B, H, max(segments - 1, 0), V, K)
         self.kept = floats(B, H, max(segments - 1, 0))
         self.state = floats(B, H, V, K)
-        self.states = (dtype, [B, H, -(-chunks // 2), columns, K])  # of pairs
+        self.states = (dtype, [B, -(-chunks // 2), H, columns, K])  # of pairs
 
 
 ARRAYS = Arrays()

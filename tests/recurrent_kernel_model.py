@@ -180,6 +180,7 @@ def _states(arrays, out_types, options, config):
     stored = jnp.pad(
         stored, [(0, 0)] * 3 + [(0, -stored.shape[3] % SLICE), (0, 0)]
     ).astype(out_types[0].dtype)
+    stored = jnp.moveaxis(stored, 1, 2)  # [B, runs, H, ..]
     wanted = [stored, ends, _marks(ends)]
     return [x if kind.size else None for x, kind in zip(wanted, out_types, strict=True)]
 
@@ -260,6 +261,7 @@ def _gradients(arrays, out_types, options, config):
     before, after, total, within, w = _gates(sums, weights, counts)
     q32, k32, v32, do = (_tokens(x, heads) for x in (q, k, v, dout))
     gates = (sums, weights, counts)
+    states, dstates = (jnp.moveaxis(x, 1, 2) for x in (states, dstates))
     states = _of_chunks(states, k, v, gates, False, scale)
     dstates = _of_chunks(dstates, q, dout, gates, True, scale)
     scores = scale * product("bhcik,bhcjk->bhcij", q32, k32) * within

@@ -282,12 +282,12 @@ def test_empty_batch_launches_nothing():
         (
             spread(results=ARRAYS.states),
             _INVALID,
-            "results has shape (2, 4, 1, 128, 80); expected (2, 100, 4, 96)",
+            "results has shape (2, 1, 4, 128, 80); expected (2, 100, 4, 96)",
         ),
         (
             spread(results=ARRAYS.v, stored_every=2),
             _INVALID,
-            "results has shape (2, 100, 4, 96); expected (2, 4, 1, 128, 80)",
+            "results has shape (2, 100, 4, 96); expected (2, 1, 4, 128, 80)",
         ),
         (
             spread(chunks_of_segment=2),
@@ -340,7 +340,7 @@ def test_empty_batch_launches_nothing():
         (
             states(stored=("bfloat16", [2, 4, 1, 96, 80])),
             _INVALID,
-            "stored has shape (2, 4, 1, 96, 80); expected (2, 4, 1, 128, 80)",
+            "stored has shape (2, 4, 1, 96, 80); expected (2, 1, 4, 128, 80)",
         ),
         (
             outputs(k=("float16", ARRAYS.q[1])),
@@ -390,7 +390,7 @@ def test_empty_batch_launches_nothing():
         (
             gradients(states=("bfloat16", [2, 4, 1, 128, 128])),
             _INVALID,
-            "states has shape (2, 4, 1, 128, 128); expected (2, 4, 1, 128, 80)",
+            "states has shape (2, 4, 1, 128, 128); expected (2, 1, 4, 128, 80)",
         ),
         (gradients(stages=0), _INVALID, "config.stages is 0; expected 1 to 8"),
         (gradients(key_stages=3), _INVALID, "config.key_stages is 3; expected 1 to 2"),

@@ -100,7 +100,7 @@ Status encode_tokens(TensorMap* map, const AnyBuffer& buffer, const LinearAttent
 
 Status encode_states(TensorMap* map, const AnyBuffer& buffer, const LinearAttentionSizes& s) {
   const std::int64_t dims[] = {s.key_dim,
-                               s.batch * s.num_heads * dim(buffer, 2) * s.padded_values()};
+                               s.batch * dim(buffer, 1) * dim(buffer, 2) * s.padded_values()};
   const std::int64_t strides[] = {s.key_dim * runtime::element_bytes(s.dtype)};
   const std::int64_t box[] = {kMapColumns, linear_attention::kSlice};
   return runtime::encode_tensor_map(map, buffer.untyped_data(), {s.dtype, dims, strides, box, 128});

@@ -51,7 +51,7 @@ linear_attention::Gates kernel_gates(const GateBuffers& gates);
 
 // A map over [B, T, heads, D]: dimensions (D, T, heads, B), boxes of 64 tokens.
 Status encode_tokens(TensorMap* map, const AnyBuffer& buffer, const LinearAttentionSizes& s);
-// A map over stored states, [B, H, runs, slices * 64, K]: dimensions (K, all others).
+// A map over stored states, [B, .., .., slices * 64, K]: dimensions (K, all others).
 Status encode_states(TensorMap* map, const AnyBuffer& buffer, const LinearAttentionSizes& s);
 
 // The fields that the parameters of all kernels but those of gates share.

@@ -84,7 +84,7 @@ Status execute_starts(const Execution& on, const StartsBuffers& b) {
 
 // -- Spread ---------------------------------------------------------------------------------------
 
-// `results` is out [B, T, H, V], or states as they are stored, [B, H, runs, slices * 64, K]: with
+// `results` is out [B, T, H, V], or states as they are stored, [B, runs, H, slices * 64, K]: with
 // `like` [B, T, H, V] in either case, for its sizes.
 struct SpreadBuffers {
   AnyBuffer like, marks, ends, results;
@@ -120,7 +120,7 @@ Result<SpreadCall> read_spread(const SpreadBuffers& b, const SpreadOptions& opti
                {s.batch, s.num_heads, segments, s.padded_values() / linear_attention::kMarkedRows}),
            is_of_states
                ? check_like("results", b.results, b.like,
-                            {s.batch, s.num_heads, ceil_div(s.chunks(), options.stored_every),
+                            {s.batch, ceil_div(s.chunks(), options.stored_every), s.num_heads,
                              s.padded_values(), s.key_dim})
                : check_like("results", b.results, b.like,
                             {s.batch, s.seqlen, s.num_heads, s.value_dim})});

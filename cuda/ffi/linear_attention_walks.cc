@@ -169,7 +169,7 @@ Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& option
   if (Status status =
           first_error({check_gates(b.gates, s),
                        check_like("stored", b.stored, b.keys,
-                                  {s.batch, s.num_heads, ceil_div(s.chunks(), options.stored_every),
+                                  {s.batch, ceil_div(s.chunks(), options.stored_every), s.num_heads,
                                    s.padded_values(), s.key_dim})});
       !status.ok()) {
     return status.error();

@@ -118,8 +118,8 @@ struct StepGatesParams {
 struct StatesParams {
   TensorMap keys;    // [B, T, G, K]: dimensions (K, T, G, B), box (64, 64, 1, 1)
   TensorMap values;  // [B, T, H, V]: the same
-  // [rows, K] where rows are (b, h, run, v): at the start of each run of stored_every chunks
-  // (reverse: at its end), in the type of the inputs; dimensions (K, B * H * runs * 64 * slices),
+  // [rows, K] where rows are (b, run, h, v): at the start of each run of stored_every chunks
+  // (reverse: at its end), in the type of the inputs; dimensions (K, B * runs * H * 64 * slices),
   // box (64, 64).
   TensorMap stored;
   int stored_every;
@@ -133,6 +133,13 @@ struct StatesParams {
   int chunks, chunks_of_segment;
   float scale;  // of the keys (reverse)
 };
+// Which of the stored matrices of 64 rows is a slice's. Heads lie next to each other: they walk side
+// by side, and who reads them takes one head of a run after another.
+template <typename Int>
+constexpr Int stored_matrix(Int batch, Int run, Int runs, Int head, Int heads, Int slice,
+                            Int slices) {
+  return ((batch * runs + run) * heads + head) * slices + slice;
+}
 // Of several segments, `to` holds the end of the last one, and wherever 16 rows of another end are
 // not all finite, those rows; which marks say by 1, else by 0. Both are in the order of `from`.
 constexpr int kMarkedRows = 16;

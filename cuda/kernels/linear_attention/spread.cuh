@@ -76,12 +76,13 @@ struct Spread {
 
   __device__ __forceinline__ void into_states(const Tile& found, int col) const {
     const int slices = ceil_div(params.value_dim, kSlice);
-    const int64 runs = ceil_div(params.chunks, params.stored_every);
+    const int runs = ceil_div(params.chunks, params.stored_every);
     for_each_chunk([&](int chunk) {
       if (!begins_run(params, chunk, params.reverse)) return;
-      const int64 matrix = place.row(params) * runs + chunk / params.stored_every;
-      T* const first = static_cast<T*>(params.results) +
-                       (matrix * slices + place.slice) * kSlice * params.key_dim;
+      const int64 matrix =
+          stored_matrix<int64>(place.batch, chunk / params.stored_every, runs, place.head,
+                               params.num_heads, place.slice, slices);
+      T* const first = static_cast<T*>(params.results) + matrix * kSlice * params.key_dim;
       add_to(GlobalView<T>{first, kSlice, params.key_dim, params.key_dim}, found, first_row, col);
     });
   }

@@ -66,9 +66,9 @@ struct States : StatesWalk<Traits> {
       const int chunk = chunk_at(segment, step);
       if (begins_run(params, chunk, Traits::kReverse)) {
         const int runs = ceil_div(params.chunks, params.stored_every);
-        const int matrix = place.row(params) * runs + chunk / params.stored_every;
-        store_chunk_state(params, shared.state_smem[consumer], state,
-                          (matrix * slices + place.slice) * kSlice);
+        const int matrix = stored_matrix(place.batch, chunk / params.stored_every, runs, place.head,
+                                         params.num_heads, place.slice, slices);
+        store_chunk_state(params, shared.state_smem[consumer], state, matrix * kSlice);
       }
       const ChunkGates<Traits::kFeatures>& gates = shared.gates[consumer][stage.stage];
       shared.ring.wait(stage);

@@ -221,7 +221,7 @@ def states(
     batch, seqlen, num_heads, value_dim = values.shape
     columns = config.round_up(value_dim, config.SLICE)
     runs = -(-seqlen // (stored_every * config.CHUNK))
-    stored = (batch, num_heads, runs, columns, keys.shape[-1])
+    stored = (batch, runs, num_heads, columns, keys.shape[-1])
     states, *ends = _ffi.call(
         "tk_linear_attention_states_v1",
         (
