@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from benchmarks.cases import AttentionCase, Case, MatmulCase
 from tk_jax.ops.attention import config as attention_config
+from tk_jax.ops.attention import tiling as attention_tiling
 from tk_jax.ops.attention import vjp as attention_vjp
 from tk_jax.ops.matmul import config as matmul_config
 from tk_jax.ops.matmul import vjp as matmul_vjp
@@ -73,10 +74,10 @@ class Variant:
         if case.window is not None:
             left, right = case.local_window_size
             options = dataclasses.replace(options, window_left=left, window_right=right)
-        forward = attention_config.forward_config(
+        forward = attention_tiling.forward_config(
             case.head_dim, case.value_dim, case.seqlen_kv, options.mask
         )
-        backward = attention_config.backward_config(case.head_dim, case.value_dim)
+        backward = attention_tiling.backward_config(case.head_dim, case.value_dim)
         if self.direction == "fwd":
             forward = self._apply(forward)
         else:

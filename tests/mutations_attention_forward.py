@@ -3,6 +3,7 @@
 from tests.mutation import Mutation
 
 _FORWARD = "kernels/attention/forward.cuh"
+_COPIES = "kernels/attention/forward_copies.cuh"
 _SOFTMAX = "kernels/attention/online_softmax.cuh"
 _PIPELINE = "include/tk/pipeline.cuh"
 _SKIP_TURN = "const auto skip_turn"
@@ -69,27 +70,32 @@ MUTATIONS = [
         "too few bytes expected of q",
         "kConsumers / kQRings * QTile::kBytes",
         "QTile::kBytes / 2",
+        file=_COPIES,
     ),
     _forward(
         "too many bytes expected of k",
         "acquire(kv_state, KTile::kBytes)",
         "acquire(kv_state, 2 * KTile::kBytes)",
+        file=_COPIES,
     ),
     _forward(
         "the last block of keys is not loaded",
         "for (; tile.keys.valid(); tile.keys.next(Walk::map_row(params, tile)),",
         "for (tile.keys.next(Walk::map_row(params, tile)); tile.keys.valid();\n"
         "           tile.keys.next(Walk::map_row(params, tile)),",
+        file=_COPIES,
     ),
     _forward(
         "keys loaded one row too far",
         "first_key, kv_head",
         "first_key + 1, kv_head",
+        file=_COPIES,
     ),
     _forward(
         "queries of the wrong head",
         "tile.first_query + 64 * i, tile.head,",
         "tile.first_query + 64 * i, tile.head ^ 1,",
+        file=_COPIES,
     ),
     _forward("the first block is not masked", "complete_scores(tile, tile.keys);"),
     _forward(
@@ -105,16 +111,19 @@ MUTATIONS = [
         "too few arrivals expected for q",
         "ring.init(4 * kConsumers / kQRings);",
         "ring.init(kConsumers / kQRings);",
+        file=_COPIES,
     ),
     _forward(
         "one arrival too few expected for k",
         "shared.k_ring.init(4 * kConsumers);",
         "shared.k_ring.init(4 * kConsumers - 1);",
+        file=_COPIES,
     ),
     _forward(
         "one arrival too many expected for v",
         "shared.v_ring.init(4 * kConsumers);",
         "shared.v_ring.init(4 * kConsumers + 1);",
+        file=_COPIES,
     ),
     _forward("out is not published to the copy engine", "publish_shared();"),
     _forward(
@@ -194,11 +203,14 @@ MUTATIONS = [
         "queries before the first are stored",
         "if (kMasked && first_query < 0) return;",
     ),
-    _forward("the producer does not say where the work ends", "-1});", "0});"),
+    _forward(
+        "the producer does not say where the work ends", "-1});", "0});", file=_COPIES
+    ),
     _forward(
         "fewer consumers are told of tiles than there are",
         "shared.tiles.init(4 * kConsumers);",
         "shared.tiles.init(kConsumers);",
+        file=_COPIES,
     ),
     _forward(
         "no wait for the next tile's place",
@@ -274,6 +286,7 @@ MUTATIONS = [
         "the producer does not know of the consumers' marks",
         "wanted = shared.marks.wait_by_thread();",
         "wanted = 0;",
+        file=_COPIES,
     ),
     _forward(
         "consumers do not say that they are done",

@@ -1,11 +1,15 @@
 """What the handlers of attention refuse, and what they launch."""
 
 import dataclasses
+import itertools
 
+import jax
+import jax.numpy as jnp
 import pytest
 from handler_process import FIRST_ADDRESS, Call, Gpu, both_stages, launched
 
 from tk_jax.ops.attention import config as attention
+from tk_jax.ops.attention import tiling as attention_tiling
 
 _INVALID, _UNIMPLEMENTED = 3, 12
 _SMS = 132
@@ -60,7 +64,7 @@ class Shape:
     def workspaces(self):
         padded = attention.padded_queries(self.seqlen_q)
         rows = [self.batch, self.num_heads, padded]
-        narrow = attention.narrow_head_dim(self.head_dim, self.head_dim_v)
+        narrow = attention_tiling.narrow_head_dim(self.head_dim, self.head_dim_v)
         return [
             ("float32", rows),
             ("float32", rows),
@@ -78,7 +82,7 @@ def options(is_causal=False, bottom_right=False, deterministic=True, scale=0.125
 
 
 def forward(shape=Shape(), args=None, rets=None, config=None, **which):
-    default = attention.forward_config(shape.head_dim, shape.head_dim_v, 1)
+    default = attention_tiling.forward_config(shape.head_dim, shape.head_dim_v, 1)
     return Call(
         "tk_attention_fwd_v1",
         args or [shape.q, shape.k, shape.v],
@@ -91,7 +95,7 @@ def forward(shape=Shape(), args=None, rets=None, config=None, **which):
 
 
 def backward(shape=Shape(), args=None, rets=None, config=None, **which):
-    default = attention.backward_config(shape.head_dim, shape.head_dim_v)
+    default = attention_tiling.backward_config(shape.head_dim, shape.head_dim_v)
     nothing = ("float32", [0])
     q, k, v, out, lse = shape.q, shape.k, shape.v, shape.out, shape.lse
     return Call(
@@ -106,7 +110,7 @@ def backward(shape=Shape(), args=None, rets=None, config=None, **which):
 
 
 def test_forward_launch():
-    tile = attention.forward_config(64, 64, 1)
+    tile = attention_tiling.forward_config(64, 64, 1)
     ((_, ran),) = launched(Gpu(), forward(Shape(batch=4), is_causal=True))
     assert grids(ran) == {"tk_attention_fwd_d64_causal_bf16": [_SMS, 1, 1]}
     q, k, v, out = ran.of("map")
@@ -130,7 +134,7 @@ def test_forward_of_few_tiles_has_few_blocks():
 def test_backward_launches():
     """The grids that attention.h asks for, in each of its cases."""
     shape = Shape(seqlen_q=1000, seqlen_kv=1100)
-    block = attention.backward_config(64, 64).block_kv
+    block = attention_tiling.backward_config(64, 64).block_kv
     key_blocks = -(-1100 // block)
     many = Shape(batch=16)
     answers = launched(
@@ -159,7 +163,7 @@ def test_backward_launches():
 
 def test_backward_launches_of_wide_heads():
     shape = Shape(head_dim=192, head_dim_v=120)
-    config = attention.backward_config(192, 120)
+    config = attention_tiling.backward_config(192, 120)
     clusters = -(-1100 // config.block_kv) * 2 * 2
     answers = launched(
         Gpu(),
@@ -201,6 +205,42 @@ _BIAS_ALONE = [
     ("float32", [0, 0]),
     *[("int32", [0, 0, 0, 0, 0])] * 2,
 ]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_kernels_read_a_bias_as_tiles_are_chosen_for_it(dtype):
+    """Python, which chooses tiles, and C++, which chooses the kernel, have one rule."""
+    calls, expected = [], []
+    for bias_dtype, queries, keys in itertools.product(
+        ("bfloat16", "float16", "float32"), (1, 1000), (1, 1096, 1098, 1099, 1100)
+    ):
+        if bias_dtype not in (dtype, "float32"):
+            continue  # it goes to the kernels in float32
+        shape = Shape(seqlen_kv=1100 if keys == 1 else keys, dtype=dtype)
+        bias = jax.ShapeDtypeStruct((1, 8, queries, keys), bias_dtype)
+        features = attention.features(
+            attention.AttentionOptions(0.125, False, False, True),
+            attention.Extras(bias=bias),
+            jnp.dtype(dtype),
+        )
+        expected.append(features)
+        with_bias = list(_BIAS_ALONE)
+        with_bias[6] = (bias_dtype, list(bias.shape))
+        tile = attention_tiling.forward_config(64, 64, 1, features=features)
+        calls.append(
+            forward(
+                shape,
+                args=[shape.q, shape.k, shape.v, *with_bias],
+                rets=[shape.out, shape.lse, shape.lse],
+                config=dataclasses.asdict(tile),
+            )
+        )
+    ran = [answer for _, answer in launched(Gpu(), *calls)]
+    for features, answer in zip(expected, ran, strict=True):
+        (symbol,) = grids(answer)
+        words = set(symbol.removeprefix("tk_attention_fwd_d64_").split("_"))
+        assert words - {"bf16", "fp16"} == features
+    assert {len(x & {"tiledbias", "pairedbias"}) for x in expected} == {0, 1}
 
 
 # A mask's bits for blocks of 192 queries and 128 keys, transposed ones, and its map.

@@ -10,7 +10,7 @@ import pytest
 
 import tk_jax
 from tk_jax import _ffi, checkpoint_policies
-from tk_jax.ops.attention import config
+from tk_jax.ops.attention import tiling
 
 FORWARD, BACKWARD = "tk_attention_fwd_v1", "tk_attention_bwd_v1"
 # Sizes that no other dimension has, so that a tensor of scores would show.
@@ -96,8 +96,8 @@ def test_settings_reach_the_call():
         re.search(rf"@{target}\(.*", text)[0] for target in (FORWARD, BACKWARD)
     )
     for call, tiles in (
-        (forward, config.forward_config(64, 64, 97)),
-        (backward, config.backward_config(64, 64)),
+        (forward, tiling.forward_config(64, 64, 97)),
+        (backward, tiling.backward_config(64, 64)),
     ):
         assert "scale = 2.500000e-01 : f32" in call
         assert "is_causal = false" in call and "bottom_right = false" in call

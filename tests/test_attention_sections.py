@@ -7,7 +7,7 @@ import host_library
 import numpy as np
 import pytest
 
-from tk_jax.ops.attention import config as attention_config
+from tk_jax.ops.attention import tiling as attention_tiling
 
 SOURCE = """
 #include "kernels/attention/sections.h"
@@ -56,7 +56,7 @@ class Grid:
 
     def __init__(self, library, family, seqlen, workers=MULTIPROCESSORS):
         head_dim, self.heads, kv_heads = family
-        tiles = attention_config.forward_config(head_dim, head_dim, seqlen, "causal")
+        tiles = attention_tiling.forward_config(head_dim, head_dim, seqlen, "causal")
         self.rows = 16384 // seqlen * self.heads
         self.row_bytes = 4 * head_dim * seqlen * kv_heads // self.heads
         self.workers = workers

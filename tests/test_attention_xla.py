@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 from tolerance import assert_close
 
 import tk_jax
-from tk_jax.ops.attention import attention_reference, config, xla
+from tk_jax.ops.attention import attention_reference, config, tiling, xla
 
 # On a machine with a GPU too, this is about the form that has no kernel.
 pytestmark = pytest.mark.filterwarnings("ignore::tk_jax.FallbackWarning")
@@ -284,12 +284,12 @@ def test_trains_with_8192_tokens(rng):
 
 
 def test_settings_are_chosen_for_every_head_dim_of_the_kernels():
-    for head_dim, head_dim_v in config.KERNEL_HEAD_DIMS:
+    for head_dim, head_dim_v in tiling.KERNEL_HEAD_DIMS:
         for mask, seqlen_kv in itertools.product(config.KERNEL_MASKS, (1, 128, 8192)):
-            chosen = config.forward_config(head_dim, head_dim_v, seqlen_kv, mask)
-            assert chosen in config.forward_configs(head_dim, head_dim_v, mask)
+            chosen = tiling.forward_config(head_dim, head_dim_v, seqlen_kv, mask)
+            assert chosen in tiling.forward_configs(head_dim, head_dim_v, mask)
             assert chosen.block_q % 64 == 0
-        chosen = config.backward_config(head_dim, head_dim_v)
+        chosen = tiling.backward_config(head_dim, head_dim_v)
         assert chosen.block_kv % 64 == 0
         assert chosen.block_q in (64, 128)
         wide = max(head_dim, head_dim_v) > 128

@@ -11,6 +11,7 @@ import pytest
 from tk_jax import _ffi
 from tk_jax.compile import specialisations
 from tk_jax.ops.attention import config as attention_config
+from tk_jax.ops.attention import tiling as attention_tiling
 from tk_jax.ops.linear_attention import config as linear_config
 
 # Of the tile library, without wgmma: compiled in milliseconds.
@@ -84,14 +85,14 @@ def _with_features(names, head_dim, mask, head_dim_v=None):
             "features": list(names),
         }
         for keys, more in itertools.product((1, attention_config.MAX_ROWS), ways):
-            config = attention_config.forward_config(
+            config = attention_tiling.forward_config(
                 head_dim, head_dim_v, keys, mask, features.union(more)
             )
             yield from extension.attention_forward_specs(
                 **settings | {"features": [*names, *more]},
                 config=dataclasses.asdict(config),
             )
-        config = attention_config.backward_config(head_dim, head_dim_v, features)
+        config = attention_tiling.backward_config(head_dim, head_dim_v, features)
         for deterministic in (True, False):
             yield from extension.attention_backward_specs(
                 **settings,

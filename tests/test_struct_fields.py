@@ -11,6 +11,7 @@ import pytest
 from tk_jax import _ffi, kernel
 from tk_jax.ops import _state_step
 from tk_jax.ops.attention import config as attention
+from tk_jax.ops.attention import tiling as attention_tiling
 from tk_jax.ops.attention import vjp as attention_vjp
 from tk_jax.ops.based_attention import config as based_attention
 from tk_jax.ops.based_attention import vjp as based_attention_vjp
@@ -23,8 +24,8 @@ from tk_jax.ops.matmul import vjp as matmul_vjp
 # By the name of the C++ struct.
 SETTINGS = {
     "AttentionOptions": attention.KernelOptions,
-    "AttentionForwardConfig": attention.AttentionForwardConfig,
-    "AttentionBackwardConfig": attention.AttentionBackwardConfig,
+    "AttentionForwardConfig": attention_tiling.AttentionForwardConfig,
+    "AttentionBackwardConfig": attention_tiling.AttentionBackwardConfig,
     "ChunkSumsOptions": linear_attention.ChunkSumsOptions,
     "StepOptions": linear_attention.StepOptions,
     "StatesOptions": linear_attention.StatesOptions,

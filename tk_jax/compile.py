@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from tk_jax import _ffi
 from tk_jax.ops import _state_step
 from tk_jax.ops.attention import config as attention_config
+from tk_jax.ops.attention import tiling as attention_tiling
 from tk_jax.ops.based_attention import config as based_attention_config
 from tk_jax.ops.hedgehog_attention import config as hedgehog_config
 from tk_jax.ops.linear_attention import config as linear_attention_config
@@ -131,9 +132,9 @@ def _attention_forward(
     dtype: str, tiles: Mapping[str, int]
 ) -> Iterator[Specialisation]:
     for (head_dim, head_dim_v), mask in itertools.product(
-        attention_config.KERNEL_HEAD_DIMS, attention_config.KERNEL_MASKS
+        attention_tiling.KERNEL_HEAD_DIMS, attention_config.KERNEL_MASKS
     ):
-        chosen = attention_config.forward_configs(head_dim, head_dim_v, mask)
+        chosen = attention_tiling.forward_configs(head_dim, head_dim_v, mask)
         # Tiles that are given replace those of every choice: one of them is enough.
         for config in (_fields(x, tiles) for x in (chosen[:1] if tiles else chosen)):
             for spec in _ffi.extension().attention_forward_specs(
@@ -151,9 +152,9 @@ def _attention_backward(
     dtype: str, tiles: Mapping[str, int]
 ) -> Iterator[Specialisation]:
     for (head_dim, head_dim_v), mask, deterministic in itertools.product(
-        attention_config.KERNEL_HEAD_DIMS, attention_config.KERNEL_MASKS, (True, False)
+        attention_tiling.KERNEL_HEAD_DIMS, attention_config.KERNEL_MASKS, (True, False)
     ):
-        config = _fields(attention_config.backward_config(head_dim, head_dim_v), tiles)
+        config = _fields(attention_tiling.backward_config(head_dim, head_dim_v), tiles)
         words = _words(config) + ("" if deterministic else " any-order")
         for spec in _ffi.extension().attention_backward_specs(
             dtype=dtype,

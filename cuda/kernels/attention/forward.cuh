@@ -19,96 +19,46 @@
 // D = 128; exp2 as much as they at D = 64.
 #pragma once
 
-#include "kernels/attention/attention.h"
-#include "kernels/attention/forward_walk.cuh"
+#include "kernels/attention/forward_copies.cuh"
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/online_softmax.cuh"
-#include "kernels/attention/scores.cuh"
 #include "tk/tk.cuh"
 
 namespace tk::attention {
 
-template <typename T_, int kHeadDim_, int kHeadDimV_, Mask kMask_, unsigned kFeatures_,
-          int kBlockQ_, int kBlockKv_, int kStages_>
-struct ForwardTraits {
-  using T = T_;
-  static constexpr int kHeadDim = kHeadDim_;    // of q and k
-  static constexpr int kHeadDimV = kHeadDimV_;  // of v and out
-  static constexpr Mask kMask = kMask_;
-  static constexpr unsigned kFeatures = kFeatures_;
-  static constexpr int kBlockQ = kBlockQ_;
-  static constexpr int kBlockKv = kBlockKv_;
-  static constexpr int kStages = kStages_;
-  static constexpr int kConsumers = kBlockQ / 64;
-  static_assert(kBlockQ % 64 == 0 && kConsumers >= 1 && kConsumers <= 3,
-                "a consumer warpgroup owns 64 queries, and there are at most three");
-};
-
 template <typename Traits>
-struct Forward {
+struct Forward : ForwardCopies<Traits> {
+  using Copies = ForwardCopies<Traits>;
   using T = typename Traits::T;
   static constexpr int kHeadDim = Traits::kHeadDim, kHeadDimV = Traits::kHeadDimV;
-  static constexpr int kBlockQ = Traits::kBlockQ, kBlockKv = Traits::kBlockKv;
+  static constexpr int kBlockKv = Traits::kBlockKv, kConsumers = Traits::kConsumers;
   static constexpr unsigned kFeatures = Traits::kFeatures;
-  static constexpr int kConsumers = Traits::kConsumers;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : kConsumers == 2 ? 24 : 56;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
 
-  using Walk = ForwardWalk<Traits>;
+  using Copies::kKeepsMax;
+  using Copies::kMapped;
+  using Copies::kMasked;
+  using Copies::kOutFromRegisters;
+  using Copies::kQRings;
+  using Copies::kQStages;
+  using Copies::kWalksUp;
+  using typename Copies::BiasRing;
+  using typename Copies::Map;
+  using typename Copies::OutTile;
+  using typename Copies::QRing;
+  using typename Copies::Ring;
+  using typename Copies::Shared;
+  using typename Copies::Tile;
+  using typename Copies::Tiles;
+  using typename Copies::Walk;
   using Blocks = typename Walk::Blocks;
-  using Tile = typename Walk::Tile;
-  static constexpr bool kMasked = Walk::kMasked, kMapped = Walk::kMapped;
-  static constexpr bool kWalksUp = Walk::kWalksUp;
-
-  using QTile = SharedTile<T, 64, kHeadDim>;
-  using KTile = SharedTile<T, kBlockKv, kHeadDim>;
-  using VTile = SharedTile<T, kBlockKv, kHeadDimV>;
-  using OutTile = SharedTile<T, 64, kHeadDimV>;
-  using Ring = Pipeline<Traits::kStages>;
   using Scores = RegTile<float, 16, kBlockKv>;
   using Weights = RegTile<T, 16, kBlockKv>;
   using Output = RegTile<float, 16, kHeadDimV>;
-  using Map = ScoreMap<T, Traits::kFeatures>;
   using Softmax = OnlineSoftmax<Map::kAdds>;
   static constexpr bool kFewRegisters =
       is_wide(kHeadDim, kHeadDimV) && (Map::kAdds || (kFeatures & kMapFeatures) != 0);
-  static constexpr int kQStages =
-      forward_q_stages(kHeadDim, kHeadDimV, {kBlockQ, kBlockKv, Traits::kStages}, kFeatures);
-  using QRing = Pipeline<kQStages>;
-  // Whether out leaves straight from the registers. Then the one stage of q there is room for is
-  // free for the next tile's as soon as the last scores are there.
-  static constexpr bool kOutFromRegisters = kQStages == 1;
-  // Then each consumer's rows of q have a ring of their own: whose queries see less goes ahead.
-  static constexpr int kQRings = kOutFromRegisters && kWalksUp ? kConsumers : 1;
-  using Tiles = MessagePipeline<2, 5>;
-  using Marks = Ballot<4 * kConsumers>;
-
-  // A consumer's rows: of q, and at the end of a tile, if it leaves through them, of out.
-  union Rows {
-    QTile q_smem;
-    OutTile out_smem;
-  };
-  // A bias that the copy engine brings: each consumer's rows, which it gives back by itself.
-  using BiasTile = SharedTile<typename Map::BiasElement, 64, kBlockKv>;
-  using BiasRing = Pipeline<1>;
-  struct BiasTiles {
-    BiasTile of[kConsumers];
-  };
-  struct Shared {
-    Rows rows[kQStages][kConsumers];
-    KTile k_smem[Traits::kStages];
-    VTile v_smem[Traits::kStages];
-    Select<Map::kTiles, BiasTiles, Nothing> bias_smem;
-    Tiles tiles;
-    Marks marks;
-    QRing q_rings[kQRings];
-    Ring k_ring, v_ring;
-    BiasRing bias_rings[kConsumers];
-  };
-  static_assert(sizeof(Shared) + 1024 <= forward_shared_bytes(kHeadDim, kHeadDimV,
-                                                              {kBlockQ, kBlockKv, Traits::kStages},
-                                                              kFeatures),
-                "attention.h's forward_shared_bytes covers the kernel's shared memory");
 
   // Whether a bias is read where it is added. Pairs and numbers of fp32 are registers of a tile as
   // they come, and do so beside the scores' product; single ones of 16 bits would wait there to be
@@ -124,85 +74,11 @@ struct Forward {
   // for them to arrive in.
   static constexpr bool kEarlyBits = (kFeatures & kMaskArray) != 0 && kConsumers <= 2;
 
-  // Whether blocks that all queries see are weighed by the maximum of those before.
-  static constexpr bool kKeepsMax = kFeatures == 0 || (kFeatures == kSoftCap && kConsumers <= 2);
-  // Of a block's keys, those that are then weighed beside the product p v of the block before. With
-  // three consumers the others' products are enough.
+  // Of a block that is weighed by an old maximum, the keys that are beside the product p v of the
+  // block before. With three consumers the others' products are enough.
   static constexpr int kBesideOutput = kConsumers > 2 ? 0 : kBlockKv / 32 * 16;
 
   enum Turn : int { kTurn = kFirstKernelBarrier };  // one for each consumer
-
-  __device__ __forceinline__ static void init(const ForwardParams&, Shared& shared) {
-    shared.tiles.init(4 * kConsumers);
-    shared.marks.init();
-    for (QRing& ring : shared.q_rings) ring.init(4 * kConsumers / kQRings);
-    shared.k_ring.init(4 * kConsumers);
-    shared.v_ring.init(4 * kConsumers);
-    if constexpr (Map::kTiles) {
-      for (BiasRing& ring : shared.bias_rings) ring.init(4);
-    }
-  }
-
-  __device__ __forceinline__ static void load(const ForwardParams& params, Shared& shared) {
-    tma::prefetch(params.q);
-    tma::prefetch(params.k);
-    tma::prefetch(params.v);
-    if constexpr (Map::kTiles) tma::prefetch(params.bias);
-    typename QRing::State q_state;
-    typename Ring::State kv_state;
-    typename BiasRing::State bias_state;
-    typename Tiles::State tile_state;
-    const int group = params.num_heads / params.num_kv_heads;
-    const auto load_bias = [&](auto& state, const Tile& tile, int first_key) {
-      if constexpr (Map::kTiles) {
-        const ScoreArray& array = params.extras.bias;
-        for (int i = 0; i < kConsumers; ++i) {
-          BiasRing& ring = shared.bias_rings[i];
-          ring.acquire(state, BiasTile::kBytes);
-          tma::load(shared.bias_smem.of[i], params.bias, ring.full(state), tma::Keep::kNormal,
-                    first_key, tile.first_query + 64 * i, array.head_stride == 0 ? 0 : tile.head,
-                    array.batch_stride == 0 ? 0 : tile.batch);
-        }
-        state.advance();
-      }
-    };
-    const auto load_tiles = [&](uint32 wanted) {
-      for (Walk walk(params); walk.valid(); walk.next()) {
-        const ForwardPlace place = walk.place();
-        if (kKeepsMax && (wanted & Walk::mark_of(place)) == 0) continue;
-        if constexpr (kMasked) {
-          shared.tiles.send(tile_state, {place.first_query, place.head, place.batch,
-                                         place.first_block, place.end_block});
-        }
-        Tile tile = Walk::tile_at(params, place);
-        for (int i = 0; i < kConsumers; ++i) {
-          QRing& ring = shared.q_rings[i % kQRings];
-          if (i < kQRings) ring.acquire(q_state, kConsumers / kQRings * QTile::kBytes);
-          tma::load(shared.rows[q_state.stage][i].q_smem, params.q, ring.full(q_state),
-                    tma::Keep::kBriefly, 0, tile.first_query + 64 * i, tile.head, tile.batch);
-        }
-        q_state.advance();
-        const int kv_head = tile.head / group;
-        for (; tile.keys.valid(); tile.keys.next(Walk::map_row(params, tile)), kv_state.advance()) {
-          const int first_key = tile.keys.block() * kBlockKv;
-          shared.k_ring.acquire(kv_state, KTile::kBytes);
-          tma::load(shared.k_smem[kv_state.stage], params.k, shared.k_ring.full(kv_state),
-                    tma::Keep::kLong, 0, first_key, kv_head, tile.batch);
-          load_bias(bias_state, tile, first_key);
-          shared.v_ring.acquire(kv_state, VTile::kBytes);
-          tma::load(shared.v_smem[kv_state.stage], params.v, shared.v_ring.full(kv_state),
-                    tma::Keep::kLong, 0, first_key, kv_head, tile.batch);
-        }
-      }
-      if constexpr (kMasked) shared.tiles.send(tile_state, {0, 0, 0, 0, -1});
-    };
-    uint32 wanted = ~0u;
-#pragma unroll 1
-    for (int pass = 0; pass < (kKeepsMax ? 2 : 1) && wanted != 0; ++pass) {
-      load_tiles(wanted);
-      if (kKeepsMax && pass == 0) wanted = shared.marks.wait_by_thread();
-    }
-  }
 
   __device__ __forceinline__ static void wait_turn(int consumer) {
     if constexpr (kConsumers > 1) named_sync(static_cast<Turn>(kTurn + consumer), 256);

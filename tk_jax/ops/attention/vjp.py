@@ -15,12 +15,8 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from tk_jax import _dispatch, _ffi
-from tk_jax.ops.attention import blocks, config, xla
-
-# Where a bias is in what _extra_arrays returns.
-_BIAS = 6
-# Of sinks in the kernels.
-_LARGEST = 2.0**127
+from tk_jax.ops.attention import config, operands, tiling, xla
+from tk_jax.ops.attention.operands import fold, unfold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,16 +132,16 @@ def kernel_forward(
     v,
     extras: config.Extras = xla.NO_EXTRAS,
     *,
-    tiles: config.AttentionForwardConfig | None = None,
+    tiles: tiling.AttentionForwardConfig | None = None,
 ):
     """As ``xla.forward``. ``tiles`` is for tuning."""
     _check_supported(options, q, k, v, extras)
     batch = q.shape[:-3]
-    q, k, v = (_fold(x, 3) for x in (q, k, v))
+    q, k, v = (fold(x, 3) for x in (q, k, v))
     types = jax.typeof(q)
     rows = q.shape[:-1]
     rests = rows if extras.bias is not None else (rows[0], 0, rows[2])
-    tiles = tiles or config.forward_config(
+    tiles = tiles or tiling.forward_config(
         q.shape[-1],
         v.shape[-1],
         k.shape[1],
@@ -162,13 +158,13 @@ def kernel_forward(
         q,
         k,
         v,
-        *_extra_arrays(extras, batch, q, k, tiles, backward=False),
+        *operands.forward(extras, batch, q, k, tiles),
         options=options.for_kernel(),
         config=tiles,
     )
     if extras.bias is None:
-        return _unfold(out, batch), _unfold(lse, batch), None
-    return tuple(_unfold(x, batch) for x in (out, lse, lse_rest))
+        return unfold(out, batch), unfold(lse, batch), None
+    return tuple(unfold(x, batch) for x in (out, lse, lse_rest))
 
 
 def kernel_backward(
@@ -182,7 +178,7 @@ def kernel_backward(
     dlse,
     extras: config.Extras = xla.NO_EXTRAS,
     *,
-    tiles: config.AttentionBackwardConfig | None = None,
+    tiles: tiling.AttentionBackwardConfig | None = None,
 ):
     """Returns dq, dk, dv, dbias, dsinks; None for a bias or sinks that are None.
 
@@ -190,11 +186,11 @@ def kernel_backward(
     """
     _check_supported(options, q, k, v, extras)
     leading = q.shape[:-3]
-    q, k, v, out, dout = (_fold(x, 3) for x in (q, k, v, out, dout))
-    lse = _fold(lse, 2)
-    dlse = _fold(dlse, 2) if dlse.size else dlse
+    q, k, v, out, dout = (fold(x, 3) for x in (q, k, v, out, dout))
+    lse = fold(lse, 2)
+    dlse = fold(dlse, 2) if dlse.size else dlse
     batch, seqlen_q, num_heads, head_dim = q.shape
-    narrow = config.narrow_head_dim(head_dim, v.shape[-1])
+    narrow = tiling.narrow_head_dim(head_dim, v.shape[-1])
     rows = (batch, num_heads, config.padded_queries(seqlen_q))
     fragments = (*rows[:2], rows[2] // config.FRAGMENT_ROWS)
     workspaces = (
@@ -208,7 +204,7 @@ def kernel_backward(
         types[0].update(shape=shape, dtype=jnp.dtype(dtype))
         for _, shape, dtype in workspaces
     ]
-    tiles = tiles or config.backward_config(
+    tiles = tiles or tiling.backward_config(
         head_dim, v.shape[-1], config.features(options, extras, q.dtype)
     )
     gradients = _ffi.call(
@@ -221,11 +217,11 @@ def kernel_backward(
         lse,
         dout,
         dlse,
-        *_extra_arrays(extras, leading, q, k, tiles, backward=True),
+        *operands.backward(extras, leading, q, k, tiles),
         options=options.for_kernel(),
         config=tiles,
     )
-    dq, dk, dv = (_unfold(x, leading) for x in gradients[:3])
+    dq, dk, dv = (unfold(x, leading) for x in gradients[:3])
     delta, scaled_lse = gradients[3:5]
     dbias = _gradient_of_bias(
         options, q, k, v, dout, delta, scaled_lse, extras, leading
@@ -240,12 +236,12 @@ def _gradient_of_bias(options, q, k, v, dout, delta, scaled_lse, extras, batch):
     bias = extras.bias
     if bias is None:
         return None
-    arrays = _extra_arrays(extras, batch, q, k, None, backward=True)
-    given = arrays[_BIAS]
+    arrays = operands.of_bias_gradient(extras, batch, q, k)
+    given = arrays.bias
     batches, heads, seqlen_q, seqlen_kv = given.shape
     # Where all queries or all keys share it, a block of sums: see BackwardBiasParams.
-    rows = config.BIAS_BLOCK_Q if seqlen_q == 1 else seqlen_q
-    columns = config.BIAS_BLOCK_KV if seqlen_kv == 1 else seqlen_kv
+    rows = tiling.BIAS_BLOCK_Q if seqlen_q == 1 else seqlen_q
+    columns = tiling.BIAS_BLOCK_KV if seqlen_kv == 1 else seqlen_kv
     # The batch axes that it is shared along, if it is not shared along all.
     repeated = []
     if batches != math.prod(bias.shape[:-3]):
@@ -272,7 +268,7 @@ def _gradient_of_bias(options, q, k, v, dout, delta, scaled_lse, extras, batch):
     if seqlen_kv == 1:
         dbias = jnp.sum(dbias, axis=3, keepdims=True)
     if repeated:
-        dbias = jnp.sum(_unfold(dbias, batch), axis=repeated, keepdims=True)
+        dbias = jnp.sum(unfold(dbias, batch), axis=repeated, keepdims=True)
     return dbias.reshape(bias.shape).astype(bias.dtype)
 
 
@@ -285,116 +281,13 @@ def _gradient_of_sinks(sinks, batch, lse, delta):
     if sinks is None:
         return None
     whole = jnp.broadcast_to(sinks, (*batch, sinks.shape[-1])).astype(jnp.float32)
-    score = _bounded(_fold(whole, 1))[:, None, :]
+    score = operands.bounded(fold(whole, 1))[:, None, :]
     # A query without a key whose sink is -inf has neither: lse is -inf.
     p = jnp.where(lse == -jnp.inf, 0, jnp.exp(score - lse))
     ds = -jnp.sum(p * jnp.swapaxes(delta, 1, 2), axis=1)
-    ds = _unfold(ds, batch)
+    ds = unfold(ds, batch)
     shared = tuple(i for i, size in enumerate(sinks.shape) if size != ds.shape[i])
     return jnp.sum(ds, axis=shared, keepdims=True).astype(sinks.dtype)
-
-
-def _extra_arrays(extras: config.Extras, batch, q, k, tiles, *, backward):
-    """What the kernels take after their other arguments: nothing, or all of these.
-
-    The extras in their order, with one batch axis, the mask as bits, and maps of the
-    blocks of ``tiles``: of query blocks over key blocks, and in the backward pass the
-    other way round; none without ``tiles``, for a bias's gradient. Of size 0 where
-    there is none.
-    """
-    if all(x is None for x in extras):
-        return ()
-
-    def whole(x, dtype, rank):
-        """int32 [*b, ...] -> [B, ...]"""
-        if x is None:
-            return jnp.zeros((0,) * (1 + rank), dtype)
-        shape = x.shape[x.ndim - rank :]
-        return _fold(jnp.broadcast_to(x, (*batch, *shape)), rank).astype(dtype)
-
-    def shared(x, dtype, rank):
-        """[*b, ...] -> [B or 1, ...], axes of size 1 kept where that is possible"""
-        if x is not None and math.prod(x.shape[: x.ndim - rank]) == 1:
-            return x.reshape(1, *x.shape[x.ndim - rank :]).astype(dtype)
-        return whole(x, dtype, rank)
-
-    segment_ids = (
-        whole(extras.q_segment_ids, jnp.int32, 1),
-        whole(extras.kv_segment_ids, jnp.int32, 1),
-    )
-    mask = shared(extras.mask, jnp.bool_, 3)
-    # Of the kernel whose rows are queries, and of the one whose rows are keys: in the
-    # backward pass of narrow heads that is the only one.
-    block = transposed_block = None
-    if tiles is None:
-        block = (config.BIAS_BLOCK_Q, config.BIAS_BLOCK_KV)
-    elif not backward:
-        block = (tiles.block_q, tiles.block_kv)
-    else:
-        transposed_block = (tiles.block_q, tiles.block_kv)
-        if tiles.dq_block_kv:
-            block = (config.WIDE_DQ_BLOCK_Q, tiles.dq_block_kv)
-
-    def mask_bits(block, transposed):
-        if block is None or mask.size == 0:
-            return jnp.zeros((0,) * 4, jnp.uint32)
-        return blocks.mask_bits(mask, block, transposed=transposed)
-
-    bits = mask_bits(block, transposed=False)
-    transposed_bits = mask_bits(transposed_block, transposed=True)
-
-    def block_map(transposed):
-        has_segments, has_mask = extras.q_segment_ids is not None, mask.size != 0
-        mapped = tiles is not None and (has_segments or has_mask)
-        if not mapped or (transposed and not backward):
-            return jnp.zeros((0,) * 5, jnp.int32)
-        of_keys = transposed or block is None
-        own_bits = transposed_bits if of_keys else bits
-        return blocks.block_map(
-            (q.shape[1], k.shape[1]),
-            transposed_block if of_keys else block,
-            segment_ids if has_segments else None,
-            own_bits if has_mask else None,
-            transposed=transposed,
-            of_keys=of_keys,
-        )
-
-    return (
-        whole(extras.query_seq_lengths, jnp.int32, 0),
-        whole(extras.key_value_seq_lengths, jnp.int32, 0),
-        *segment_ids,
-        bits,
-        transposed_bits,
-        # One of q's dtype goes as it is, any other in float32.
-        shared(extras.bias, _bias_dtype(extras.bias, q.dtype), 3),
-        _bounded(shared(extras.sinks, jnp.float32, 1)),
-        block_map(transposed=False),
-        block_map(transposed=True),
-    )
-
-
-def _bias_dtype(bias, dtype):
-    return dtype if bias is None or bias.dtype == dtype else jnp.float32
-
-
-def _bounded(sinks):
-    """Sinks of which the kernels can take the multiple 1 / ln 2; infinities stay.
-
-    Where a sink is all that a row sees it is its lse, which the backward pass takes in
-    base 2: of the least number of a dtype there is no such multiple.
-    """
-    return jnp.where(jnp.isinf(sinks), sinks, jnp.clip(sinks, -_LARGEST, _LARGEST))
-
-
-def _fold(x, rank):
-    """[*batch, ...] -> [B, ...], where ... are ``rank`` axes"""
-    split = x.ndim - rank
-    return x.reshape(math.prod(x.shape[:split]), *x.shape[split:])
-
-
-def _unfold(x, batch):
-    """[B, ...] -> [*batch, ...]"""
-    return x.reshape(*batch, *x.shape[1:])
 
 
 def _check_supported(options, q, k, v, extras):
