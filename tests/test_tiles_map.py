@@ -65,6 +65,15 @@ UNARY_OPS = {
     "accurate_tanh of little": (lambda x: np.tanh(np.float32(0.06) * x), 5e-7),
     "softplus": (softplus, 2e-6),
     "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), 2e-6),
+    "SmallTanhFactor": (
+        lambda x: np.where(np.isinf(x), x, 3 * np.tanh(np.float32(0.06) * x)),
+        5e-7,
+    ),
+    "its limit": (lambda x: np.full_like(x, 0.55 / 0.06), 1e-6),
+    "its limit where floats end": (lambda x: np.full_like(x, -1), 0),
+    "all_within, beside an infinity": (np.zeros_like, 0),
+    "all_within": (np.ones_like, 0),
+    "all_within, of less": (np.zeros_like, 0),
     "map_within": (
         lambda x: x + np.where(np.arange(32)[:, None] < 16, -1.0, 1.0),
         1e-7,

@@ -308,8 +308,22 @@ struct Forward : ForwardCopies<Traits> {
             };
             bool corrects;
             if (kKeepsMax && !repeats && !is_masked(tile, keys)) {
-              score_map.apply_cap(s_acc);
-              corrects = softmax.template weigh_by_old_max<kBesideOutput>(s_acc, p, wait_output);
+              const auto weigh = [&](const auto& unit) {
+                return softmax.template weigh_by_old_max<kBesideOutput>(s_acc, p, unit,
+                                                                        wait_output);
+              };
+              const auto of_scores = [=](float) { return unit_log2; };
+              if constexpr (kKeepsMax && Map::kCaps) {
+                const auto small_unit = score_map.small_unit();
+                if (warp::all_within(s_acc, small_unit.limit)) {
+                  corrects = weigh(small_unit);
+                } else {
+                  score_map.apply_cap(s_acc);
+                  corrects = weigh(of_scores);
+                }
+              } else {
+                corrects = weigh(of_scores);
+              }
             } else {
               if constexpr (kConsumers > 2) wait_output();
               if constexpr (kMasked || kFeatures != 0) complete_scores(tile, keys);

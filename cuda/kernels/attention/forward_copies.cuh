@@ -39,7 +39,7 @@ struct ForwardCopies {
   static constexpr bool kWalksUp = Walk::kWalksUp;
   // Whether blocks that all queries see are weighed by the maximum of those before, so that some
   // tiles may be walked once more.
-  static constexpr bool kKeepsMax = kFeatures == 0 || (kFeatures == kSoftCap && kConsumers <= 2);
+  static constexpr bool kKeepsMax = kFeatures == 0 || kFeatures == kSoftCap;
 
   using QTile = SharedTile<T, 64, kHeadDim>;
   using KTile = SharedTile<T, kBlockKv, kHeadDim>;

@@ -81,14 +81,15 @@ struct OnlineSoftmax {
 
   // The same of a block of which every row sees keys, relative to a maximum that is not looked for
   // again, and their conversion. The first kFirst keys are weighed before `wait`, which waits for
-  // the product that reads the weights before these, the others after it.
-  template <int kFirst, int kCols, typename Weights, typename Wait>
+  // the product that reads the weights before these, the others after it. `unit(x)` times x is a
+  // score in powers of two, x being what `scores` has of it: scale_log2 where it has the score.
+  template <int kFirst, int kCols, typename Weights, typename Unit, typename Wait>
   __device__ __forceinline__ bool weigh_by_old_max(RegTile<float, 16, kCols>& scores,
-                                                   Weights& weights, Wait&& wait) {
+                                                   Weights& weights, Unit&& unit, Wait&& wait) {
     const float factor = scale_log2;
     PerRow<16> shift, block_sum;
     warp::map(shift, row_max, [=](float x) { return math::mul(x, factor); });
-    const auto weigh = [=](float s, float now) { return math::exp2(s * factor - now); };
+    const auto weigh = [=](float s, float now) { return math::exp2(s * unit(s) - now); };
     warp::fill(block_sum, 0.0f);
     if constexpr (kFirst > 0) {
       auto first = warp::part<0, kFirst>(scores);
@@ -106,13 +107,13 @@ struct OnlineSoftmax {
     const bool grows =
         warp::any_row(block_sum, block_sum, [](float sum, float) { return sum > kLargeSum; });
     if (grows) {
-      const float unit = math::reciprocal(factor);
+      const float per_factor = math::reciprocal(factor);
       const PerRow<16> before = row_max;
       PerRow<16> largest = block_sum;
       warp::finish_row_max(largest);
       warp::zip(row_max, before, largest, [=](float old, float sum) {
         if (sum > kHugeSum) return kInfinity - kInfinity;
-        return sum > kLargeSum ? old + math::log2(sum) * unit : old;
+        return sum > kLargeSum ? old + math::log2(sum) * per_factor : old;
       });
       warp::zip(correction, before, row_max, [=](float old, float now) {
         return math::exp2(math::mul(old, factor) - math::mul(now, factor));

@@ -91,6 +91,12 @@ struct ScoreMap {
     const float factor = kCaps ? cap : gain;
     warpgroup::zip_shared(scores, bias, [=](float s, float b) { return math::fma(s, factor, b); });
   }
+  // score in powers of two / product, where the product is so small that a cap's tanh is one of
+  // these.
+  __device__ __forceinline__ math::SmallTanhFactor small_unit() const {
+    static_assert(kCaps && !kAdds, "what is in units of a cap");
+    return {gain, cap * kLog2E};
+  }
   // As far as a cap goes.
   template <typename Tile>
   __device__ __forceinline__ void apply_cap(Tile& scores) const {

@@ -35,6 +35,16 @@ __device__ __forceinline__ void unary(const KernelParams& params) {
   warp::map(y, x, [](float v) { return math::softplus(v); }), out.put(y);
   warp::map(y, x, [](float v) { return math::sigmoid(v); }), out.put(y);
   // The first square of sixteen rows has an infinity, the second has not.
+  const math::SmallTanhFactor of_x(0.06f, 3.0f), beyond_floats(1e-9f, 1.0f);
+  warp::map(y, x, [=](float v) { return v * of_x(v); }), out.put(y);
+  warp::fill(y, of_x.limit), out.put(y);
+  warp::fill(y, beyond_floats.limit), out.put(y);
+  // An infinity is the largest, and then 8 in its place.
+  warp::fill(y, warp::all_within(x, 9.0f) ? 1.0f : 0.0f), out.put(y);
+  RegTile<Src, 32, 16> bounded;
+  warp::map(bounded, x, [](float v) { return math::max(math::min(v, 8.0f), -8.0f); });
+  warp::fill(y, warp::all_within(bounded, 8.0f) ? 1.0f : 0.0f), out.put(y);
+  warp::fill(y, warp::all_within(bounded, 7.9f) ? 1.0f : 0.0f), out.put(y);
   warp::map_within(y, x, 9.0f, [](float v) { return v + 1.0f; }, [](float v) { return v - 1.0f; });
   out.put(y);
   warp::fill(y, params.scalars[0]), out.put(y);

@@ -105,9 +105,9 @@ _BIAS = {
     256: _tile(128, 48),
 }
 # The first of these that a call has all of, and that has tiles for both head dims, for
-# the larger one beside a mask (one of config.KERNEL_MASKS), or for that. The maps of
-# segments and masks are those of documents' ends, too: they are finer in tiles of 128
-# queries than of 192.
+# the larger one beside a mask (one of config.KERNEL_MASKS), from so many keys on or for
+# any number, or for the larger one. The maps of segments and masks are those of
+# documents' ends, too: they are finer in tiles of 128 queries than of 192.
 _FORWARD_FEATURES = (
     ({"tiledbias", "segments"}, {64: _tile(128, 128)}),
     ({"tiledbias", "mask", "floatbias"}, _TILED_FLOAT_BIAS),
@@ -126,7 +126,10 @@ _FORWARD_FEATURES = (
         _BIAS | {64: _tile(128, 128), 256: _tile(128, 64)},
     ),
     ({"pairedbias", "segments"}, {64: _tile(128, 128)}),
-    ({"pairedbias", "softcap"}, {64: _tile(192, 80)}),
+    (
+        {"pairedbias", "softcap"},
+        {64: _tile(192, 80), (256, "causal"): _tile(128, 48)},
+    ),
     ({"pairedbias"}, _PAIRED_BIAS),
     ({"bias"}, _BIAS),
     ({"mask", "segments"}, {64: _tile(128, 128)}),
@@ -144,13 +147,23 @@ _FORWARD_FEATURES = (
         {"segments"},
         {64: _tile(128, 128), 128: _tile(128, 128), 256: _tile(128, 64)},
     ),
-    ({"softcap", "lengths"}, {(64, "causal"): _tile(192, 128)}),
+    (
+        {"softcap", "lengths"},
+        {
+            (64, "none"): _tile(192, 112),
+            (64, "causal"): _tile(192, 128),
+            128: _tile(128, 128),
+            256: _tile(128, 64),
+        },
+    ),
     (
         {"softcap"},
         {
-            (64, "none"): _tile(192, 112),
-            (64, "causal"): _tile(192, 112),
+            (64, "none"): _tile(192, 96),
+            (64, "causal"): _tile(192, 96),
+            (128, "none", _MANY_KEYS): _tile(128, 160),
             128: _tile(128, 128),
+            (256, "none"): _tile(128, 80),
             256: _tile(128, 64),
         },
     ),
@@ -182,8 +195,11 @@ def forward_config(
     """``mask`` is one of config.KERNEL_MASKS; the head dims are those of arrays."""
     tile = tile_head_dim(head_dim), tile_head_dim(head_dim_v)
     larger = max(tile)
+    keys = [tile, (larger, mask), larger]
+    if seqlen_kv >= _MANY_KEYS:
+        keys.insert(1, (larger, mask, _MANY_KEYS))
     for needed, tiles in _FORWARD_FEATURES:
-        for key in (tile, (larger, mask), larger):
+        for key in keys:
             if needed <= features and key in tiles:
                 return tiles[key]
     few_keys = mask == "causal" and seqlen_kv <= _FEW_CAUSAL_KEYS

@@ -37,6 +37,18 @@ void map(Dst& dst, const Src& src, F&& f, Location at = {}) {
   detail_map::assign(dst, [&](int r, int c) { return f(detail_map::value(src, r, c)); });
 }
 
+template <typename Src>
+bool all_within(const Src& src, float limit, Location at = {}) {
+  detail::reading(src, at);
+  bool all = true;
+  for (int row = 0; row < Src::kRows; ++row) {
+    for (int col = 0; col < Src::kCols; ++col) {
+      all = all && !(std::abs(detail_map::value(src, row, col)) > limit);
+    }
+  }
+  return all;
+}
+
 template <typename Dst, typename Src, typename F, typename G>
 void map_within(Dst& dst, const Src& src, float limit, F&& f, G&& g, Location at = {}) {
   static_assert(detail::kSameShape<Dst, Src>, "map_within needs tiles of one shape");

@@ -26,6 +26,21 @@ __device__ __forceinline__ void map(Dst& dst, const Src& src, F&& f, Location = 
   });
 }
 
+// Whether none of a warp's values is larger than limit, whatever its sign. NaN is not larger.
+template <typename Src>
+__device__ __forceinline__ bool all_within(const Src& src, float limit, Location = {}) {
+  float largest[4] = {};  // four, as each waits for the one before
+  detail::for_each_pair<Src>([&](int s, int g, int h) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float& so_far = largest[2 * h + i];
+      so_far = ptx::max(so_far, ptx::abs(detail::get(src, s, g, 2 * h + i)));
+    }
+  });
+  return !ptx::any(ptx::max(ptx::max(largest[0], largest[1]), ptx::max(largest[2], largest[3])) >
+                   limit);
+}
+
 // Of every 16 x 16 square, dst = f(src) if none of its values is larger than limit, whatever its
 // sign, otherwise dst = g(src). Lanes decide together, first for the whole tile, so the two should
 // differ in nothing but their cost. NaN is not larger.
