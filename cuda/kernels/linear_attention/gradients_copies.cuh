@@ -190,8 +190,8 @@ struct GradientsCopies {
     tma::load(step.dout_smem, params.dout, full, tma::Keep::kNormal, column, token, head,
               place.batch);
     const int pairs = ceil_div(params.chunks, kPair);
-    const int matrix = stored_matrix(place.batch, place.chunk / kPair, pairs, head, params.num_heads,
-                                     slice, place.slices);
+    const int matrix = stored_matrix(place.batch, place.chunk / kPair, pairs, head,
+                                     params.num_heads, slice, place.slices);
     tma::load(step.state_smem, params.states, full, tma::Keep::kNormal, 0, matrix * kSlice);
     tma::load(step.dstate_smem, params.dstates, full, tma::Keep::kNormal, 0, matrix * kSlice);
     step.gates.load(params.gates, full, row, place.batch, place.chunk, params.chunks);

@@ -133,8 +133,8 @@ struct StatesParams {
   int chunks, chunks_of_segment;
   float scale;  // of the keys (reverse)
 };
-// Which of the stored matrices of 64 rows is a slice's. Heads lie next to each other: they walk side
-// by side, and who reads them takes one head of a run after another.
+// Which of the stored matrices of 64 rows is a slice's. Heads lie next to each other: they walk
+// side by side, and who reads them takes one head of a run after another.
 template <typename Int>
 constexpr Int stored_matrix(Int batch, Int run, Int runs, Int head, Int heads, Int slice,
                             Int slices) {

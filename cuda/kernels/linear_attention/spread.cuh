@@ -79,9 +79,8 @@ struct Spread {
     const int runs = ceil_div(params.chunks, params.stored_every);
     for_each_chunk([&](int chunk) {
       if (!begins_run(params, chunk, params.reverse)) return;
-      const int64 matrix =
-          stored_matrix<int64>(place.batch, chunk / params.stored_every, runs, place.head,
-                               params.num_heads, place.slice, slices);
+      const int64 matrix = stored_matrix<int64>(place.batch, chunk / params.stored_every, runs,
+                                                place.head, params.num_heads, place.slice, slices);
       T* const first = static_cast<T*>(params.results) + matrix * kSlice * params.key_dim;
       add_to(GlobalView<T>{first, kSlice, params.key_dim, params.key_dim}, found, first_row, col);
     });

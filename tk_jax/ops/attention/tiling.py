@@ -110,7 +110,10 @@ _BIAS = {
 # documents' ends, too: they are finer in tiles of 128 queries than of 192.
 _FORWARD_FEATURES = (
     ({"tiledbias", "segments"}, {64: _tile(128, 128)}),
-    ({"tiledbias", "mask", "floatbias"}, _TILED_FLOAT_BIAS),
+    (
+        {"tiledbias", "mask", "floatbias"},
+        _TILED_FLOAT_BIAS | {64: _tile(128, 128), (192, 128): _tile(128, 96)},
+    ),
     ({"tiledbias", "mask"}, _TILED_BIAS | {64: _tile(192, 96)}),
     ({"tiledbias", "softcap", "floatbias"}, {64: _tile(128, 96)}),
     ({"tiledbias", "softcap"}, {64: _tile(192, 96)}),
