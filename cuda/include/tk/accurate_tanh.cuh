@@ -35,7 +35,7 @@ struct SmallTanhFactor {
     const auto holds = [](float x) { return abs(x) > 1e-30f && abs(x) < 1e30f; };
     limit = holds(of_1) && holds(of_9) && holds(gain) ? kSmallTanh / abs(gain) : -1.0f;
   }
-  __device__ __forceinline__ float operator()(float x) const {
+  __device__ __forceinline__ float factor_of(float x) const {
     const float z = x * x;
     float p = fma(z, of_9, of_7);
     p = fma(z, p, of_5);

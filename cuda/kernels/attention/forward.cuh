@@ -316,7 +316,7 @@ struct Forward : ForwardCopies<Traits> {
               if constexpr (kKeepsMax && Map::kCaps) {
                 const auto small_unit = score_map.small_unit();
                 if (warp::all_within(s_acc, small_unit.limit)) {
-                  corrects = weigh(small_unit);
+                  corrects = weigh([=](float x) { return small_unit.factor_of(x); });
                 } else {
                   score_map.apply_cap(s_acc);
                   corrects = weigh(of_scores);

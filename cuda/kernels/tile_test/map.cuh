@@ -36,7 +36,7 @@ __device__ __forceinline__ void unary(const KernelParams& params) {
   warp::map(y, x, [](float v) { return math::sigmoid(v); }), out.put(y);
   // The first square of sixteen rows has an infinity, the second has not.
   const math::SmallTanhFactor of_x(0.06f, 3.0f), beyond_floats(1e-9f, 1.0f);
-  warp::map(y, x, [=](float v) { return v * of_x(v); }), out.put(y);
+  warp::map(y, x, [=](float v) { return v * of_x.factor_of(v); }), out.put(y);
   warp::fill(y, of_x.limit), out.put(y);
   warp::fill(y, beyond_floats.limit), out.put(y);
   // An infinity is the largest, and then 8 in its place.
