@@ -10,6 +10,7 @@ from handler_process import FIRST_ADDRESS, Call, Gpu, both_stages, launched
 
 from tk_jax.ops.attention import config as attention
 from tk_jax.ops.attention import tiling as attention_tiling
+from tk_jax.ops.attention.operands import Operands
 
 _INVALID, _UNIMPLEMENTED = 3, 12
 _SMS = 132
@@ -196,15 +197,21 @@ def test_backward_launches_of_wide_heads():
 
 
 _Q = Shape()
-# Lengths, segment ids and masks that are not there, a bias, no sinks and no maps.
-_BIAS_ALONE = [
-    *[("int32", [0])] * 2,
-    *[("int32", [0, 0])] * 2,
-    *[("uint32", [0, 0, 0, 0])] * 2,
-    ("bfloat16", [1, 8, 1000, 1100]),
-    ("float32", [0, 0]),
-    *[("int32", [0, 0, 0, 0, 0])] * 2,
-]
+_NO_BITS = ("uint32", [0, 0, 0, 0])
+_NO_MAP = ("int32", [0, 0, 0, 0, 0])
+_NO_OPERANDS = Operands(
+    query_seq_lengths=("int32", [0]),
+    key_value_seq_lengths=("int32", [0]),
+    q_segment_ids=("int32", [0, 0]),
+    kv_segment_ids=("int32", [0, 0]),
+    mask=_NO_BITS,
+    transposed_mask=_NO_BITS,
+    bias=("bfloat16", [0, 0, 0, 0]),
+    sinks=("float32", [0, 0]),
+    key_map=_NO_MAP,
+    query_map=_NO_MAP,
+)
+_BIAS_ALONE = _NO_OPERANDS._replace(bias=("bfloat16", [1, 8, 1000, 1100]))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -224,8 +231,7 @@ def test_kernels_read_a_bias_as_tiles_are_chosen_for_it(dtype):
             jnp.dtype(dtype),
         )
         expected.append(features)
-        with_bias = list(_BIAS_ALONE)
-        with_bias[6] = (bias_dtype, list(bias.shape))
+        with_bias = _NO_OPERANDS._replace(bias=(bias_dtype, list(bias.shape)))
         tile = attention_tiling.forward_config(64, 64, 1, features=features)
         calls.append(
             forward(
@@ -245,19 +251,12 @@ def test_kernels_read_a_bias_as_tiles_are_chosen_for_it(dtype):
 
 # A mask's bits for blocks of 192 queries and 128 keys, transposed ones, and its map.
 _BITS = ("uint32", [1, 8, 36, 1152])
-_NO_BITS = ("uint32", [0, 0, 0, 0])
 
 
-def _masked(bits, transposed_bits=_NO_BITS, query_map=None):
-    return [
-        *[("int32", [0])] * 2,
-        *[("int32", [0, 0])] * 2,
-        *[bits, transposed_bits],
-        ("bfloat16", [0, 0, 0, 0]),
-        ("float32", [0, 0]),
-        ("int32", [1, 8, 6, 1, 2]),
-        query_map or ("int32", [0, 0, 0, 0, 0]),
-    ]
+def _masked(bits, transposed_bits=_NO_BITS):
+    return _NO_OPERANDS._replace(
+        mask=bits, transposed_mask=transposed_bits, key_map=("int32", [1, 8, 6, 1, 2])
+    )
 
 
 def test_a_mask_of_whole_blocks_is_launched():
