@@ -14,6 +14,7 @@ OP_SOURCES = [
     "ffi/based_attention_chunks.cc",
     "ffi/based_attention_kernels.cc",
     "ffi/based_attention_problem.cc",
+    "ffi/based_attention_walked_gradients.cc",
     "ffi/based_attention_walks.cc",
     "ffi/ffi_util.cc",
     "ffi/hedgehog_attention_backward.cc",

@@ -33,6 +33,7 @@ _TARGETS = (
     "tk_based_attention_gradients_v1",
     "tk_based_attention_outputs_v1",
     "tk_based_attention_states_v1",
+    "tk_based_attention_walked_gradients_v1",
     "tk_hedgehog_attention_document_states_v1",
     "tk_hedgehog_attention_keys_v1",
     "tk_hedgehog_attention_outputs_v1",

@@ -20,6 +20,9 @@ constexpr Facts kFacts[] = {
      based_attention::kLeastWalkStages, based_attention::states_shared_bytes},
     {"outputs", "OutputsParams", based_attention::kWalkThreads, based_attention::kWalkBlocks,
      based_attention::kLeastWalkStages, based_attention::outputs_shared_bytes},
+    {"walked_gradients", "WalkedGradientsParams", based_attention::kWalkThreads,
+     based_attention::kWalkBlocks, based_attention::kLeastWalkStages,
+     based_attention::walked_gradients_shared_bytes},
     {"chunk_outputs", "ChunkOutputsParams", based_attention::kWalkThreads,
      based_attention::kWalkBlocks, 1, based_attention::chunk_outputs_shared_bytes},
     {"gradients", "GradientsParams", based_attention::kGradientsThreads, 1, 1,
@@ -29,8 +32,8 @@ constexpr Facts kFacts[] = {
 }  // namespace
 
 KernelKey BasedAttentionKernel::key() const {
-  return {
-      {static_cast<int>(name), static_cast<int>(dtype), dim, documents, config.stages, normalize}};
+  return {{static_cast<int>(name), static_cast<int>(dtype), dim, documents, config.stages,
+           normalize, reverse}};
 }
 
 Result<KernelSpec> BasedAttentionKernel::spec() const {
@@ -44,12 +47,17 @@ Result<KernelSpec> BasedAttentionKernel::spec() const {
                        " values; the kernels take 8, 16, 24 and 32");
   }
   const int dim = static_cast<int>(this->dim);
-  if (name == Name::kOutputs && !based_attention::walks(dim)) {
-    return unsupported("outputs of " + std::to_string(dim) +
-                       " values; their state is chunk_outputs's");
+  const bool walks = name == Name::kOutputs || name == Name::kWalkedGradients;
+  const bool by_chunks = name == Name::kChunkOutputs || name == Name::kGradients;
+  if (based_attention::walks(dim) ? by_chunks : walks) {
+    return unsupported(std::string(facts.name) + " of " + std::to_string(dim) +
+                       " values; their state is " + (walks ? "stored" : "walked through"));
   }
   if (normalize && name != Name::kOutputs) {
     return invalid(std::string(facts.name) + " are not normalized");
+  }
+  if (reverse && name != Name::kWalkedGradients) {
+    return invalid(std::string(facts.name) + " have one kernel for either way");
   }
   int most = 0;
   while (facts.blocks * (facts.shared_bytes(dim, most + 1) + 1024) <= kMultiprocessorBytes) ++most;
@@ -60,13 +68,14 @@ Result<KernelSpec> BasedAttentionKernel::spec() const {
   }
   KernelSpec spec;
   spec.symbol = std::string("tk_based_attention_") + facts.name + "_d" + std::to_string(dim) +
-                (documents ? "_documents" : "") + (normalize ? "_normalized_" : "_") +
-                type_suffix(dtype);
+                (documents ? "_documents" : "") + (normalize ? "_normalized" : "") +
+                (reverse ? "_reverse_" : "_") + type_suffix(dtype);
   spec.header = std::string("kernels/based_attention/") + facts.name + ".cuh";
   spec.function = std::string("tk::based_attention::") + facts.name +
                   "<tk::based_attention::Traits<" + type_name(dtype) + ", " + std::to_string(dim) +
                   ", " + bool_name(documents) + ", " + std::to_string(config.stages) + ">";
   if (name == Name::kOutputs) spec.function += std::string(", ") + bool_name(normalize);
+  if (name == Name::kWalkedGradients) spec.function += std::string(", ") + bool_name(reverse);
   spec.function += ">";
   spec.params_type = std::string("tk::based_attention::") + facts.params;
   spec.threads = facts.threads;

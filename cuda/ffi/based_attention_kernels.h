@@ -24,7 +24,7 @@ struct BasedConfig {
 };
 
 struct BasedAttentionKernel {
-  enum class Name { kStates, kOutputs, kChunkOutputs, kGradients };
+  enum class Name { kStates, kOutputs, kWalkedGradients, kChunkOutputs, kGradients };
 
   Name name;
   runtime::DataType dtype;
@@ -32,6 +32,7 @@ struct BasedAttentionKernel {
   bool documents;
   BasedConfig config;
   bool normalize = false;  // of outputs
+  bool reverse = false;    // of walked_gradients
 
   KernelKey key() const;
   Result<KernelSpec> spec() const;

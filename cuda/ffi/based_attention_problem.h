@@ -29,6 +29,8 @@ Status encode_chunk_states(TensorMap* map, const AnyBuffer& buffer, const Linear
 
 // What makes phi(scale q) . phi(k) the Taylor series.
 ProductFactors query_factors(float scale);
+// Whether products with it and with its square are exact.
+bool is_power_of_two(float x);
 
 template <typename Params>
 void set_based_sizes(Params* params, const LinearAttentionSizes& s, const AnyBuffer& counts) {
@@ -38,6 +40,38 @@ void set_based_sizes(Params* params, const LinearAttentionSizes& s, const AnyBuf
   params->num_groups = static_cast<int>(s.num_groups);
   params->value_dim = static_cast<int>(s.value_dim);
   params->chunks = static_cast<int>(s.chunks());
+}
+
+// A kernel that walks through a sequence.
+struct BasedWalkCall {
+  LinearAttentionSizes sizes;
+  BasedAttentionKernel kernel;
+  std::int64_t segments;
+};
+// What segments start from; all may be missing.
+struct BasedStartBuffers {
+  AnyBuffer from, added, since;
+};
+// [B, H, slices, pieces, segments - 1, 64, columns of a piece], or missing.
+Status check_added(const char* name, const AnyBuffer& buffer, const LinearAttentionSizes& s,
+                   std::int64_t segments);
+// Checks what all walks have.
+Result<BasedWalkCall> read_based_walk(const LinearAttentionSizes& s,
+                                      BasedAttentionKernel::Name name, const AnyBuffer& counts,
+                                      std::int64_t chunks_of_segment, const BasedConfig& config,
+                                      const BasedStartBuffers& start, const AnyBuffer& to);
+
+template <typename Params>
+void set_based_walk(Params* params, const BasedWalkCall& call, const AnyBuffer& counts,
+                    const BasedStartBuffers& start, const AnyBuffer& to,
+                    std::int64_t chunks_of_segment) {
+  set_based_sizes(params, call.sizes, counts);
+  params->from = optional_floats(start.from);
+  params->added = optional_floats(start.added);
+  params->since =
+      is_given(start.since) ? static_cast<const int*>(start.since.untyped_data()) : nullptr;
+  params->to = optional_floats(to);
+  params->chunks_of_segment = static_cast<int>(chunks_of_segment);
 }
 
 // Compiles or finds the kernel, in the initialize stage.

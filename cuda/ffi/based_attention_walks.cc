@@ -1,8 +1,5 @@
 // The targets tk_based_attention_states_v1 and tk_based_attention_outputs_v1: kernels that walk
 // through a sequence.
-#include <cmath>
-#include <cstdlib>
-
 #include "ffi/based_attention_problem.h"
 #include "ffi/handlers.h"
 #include "ffi/linear_attention_kernels.h"
@@ -16,74 +13,16 @@ constexpr const char* kOutputsName = "tk_based_attention_outputs_v1";
 
 using Name = BasedAttentionKernel::Name;
 
-struct WalkCall {
-  LinearAttentionSizes sizes;
-  BasedAttentionKernel kernel;
-  std::int64_t segments;
-};
-
-// What segments start from; all may be missing.
-struct StartBuffers {
-  AnyBuffer from, added, since;
-};
-
-// [B, H, slices, pieces, segments - 1, 64, columns of a piece], or missing.
-Status check_added(const char* name, const AnyBuffer& buffer, const LinearAttentionSizes& s,
-                   std::int64_t segments) {
-  const int key_dim = static_cast<int>(s.key_dim);
-  return check_optional_floats(
-      name, buffer,
-      {s.batch, s.num_heads, s.slices(), based_attention::state_pieces(key_dim), segments - 1,
-       based_attention::kSlice, based_attention::piece_columns(key_dim)});
-}
-
-// Checks what both targets have.
-Result<WalkCall> read_walk(const LinearAttentionSizes& s, Name name, const AnyBuffer& counts,
-                           std::int64_t chunks_of_segment, const BasedConfig& config,
-                           const StartBuffers& start, const AnyBuffer& to) {
-  if (chunks_of_segment < 1 || chunks_of_segment > s.chunks()) {
-    return invalid("chunks_of_segment is " + std::to_string(chunks_of_segment) +
-                   "; expected 1 to the " + std::to_string(s.chunks()) + " chunks there are");
-  }
-  const std::int64_t segments = ceil_div(s.chunks(), chunks_of_segment);
-  const auto check_state = [&](const char* name, const AnyBuffer& buffer) {
-    return check_optional_floats(name, buffer,
-                                 {s.batch, s.num_heads, s.value_dim, state_columns_of(s)});
-  };
-  if (Status status = first_error(
-          {check_counts(counts, s), check_state("from", start.from), check_state("to", to),
-           check_added("added", start.added, s, segments), check_grid("segments", segments),
-           check_dtype("since", start.since, xffi::DataType::S32),
-           is_given(start.since) ? check_dims("since", start.since, {s.batch, segments})
-                                 : Status()});
-      !status.ok()) {
-    return status.error();
-  }
-  return WalkCall{s, {name, s.dtype, s.key_dim, is_given(counts), config}, segments};
-}
-
-template <typename Params>
-void set_walk(Params* params, const WalkCall& call, const AnyBuffer& counts,
-              const StartBuffers& start, const AnyBuffer& to, std::int64_t chunks_of_segment) {
-  set_based_sizes(params, call.sizes, counts);
-  params->from = optional_floats(start.from);
-  params->added = optional_floats(start.added);
-  params->since =
-      is_given(start.since) ? static_cast<const int*>(start.since.untyped_data()) : nullptr;
-  params->to = optional_floats(to);
-  params->chunks_of_segment = static_cast<int>(chunks_of_segment);
-}
-
 // -- States ---------------------------------------------------------------------------------------
 
 struct StatesBuffers {
   AnyBuffer keys, values, counts;
-  StartBuffers start;
+  BasedStartBuffers start;
   AnyBuffer chunk_states, adds, to;
 };
 
-Result<WalkCall> read_states(const StatesBuffers& b, const BasedStatesOptions& options,
-                             const BasedConfig& config) {
+Result<BasedWalkCall> read_states(const StatesBuffers& b, const BasedStatesOptions& options,
+                                  const BasedConfig& config) {
   const auto sizes = read_based_attention_sizes("keys", b.keys, "values", b.values);
   if (!sizes.ok()) return sizes.error();
   const LinearAttentionSizes& s = *sizes;
@@ -97,7 +36,7 @@ Result<WalkCall> read_states(const StatesBuffers& b, const BasedStatesOptions& o
     return invalid("neither chunk_states nor adds nor to is asked for");
   }
   auto call =
-      read_walk(s, Name::kStates, b.counts, options.chunks_of_segment, config, b.start, b.to);
+      read_based_walk(s, Name::kStates, b.counts, options.chunks_of_segment, config, b.start, b.to);
   if (!call.ok()) return call;
   if (Status status = check_added("adds", b.adds, s, call->segments); !status.ok()) {
     return status.error();
@@ -146,7 +85,7 @@ Status execute_states(const Execution& on, const StatesBuffers& b,
       !status.ok()) {
     return status;
   }
-  set_walk(&params, *call, b.counts, b.start, b.to, options.chunks_of_segment);
+  set_based_walk(&params, *call, b.counts, b.start, b.to, options.chunks_of_segment);
   params.adds = optional_floats(b.adds);
   const int pieces = based_attention::state_pieces(static_cast<int>(s.key_dim));
   // Nothing starts after the last.
@@ -157,22 +96,15 @@ Status execute_states(const Execution& on, const StatesBuffers& b,
 
 // -- Outputs --------------------------------------------------------------------------------------
 
-// Whether products with it and with its square are exact. Of those whose square is out of range,
-// nothing is.
-bool is_power_of_two(float x) {
-  int exponent;
-  return std::frexp(std::fabs(x), &exponent) == 0.5f && std::abs(exponent) < 60;
-}
-
 struct OutputsBuffers {
   AnyBuffer q, k, v, counts;
-  StartBuffers start;
+  BasedStartBuffers start;
   AnyBuffer sums;
   AnyBuffer out, to;
 };
 
-Result<WalkCall> read_outputs(const OutputsBuffers& b, const BasedOutputsOptions& options,
-                              const BasedConfig& config) {
+Result<BasedWalkCall> read_outputs(const OutputsBuffers& b, const BasedOutputsOptions& options,
+                                   const BasedConfig& config) {
   const auto sizes = read_based_attention_sizes("q", b.q, "v", b.v);
   if (!sizes.ok()) return sizes.error();
   const LinearAttentionSizes& s = *sizes;
@@ -182,8 +114,8 @@ Result<WalkCall> read_outputs(const OutputsBuffers& b, const BasedOutputsOptions
       !status.ok()) {
     return status.error();
   }
-  auto call =
-      read_walk(s, Name::kOutputs, b.counts, options.chunks_of_segment, config, b.start, b.to);
+  auto call = read_based_walk(s, Name::kOutputs, b.counts, options.chunks_of_segment, config,
+                              b.start, b.to);
   if (!call.ok()) return call;
   call->kernel.normalize = options.normalize;
   if (is_given(b.sums) && !options.normalize) return invalid("sums of what is not normalized");
@@ -232,7 +164,7 @@ Status execute_outputs(const Execution& on, const OutputsBuffers& b,
   params.scale = options.scale;
   params.factors = query_factors(options.scale);
   params.factors_are_powers = is_power_of_two(options.scale);
-  set_walk(&params, *call, b.counts, b.start, b.to, options.chunks_of_segment);
+  set_based_walk(&params, *call, b.counts, b.start, b.to, options.chunks_of_segment);
   return runtime::launch(**kernel, on.stream, {s.num_heads * s.slices(), call->segments, s.batch},
                          &params);
 }

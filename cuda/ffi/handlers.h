@@ -20,6 +20,7 @@ extern const Target kBasedAttentionChunkOutputsTarget;
 extern const Target kBasedAttentionGradientsTarget;
 extern const Target kBasedAttentionOutputsTarget;
 extern const Target kBasedAttentionStatesTarget;
+extern const Target kBasedAttentionWalkedGradientsTarget;
 extern const Target kHedgehogDocumentStatesTarget;
 extern const Target kHedgehogKeysTarget;
 extern const Target kHedgehogOutputsTarget;
@@ -50,6 +51,7 @@ inline constexpr const Target* kTargets[] = {
     &kBasedAttentionGradientsTarget,
     &kBasedAttentionOutputsTarget,
     &kBasedAttentionStatesTarget,
+    &kBasedAttentionWalkedGradientsTarget,
     &kHedgehogDocumentStatesTarget,
     &kHedgehogKeysTarget,
     &kHedgehogOutputsTarget,

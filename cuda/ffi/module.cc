@@ -254,18 +254,23 @@ nb::list based_attention_specs(const std::string& kernel, const std::string& dty
   const auto name = [&] {
     if (kernel == "states") return Name::kStates;
     if (kernel == "outputs") return Name::kOutputs;
+    if (kernel == "walked_gradients") return Name::kWalkedGradients;
     if (kernel == "chunk_outputs") return Name::kChunkOutputs;
     if (kernel == "gradients") return Name::kGradients;
     throw nb::value_error(("no kernel is called " + kernel).c_str());
   }();
   nb::list specs;
-  specs.append(to_dict(BasedAttentionKernel{name,
-                                            to_dtype(dtype),
-                                            dim,
-                                            documents,
-                                            {field(config, "stages")},
-                                            normalize && name == Name::kOutputs}
-                           .spec()));
+  BasedAttentionKernel chosen = {name,
+                                 to_dtype(dtype),
+                                 dim,
+                                 documents,
+                                 {field(config, "stages")},
+                                 normalize && name == Name::kOutputs};
+  specs.append(to_dict(chosen.spec()));
+  if (name == Name::kWalkedGradients) {
+    chosen.reverse = true;
+    specs.append(to_dict(chosen.spec()));
+  }
   return specs;
 }
 

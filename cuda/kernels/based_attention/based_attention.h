@@ -13,7 +13,8 @@
 //   states         S at the starts of chunks, or dS at their ends; or what segments add to them
 //   outputs        out, and S at the end: where S fits into a warpgroup's registers
 //   chunk_outputs  out, chunk by chunk, from S at their starts: where it does not
-//   gradients      dq, dk, dv, chunk by chunk
+//   gradients      dq, dk, dv, chunk by chunk, from S at their starts and dS at their ends: there
+//   walked_gradients  dq beside S, or, reverse, dk and dv beside dS: where outputs are
 //
 // Shapes: q, k [B, T, G, d]; v, out [B, T, H, V], G dividing H. Values are taken in slices of 64
 // columns. A segment is a run of chunks; a sequence's are walked side by side. What each but the
@@ -131,6 +132,33 @@ constexpr int chunk_outputs_shared_bytes(int dim, long stages) {
          2 * key_tile_bytes(dim) + value_tile_bytes() + kCountBytes + kSharedSlack;
 }
 constexpr int kChunkOutputsThreads = 2 * 128;
+
+// -- walked_gradients -----------------------------------------------------------------------------
+// Kernel: "kernels/based_attention/walked_gradients.cuh"
+//   tk::based_attention::walked_gradients<
+//       tk::based_attention::Traits<T, kDim, kDocuments, kStages>, kReverse>
+// Grid: H * slices, segments, B.
+struct WalkedGradientsParams {
+  TensorMap q, k, v, dout;  // as OutputsParams'
+  TensorMap dkeys;          // dq, or in reverse dk: as q. If a group has one head of one slice
+  TensorMap dv;             // as v; in reverse
+  float* parts;             // else: of every slice of every head [B, T, H, slices, d]; or null
+  const float* counts;
+  const float* from;  // as StatesParams'
+  const float* added;
+  const int* since;
+  float* to;
+  int seqlen, num_heads, num_groups, value_dim;
+  int chunks, chunks_of_segment;
+  float scale;
+  ProductFactors factors;   // of the features of queries
+  bool factors_are_powers;  // of two
+};
+constexpr int walked_gradients_shared_bytes(int dim, long stages) {
+  return static_cast<int>(stages *
+                          (2 * key_tile_bytes(dim) + 2 * value_tile_bytes() + kCountBytes)) +
+         3 * piece_bytes(dim) + key_tile_bytes(dim) + value_tile_bytes() + kSharedSlack;
+}
 
 // -- gradients ------------------------------------------------------------------------------------
 // Kernel: "kernels/based_attention/gradients.cuh"

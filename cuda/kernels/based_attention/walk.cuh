@@ -71,11 +71,10 @@ __device__ __forceinline__ void load_state(State& state, const Params& params, c
   if (Traits::kDocuments && params.since != nullptr) {
     first = load_scalar(params.since + place.batch * segment.count + segment.order);
   }
-  if (params.from != nullptr && first < 0) {
-    warpgroup::load(state, state_rows<Traits>(params.from, params, place), 0, 0);
-  } else {
-    warp::zero(state);
-  }
+  // Of no rows where there is nothing: a branch on it leaves the compiler too few registers.
+  auto from = state_rows<Traits>(params.from, params, place);
+  if (params.from == nullptr || first >= 0) from.rows = 0;
+  warpgroup::load(state, from, 0, 0);
   if (params.added == nullptr) return;
   for (int order = max(first, 0); order < segment.order; ++order) {
     State part;

@@ -1,4 +1,4 @@
-"""The calls of Based attention's four kernels, one function each.
+"""The calls of Based attention's five kernels, one function each.
 
 Shapes and what is computed stand in ``cuda/kernels/based_attention``. States are
 [.., V, F] with the features in the kernels' order (``order.py``). ``counts`` is float32
@@ -131,6 +131,70 @@ def outputs(
         config=tiles.outputs,
     )
     return out, end if final else None
+
+
+def query_gradients(
+    q, k, v, dout, counts, start: Start, tiles: config.ScanConfig, *, scale: float
+):
+    """dq, from a walk through states."""
+    return _walked_gradients(
+        q, k, v, dout, counts, start, tiles, scale, reverse=False, final=False
+    )[0]
+
+
+def key_gradients(
+    q,
+    k,
+    v,
+    dout,
+    counts,
+    start: Start,
+    tiles: config.ScanConfig,
+    *,
+    scale: float,
+    final: bool,
+):
+    """dk, dv, and the state's gradient before the first chunk if ``final``.
+
+    From a walk in reverse, through gradients of states: ``start`` is of these.
+    """
+    dk, dv, dstate = _walked_gradients(
+        q, k, v, dout, counts, start, tiles, scale, reverse=True, final=final
+    )
+    return dk, dv, dstate if final else None
+
+
+def _walked_gradients(
+    q, k, v, dout, counts, start, tiles, scale, *, reverse: bool, final: bool
+):
+    batch, seqlen, groups, dim = q.shape
+    heads, slices = v.shape[2], -(-v.shape[3] // SLICE)
+    whole = heads * slices == groups
+    parts = (batch, seqlen, heads, slices, dim)
+    dkeys, dv, last = _ffi.call(
+        "tk_based_attention_walked_gradients_v1",
+        (
+            _ffi.result_type(
+                q, q.shape if whole else parts, q.dtype if whole else jnp.float32
+            ),
+            _ffi.result_type(q, v.shape if reverse else None, q.dtype),
+            _ffi.result_type(q, _state(k, v) if final else None),
+        ),
+        q,
+        k,
+        v,
+        dout,
+        _ffi.optional(counts),
+        *start.operands(),
+        options=config.BasedStatesOptions(
+            scale=scale, reverse=reverse, chunks_of_segment=tiles.chunks_of_segment
+        ),
+        config=tiles.gradients,
+    )
+    if not whole:
+        # The heads of a group, and the slices of each, one after another.
+        dkeys = dkeys.reshape(batch, seqlen, groups, -1, dim).sum(3).astype(q.dtype)
+    return dkeys, dv, last
 
 
 def chunk_outputs(q, k, v, chunk_states, counts, tiles: config.ScanConfig, *, scale):

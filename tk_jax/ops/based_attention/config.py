@@ -62,7 +62,7 @@ class ScanConfig:
     chunks_of_segment: int  # segments of a sequence are walked through side by side
     states: BasedConfig
     outputs: BasedConfig  # of chunk_outputs where those are taken
-    gradients: BasedConfig
+    gradients: BasedConfig  # of walked_gradients where outputs walk
 
     def segments(self, seqlen: int) -> int:
         """How many segments a sequence has."""
@@ -92,7 +92,7 @@ def scan_config(batch: int, seqlen: int, heads: int, dim: int, value_dim: int):
         chunks_of_segment=-(-chunks // max(1, segments)),
         states=BasedConfig(stages=3),
         outputs=BasedConfig(stages=2 if walks(dim) else 1),
-        gradients=BasedConfig(stages=3 if walks(dim) else 1),
+        gradients=BasedConfig(stages=2 if walks(dim) else 1),
     )
 
 
@@ -100,7 +100,7 @@ def kernels(config: ScanConfig, dim: int) -> Iterator[tuple[str, BasedConfig]]:
     """The kernels of a call and their configs."""
     yield "states", config.states
     yield "outputs" if walks(dim) else "chunk_outputs", config.outputs
-    yield "gradients", config.gradients
+    yield "walked_gradients" if walks(dim) else "gradients", config.gradients
 
 
 def walks(dim: int) -> bool:

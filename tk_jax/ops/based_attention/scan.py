@@ -6,11 +6,13 @@ Taylor series of exp::
     S[t]   = S[t - 1] + v[t] phi(k[t])^T
     out[t] = S[t] phi(scale q[t])
 
-The backward pass keeps nothing but the arguments: it computes the states at the starts
-of chunks again, then their gradients from the end to the start, and from both all other
-gradients chunk by chunk. Where there are few heads, a sequence is cut into segments: a
-first pass finds what each adds to the state, and a second one, as the only one
-otherwise, goes through all of them side by side; each starts from the sum of those
+The backward pass keeps nothing but the arguments. Where a kernel keeps the whole state
+on chip, one walk through the states finds the gradients of q, and one in reverse,
+through the states' gradients, all others. Otherwise it computes the states at the
+starts of chunks again, then their gradients from the end to the start, and from both
+all other gradients chunk by chunk. Where there are few heads, a sequence is cut into
+segments: a first pass finds what each adds to the state, and a second one, as the only
+one otherwise, goes through all of them side by side; each starts from the sum of those
 before it.
 """
 
@@ -215,9 +217,18 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
     tiles = _checked_tiles(settings, arrays)
     counts = _counts(arrays.starts)
     start = _start(arrays, counts, tiles)
+    dstart = _start_in_reverse(settings, arrays, counts, dout, dfinal, tiles)
+    settled = {"scale": settings.scale, "tiles": tiles}
+    wanted = arrays.state is not None
+    if config.walks(arrays.q.shape[-1]):
+        walked = (*arrays[:3], dout, counts)
+        dq = calls.query_gradients(*walked, start, **settled)
+        return Arrays(
+            dq, *calls.key_gradients(*walked, dstart, final=wanted, **settled)
+        )
     chunk_states, _ = calls.chunk_states(arrays.k, arrays.v, counts, start, tiles)
-    chunk_dstates, dstate = _state_gradients(
-        settings, arrays, counts, dout, dfinal, tiles
+    chunk_dstates, dstate = calls.chunk_states(
+        arrays.q, dout, counts, dstart, reverse=True, final=wanted, **settled
     )
     dq, dk, dv = calls.gradients(
         *arrays[:3],
@@ -225,22 +236,19 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
         chunk_states,
         chunk_dstates,
         counts,
-        tiles,
-        scale=settings.scale,
+        **settled,
     )
     return Arrays(dq, dk, dv, dstate)
 
 
-def _state_gradients(settings, arrays, counts, dout, dfinal, tiles):
-    """Gradients of the states at the ends of chunks, and of the initial state."""
-    walked = (arrays.q, dout, counts)
-    settled = {"tiles": tiles, "scale": settings.scale, "reverse": True}
+def _start_in_reverse(settings, arrays, counts, dout, dfinal, tiles) -> calls.Start:
+    """Gradients of states, from the end to the start."""
     segments = tiles.segments(arrays.v.shape[1])
-    start = calls.Start(dfinal)
-    if segments > 1:
-        added = calls.added_states(*walked, **settled)
-        kept = _kept(counts, segments, tiles)
-        kept = None if kept is None else jnp.flip(kept, 1)
-        start = calls.Start(dfinal, added, _since(kept))
-    wanted = arrays.state is not None
-    return calls.chunk_states(*walked, start, final=wanted, **settled)
+    if segments == 1:
+        return calls.Start(dfinal)
+    added = calls.added_states(
+        arrays.q, dout, counts, tiles, scale=settings.scale, reverse=True
+    )
+    kept = _kept(counts, segments, tiles)
+    kept = None if kept is None else jnp.flip(kept, 1)
+    return calls.Start(dfinal, added, _since(kept))
