@@ -29,11 +29,14 @@ class Arrays:
         self.added = floats(B, H, slices, pieces, segments - 1, 64, columns)
         self.since = ("int32", [B, segments])
         self.sums = floats(B, H, segments, 18, 16)
+        self.parts = floats(B, T, H, slices, D)
         self.states = (dtype, [B, H, chunks, V, _COLUMNS[D]])
 
 
 ARRAYS = Arrays()
 OF_32 = Arrays((2, 100, 2, 4, 32, 96))
+# Every head has its own q and k, and one slice of values.
+WHOLE = Arrays((2, 100, 4, 4, 16, 64))
 
 
 def states(
@@ -90,7 +93,30 @@ def chunk_outputs(a=OF_32, *, counts=_NONE, stages=1):
     )
 
 
-def gradients(a=ARRAYS, *, states=None, counts=_NONE, stages=2):
+def walked_gradients(
+    a=ARRAYS,
+    *,
+    counts=_NONE,
+    start=_NONE,
+    added=_NONE,
+    since=_NO_NUMBERS,
+    dkeys=None,
+    dv=None,
+    to=_NONE,
+    reverse=False,
+    stages=2,
+):
+    options = {"scale": 1.0, "reverse": reverse, "chunks_of_segment": 1}
+    dv = dv or (a.v if reverse else (a.q[0], [0]))
+    return Call(
+        "tk_based_attention_walked_gradients_v1",
+        [a.q, a.q, a.v, a.v, counts, start, added, since],
+        [dkeys or a.parts, dv, to],
+        {"options": options, "config": {"stages": stages}},
+    )
+
+
+def gradients(a=OF_32, *, states=None, counts=_NONE, stages=1):
     return Call(
         "tk_based_attention_gradients_v1",
         [a.q, a.q, a.v, a.v, states or a.states, a.states, counts],
@@ -106,6 +132,9 @@ def test_launches():
         states(OF_32, adds=OF_32.added),
         outputs(start=a.state, added=a.added, since=a.since, to=a.state),
         outputs(counts=a.counts, sums=a.sums, normalize=True),
+        walked_gradients(start=a.state, added=a.added, since=a.since),
+        walked_gradients(WHOLE, dkeys=WHOLE.q, counts=WHOLE.counts),
+        walked_gradients(WHOLE, dkeys=WHOLE.q, to=WHOLE.state, reverse=True),
         chunk_outputs(),
         gradients(),
     ]
@@ -119,9 +148,12 @@ def test_launches():
         (f"{name}states_d32_bf16", [48, 1, 2]),
         (f"{name}outputs_d16_bf16", [8, 2, 2]),
         (f"{name}outputs_d16_documents_normalized_bf16", [8, 2, 2]),
+        (f"{name}walked_gradients_d16_bf16", [8, 2, 2]),
+        (f"{name}walked_gradients_d16_documents_bf16", [4, 2, 2]),
+        (f"{name}walked_gradients_d16_reverse_bf16", [4, 2, 2]),
         (f"{name}chunk_outputs_d32_bf16", [2, 2, 2]),
         # As many blocks as there are tiles, which are fewer than multiprocessors.
-        (f"{name}gradients_d16_bf16", [8, 1, 1]),
+        (f"{name}gradients_d32_bf16", [8, 1, 1]),
     ]
     keys, values, stored = ran[0].of("map")
     assert keys["dims"] == [16, 100, 2, 2]
@@ -133,8 +165,8 @@ def test_launches():
     assert stored["strides"] == [320, 96 * 320]
     assert stored["box"] == [32, 64, 1]
     assert len(ran[2].of("map")) == 4
-    assert len(ran[4].of("map")) == 5
-    assert len(ran[5].of("map")) == 9
+    # Parts of dq are written without one; dk and dv with.
+    assert [len(each.of("map")) for each in ran[4:]] == [4, 5, 6, 5, 9]
 
 
 def test_empty_batch_launches_nothing():
@@ -143,8 +175,9 @@ def test_empty_batch_launches_nothing():
     answers = Gpu().run(
         states(arrays, stored=arrays.states),
         outputs(arrays),
+        walked_gradients(arrays),
         chunk_outputs(of_32),
-        gradients(arrays),
+        gradients(of_32),
     )
     for answer in answers:
         assert (answer.code, answer.message, answer.driver) == (0, "", [])
@@ -164,7 +197,7 @@ def test_empty_batch_launches_nothing():
             "v has 4 heads, which is not a multiple of the 3 of q",
         ),
         (
-            gradients(Arrays((2, 100, 2, 4, 12, 96))),
+            walked_gradients(Arrays((2, 100, 2, 4, 12, 96))),
             _INVALID,
             "rows of q, (2, 100, 2, 12), are not a multiple of 16 bytes",
         ),
@@ -216,7 +249,43 @@ def test_empty_batch_launches_nothing():
         (
             outputs(OF_32),
             _UNIMPLEMENTED,
-            "outputs of 32 values; their state is chunk_outputs's",
+            "outputs of 32 values; their state is stored",
+        ),
+        (
+            walked_gradients(OF_32),
+            _UNIMPLEMENTED,
+            "walked_gradients of 32 values; their state is stored",
+        ),
+        (
+            gradients(ARRAYS),
+            _UNIMPLEMENTED,
+            "gradients of 16 values; their state is walked through",
+        ),
+        (
+            walked_gradients(dkeys=ARRAYS.q),
+            _INVALID,
+            "dkeys has shape (2, 100, 2, 16); expected (2, 100, 4, 2, 16)",
+        ),
+        (
+            walked_gradients(dkeys=("bfloat16", ARRAYS.parts[1])),
+            _INVALID,
+            "dkeys has FFI data type",
+        ),
+        (
+            walked_gradients(WHOLE),
+            _INVALID,
+            "dkeys has shape (2, 100, 4, 1, 16); expected (2, 100, 4, 16)",
+        ),
+        (walked_gradients(dv=ARRAYS.v), _INVALID, "dv is asked for beside dq"),
+        (
+            walked_gradients(reverse=True, dv=WHOLE.v),
+            _INVALID,
+            "dv has shape (2, 100, 4, 64); expected (2, 100, 4, 96)",
+        ),
+        (
+            walked_gradients(stages=3),
+            _INVALID,
+            "config.stages is 3; expected 2 to the 2",
         ),
         (outputs(k=("float16", ARRAYS.q[1])), _INVALID, "k has FFI data type"),
         (outputs(sums=ARRAYS.sums), _INVALID, "sums of what is not normalized"),
@@ -236,13 +305,13 @@ def test_empty_batch_launches_nothing():
             "config.stages is 2; expected 1 to the 1",
         ),
         (
-            gradients(states=OF_32.states),
+            gradients(states=ARRAYS.states),
             _INVALID,
-            "states has shape (2, 4, 2, 96, 576); expected (2, 4, 2, 96, 160)",
+            "states has shape (2, 4, 2, 96, 160); expected (2, 4, 2, 96, 576)",
         ),
-        (gradients(stages=0), _INVALID, "config.stages is 0; expected 1 to the 3"),
+        (gradients(stages=0), _INVALID, "config.stages is 0; expected 1 to the 1"),
         (
-            gradients(Arrays((1, 1, 70000, 70000, 8, 8))),
+            chunk_outputs(Arrays((1, 1, 70000, 70000, 32, 8))),
             _UNIMPLEMENTED,
             "70000 groups; the kernels take up to 65535",
         ),

@@ -61,10 +61,10 @@ def test_features_and_chunk_states_are_nowhere_in_the_forward_pass():
 @pytest.mark.parametrize(
     ("normalize", "dim", "expected"),
     [
-        (False, 16, ["states", "states", "gradients"]),
+        (False, 16, ["walked_gradients", "walked_gradients"]),
         (False, 32, ["states", "states", "gradients"]),
         # The denominators, which gradients need, are outputs of ones.
-        (True, 16, ["outputs", "states", "states", "gradients"]),
+        (True, 16, ["outputs", "walked_gradients", "walked_gradients"]),
         (True, 24, ["states", "chunk_outputs", "states", "states", "gradients"]),
     ],
 )
@@ -86,10 +86,25 @@ def test_few_heads_are_cut_into_segments():
     assert targets(lowered_for_cuda(functools.partial(gradients, False), q, v)) == [
         "states",
         "states",
-        "states",
-        "states",
-        "gradients",
+        "walked_gradients",
+        "walked_gradients",
     ]
+
+
+def test_states_of_chunks_are_nowhere_in_the_backward_pass():
+    q, v = struct(*TOKENS, 68, 16), struct(*TOKENS, 68, 64)
+    text = lowered_for_cuda(functools.partial(gradients, False), q, v)
+    assert not re.search(r"x(153|160)x?\w*>", text)
+    # Where every head has its own q and k, dq and dk are written as they are, ...
+    for copy in ("stablehlo.add", "stablehlo.reduce", "stablehlo.convert"):
+        assert copy not in text.split("walked_gradients", 1)[1]
+    # ... else in parts, of two slices of each of four heads here.
+    text = lowered_for_cuda(
+        functools.partial(gradients, False),
+        struct(*TOKENS, 17, 16),
+        struct(*TOKENS, 68, 128),
+    )
+    assert text.count("tensor<4x300x68x2x16xf32>") >= 2
 
 
 @pytest.mark.parametrize(
