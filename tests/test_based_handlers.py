@@ -30,6 +30,8 @@ class Arrays:
         self.since = ("int32", [B, segments])
         self.sums = floats(B, H, segments, 18, 16)
         self.parts = floats(B, T, H, slices, D)
+        self.divisors = floats(B, H, 64 * chunks)
+        self.changes = floats(B, H, slices, 64 * chunks)
         self.states = (dtype, [B, H, chunks, V, _COLUMNS[D]])
 
 
@@ -72,6 +74,7 @@ def outputs(
     since=_NO_NUMBERS,
     sums=_NONE,
     to=_NONE,
+    divisors=_NONE,
     normalize=False,
     stages=3,
 ):
@@ -79,7 +82,7 @@ def outputs(
     return Call(
         "tk_based_attention_outputs_v1",
         [a.q, k or a.q, a.v, counts, start, added, since, sums],
-        [a.v, to],
+        [a.v, to, divisors],
         {"options": options, "config": {"stages": stages}},
     )
 
@@ -100,6 +103,8 @@ def walked_gradients(
     start=_NONE,
     added=_NONE,
     since=_NO_NUMBERS,
+    changes=_NONE,
+    sums=_NONE,
     dkeys=None,
     dv=None,
     to=_NONE,
@@ -110,7 +115,7 @@ def walked_gradients(
     dv = dv or (a.v if reverse else (a.q[0], [0]))
     return Call(
         "tk_based_attention_walked_gradients_v1",
-        [a.q, a.q, a.v, a.v, counts, start, added, since],
+        [a.q, a.q, a.v, a.v, counts, start, added, since, changes, sums],
         [dkeys or a.parts, dv, to],
         {"options": options, "config": {"stages": stages}},
     )
@@ -131,10 +136,11 @@ def test_launches():
         states(counts=a.counts, stored=a.states, to=a.state, reverse=True),
         states(OF_32, adds=OF_32.added),
         outputs(start=a.state, added=a.added, since=a.since, to=a.state),
-        outputs(counts=a.counts, sums=a.sums, normalize=True),
+        outputs(counts=a.counts, sums=a.sums, divisors=a.divisors, normalize=True),
         walked_gradients(start=a.state, added=a.added, since=a.since),
         walked_gradients(WHOLE, dkeys=WHOLE.q, counts=WHOLE.counts),
         walked_gradients(WHOLE, dkeys=WHOLE.q, to=WHOLE.state, reverse=True),
+        walked_gradients(changes=a.changes, sums=a.sums, reverse=True),
         chunk_outputs(),
         gradients(),
     ]
@@ -151,6 +157,7 @@ def test_launches():
         (f"{name}walked_gradients_d16_bf16", [8, 2, 2]),
         (f"{name}walked_gradients_d16_documents_bf16", [4, 2, 2]),
         (f"{name}walked_gradients_d16_reverse_bf16", [4, 2, 2]),
+        (f"{name}walked_gradients_d16_normalized_reverse_bf16", [8, 2, 2]),
         (f"{name}chunk_outputs_d32_bf16", [2, 2, 2]),
         # As many blocks as there are tiles, which are fewer than multiprocessors.
         (f"{name}gradients_d32_bf16", [8, 1, 1]),
@@ -166,7 +173,7 @@ def test_launches():
     assert stored["box"] == [32, 64, 1]
     assert len(ran[2].of("map")) == 4
     # Parts of dq are written without one; dk and dv with.
-    assert [len(each.of("map")) for each in ran[4:]] == [4, 5, 6, 5, 9]
+    assert [len(each.of("map")) for each in ran[4:]] == [4, 5, 6, 5, 5, 9]
 
 
 def test_empty_batch_launches_nothing():
@@ -288,7 +295,36 @@ def test_empty_batch_launches_nothing():
             "config.stages is 3; expected 2 to the 2",
         ),
         (outputs(k=("float16", ARRAYS.q[1])), _INVALID, "k has FFI data type"),
-        (outputs(sums=ARRAYS.sums), _INVALID, "sums of what is not normalized"),
+        (
+            outputs(sums=ARRAYS.sums),
+            _INVALID,
+            "sums or divisors of what is not normalized",
+        ),
+        (
+            outputs(divisors=ARRAYS.divisors),
+            _INVALID,
+            "sums or divisors of what is not normalized",
+        ),
+        (
+            outputs(divisors=floats(2, 100, 4), normalize=True),
+            _INVALID,
+            "divisors has shape (2, 100, 4); expected (2, 4, 128)",
+        ),
+        (
+            walked_gradients(sums=ARRAYS.sums),
+            _INVALID,
+            "sums of what is not normalized",
+        ),
+        (
+            walked_gradients(changes=ARRAYS.divisors),
+            _INVALID,
+            "changes has shape (2, 4, 128); expected (2, 4, 2, 128)",
+        ),
+        (
+            walked_gradients(changes=ARRAYS.changes, sums=floats(2, 4, 1, 18, 16)),
+            _INVALID,
+            "sums has shape (2, 4, 1, 18, 16); expected (2, 4, 2, 18, 16)",
+        ),
         (
             outputs(sums=floats(2, 4, 1, 18, 16), normalize=True),
             _INVALID,

@@ -277,6 +277,7 @@ def test_every_op_is_gated():
         "tk_based_attention_outputs_d8_documents_normalized_bf16",
         "tk_based_attention_states_d16_bf16",
         "tk_based_attention_walked_gradients_d16_bf16",
+        "tk_based_attention_walked_gradients_d16_documents_normalized_reverse_bf16",
         "tk_based_attention_walked_gradients_d8_documents_reverse_fp16",
         "tk_hedgehog_attention_document_states_d128_v128_bf16",
         "tk_hedgehog_attention_document_states_reverse_d128_v64_fp16",

@@ -53,7 +53,7 @@ Result<KernelSpec> BasedAttentionKernel::spec() const {
     return unsupported(std::string(facts.name) + " of " + std::to_string(dim) +
                        " values; their state is " + (walks ? "stored" : "walked through"));
   }
-  if (normalize && name != Name::kOutputs) {
+  if (normalize && !walks) {
     return invalid(std::string(facts.name) + " are not normalized");
   }
   if (reverse && name != Name::kWalkedGradients) {
@@ -74,8 +74,8 @@ Result<KernelSpec> BasedAttentionKernel::spec() const {
   spec.function = std::string("tk::based_attention::") + facts.name +
                   "<tk::based_attention::Traits<" + type_name(dtype) + ", " + std::to_string(dim) +
                   ", " + bool_name(documents) + ", " + std::to_string(config.stages) + ">";
-  if (name == Name::kOutputs) spec.function += std::string(", ") + bool_name(normalize);
   if (name == Name::kWalkedGradients) spec.function += std::string(", ") + bool_name(reverse);
+  if (walks) spec.function += std::string(", ") + bool_name(normalize);
   spec.function += ">";
   spec.params_type = std::string("tk::based_attention::") + facts.params;
   spec.threads = facts.threads;

@@ -31,7 +31,7 @@ struct BasedAttentionKernel {
   std::int64_t dim;  // of q and k
   bool documents;
   BasedConfig config;
-  bool normalize = false;  // of outputs
+  bool normalize = false;  // of outputs and walked_gradients
   bool reverse = false;    // of walked_gradients
 
   KernelKey key() const;

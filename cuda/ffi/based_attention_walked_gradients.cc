@@ -13,6 +13,7 @@ constexpr const char* kName = "tk_based_attention_walked_gradients_v1";
 struct Buffers {
   AnyBuffer q, k, v, dout, counts;
   BasedStartBuffers start;
+  AnyBuffer changes, sums;
   AnyBuffer dkeys, dv, to;
 };
 
@@ -26,6 +27,16 @@ Status check_dkeys(const Buffers& b, const LinearAttentionSizes& s) {
   return first_error(
       {check_dims("dkeys", b.dkeys, {s.batch, s.seqlen, s.num_heads, s.slices(), s.key_dim}),
        check_dtype("dkeys", b.dkeys, xffi::DataType::F32)});
+}
+
+Status check_normalized(const Buffers& b, const BasedWalkCall& call) {
+  const LinearAttentionSizes& s = call.sizes;
+  if (!is_given(b.changes)) {
+    return is_given(b.sums) ? Status(invalid("sums of what is not normalized")) : Status();
+  }
+  return first_error(
+      {check_floats("changes", b.changes, {s.batch, s.num_heads, s.slices(), s.padded()}),
+       check_optional_floats("sums", b.sums, {s.batch, s.num_heads, call.segments, 18, 16})});
 }
 
 Result<BasedWalkCall> read(const Buffers& b, const BasedStatesOptions& options,
@@ -46,7 +57,10 @@ Result<BasedWalkCall> read(const Buffers& b, const BasedStatesOptions& options,
   if (!options.reverse && is_given(b.dv)) return invalid("dv is asked for beside dq");
   auto call = read_based_walk(s, BasedAttentionKernel::Name::kWalkedGradients, b.counts,
                               options.chunks_of_segment, config, b.start, b.to);
-  if (call.ok()) call->kernel.reverse = options.reverse;
+  if (!call.ok()) return call;
+  call->kernel.reverse = options.reverse;
+  call->kernel.normalize = is_given(b.changes);
+  if (Status status = check_normalized(b, *call); !status.ok()) return status.error();
   return call;
 }
 
@@ -73,21 +87,25 @@ Status execute(const Execution& on, const Buffers& b, const BasedStatesOptions& 
                   {"from", b.start.from, false},
                   {"added", b.start.added, false},
                   {"since", b.start.since, false},
+                  {"changes", b.changes, false},
+                  {"sums", b.sums, false},
                   {"dkeys", b.dkeys, true},
                   {"dv", b.dv, true},
                   {"to", b.to, true}});
 
   based_attention::WalkedGradientsParams params = {};
-  const bool parts = in_parts(s);
   if (Status status =
           first_error({encode_keys(&params.q, b.q, s), encode_keys(&params.k, b.k, s),
                        encode_tokens(&params.v, b.v, s), encode_tokens(&params.dout, b.dout, s),
-                       parts ? Status() : encode_keys(&params.dkeys, b.dkeys, s),
+                       in_parts(s) ? Status() : encode_keys(&params.dkeys_map, b.dkeys, s),
                        options.reverse ? encode_tokens(&params.dv, b.dv, s) : Status()});
       !status.ok()) {
     return status;
   }
-  if (parts) params.parts = static_cast<float*>(b.dkeys.untyped_data());
+  params.dkeys = b.dkeys.untyped_data();
+  params.in_parts = in_parts(s);
+  params.changes = optional_floats(b.changes);
+  params.sums = optional_floats(b.sums);
   params.scale = options.scale;
   params.factors = query_factors(options.scale);
   params.factors_are_powers = is_power_of_two(options.scale);
@@ -100,9 +118,10 @@ using Ret = xffi::Result<AnyBuffer>;
 
 xffi::Error walked_gradients(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer dout,
                              AnyBuffer counts, AnyBuffer from, AnyBuffer added, AnyBuffer since,
-                             Ret dkeys, Ret dv, Ret to, BasedStatesOptions options,
-                             BasedConfig config) {
-  const Buffers buffers = {q, k, v, dout, counts, {from, added, since}, *dkeys, *dv, *to};
+                             AnyBuffer changes, AnyBuffer sums, Ret dkeys, Ret dv, Ret to,
+                             BasedStatesOptions options, BasedConfig config) {
+  const Buffers buffers = {q,       k,    v,      dout, counts, {from, added, since},
+                           changes, sums, *dkeys, *dv,  *to};
   return run_stage(
       kName, stage,
       [&](const Device& device) { return initialize(device, buffers, options, config); },
@@ -120,6 +139,8 @@ auto bind(Binding binding) {
       .template Arg<AnyBuffer>()  // from, or of size 0 for zeros
       .template Arg<AnyBuffer>()  // added, or of size 0
       .template Arg<AnyBuffer>()  // since, or of size 0
+      .template Arg<AnyBuffer>()  // changes, or of size 0 where nothing is normalized
+      .template Arg<AnyBuffer>()  // sums, or of size 0 for zeros
       .template Ret<AnyBuffer>()  // dkeys: dq, or in reverse dk; or its parts
       .template Ret<AnyBuffer>()  // dv, or of size 0
       .template Ret<AnyBuffer>()  // to, or of size 0

@@ -100,7 +100,7 @@ struct OutputsBuffers {
   AnyBuffer q, k, v, counts;
   BasedStartBuffers start;
   AnyBuffer sums;
-  AnyBuffer out, to;
+  AnyBuffer out, to, divisors;
 };
 
 Result<BasedWalkCall> read_outputs(const OutputsBuffers& b, const BasedOutputsOptions& options,
@@ -118,9 +118,12 @@ Result<BasedWalkCall> read_outputs(const OutputsBuffers& b, const BasedOutputsOp
                               b.start, b.to);
   if (!call.ok()) return call;
   call->kernel.normalize = options.normalize;
-  if (is_given(b.sums) && !options.normalize) return invalid("sums of what is not normalized");
-  if (Status status =
-          check_optional_floats("sums", b.sums, {s.batch, s.num_heads, call->segments, 18, 16});
+  if ((is_given(b.sums) || is_given(b.divisors)) && !options.normalize) {
+    return invalid("sums or divisors of what is not normalized");
+  }
+  if (Status status = first_error(
+          {check_optional_floats("sums", b.sums, {s.batch, s.num_heads, call->segments, 18, 16}),
+           check_optional_floats("divisors", b.divisors, {s.batch, s.num_heads, s.padded()})});
       !status.ok()) {
     return status.error();
   }
@@ -151,7 +154,8 @@ Status execute_outputs(const Execution& on, const OutputsBuffers& b,
                   {"since", b.start.since, false},
                   {"sums", b.sums, false},
                   {"out", b.out, true},
-                  {"to", b.to, true}});
+                  {"to", b.to, true},
+                  {"divisors", b.divisors, true}});
 
   based_attention::OutputsParams params = {};
   if (Status status =
@@ -161,6 +165,7 @@ Status execute_outputs(const Execution& on, const OutputsBuffers& b,
     return status;
   }
   params.sums = optional_floats(b.sums);
+  params.divisors = optional_floats(b.divisors);
   params.scale = options.scale;
   params.factors = query_factors(options.scale);
   params.factors_are_powers = is_power_of_two(options.scale);
@@ -186,8 +191,9 @@ xffi::Error states(Stage stage, AnyBuffer keys, AnyBuffer values, AnyBuffer coun
 
 xffi::Error outputs(Stage stage, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer counts,
                     AnyBuffer from, AnyBuffer added, AnyBuffer since, AnyBuffer sums, Ret out,
-                    Ret to, BasedOutputsOptions options, BasedConfig config) {
-  const OutputsBuffers buffers = {q, k, v, counts, {from, added, since}, sums, *out, *to};
+                    Ret to, Ret divisors, BasedOutputsOptions options, BasedConfig config) {
+  const OutputsBuffers buffers = {q,    k,    v,   counts,   {from, added, since},
+                                  sums, *out, *to, *divisors};
   return run_stage(
       kOutputsName, stage,
       [&](const Device& device) { return initialize_outputs(device, buffers, options, config); },
@@ -223,6 +229,7 @@ auto bind_outputs(Binding binding) {
       .template Arg<AnyBuffer>()  // sums, or of size 0 for zeros
       .template Ret<AnyBuffer>()  // out
       .template Ret<AnyBuffer>()  // to, or of size 0
+      .template Ret<AnyBuffer>()  // divisors, or of size 0
       .template Attr<BasedOutputsOptions>("options")
       .template Attr<BasedConfig>("config");
 }

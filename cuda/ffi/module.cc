@@ -260,12 +260,13 @@ nb::list based_attention_specs(const std::string& kernel, const std::string& dty
     throw nb::value_error(("no kernel is called " + kernel).c_str());
   }();
   nb::list specs;
-  BasedAttentionKernel chosen = {name,
-                                 to_dtype(dtype),
-                                 dim,
-                                 documents,
-                                 {field(config, "stages")},
-                                 normalize && name == Name::kOutputs};
+  BasedAttentionKernel chosen = {
+      name,
+      to_dtype(dtype),
+      dim,
+      documents,
+      {field(config, "stages")},
+      normalize && (name == Name::kOutputs || name == Name::kWalkedGradients)};
   specs.append(to_dict(chosen.spec()));
   if (name == Name::kWalkedGradients) {
     chosen.reverse = true;

@@ -50,6 +50,13 @@ struct SharedView {
     static_assert(kCount % kPanelCols == 0 && kCols % kCount == 0, "a view takes whole panels");
     return {base + index * (kCount / kPanelCols) * kPanelBytes};
   }
+  // Columns first, a multiple of a panel's, and on.
+  template <int kCount>
+  __device__ __forceinline__ SharedView<T, kRows, kCount, kPanelRows, kSwizzle> cols_from(
+      int first) const {
+    static_assert(kCount % kPanelCols == 0 && kCount <= kCols, "a view takes whole panels");
+    return {base + first / kPanelCols * kPanelBytes};
+  }
 };
 
 template <typename T_, int kRows_, int kCols_>

@@ -103,6 +103,7 @@ struct OutputsParams {
   const int* since;
   float* to;
   const float* sums;  // [B, H, segments, 18, 16], or null for zeros
+  float* divisors;    // [B, H, padded]: what outputs are divided by, where they are; or null
   int seqlen, num_heads, num_groups, value_dim;
   int chunks, chunks_of_segment;
   float scale;              // of the scores
@@ -136,18 +137,24 @@ constexpr int kChunkOutputsThreads = 2 * 128;
 // -- walked_gradients -----------------------------------------------------------------------------
 // Kernel: "kernels/based_attention/walked_gradients.cuh"
 //   tk::based_attention::walked_gradients<
-//       tk::based_attention::Traits<T, kDim, kDocuments, kStages>, kReverse>
+//       tk::based_attention::Traits<T, kDim, kDocuments, kStages>, kReverse, kNormalize>
 // Grid: H * slices, segments, B.
+// Normalized, dout is the gradient of what is divided.
 struct WalkedGradientsParams {
   TensorMap q, k, v, dout;  // as OutputsParams'
-  TensorMap dkeys;          // dq, or in reverse dk: as q. If a group has one head of one slice
   TensorMap dv;             // as v; in reverse
-  float* parts;             // else: of every slice of every head [B, T, H, slices, d]; or null
+  // dq, or in reverse dk: as q where a group has one head of one slice, else in parts, of every
+  // slice of every head: fp32 [B, T, H, slices, d].
+  void* dkeys;
+  bool in_parts;
+  TensorMap dkeys_map;  // as q, where it is not in parts
   const float* counts;
   const float* from;  // as StatesParams'
   const float* added;
   const int* since;
   float* to;
+  const float* changes;  // [B, H, slices, padded]: gradients of the divisors, in the first slice
+  const float* sums;     // as OutputsParams'; in reverse, normalizer_gradients.cuh's; or null
   int seqlen, num_heads, num_groups, value_dim;
   int chunks, chunks_of_segment;
   float scale;
@@ -156,7 +163,7 @@ struct WalkedGradientsParams {
 };
 constexpr int walked_gradients_shared_bytes(int dim, long stages) {
   return static_cast<int>(stages *
-                          (2 * key_tile_bytes(dim) + 2 * value_tile_bytes() + kCountBytes)) +
+                          (2 * key_tile_bytes(dim) + 2 * value_tile_bytes() + 2 * kCountBytes)) +
          3 * piece_bytes(dim) + key_tile_bytes(dim) + value_tile_bytes() + kSharedSlack;
 }
 

@@ -51,25 +51,28 @@ struct Normalizer {
     warp::store(shared.count, count);
   }
 
-  // The sums after a chunk: issues a product that reads keys_t, which are the chunk's keys as far
-  // as they are left.
+  // The sums but the count after a chunk: issues a product that reads keys_t, which are the chunk's
+  // keys as far as they are left.
   template <typename Documents, typename KeyTile>
   __device__ __forceinline__ void add(Keys& keys_t, const KeyTile& k_smem, const Shared& shared,
                                       const Documents& documents) {
     warp::load_transposed(keys_t, k_smem);
     documents.keep_cols_after(keys_t);
     warp::load(first, shared.first);
-    warp::load(count, shared.count);
     PerRow<16> sum;
     warp::zero(sum);
     warp::fold_row_sum(sum, keys_t);
     warp::finish_row_sum(sum);
     documents.keep_state(first);
     warp::add(first, first, sum);
-    documents.keep_state(count);
-    documents.add_count(count);
     documents.keep_state(second);
     warpgroup::mma_AB(second, keys_t, k_smem);
+  }
+  template <typename Documents>
+  __device__ __forceinline__ void add_count(const Shared& shared, const Documents& documents) {
+    warp::load(count, shared.count);
+    documents.keep_state(count);
+    documents.add_count(count);
   }
 
   // totals = the sums of weights: of those before the chunk, `products` being q second, and of the

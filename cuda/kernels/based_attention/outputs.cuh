@@ -105,7 +105,7 @@ struct Outputs {
     int buffer = 0;  // of the features of the chunk's keys
     const PowerFactors factors = {params.factors_are_powers ? params.factors : kKeyFactors};
     load_state<Traits>(state, params, place, segment);
-    if constexpr (kNormalize) sums.start(sums_of(params, place, segment));
+    if constexpr (kNormalize) sums.start(segment_sums(params, place, segment));
     form_keys(shared, stage, buffer);
     typename Traits::Features queries;  // of the chunk
     if constexpr (kQueriesAhead) {
@@ -130,6 +130,7 @@ struct Outputs {
         documents.map_seen(weights, scores, Taylor{params.scale});
         if constexpr (kNormalize) {
           sums.total(totals, products, weights, q_smem, shared.sums, documents, params.factors);
+          if (params.divisors != nullptr) store_divisors(params, totals, place, chunk);
         }
       };
       if constexpr (kNormalize) {
@@ -155,7 +156,10 @@ struct Outputs {
       warpgroup::mma_commit();
       typename Sums::Keys keys_t;
       warpgroup::mma_AB(state, values, shared.keys_smem[buffer]);
-      if constexpr (kNormalize) sums.add(keys_t, k_smem, shared.sums, documents);
+      if constexpr (kNormalize) {
+        sums.add_count(shared.sums, documents);
+        sums.add(keys_t, k_smem, shared.sums, documents);
+      }
       warpgroup::mma_commit();
       if constexpr (kNormalize) leave_copies(shared);
 
@@ -198,13 +202,13 @@ struct Outputs {
     if (warpgroup::leader()) tma::wait_read<0>();
   }
 
-  // Of the segment's start, or null for zeros.
-  __device__ __forceinline__ static const float* sums_of(const OutputsParams& params,
-                                                         const Place& place,
-                                                         const Segment& segment) {
-    if (params.sums == nullptr) return nullptr;
-    return params.sums +
-           (static_cast<int64>(place.row(params)) * segment.count + segment.order) * kSums;
+  __device__ __forceinline__ static void store_divisors(const OutputsParams& params,
+                                                        const PerRow<16>& totals,
+                                                        const Place& place, int chunk) {
+    if (place.slice > 0) return;
+    float* of_chunk =
+        params.divisors + (static_cast<int64>(place.row(params)) * params.chunks + chunk) * kChunk;
+    warpgroup::store(GlobalVec<float>{of_chunk, kChunk}, totals, 0);
   }
 
   __device__ __forceinline__ static void form_queries(typename Traits::Features& queries,

@@ -90,4 +90,13 @@ __device__ __forceinline__ void store_state(const State& state, const Params& pa
   }
 }
 
+// The sums that normalize (normalizer.cuh), of the segment's start; or null for zeros.
+template <typename Params>
+__device__ __forceinline__ const float* segment_sums(const Params& params, const Place& place,
+                                                     const Segment& segment) {
+  if (params.sums == nullptr) return nullptr;
+  return params.sums +
+         (static_cast<int64>(place.row(params)) * segment.count + segment.order) * kSums;
+}
+
 }  // namespace tk::based_attention

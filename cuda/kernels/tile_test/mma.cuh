@@ -149,7 +149,8 @@ __device__ __forceinline__ void products_of_views(const KernelParams& params) {
   warpgroup::mm_AtBt(acc, at, bt), finish(acc), out.put(acc);
 
   warpgroup::mm_AB(acc, a.template cols<64>(0), b.template rows<64>(0));
-  warpgroup::mma_AB(acc, a.template cols<64>(1), b.template rows<64>(1)), finish(acc), out.put(acc);
+  warpgroup::mma_AB(acc, a.template cols_from<64>(64), b.template rows<64>(1)), finish(acc),
+      out.put(acc);
   warpgroup::mm_AtBt(acc, at.template rows<64>(0), bt.template cols<64>(0));
   warpgroup::mma_AtBt(acc, at.template rows<64>(1), bt.template cols<64>(1)), finish(acc),
       out.put(acc);

@@ -107,16 +107,23 @@ def outputs(
     final: bool,
     normalize: bool = False,
     sums=None,
+    divisors: bool = False,
 ):
-    """out, and the state after the last chunk if ``final``.
+    """out, the state after the last chunk if ``final``, the divisors if ``divisors``.
 
-    With ``normalize``, out is divided by the sums of weights, and ``sums`` is what
-    segments begin with: [B, H, segments, 18, 16] as in ``normalizer.py``, or None.
+    With ``normalize``, out is divided by the sums of weights, float32 [B, H, T padded
+    to whole chunks], and ``sums`` is what segments begin with: [B, H, segments, 18, 16]
+    as in ``normalizer.py``, or None.
     """
     last = _state(k, v) if final else None
-    out, end = _ffi.call(
+    divided = _divisors(v) if divisors else None
+    out, end, totals = _ffi.call(
         "tk_based_attention_outputs_v1",
-        (_ffi.result_type(q, v.shape, q.dtype), _ffi.result_type(q, last)),
+        (
+            _ffi.result_type(q, v.shape, q.dtype),
+            _ffi.result_type(q, last),
+            _ffi.result_type(q, divided),
+        ),
         q,
         k,
         v,
@@ -130,15 +137,36 @@ def outputs(
         ),
         config=tiles.outputs,
     )
-    return out, end if final else None
+    return out, end if final else None, totals if divisors else None
+
+
+class Divisors(NamedTuple):
+    """What divisors change of gradients; all None where nothing is normalized."""
+
+    # float32 [B, H, slices, T padded to whole chunks]: their gradients, in the first
+    # slice of values alone
+    changes: jax.Array | None = None
+    sums: jax.Array | None = None  # what segments begin with, as for outputs
+
+
+_NO_DIVISORS = Divisors()
 
 
 def query_gradients(
-    q, k, v, dout, counts, start: Start, tiles: config.ScanConfig, *, scale: float
+    q,
+    k,
+    v,
+    dout,
+    counts,
+    start: Start,
+    tiles: config.ScanConfig,
+    *,
+    scale: float,
+    divisors: Divisors = _NO_DIVISORS,
 ):
     """dq, from a walk through states."""
     return _walked_gradients(
-        q, k, v, dout, counts, start, tiles, scale, reverse=False, final=False
+        q, k, v, dout, counts, start, tiles, scale, divisors, reverse=False, final=False
     )[0]
 
 
@@ -153,19 +181,21 @@ def key_gradients(
     *,
     scale: float,
     final: bool,
+    divisors: Divisors = _NO_DIVISORS,
 ):
     """dk, dv, and the state's gradient before the first chunk if ``final``.
 
-    From a walk in reverse, through gradients of states: ``start`` is of these.
+    From a walk in reverse, through gradients of states: ``start`` is of these, and the
+    sums of ``divisors`` are of gradients.
     """
     dk, dv, dstate = _walked_gradients(
-        q, k, v, dout, counts, start, tiles, scale, reverse=True, final=final
+        q, k, v, dout, counts, start, tiles, scale, divisors, reverse=True, final=final
     )
     return dk, dv, dstate if final else None
 
 
 def _walked_gradients(
-    q, k, v, dout, counts, start, tiles, scale, *, reverse: bool, final: bool
+    q, k, v, dout, counts, start, tiles, scale, divisors, *, reverse: bool, final: bool
 ):
     batch, seqlen, groups, dim = q.shape
     heads, slices = v.shape[2], -(-v.shape[3] // SLICE)
@@ -186,6 +216,8 @@ def _walked_gradients(
         dout,
         _ffi.optional(counts),
         *start.operands(),
+        _ffi.optional(divisors.changes),
+        _ffi.optional(divisors.sums),
         options=config.BasedStatesOptions(
             scale=scale, reverse=reverse, chunks_of_segment=tiles.chunks_of_segment
         ),
@@ -250,6 +282,11 @@ def _chunk_states(keys, values) -> tuple[int, ...]:
 def _state(keys, values) -> tuple[int, ...]:
     batch, _, num_heads, value_dim = values.shape
     return (batch, num_heads, value_dim, config.state_columns(keys.shape[-1]))
+
+
+def _divisors(values) -> tuple[int, ...]:
+    batch, seqlen, num_heads, _ = values.shape
+    return (batch, num_heads, config.padded_tokens(seqlen))
 
 
 def _added_states(keys, values, tiles) -> tuple[int, ...]:

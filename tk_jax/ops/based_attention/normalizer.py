@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tk_jax.ops import _chunks
+from tk_jax.ops.linear_attention.chunk import divide
+
 _ROWS, _WIDTH = 18, 16
 
 
@@ -45,6 +48,53 @@ def added(k, starts, segment: int):
     return jnp.concatenate([count, first, second[..., rows, cols]], axis=-1)
 
 
+def changed(q, changes, starts, segment: int, scale: float):
+    """What segments add to the gradient of the sums before them, [B, H, segments, F].
+
+    A divisor is the product of the sums with phi(scale q): of each segment, those of
+    the queries that see them, times ``changes`` float32 [B, H, T padded]. ``q`` and
+    ``starts`` are as in ``added``.
+    """
+    batch, seqlen, groups, dim = q.shape
+    heads = changes.shape[1]
+    missing = -seqlen % segment
+    changes = jnp.pad(changes[:, :, :seqlen], [(0, 0), (0, 0), (0, missing)])
+    if starts is not None:
+        starts = jnp.pad(starts.astype(jnp.int32), [(0, 0), (0, missing)])
+        started = jnp.cumsum(starts.reshape(batch, -1, segment), axis=-1)
+        sees = (started == 0).reshape(batch, 1, -1)
+        changes = jnp.where(sees, changes, 0)
+    changes = changes.reshape(batch, groups, heads // groups, -1, segment)
+    q = jnp.pad(q.astype(jnp.float32), [(0, 0), (0, missing), (0, 0), (0, 0)])
+    q = scale * q.reshape(batch, -1, segment, groups, dim).transpose(0, 3, 1, 2, 4)
+    weighted = changes[..., None] * q[:, :, None]
+    product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    second = product("bgrsjd,bgsje->bgrsde", weighted, q)
+    rows, cols = np.triu_indices(dim)
+    second = second[..., rows, cols] * np.where(rows == cols, 0.5, 1).astype(np.float32)
+    count = changes.sum(-1, keepdims=True)
+    all_of = jnp.concatenate([count, weighted.sum(4), second], axis=-1)
+    return all_of.reshape(batch, heads, *all_of.shape[3:])
+
+
+def divided_gradients(gradients, out, divisors):
+    """Gradients of what is divided, in the same dtype, and of what it is divided by.
+
+    ``gradients`` and ``out`` are [B, T, H, V], ``divisors`` float32 [B, H, T padded],
+    as their gradients are. As in linear attention's ``quotient.py``, a divisor's
+    gradient is that of the numerators' gradients as they were rounded.
+    """
+    seqlen = out.shape[1]
+    numerators = divide(
+        gradients.astype(jnp.float32), divisors[:, :, :seqlen].swapaxes(1, 2)
+    )
+    numerators = _chunks.rounded(numerators, out.dtype)
+    changes = -jnp.sum(numerators * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+    missing = divisors.shape[2] - seqlen
+    changes = jnp.pad(changes, [(0, 0), (0, 0), (0, missing)])
+    return numerators.astype(out.dtype), changes
+
+
 def chained(first, kept, added):
     """x[0] = first, x[s + 1] = (x[s] if kept[s], else 0) + added[s], on the third axis.
 
@@ -63,6 +113,13 @@ def chained(first, kept, added):
         return is_kept & other_kept, jnp.where(other_kept, value, 0) + other_value
 
     return lax.associative_scan(after, (kept, values), axis=2)[1]
+
+
+def gradient_to_kernel(gradients, dim: int):
+    """The same for gradients of sums, whose row of k k^T is what a key is times."""
+    rows, cols = np.triu_indices(dim)
+    twice = np.append(np.ones(1 + dim), 1 + (rows == cols)).astype(np.float32)
+    return to_kernel(gradients * twice, dim)
 
 
 def to_kernel(sums, dim: int):

@@ -28,7 +28,7 @@ from jax.custom_batching import custom_vmap
 
 from tk_jax.ops.based_attention import calls, config, normalizer
 from tk_jax.ops.linear_attention.calls import chunk_sums
-from tk_jax.ops.linear_attention.config import CHUNK
+from tk_jax.ops.linear_attention.config import CHUNK, SLICE
 
 
 class Arrays(NamedTuple):
@@ -72,13 +72,30 @@ def _scan_bwd(settings, arrays, cotangents):
 scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def normalized(settings: Settings, arrays: Arrays):
-    """out divided by the sums of weights, the final state, and the final sums.
+class NormalizedResults(NamedTuple):
+    """Or their cotangents. States and sums may be None."""
+
+    out: jax.Array  # [B, T, H, V], divided by the sums of weights
+    state: jax.Array | None  # float32 [B, H, V, F], after the last token
+    sums: jax.Array | None  # float32 [B, H, F], likewise
+
+
+def normalized(settings: Settings, arrays: Arrays, *, divisors: bool = False):
+    """The NormalizedResults, and the sums of weights if ``divisors``, else None.
 
     Where states are walked through; not differentiable. The final ones are None unless
     ``settings.return_state``.
     """
-    return _mapped(functools.partial(_run_normalized, settings))(arrays, ())
+    run = functools.partial(_run_normalized, settings, divisors)
+    return _mapped(run)(arrays, ())
+
+
+def normalized_gradients(
+    settings: Settings, arrays: Arrays, out, divisors, cotangents: NormalizedResults
+) -> Arrays:
+    """The pull-back of ``normalized``, from what it has returned."""
+    run = functools.partial(_run_normalized_backward, settings)
+    return _mapped(run)(arrays, (out, divisors, cotangents))
 
 
 def _mapped(run):
@@ -130,19 +147,20 @@ def _run_forward(settings, arrays, _):
     start = _start(arrays, counts, tiles)
     settled = {"scale": settings.scale, "tiles": tiles}
     if config.walks(arrays.q.shape[-1]):
-        return calls.outputs(
+        out, last, _ = calls.outputs(
             *arrays[:3], counts, start, final=settings.return_state, **settled
         )
+        return out, last
     chunk_states, last = calls.chunk_states(
         *arrays[1:3], counts, start, tiles, final=settings.return_state
     )
     return calls.chunk_outputs(*arrays[:3], chunk_states, counts, **settled), last
 
 
-def _run_normalized(settings, arrays, _):
+def _run_normalized(settings, divisors, arrays, _):
     tiles = _checked_tiles(settings, arrays)
     counts = _counts(arrays.starts)
-    out, state = calls.outputs(
+    out, state, divisors = calls.outputs(
         *arrays[:3],
         counts,
         _start(arrays, counts, tiles),
@@ -151,14 +169,15 @@ def _run_normalized(settings, arrays, _):
         final=settings.return_state,
         normalize=True,
         sums=_segment_sums(arrays, counts, tiles),
+        divisors=divisors,
     )
     if not settings.return_state:
-        return out, None, None
+        return NormalizedResults(out, None, None), divisors
     starts = arrays.starts
     kept = None if starts is None else ~jnp.any(starts, axis=1, keepdims=True)
     last = _with_heads(normalizer.added(arrays.k, starts, arrays.k.shape[1]), arrays)
     last = normalizer.chained(arrays.sums, kept, last)[:, :, -1]
-    return out, state, last
+    return NormalizedResults(out, state, last), divisors
 
 
 def _segment_sums(arrays, counts, tiles):
@@ -239,6 +258,59 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
         **settled,
     )
     return Arrays(dq, dk, dv, dstate)
+
+
+def _run_normalized_backward(settings, arrays, given) -> Arrays:
+    out, divisors, cotangents = given
+    tiles = _checked_tiles(settings, arrays)
+    counts = _counts(arrays.starts)
+    dout, changes = normalizer.divided_gradients(cotangents.out, out, divisors)
+    dsums, dsum = _segment_sums_in_reverse(
+        settings, arrays, counts, changes, cotangents.sums, tiles
+    )
+    slices = -(-arrays.v.shape[-1] // SLICE)
+    changes = jnp.pad(changes[:, :, None], [(0, 0)] * 2 + [(0, slices - 1), (0, 0)])
+    walked = (*arrays[:3], dout, counts)
+    settled = {"scale": settings.scale, "tiles": tiles}
+    dq = calls.query_gradients(
+        *walked,
+        _start(arrays, counts, tiles),
+        divisors=calls.Divisors(changes, _segment_sums(arrays, counts, tiles)),
+        **settled,
+    )
+    dk, dv, dstate = calls.key_gradients(
+        *walked,
+        _start_in_reverse(settings, arrays, counts, dout, cotangents.state, tiles),
+        divisors=calls.Divisors(changes, dsums),
+        final=arrays.state is not None,
+        **settled,
+    )
+    return Arrays(dq, dk, dv, dstate, sums=dsum)
+
+
+def _segment_sums_in_reverse(settings, arrays, counts, changes, dfinal, tiles):
+    """What sums' gradients are at the ends of segments, and before the first token.
+
+    [B, H, segments, 18, 16], from the last on, and [B, H, F]; or None where they are
+    zero, or nobody asks.
+    """
+    segments = tiles.segments(arrays.v.shape[1])
+    wanted = arrays.sums is not None
+    if segments == 1 and not wanted:
+        if dfinal is None:
+            return None, None
+        sums = dfinal[:, :, None]
+    else:
+        tokens = min(tiles.chunks_of_segment * CHUNK, changes.shape[2])
+        added = normalizer.changed(
+            arrays.q, changes, arrays.starts, tokens, settings.scale
+        )
+        kept = _kept(counts, segments, tiles)
+        kept = None if kept is None else jnp.flip(kept, 1)
+        sums = normalizer.chained(dfinal, kept, jnp.flip(added, 2))
+        sums, last = sums[:, :, :-1], sums[:, :, -1]
+    dim = arrays.q.shape[-1]
+    return normalizer.gradient_to_kernel(sums, dim), last if wanted else None
 
 
 def _start_in_reverse(settings, arrays, counts, dout, dfinal, tiles) -> calls.Start:

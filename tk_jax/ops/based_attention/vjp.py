@@ -83,29 +83,50 @@ def _scan_of_ones(settings, arrays):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _normalized(settings, arrays):
-    """The same, divided where the outputs are; its gradients are those of the above.
+    """The same, divided where the outputs are.
 
     A column of ones makes one more slice of values, which costs as much as the others.
     """
-    dim, value_dim = arrays.q.shape[-1], arrays.v.shape[-1]
+    results, _ = scan.normalized(settings, _normalized_to_kernel(arrays))
+    return _normalized_to_public(results, arrays)
+
+
+def _normalized_to_kernel(arrays):
     state, sums = (None, None) if arrays.state is None else arrays.state
-    given = _to_kernel(arrays._replace(state=state))._replace(sums=sums)
-    out, state, sums = scan.normalized(settings, given)
+    return _to_kernel(arrays._replace(state=state))._replace(sums=sums)
+
+
+def _normalized_to_public(results, arrays):
+    dim, value_dim = arrays.q.shape[-1], arrays.v.shape[-1]
+    state = results.state
     if state is not None:
-        state = order.to_public(state, dim)[..., :value_dim], sums
-    return out[..., :value_dim], state
+        state = order.to_public(state, dim)[..., :value_dim], results.sums
+    return results.out[..., :value_dim], state
 
 
 def _normalized_fwd(settings, arrays):
-    return _normalized(settings, arrays), arrays
+    given = _normalized_to_kernel(arrays)
+    results, divisors = scan.normalized(settings, given, divisors=True)
+    public = _normalized_to_public(results, arrays)
+    return public, (arrays, results.out, divisors)
 
 
-def _normalized_bwd(settings, arrays, cotangents):
-    def of_floats(floats):
-        return _scan_of_ones(settings, floats._replace(starts=arrays.starts))
-
-    _, pull_back = jax.vjp(of_floats, arrays._replace(starts=None))
-    return pull_back(cotangents)
+def _normalized_bwd(settings, kept, cotangents):
+    arrays, out, divisors = kept
+    dout, dstate = cotangents
+    # Public arrays are pieces of the kernels', in another order: there and back.
+    given, pull_back = jax.vjp(_normalized_to_kernel, arrays._replace(starts=None))
+    dstate, dsums = (None, None) if dstate is None else dstate
+    if dstate is not None:
+        dstate = order.to_kernel(pad_columns(dstate), arrays.q.shape[-1])
+    gradients = scan.normalized_gradients(
+        settings,
+        given._replace(starts=arrays.starts),
+        out,
+        divisors,
+        scan.NormalizedResults(pad_columns(dout), dstate, dsums),
+    )
+    return pull_back(gradients)
 
 
 _normalized.defvjp(_normalized_fwd, _normalized_bwd)
