@@ -59,7 +59,7 @@ CASES = [
     Case(64, 32, 64, (1, 1), packed=True),
     Case(65, 16, 128, (2, 4), packed=True),
     Case(200, 16, 72, (1, 2), "float16", batch=2, packed=True),
-    Case(130, 16, 64, (1, 2), normalize=True, packed=True),
+    Case(130, 16, 72, (1, 2), normalize=True, packed=True),
     Case(130, 16, 64, (1, 1), scale=0.3),  # which is no power of two
 ]
 MORE = [

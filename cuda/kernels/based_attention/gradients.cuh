@@ -13,7 +13,7 @@
 // Roles: a producer warp loads a ring of q, k, v, dout, S and dS: a step for every slice of every
 // head, ahead of the tile that is computed. Consumer 0 has the chunk's tokens as queries: dq;
 // consumer 1 as keys: dk, dv.
-// Budget for 16 values, 3 stages: 193 KB of shared memory; 80 registers of gradients of features,
+// Budget for 32 values, 1 stage: 186 KB of shared memory; 48 registers of gradients of features,
 // 32 of dp a thread. Limit: memory, reading 4 F bytes of states for every column of 64 tokens'
 // values.
 #pragma once

@@ -11,8 +11,8 @@
 // tokens that gradients are of, its own (q and dout, or k and v), and others that are in the state.
 // Grid: slices of 64 values, segments, batch. A block walks its segment's chunks.
 // Roles: a producer warp loads a ring of q, k, v and dout; a consumer warpgroup keeps the state
-// (64 x F, fp32) in registers and a rounded copy in shared memory. While the state is summed, what
-// features' gradients are of the values is, and the others' next features are formed.
+// (64 x F, fp32) in registers and a rounded copy in shared memory. While the state is summed, the
+// others' next features are formed.
 // Budget for 16 values (F = 160), 2 stages: 113 KB of shared memory; 80 registers of the state and
 // 80 of gradients of features a thread; two blocks share a multiprocessor, so that one computes
 // while the other waits. Limit: instructions, then memory, reading q, k, v and dout.
@@ -44,9 +44,8 @@ struct WalkedGradients {
   static constexpr int kFirstColumns =
       kNormalize && Traits::kPieceColumns > 96 ? 64 : Traits::kPieceColumns;
 
-  // Whether dq or dk leaves by the copy engine, like dv: not where there is no room for it.
+  // Whether dq or dk leaves by the copy engine, as dv does: dk beside divisors has no room for it.
   static constexpr bool kCopiesSum = !(kNormalize && kReverse);
-  static constexpr bool kCopies = kCopiesSum || kReverse;
 
   struct Stage {
     KeyTile q_smem, k_smem;
@@ -171,7 +170,7 @@ struct WalkedGradients {
       warpgroup::mm_ABt(scores, stage.own_keys(), stage.keys());
       warpgroup::mm_ABt(dp, stage.own_values(), stage.values());
       warpgroup::mma_commit();
-      if constexpr (kCopies) leave_copies(shared);
+      leave_copies(shared);
       Sum sum;
       if constexpr (kNormalize) {
         warpgroup::mma_wait<0>(scores, dp, products, divisors.second, keys_t);
@@ -181,26 +180,16 @@ struct WalkedGradients {
         warpgroup::mma_wait<0>(scores, dp);
         warp::zero(sum);
       }
-      Operand weights, seen;
+      Operand seen;
       if constexpr (kReverse) {
+        Operand weights;
         documents.map_seen_by(weights, scores, taylor);
         slopes(scores, dp, taylor);
         documents.map_seen_by(seen, scores, [](float x) { return x; });
+        sum_dv(shared, stage, documents, weights, phase);
       } else {
         slopes(scores, dp, taylor);
         documents.map_seen(seen, scores, [](float x) { return x; });
-      }
-      if constexpr (kReverse) {
-        typename Traits::Features keys;
-        Square dv;
-        warpgroup::load_products<Traits::kDim>(keys, stage.k_smem, 0);
-        documents.keep_rows_after(keys);
-        warpgroup::mm_ABt(dv, keys, shared.state_smem);
-        warpgroup::mma_AB(dv, weights, stage.dout_smem);
-        warpgroup::mma_commit();
-        warpgroup::mma_wait<0>(dv, keys, weights);
-        shared.copies_left.wait(phase);
-        warpgroup::store(shared.dv_smem, dv);
       }
       Operand own;
       warpgroup::load(own, stage.own_values());
@@ -227,7 +216,7 @@ struct WalkedGradients {
       warpgroup::mma_AB(state, values, shared.features_smem[buffer]);
       warpgroup::mma_commit();
       const int chunk = chunk_at(segment, step);
-      if constexpr (kCopies && !kReverse) shared.copies_left.wait(phase);
+      if constexpr (!kReverse) shared.copies_left.wait(phase);
       if (params.in_parts) {
         store_sum(static_cast<float*>(params.dkeys), params, sum, place, chunk);
       } else if constexpr (kCopiesSum) {
@@ -245,10 +234,10 @@ struct WalkedGradients {
       shared.state_read.wait(phase);
       phase ^= 1;
       share_state(shared, state, divisors);
-      if (kCopies && warpgroup::leader()) store_copies(params, shared, place, chunk);
+      if (warpgroup::leader()) store_copies(params, shared, place, chunk);
     }
     if (segment.is_last(params, kReverse)) store_state<Traits>(state, params, place);
-    if (kCopies && warpgroup::leader()) tma::wait_read<0>();
+    if (warpgroup::leader()) tma::wait_read<0>();
   }
 
   // scores become m.
@@ -256,6 +245,22 @@ struct WalkedGradients {
                                                 const Taylor& taylor) {
     warp::zip(scores, scores, dp,
               [=](float x, float d) { return d * taylor.slope(x) * taylor.scale; });
+  }
+
+  // dv = weights dout + phi(k) dS^T, to be published.
+  __device__ __forceinline__ static void sum_dv(Shared& shared, const Stage& stage,
+                                                const Documents<Traits::kDocuments>& documents,
+                                                Operand& weights, uint32 phase) {
+    typename Traits::Features keys;
+    Square dv;
+    warpgroup::load_products<Traits::kDim>(keys, stage.k_smem, 0);
+    documents.keep_rows_after(keys);
+    warpgroup::mm_ABt(dv, keys, shared.state_smem);
+    warpgroup::mma_AB(dv, weights, stage.dout_smem);
+    warpgroup::mma_commit();
+    warpgroup::mma_wait<0>(dv, keys, weights);
+    shared.copies_left.wait(phase);
+    warpgroup::store(shared.dv_smem, dv);
   }
 
   // sum += what the gradients of these columns of features, values state, are of the values. Waits
