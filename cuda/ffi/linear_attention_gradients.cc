@@ -31,8 +31,8 @@ Status check_arrays(const Buffers& b, const LinearAttentionSizes& s) {
   return first_error(
       {check_like("k", b.k, b.q, {s.batch, s.seqlen, s.num_groups, s.key_dim}),
        check_like("dout", b.dout, b.q, {s.batch, s.seqlen, s.num_heads, s.value_dim}),
-       check_like("states", b.states, b.q, {s.batch, s.pairs(), s.num_heads, columns, s.key_dim}),
-       check_like("dstates", b.dstates, b.q, {s.batch, s.pairs(), s.num_heads, columns, s.key_dim}),
+       check_stored_states("states", b.states, b.q, s, linear_attention::kPair),
+       check_stored_states("dstates", b.dstates, b.q, s, linear_attention::kPair),
        check_gates(b.gates, s), check_optional_floats("skip", b.skip, {s.num_heads, columns}),
        check_like("dq", b.dq, b.q, {s.batch, s.seqlen, s.num_groups, s.key_dim}),
        check_like("dk", b.dk, b.q, {s.batch, s.seqlen, s.num_groups, s.key_dim}),

@@ -73,6 +73,13 @@ Status check_like(const char* name, const AnyBuffer& buffer, const AnyBuffer& ot
       {check_dims(name, buffer, expected), check_dtype(name, buffer, other.element_type())});
 }
 
+Status check_stored_states(const char* name, const AnyBuffer& buffer, const AnyBuffer& other,
+                           const LinearAttentionSizes& s, std::int64_t stored_every) {
+  const std::int64_t runs = ceil_div(s.chunks(), stored_every);
+  return check_like(name, buffer, other,
+                    {s.batch, runs, s.num_heads, s.padded_values(), s.key_dim});
+}
+
 Status check_gates(const GateBuffers& gates, const LinearAttentionSizes& s) {
   return first_error(
       {check_floats("sums", gates.sums, {s.batch, s.num_heads, s.padded()}),

@@ -11,7 +11,6 @@ struct LinearAttentionSizes {
   std::int64_t batch, seqlen, num_groups, num_heads, key_dim, value_dim;
 
   std::int64_t chunks() const { return ceil_div(seqlen, linear_attention::kChunk); }
-  std::int64_t pairs() const { return ceil_div(chunks(), linear_attention::kPair); }
   std::int64_t padded() const { return chunks() * linear_attention::kChunk; }
   std::int64_t slices() const { return ceil_div(value_dim, linear_attention::kSlice); }
   std::int64_t padded_values() const { return slices() * linear_attention::kSlice; }
@@ -36,6 +35,9 @@ Status check_optional_floats(const char* name, const AnyBuffer& buffer,
 // An array of these dimensions in the dtype of another.
 Status check_like(const char* name, const AnyBuffer& buffer, const AnyBuffer& other,
                   std::initializer_list<std::int64_t> expected);
+// States of runs of so many chunks, [B, runs, H, slices * 64, K] in the dtype of another.
+Status check_stored_states(const char* name, const AnyBuffer& buffer, const AnyBuffer& other,
+                           const LinearAttentionSizes& s, std::int64_t stored_every);
 
 inline float* floats(const AnyBuffer& buffer) { return static_cast<float*>(buffer.untyped_data()); }
 inline float* optional_floats(const AnyBuffer& buffer) {

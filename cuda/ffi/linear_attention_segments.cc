@@ -118,9 +118,7 @@ Result<SpreadCall> read_spread(const SpreadBuffers& b, const SpreadOptions& opti
            check_floats(
                "marks", b.marks,
                {s.batch, s.num_heads, segments, s.padded_values() / linear_attention::kMarkedRows}),
-           is_of_states ? check_like("results", b.results, b.like,
-                                     {s.batch, ceil_div(s.chunks(), options.stored_every),
-                                      s.num_heads, s.padded_values(), s.key_dim})
+           is_of_states ? check_stored_states("results", b.results, b.like, s, options.stored_every)
                         : check_like("results", b.results, b.like,
                                      {s.batch, s.seqlen, s.num_heads, s.value_dim})});
       !status.ok()) {

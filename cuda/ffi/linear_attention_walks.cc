@@ -166,10 +166,9 @@ Result<WalkCall> read_states(const StatesBuffers& b, const StatesOptions& option
     return invalid("stored_every is " + std::to_string(options.stored_every) +
                    "; expected a number of chunks");
   }
-  if (Status status = first_error(
-          {check_gates(b.gates, s), check_like("stored", b.stored, b.keys,
-                                               {s.batch, ceil_div(s.chunks(), options.stored_every),
-                                                s.num_heads, s.padded_values(), s.key_dim})});
+  if (Status status =
+          first_error({check_gates(b.gates, s),
+                       check_stored_states("stored", b.stored, b.keys, s, options.stored_every)});
       !status.ok()) {
     return status.error();
   }
