@@ -204,7 +204,7 @@ def test_empty_batch_launches_nothing():
             "v has 4 heads, which is not a multiple of the 3 of q",
         ),
         (
-            walked_gradients(Arrays((2, 100, 2, 4, 12, 96))),
+            gradients(Arrays((2, 100, 2, 4, 12, 96))),
             _INVALID,
             "rows of q, (2, 100, 2, 12), are not a multiple of 16 bytes",
         ),
@@ -347,7 +347,7 @@ def test_empty_batch_launches_nothing():
         ),
         (gradients(stages=0), _INVALID, "config.stages is 0; expected 1 to the 1"),
         (
-            chunk_outputs(Arrays((1, 1, 70000, 70000, 32, 8))),
+            gradients(Arrays((1, 1, 70000, 70000, 32, 8))),
             _UNIMPLEMENTED,
             "70000 groups; the kernels take up to 65535",
         ),

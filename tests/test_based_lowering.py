@@ -63,7 +63,7 @@ def test_features_and_chunk_states_are_nowhere_in_the_forward_pass():
     [
         (False, 16, ["walked_gradients", "walked_gradients"]),
         (False, 32, ["states", "states", "gradients"]),
-        # The denominators, which gradients need, are outputs of ones.
+        # The denominators, which gradients need, come with the outputs.
         (True, 16, ["outputs", "walked_gradients", "walked_gradients"]),
         (True, 24, ["states", "chunk_outputs", "states", "states", "gradients"]),
     ],

@@ -149,7 +149,7 @@ class Divisors(NamedTuple):
     sums: jax.Array | None = None  # what segments begin with, as for outputs
 
 
-_NO_DIVISORS = Divisors()
+NO_DIVISORS = Divisors()
 
 
 def query_gradients(
@@ -162,7 +162,7 @@ def query_gradients(
     tiles: config.ScanConfig,
     *,
     scale: float,
-    divisors: Divisors = _NO_DIVISORS,
+    divisors: Divisors = NO_DIVISORS,
 ):
     """dq, from a walk through states."""
     return _walked_gradients(
@@ -181,7 +181,7 @@ def key_gradients(
     *,
     scale: float,
     final: bool,
-    divisors: Divisors = _NO_DIVISORS,
+    divisors: Divisors = NO_DIVISORS,
 ):
     """dk, dv, and the state's gradient before the first chunk if ``final``.
 

@@ -52,13 +52,13 @@ def changed(q, changes, starts, segment: int, scale: float):
     """What segments add to the gradient of the sums before them, [B, H, segments, F].
 
     A divisor is the product of the sums with phi(scale q): of each segment, those of
-    the queries that see them, times ``changes`` float32 [B, H, T padded]. ``q`` and
+    the queries that see them, times ``changes`` float32 [B, H, T]. ``q`` and
     ``starts`` are as in ``added``.
     """
     batch, seqlen, groups, dim = q.shape
     heads = changes.shape[1]
     missing = -seqlen % segment
-    changes = jnp.pad(changes[:, :, :seqlen], [(0, 0), (0, 0), (0, missing)])
+    changes = jnp.pad(changes, [(0, 0), (0, 0), (0, missing)])
     if starts is not None:
         starts = jnp.pad(starts.astype(jnp.int32), [(0, 0), (0, missing)])
         started = jnp.cumsum(starts.reshape(batch, -1, segment), axis=-1)
@@ -80,19 +80,15 @@ def changed(q, changes, starts, segment: int, scale: float):
 def divided_gradients(gradients, out, divisors):
     """Gradients of what is divided, in the same dtype, and of what it is divided by.
 
-    ``gradients`` and ``out`` are [B, T, H, V], ``divisors`` float32 [B, H, T padded],
-    as their gradients are. As in linear attention's ``quotient.py``, a divisor's
+    ``gradients`` and ``out`` are [B, T, H, V], ``divisors`` float32 [B, H, T padded]
+    and their gradients [B, H, T]. As in linear attention's ``quotient.py``, a divisor's
     gradient is that of the numerators' gradients as they were rounded.
     """
-    seqlen = out.shape[1]
-    numerators = divide(
-        gradients.astype(jnp.float32), divisors[:, :, :seqlen].swapaxes(1, 2)
-    )
+    divisors = divisors[:, :, : out.shape[1]].swapaxes(1, 2)
+    numerators = divide(gradients.astype(jnp.float32), divisors)
     numerators = _chunks.rounded(numerators, out.dtype)
-    changes = -jnp.sum(numerators * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    missing = divisors.shape[2] - seqlen
-    changes = jnp.pad(changes, [(0, 0), (0, 0), (0, missing)])
-    return numerators.astype(out.dtype), changes
+    changes = -jnp.sum(numerators * out.astype(jnp.float32), axis=-1)
+    return numerators.astype(out.dtype), changes.swapaxes(1, 2)
 
 
 def chained(first, kept, added):

@@ -209,14 +209,18 @@ def _start(arrays, counts, tiles) -> calls.Start:
     return calls.Start(arrays.state, added, _since(_kept(counts, segments, tiles)))
 
 
-def _kept(counts, segments, tiles):
-    """Whether a state is left after each segment, bool [B, segments]; None: always."""
+def _kept(counts, segments, tiles, *, reverse=False):
+    """Whether a state is left after each segment, bool [B, segments]; None: always.
+
+    With ``reverse``, segments are numbered from the last on.
+    """
     if counts is None:
         return None
     last = counts[:, CHUNK - 1 :: CHUNK]
     missing = segments * tiles.chunks_of_segment - last.shape[1]
     last = jnp.pad(last, [(0, 0), (0, missing)])
-    return jnp.all(last.reshape(last.shape[0], segments, -1) == 0, axis=-1)
+    kept = jnp.all(last.reshape(last.shape[0], segments, -1) == 0, axis=-1)
+    return jnp.flip(kept, 1) if reverse else kept
 
 
 def _since(kept):
@@ -235,19 +239,19 @@ def _run_backward(settings, arrays, cotangents) -> Arrays:
     dout, dfinal = cotangents
     tiles = _checked_tiles(settings, arrays)
     counts = _counts(arrays.starts)
-    start = _start(arrays, counts, tiles)
-    dstart = _start_in_reverse(settings, arrays, counts, dout, dfinal, tiles)
-    settled = {"scale": settings.scale, "tiles": tiles}
-    wanted = arrays.state is not None
     if config.walks(arrays.q.shape[-1]):
-        walked = (*arrays[:3], dout, counts)
-        dq = calls.query_gradients(*walked, start, **settled)
-        return Arrays(
-            dq, *calls.key_gradients(*walked, dstart, final=wanted, **settled)
-        )
+        return _walk_back(settings, arrays, counts, dout, dfinal, tiles)
+    settled = {"scale": settings.scale, "tiles": tiles}
+    start = _start(arrays, counts, tiles)
     chunk_states, _ = calls.chunk_states(arrays.k, arrays.v, counts, start, tiles)
     chunk_dstates, dstate = calls.chunk_states(
-        arrays.q, dout, counts, dstart, reverse=True, final=wanted, **settled
+        arrays.q,
+        dout,
+        counts,
+        _start_in_reverse(settings, arrays, counts, dout, dfinal, tiles),
+        reverse=True,
+        final=arrays.state is not None,
+        **settled,
     )
     dq, dk, dv = calls.gradients(
         *arrays[:3],
@@ -269,23 +273,47 @@ def _run_normalized_backward(settings, arrays, given) -> Arrays:
         settings, arrays, counts, changes, cotangents.sums, tiles
     )
     slices = -(-arrays.v.shape[-1] // SLICE)
-    changes = jnp.pad(changes[:, :, None], [(0, 0)] * 2 + [(0, slices - 1), (0, 0)])
+    missing = divisors.shape[2] - changes.shape[2]
+    changes = jnp.pad(
+        changes[:, :, None], [(0, 0), (0, 0), (0, slices - 1), (0, missing)]
+    )
+    gradients = _walk_back(
+        settings,
+        arrays,
+        counts,
+        dout,
+        cotangents.state,
+        tiles,
+        calls.Divisors(changes, _segment_sums(arrays, counts, tiles)),
+        calls.Divisors(changes, dsums),
+    )
+    return gradients._replace(sums=dsum)
+
+
+def _walk_back(
+    settings,
+    arrays,
+    counts,
+    dout,
+    dfinal,
+    tiles,
+    divisors=calls.NO_DIVISORS,
+    divisors_in_reverse=calls.NO_DIVISORS,
+) -> Arrays:
+    """Gradients of all but the sums, from a walk through states and one back."""
+    start = _start(arrays, counts, tiles)
+    dstart = _start_in_reverse(settings, arrays, counts, dout, dfinal, tiles)
     walked = (*arrays[:3], dout, counts)
     settled = {"scale": settings.scale, "tiles": tiles}
-    dq = calls.query_gradients(
-        *walked,
-        _start(arrays, counts, tiles),
-        divisors=calls.Divisors(changes, _segment_sums(arrays, counts, tiles)),
-        **settled,
-    )
+    dq = calls.query_gradients(*walked, start, divisors=divisors, **settled)
     dk, dv, dstate = calls.key_gradients(
         *walked,
-        _start_in_reverse(settings, arrays, counts, dout, cotangents.state, tiles),
-        divisors=calls.Divisors(changes, dsums),
+        dstart,
+        divisors=divisors_in_reverse,
         final=arrays.state is not None,
         **settled,
     )
-    return Arrays(dq, dk, dv, dstate, sums=dsum)
+    return Arrays(dq, dk, dv, dstate)
 
 
 def _segment_sums_in_reverse(settings, arrays, counts, changes, dfinal, tiles):
@@ -301,12 +329,11 @@ def _segment_sums_in_reverse(settings, arrays, counts, changes, dfinal, tiles):
             return None, None
         sums = dfinal[:, :, None]
     else:
-        tokens = min(tiles.chunks_of_segment * CHUNK, changes.shape[2])
+        tokens = tiles.chunks_of_segment * CHUNK
         added = normalizer.changed(
             arrays.q, changes, arrays.starts, tokens, settings.scale
         )
-        kept = _kept(counts, segments, tiles)
-        kept = None if kept is None else jnp.flip(kept, 1)
+        kept = _kept(counts, segments, tiles, reverse=True)
         sums = normalizer.chained(dfinal, kept, jnp.flip(added, 2))
         sums, last = sums[:, :, :-1], sums[:, :, -1]
     dim = arrays.q.shape[-1]
@@ -321,6 +348,5 @@ def _start_in_reverse(settings, arrays, counts, dout, dfinal, tiles) -> calls.St
     added = calls.added_states(
         arrays.q, dout, counts, tiles, scale=settings.scale, reverse=True
     )
-    kept = _kept(counts, segments, tiles)
-    kept = None if kept is None else jnp.flip(kept, 1)
+    kept = _kept(counts, segments, tiles, reverse=True)
     return calls.Start(dfinal, added, _since(kept))
